@@ -1,0 +1,1 @@
+"""Floor 2, what runs on the ranks: words, decisions, tensors, remote (lowest first)."""

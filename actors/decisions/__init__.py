@@ -1,0 +1,1 @@
+"""Sub-floor b: decisions on plain data, without torch and without Ray."""

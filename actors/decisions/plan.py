@@ -1,0 +1,60 @@
+"""The plan of one replica: what follows from the config and the model, frozen; the object that runs."""
+
+from dataclasses import dataclass
+
+from actors.decisions.model_spec import ModelSpec
+from actors.decisions.shard_plan import ShardPlan, make_shard_plans
+from cluster.topology import Topology
+from configs.config import Config
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that ranks and engine need to know, decided before anything starts."""
+
+    spec: ModelSpec
+    topology: Topology
+    shards: tuple[ShardPlan, ...]  # in rank order
+    max_model_len: int  # tokens: prompt + generated
+    block_size: int  # tokens
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    num_lanes: int
+
+    @property
+    def num_blocks_for_longest(self) -> int:
+        """Blocks that one sequence of `max_model_len` tokens holds."""
+        return -(-self.max_model_len // self.block_size)
+
+    def kv_bytes_per_block(self, rank: int) -> int:
+        """Bytes that one block costs on a rank: keys and values of its layers and KV heads."""
+        shard = self.shards[rank]
+        return 2 * self.block_size * shard.num_layers * shard.num_kv_heads * self.spec.head_dim * self.spec.dtype_bytes
+
+
+def make_plan(config: Config, spec: ModelSpec) -> Plan:
+    """Raises ValueError (field, reason, what would work) or UnsupportedModel."""
+    parallel = config.parallel
+    topology = Topology(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
+    max_model_len = config.model.max_model_len or spec.max_position
+    if max_model_len > spec.max_position:
+        raise ValueError(
+            f"model.max_model_len: {max_model_len} tokens, but the model knows positions up to {spec.max_position}; "
+            f"use at most {spec.max_position}"
+        )
+    scheduler = config.scheduler
+    if scheduler.max_num_batched_tokens < scheduler.max_num_seqs:
+        raise ValueError(
+            f"scheduler.max_num_batched_tokens: a step of {scheduler.max_num_batched_tokens} tokens cannot hold one token "
+            f"for each of scheduler.max_num_seqs = {scheduler.max_num_seqs} sequences; use at least as many"
+        )
+    return Plan(
+        spec=spec,
+        topology=topology,
+        shards=make_shard_plans(spec, topology, parallel.layers_per_stage),
+        max_model_len=max_model_len,
+        block_size=config.cache.block_size,
+        max_num_seqs=scheduler.max_num_seqs,
+        max_num_batched_tokens=scheduler.max_num_batched_tokens,
+        num_lanes=scheduler.num_lanes or topology.pipeline_parallel_size,
+    )

@@ -1,0 +1,152 @@
+"""The engine: one thread that feeds an executor with steps and turns results into events.
+
+It waits on the executor only, which anybody may wake: no timer and no poll stands between a result and its events.
+"""
+
+import dataclasses
+import logging
+import secrets
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+
+from actors.decisions.scheduler import Scheduler, SchedulerSettings
+from actors.words.errors import EngineStopped, GangFailure
+from actors.words.executor import Executor
+from actors.words.messages import Event, Request
+
+logger = logging.getLogger(__name__)
+
+EngineState = Literal["starting", "ready", "failed", "stopped"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """What `/cluster` shows of the engine. Taken without a lock: the numbers may be a step apart."""
+
+    state: EngineState
+    epoch: int
+    running: int
+    waiting: int
+    blocks_total: int
+    blocks_used: int
+    blocks_cached: int
+
+
+class Engine:
+    """Owns the scheduler and the executor; speaks token ids. Commands come from any thread, events go to `deliver`."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        settings: SchedulerSettings,
+        deliver: Callable[[list[Event]], None],
+        epoch: int = 0,
+    ) -> None:
+        """`deliver` is called in the engine's thread with all events of a step; it must not block."""
+        self._executor = executor
+        self._scheduler = Scheduler(settings, epoch)
+        self._deliver = deliver
+        self._commands: deque[Callable[[], list[Event]]] = deque()
+        self._state: EngineState = "starting"
+        self._failure = ""
+        self._lock = threading.Lock()  # between `add` and the end of the thread: no command is left unanswered
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._state = "ready"
+        self._thread.start()
+
+    def add(self, request: Request) -> None:
+        """Take a request; its events follow, the last one with a finish reason. Raises EngineStopped."""
+        if request.sampling.temperature > 0 and request.sampling.seed is None:
+            seed = secrets.randbits(63)
+            request = msgspec.structs.replace(request, sampling=msgspec.structs.replace(request.sampling, seed=seed))
+        self._command(lambda: self._add(request))
+
+    def finish(self, request_id: str, at_token: int | None = None) -> None:
+        """End a request: after `at_token` generated ids (a stop string was found), or aborted. Unknown ids are ignored."""
+        try:
+            self._command(lambda: [event for event in [self._scheduler.finish(request_id, at_token)] if event])
+        except EngineStopped:
+            pass  # its terminal event is out already
+
+    def snapshot(self) -> Snapshot:
+        """Any thread."""
+        counts = self._scheduler.counts()
+        return Snapshot(
+            self._state,
+            self._scheduler.epoch,
+            self._scheduler.num_running,
+            self._scheduler.num_waiting + len(self._commands),
+            counts.total,
+            counts.used,
+            counts.cached,
+        )
+
+    @property
+    def failure(self) -> str:
+        """Why the engine failed; empty while it has not."""
+        return self._failure
+
+    def close(self) -> None:
+        """End every request, the thread and the executor. May be called twice."""
+        with self._lock:
+            if self._state == "ready":
+                self._state = "stopped"
+        self._executor.wake()
+        if self._thread.is_alive():
+            self._thread.join(timeout=10)
+        self._executor.close()
+
+    def _command(self, command: Callable[[], list[Event]]) -> None:
+        with self._lock:
+            if self._state != "ready":
+                raise EngineStopped(self._failure or f"the engine is {self._state}")
+            self._commands.append(command)
+        self._executor.wake()
+
+    def _add(self, request: Request) -> list[Event]:
+        try:
+            self._scheduler.add(request)
+        except ValueError as error:
+            return [Event(request.request_id, [], "error", str(error))]
+        return []
+
+    def _run(self) -> None:
+        try:
+            while self._state == "ready":
+                self._turn()
+            error = "the server is shutting down"
+        except GangFailure as failure:
+            error = str(failure)
+            logger.error("the gang failed: %s", failure)
+        except Exception as failure:
+            error = "internal error of the engine"
+            logger.exception("the engine failed: %s", failure)
+        with self._lock:
+            if self._state == "ready":
+                self._state, self._failure = "failed", error
+            events = self._take_commands()
+        self._deliver(events + self._scheduler.fail_all(error))
+
+    def _turn(self) -> None:
+        """Wait, then hand the lanes their next steps before anybody hears of the results: the ranks go on meanwhile."""
+        events: list[Event] = []
+        for result in self._executor.wait():
+            events += self._scheduler.complete(result)
+        events += self._take_commands()
+        while step := self._scheduler.next_step():
+            self._executor.submit(step)
+        if events:
+            self._deliver(events)
+
+    def _take_commands(self) -> list[Event]:
+        events: list[Event] = []
+        while self._commands:
+            events += self._commands.popleft()()
+        return events

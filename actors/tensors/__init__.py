@@ -1,0 +1,1 @@
+"""Sub-floor c: tensors without Ray: the model, its layers, the cache, the sampler."""

@@ -1,0 +1,1 @@
+"""Sub-floor a: the messages and errors that every other room speaks."""

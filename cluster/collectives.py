@@ -1,0 +1,66 @@
+"""What ranks say to each other in tensors: the interfaces, the same for NCCL, gloo and shared memory."""
+
+from typing import Protocol
+
+import torch
+
+
+class StageGroup(Protocol):
+    """The shards of one stage (tensor-parallel group). Every shard calls the same operations in the same order.
+
+    Results have the same bits on every shard. Each operation raises TimeoutError when a neighbour does not come in
+    time, and RuntimeError once the group was aborted.
+    """
+
+    size: int
+    shard: int
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over the shards; any shape, contiguous; in place where possible; returns the result."""
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Equal shapes [*] from every shard → [size, *], in shard order."""
+
+    def abort(self) -> None:
+        """Make every shard that waits, now or later, leave with RuntimeError. Any thread may call it."""
+
+    def close(self) -> None:
+        """Release what the group holds. May be called twice."""
+
+
+class Sending(Protocol):
+    """A send on its way; the tensor must not be written to before `wait` returned."""
+
+    def wait(self) -> None:
+        """Block until the buffer may be used again. Raises TimeoutError or RuntimeError."""
+
+
+class Link(Protocol):
+    """One direction between a rank and its neighbour stage."""
+
+    def send(self, tensor: torch.Tensor) -> Sending:
+        """Start to send a contiguous tensor and return at once."""
+
+    def receive(self, tensor: torch.Tensor) -> None:
+        """Fill a contiguous tensor of the shape and dtype that the sender sends. Raises TimeoutError or RuntimeError."""
+
+
+class LoneShard:
+    """The stage group of tensor_parallel_size 1: nothing to exchange."""
+
+    size = 1
+    shard = 0
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor itself."""
+        return tensor
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A view [1, *]."""
+        return tensor.unsqueeze(0)
+
+    def abort(self) -> None:
+        """Nothing waits."""
+
+    def close(self) -> None:
+        """Nothing is held."""

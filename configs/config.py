@@ -1,0 +1,88 @@
+"""The frozen Config: every key a user may set, with its default, unit and bounds."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Group(BaseModel):
+    """A group of keys: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelConfig(Group):
+    """Which checkpoint is served, and how its numbers are held."""
+
+    source: str = Field(min_length=1)  # a folder (relative ones start at the project's root) or a hub id
+    revision: str | None = None  # hub ids only: branch, tag or commit
+    name: str | None = None  # the served id; None: the last part of source
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as config.json says
+    max_model_len: int | None = Field(default=None, ge=2)  # prompt + generated tokens; None: the model's own
+
+
+class ParallelConfig(Group):
+    """How the model is cut."""
+
+    tensor_parallel_size: int = Field(default=1, ge=1, le=1024)
+    pipeline_parallel_size: int = Field(default=1, ge=1, le=1024)
+    tp_plan: Literal["auto"] = "auto"  # the model's own plan
+    layers_per_stage: tuple[int, ...] | None = Field(default=None, strict=False)  # None: dealt by cost
+
+
+class CacheConfig(Group):
+    """The paged KV cache of each rank."""
+
+    block_size: int = Field(default=16, ge=1, le=1024)  # tokens in a block
+    num_blocks: int | None = Field(default=None, ge=1)  # None: as many as memory_share allows
+    memory_share: float = Field(default=0.8, gt=0, lt=1)  # of the device memory that is free once loaded
+
+
+class SchedulerConfig(Group):
+    """How much runs at once."""
+
+    max_num_seqs: int = Field(default=64, ge=1)  # sequences that hold blocks at the same time
+    max_num_batched_tokens: int = Field(default=2048, ge=1)  # tokens of one step
+    num_lanes: int | None = Field(default=None, ge=1)  # None: one a stage
+
+
+class AdmissionConfig(Group):
+    """What is let in; everything above is answered 503 before it costs anything."""
+
+    max_requests: int = Field(default=256, ge=1)  # running and waiting together
+    max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)
+
+
+class PlacementConfig(Group):
+    """Where the stages go."""
+
+    strategy: Literal["auto", "PACK", "STRICT_PACK", "STRICT_SPREAD"] = "auto"
+    cpus_per_rank: float = Field(default=1.0, ge=0, strict=False)
+    cpus_per_replica: float = Field(default=1.0, ge=0, strict=False)  # HTTP and engine, in bundle 0
+    label_selector: dict[str, str] = Field(default_factory=dict)  # for every bundle, e.g. ray.io/accelerator-type
+    wait_s: float = Field(default=0.0, ge=0, strict=False)  # for nodes that an autoscaler brings
+
+
+class TimeoutConfig(Group):
+    """Limits of patience, in seconds."""
+
+    start_s: float = Field(default=900.0, gt=0, strict=False)  # from actors asked for to gang ready
+    collective_s: float = Field(default=60.0, gt=0, strict=False)  # one collective or one hop between stages
+
+
+class Config(Group):
+    """What was asked: the `args` of a Serve config file."""
+
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    admission: AdmissionConfig = AdmissionConfig()
+    placement: PlacementConfig = PlacementConfig()
+    timeouts: TimeoutConfig = TimeoutConfig()
+
+    @property
+    def served_name(self) -> str:
+        """The id that clients name: `model.name`, or the last part of the source."""
+        return self.model.name or self.model.source.rstrip("/").rsplit("/", 1)[-1]

@@ -1,0 +1,1 @@
+"""Floor 3, text and users: HTTP, Serve, jobs, commands."""
