@@ -1,14 +1,14 @@
 """The frozen Config: every key a user may set, with its default, unit and bounds."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, Strict
 
 
 class Group(BaseModel):
     """A group of keys: frozen, and unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(Group):
@@ -27,7 +27,10 @@ class ParallelConfig(Group):
     tensor_parallel_size: int = Field(default=1, ge=1, le=1024)
     pipeline_parallel_size: int = Field(default=1, ge=1, le=1024)
     tp_plan: Literal["auto"] = "auto"  # the model's own plan
-    layers_per_stage: tuple[int, ...] | None = Field(default=None, strict=False)  # None: dealt by cost
+    layers_per_stage: tuple[Annotated[int, Strict(), Field(ge=1)], ...] | None = Field(  # None: dealt by cost
+        default=None,
+        strict=False,  # YAML has lists, no tuples
+    )
 
 
 class CacheConfig(Group):
@@ -57,17 +60,17 @@ class PlacementConfig(Group):
     """Where the stages go."""
 
     strategy: Literal["auto", "PACK", "STRICT_PACK", "STRICT_SPREAD"] = "auto"
-    cpus_per_rank: float = Field(default=1.0, ge=0, strict=False)
-    cpus_per_replica: float = Field(default=1.0, ge=0, strict=False)  # HTTP and engine, in bundle 0
+    cpus_per_rank: float = Field(default=1.0, ge=0)
+    cpus_per_replica: float = Field(default=1.0, ge=0)  # HTTP and engine, in bundle 0
     label_selector: dict[str, str] = Field(default_factory=dict)  # for every bundle, e.g. ray.io/accelerator-type
-    wait_s: float = Field(default=0.0, ge=0, strict=False)  # for nodes that an autoscaler brings
+    wait_s: float = Field(default=0.0, ge=0)  # for nodes that an autoscaler brings
 
 
 class TimeoutConfig(Group):
     """Limits of patience, in seconds."""
 
-    start_s: float = Field(default=900.0, gt=0, strict=False)  # from actors asked for to gang ready
-    collective_s: float = Field(default=60.0, gt=0, strict=False)  # one collective or one hop between stages
+    start_s: float = Field(default=900.0, gt=0)  # from actors asked for to gang ready
+    collective_s: float = Field(default=60.0, gt=0)  # one collective or one hop between stages
 
 
 class Config(Group):

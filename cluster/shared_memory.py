@@ -1,0 +1,246 @@
+"""The all-reduce and all-gather of a stage on CPU: memory that its shards share, sequence flags, no system call.
+
+Why it is right. Operation n of a shard writes its data into the shard's buffer n % 2, then raises the shard's flag to
+n, then waits until every flag is at least n, then reads everybody's buffer n % 2. That buffer is written again by
+operation n + 2, which begins after every flag reached n + 1, that is after everybody has read operation n. x86 keeps
+stores in order and loads in order, so who sees the flag sees the data; elsewhere `share_memory` answers None.
+
+The memory is anonymous (memfd): it has no name in /dev/shm, needs no room there, and is gone with its last user.
+"""
+
+import logging
+import mmap
+import os
+import platform
+import secrets
+import time
+from pathlib import Path
+
+import torch
+
+from cluster.rendezvous import EpochStore
+
+logger = logging.getLogger(__name__)
+
+BUFFER_BYTES = 1 << 20  # of one shard; larger messages go in pieces, each of which still fits a core's cache
+_LINE_BYTES = 64  # a cache line: no two shards write to the same one
+_WORDS = _LINE_BYTES // 8
+_TOKEN_BYTES = 16
+_NUM_HEAD_LINES = 2  # abort flag; token
+_MEMORY_NAME = "stagemesh"
+
+_SPINS = 200  # looks at a flag before the core is offered to others
+_YIELD_S = 0.002  # how long the core is offered before sleeping begins
+_SLEEP_S = (0.00005, 0.0005)  # shortest and longest sleep
+
+_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.int16]
+_DTYPES += [torch.uint8, torch.int8, torch.bool]
+_DTYPE_CODE = {dtype: code for code, dtype in enumerate(_DTYPES)}
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+_KINDS = ("all_reduce", "all_gather")
+
+
+class SharedMemoryStage:
+    """A StageGroup over one shared mapping. Operations are called by one thread, `abort` by any."""
+
+    def __init__(self, mapping: mmap.mmap, size: int, shard: int, timeout_s: float) -> None:
+        self.size = size
+        self.shard = shard
+        self.timeout_s = timeout_s
+        self._words = memoryview(mapping).cast("q")
+        # [parity, shard, byte]: one operation's buffers lie side by side
+        data_bytes = 2 * size * BUFFER_BYTES
+        self._data = torch.frombuffer(mapping, dtype=torch.uint8, offset=_head_bytes(size), count=data_bytes).view(
+            2, size, BUFFER_BYTES
+        )
+        self._views: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
+        self._op = 0
+        self._out_of_use: str | None = None  # why no operation may follow
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over the shards in shard order, in place; bfloat16 and float16 are summed in float32."""
+        flat = _flat(tensor)
+        step = BUFFER_BYTES // tensor.element_size()
+        for first in range(0, flat.numel(), step):
+            piece = flat if flat.numel() <= step else flat[first : first + step]
+            _sum_shards(self._exchange(0, piece, tensor.nbytes), piece)
+        return tensor
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[*] of every shard → [size, *]."""
+        flat = _flat(tensor)
+        step = BUFFER_BYTES // tensor.element_size()
+        gathered = torch.empty((self.size, flat.numel()), dtype=tensor.dtype)
+        for first in range(0, flat.numel(), step):
+            piece = flat[first : first + step]
+            gathered[:, first : first + step] = self._exchange(1, piece, tensor.nbytes)
+        return gathered.view(self.size, *tensor.shape)
+
+    def abort(self) -> None:
+        """Make every shard that waits, now or later, leave with RuntimeError. Any thread may call it."""
+        self._words[0] = 1 + self.shard
+
+    def close(self) -> None:
+        """Forbid further operations; the memory goes once nothing refers to it. May be called twice."""
+        self._out_of_use = self._out_of_use or "it was closed"
+        self._views.clear()
+        self._data = torch.empty(0)
+        self._words = memoryview(bytearray(8)).cast("q")
+
+    def _exchange(self, kind: int, piece: torch.Tensor, message_bytes: int) -> torch.Tensor:
+        """Show a piece [n] to all shards and see theirs → [size, n], valid until the next operation but one."""
+        words = self._words
+        if self._out_of_use or words[0]:
+            raise RuntimeError(f"stage group: {self._out_of_use or _aborted(words)}")
+        self._op += 1
+        parity = self._op & 1
+        pieces = self._pieces(piece.numel(), piece.dtype)[parity]
+        pieces[self.shard].copy_(piece)
+        descriptor = (message_bytes * len(_DTYPES) + _DTYPE_CODE[piece.dtype]) * len(_KINDS) + kind
+        line = (_NUM_HEAD_LINES + self.shard) * _WORDS
+        words[line + 1 + parity] = descriptor
+        words[line] = self._op  # last: it says that the rest is there
+        self._wait(words, self._op)
+        for shard in range(self.size):
+            theirs = words[(_NUM_HEAD_LINES + shard) * _WORDS + 1 + parity]
+            if theirs != descriptor:
+                self._out_of_use = (
+                    f"operation {self._op} differs: shard {self.shard} called {_operation(descriptor)}, "
+                    f"shard {shard} {_operation(theirs)}"
+                )
+                raise RuntimeError(f"stage group: {self._out_of_use}")
+        return pieces
+
+    def _pieces(self, numel: int, dtype: torch.dtype) -> list[torch.Tensor]:
+        """By parity, [size, numel] in shared memory. Kept, because making a view costs as much as a small sum."""
+        views = self._views.get((numel, dtype))
+        if views is None:
+            if len(self._views) >= 256:  # many prompt lengths: start over rather than grow
+                self._views.clear()
+            views = [self._data[parity, :, : numel * dtype.itemsize].view(dtype) for parity in (0, 1)]
+            self._views[numel, dtype] = views
+        return views
+
+    def _wait(self, words: memoryview, op: int) -> None:
+        """Return once every flag is at least `op`: look often, then offer the core, then sleep."""
+        flags = range(_NUM_HEAD_LINES * _WORDS, (_NUM_HEAD_LINES + self.size) * _WORDS, _WORDS)
+        for flag in flags:
+            for _ in range(_SPINS):
+                if words[flag] >= op:
+                    break
+            else:
+                self._wait_patiently(words, flag, op)
+
+    def _wait_patiently(self, words: memoryview, flag: int, op: int) -> None:
+        began = time.monotonic()
+        sleep_s = _SLEEP_S[0]
+        while words[flag] < op:
+            if words[0]:
+                raise RuntimeError(f"stage group: {_aborted(words)}")
+            waited_s = time.monotonic() - began
+            if waited_s > self.timeout_s:
+                raise TimeoutError(self._behind(words, op))
+            if waited_s < _YIELD_S:
+                os.sched_yield()
+            else:
+                time.sleep(sleep_s)
+                sleep_s = min(2 * sleep_s, _SLEEP_S[1])
+
+    def _behind(self, words: memoryview, op: int) -> str:
+        """Who is behind; what this group holds is undefined from here on, so nothing may follow."""
+        reached = {shard: words[(_NUM_HEAD_LINES + shard) * _WORDS] for shard in range(self.size)}
+        behind = ", ".join(f"shard {shard} (at {at})" for shard, at in reached.items() if at < op)
+        self._out_of_use = f"operation {op} timed out after {self.timeout_s:g} s, behind: {behind}"
+        return f"stage group: {self._out_of_use}"
+
+
+def share_memory(store: EpochStore, stage: int, size: int, shard: int) -> mmap.mmap | None:
+    """Map the same memory in every shard of a stage, or answer None in every one of them (and log why).
+
+    Shard 0 makes it, the others open it through /proc: they run as the same user on the same node. All learn
+    from all whether that worked, so that nobody is left with another kind of group. Raises TimeoutError.
+    """
+    name = f"memory/stage{stage}"
+    length = _head_bytes(size) + 2 * size * BUFFER_BYTES
+    mapping, reason, fd = None, None, -1
+    try:
+        if platform.machine().lower() not in ("x86_64", "amd64") or not hasattr(os, "memfd_create"):
+            raise OSError(f"no shared memory on {platform.system()} {platform.machine()}")
+        if shard == 0:
+            fd, token = os.memfd_create(_MEMORY_NAME, os.MFD_CLOEXEC), secrets.token_bytes(_TOKEN_BYTES)
+            os.ftruncate(fd, length)
+            mapping = mmap.mmap(fd, length)
+            mapping[_LINE_BYTES : _LINE_BYTES + _TOKEN_BYTES] = token
+            store.put(name, [os.getpid(), fd, token.hex()])
+        else:
+            mapping = _map_theirs(store.take(name), length)
+    except OSError as error:
+        if isinstance(error, TimeoutError):
+            raise
+        reason = str(error)
+        if shard == 0:
+            store.put(name, [0, -1, ""])
+    try:
+        store.put(f"{name}/shard{shard}", reason)
+        reasons = store.take_all(f"{name}/shard{other}" for other in range(size))
+    finally:
+        if fd >= 0:
+            os.close(fd)  # all have mapped it, or never will
+    if any(reasons):
+        logger.warning("stage %d: no shared memory, gloo instead: %s", stage, next(filter(None, reasons)))
+        return None
+    return mapping
+
+
+def _map_theirs(where: tuple[int, int, str], length: int) -> mmap.mmap:
+    """Open the memory of shard 0. Raises OSError when it is out of reach, or not what shard 0 meant."""
+    pid, fd, token = where
+    path = Path(f"/proc/{pid}/fd/{fd}")
+    # In another pid namespace the same number is another process: look before opening.
+    if not str(path.readlink()).startswith(f"/memfd:{_MEMORY_NAME}"):
+        raise OSError(f"{path} is not the memory of shard 0")
+    opened = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        if os.fstat(opened).st_size != length:
+            raise OSError(f"{path} has another size")
+        mapping = mmap.mmap(opened, length)
+    finally:
+        os.close(opened)
+    if mapping[_LINE_BYTES : _LINE_BYTES + _TOKEN_BYTES] != bytes.fromhex(token):
+        raise OSError(f"{path} belongs to another gang")
+    return mapping
+
+
+def _head_bytes(size: int) -> int:
+    """Bytes before the data, in whole pages."""
+    used = (_NUM_HEAD_LINES + size) * _LINE_BYTES
+    return -(-used // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    assert tensor.is_contiguous() and tensor.device.type == "cpu", "stage groups take contiguous tensors"
+    assert tensor.dtype in _DTYPE_CODE, f"{tensor.dtype} is not exchanged between shards"
+    return tensor.view(-1)
+
+
+def _sum_shards(pieces_SN: torch.Tensor, total_N: torch.Tensor) -> None:
+    """Sum in shard order into `total_N`: every shard adds the same numbers in the same order."""
+    if len(pieces_SN) > 2 and total_N.dtype in _LOW_PRECISION:
+        wide_N = pieces_SN[0].float()
+        for piece_N in pieces_SN[1:]:
+            wide_N += piece_N
+        total_N.copy_(wide_N)
+    else:  # two low-precision numbers are added in float32 and rounded once by torch itself
+        torch.add(pieces_SN[0], pieces_SN[1], out=total_N)
+        for piece_N in pieces_SN[2:]:
+            total_N += piece_N
+
+
+def _aborted(words: memoryview) -> str:
+    return f"it was aborted by shard {words[0] - 1}"
+
+
+def _operation(descriptor: int) -> str:
+    rest, kind = divmod(descriptor, len(_KINDS))
+    nbytes, code = divmod(rest, len(_DTYPES))
+    return f"{_KINDS[kind]} of {nbytes} bytes {_DTYPES[code]}"

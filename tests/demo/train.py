@@ -1,0 +1,203 @@
+"""Trains the demo checkpoint: a small Llama that gives every answer of questions.yaml word for word.
+
+Run from the project's root; minutes on two cores:
+
+    python tests/demo/train.py --out configs/demo
+
+The folder is written only when the weights as stored (bfloat16) give every answer with a margin that no order of
+summation can overturn; otherwise the script ends with an error and leaves the old folder as it was.
+Names: B rows, T tokens, D hidden, V vocabulary, N answer tokens.
+"""
+
+import argparse
+import logging
+import math
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+import torch
+from texts import IGNORED, MAX_MODEL_LEN, VOCAB_SIZE, Entry, Row, Writer, draw_batches, read_entries, train_tokenizer
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+log = logging.getLogger("demo.train")
+
+HERE = Path(__file__).parent
+PEAK_RATE = 2e-3
+NUM_REPAIR_STEPS, MAX_REPAIRS = 100, 10  # further training of the rounded weights, while they do not suffice
+MIN_MARGIN = 2.0  # logits between the right token and the next best; float32 sums differ by some 1e-5, bfloat16 by 0.1
+MAX_FOLDER_BYTES = 8_000_000
+SHARD_FILE_SIZE = "2MB"  # several files, so that a rank has to find its tensors through the index
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check of some rows found."""
+
+    num_rows: int
+    num_wrong: int
+    margin: float  # the least of (logit of the right token - best other logit) over all answer tokens
+
+
+def answer_logits(model: LlamaForCausalLM, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [N, V] at the places that predict an answer token, and the right tokens [N]; in row order."""
+    longest = max(len(row.ids) for row in rows)
+    ids_BT = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in rows])
+    labels_BT = torch.tensor([row.labels + [IGNORED] * (longest - len(row.ids)) for row in rows])
+    # Padding is on the right, where a causal model cannot see it: no attention mask is needed.
+    hidden_BTD = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state[:, :-1]
+    learned_BT = labels_BT[:, 1:] != IGNORED
+    return model.lm_head(hidden_BTD[learned_BT]), labels_BT[:, 1:][learned_BT]
+
+
+def check(model: LlamaForCausalLM, rows: list[Row]) -> Verdict:
+    """Teacher forcing: greedy decoding gives a row's answers exactly when each right token is the best one."""
+    num_wrong, margin = 0, math.inf
+    with torch.inference_mode():
+        for row in rows:
+            logits_NV, right_N = answer_logits(model, [row])
+            right_logit_N = logits_NV.gather(1, right_N[:, None])[:, 0]
+            best_other_N = logits_NV.scatter(1, right_N[:, None], -math.inf).amax(dim=1)
+            row_margin = float((right_logit_N - best_other_N).min())
+            num_wrong += row_margin <= 0
+            margin = min(margin, row_margin)
+    return Verdict(len(rows), num_wrong, margin)
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """An untrained Llama whose sizes divide by 2, 4 and 8 shards and by 2, 3 and 6 stages."""
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=256,
+        intermediate_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=MAX_MODEL_LEN,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def fit(model: LlamaForCausalLM, batches: Iterator[list[Row]], num_steps: int, peak_rate: float) -> None:
+    """AdamW with a short warm-up and a cosine down to nothing; logs loss and the seconds that remain."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    num_warmup = max(1, num_steps // 20)
+    started, mean_loss = time.monotonic(), math.nan
+    for step in range(num_steps):
+        share = (step - num_warmup) / max(1, num_steps - num_warmup)
+        rate = peak_rate * ((step + 1) / num_warmup if step < num_warmup else (1 + math.cos(math.pi * share)) / 2)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = torch.nn.functional.cross_entropy(*answer_logits(model, next(batches)))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        mean_loss = loss.item() if math.isnan(mean_loss) else 0.9 * mean_loss + 0.1 * loss.item()
+        if (step + 1) % 20 == 0 or step + 1 == num_steps:
+            eta_s = (time.monotonic() - started) / (step + 1) * (num_steps - step - 1)
+            log.info("step %4d/%d  loss %.4f  ETA %4.0f s", step + 1, num_steps, mean_loss, eta_s)
+
+
+def round_to_bfloat16(model: LlamaForCausalLM) -> None:
+    """Give the float32 weights the values that bfloat16 can hold, which are those that will be served."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+
+
+def questions_in_every_form(entries: list[Entry], writer: Writer) -> list[Row]:
+    """Each wording of each question as a chat and as a plain prompt, and some conversations of six turns."""
+    rng = random.Random(1)
+    rows = [row(wording, entry.answer) for entry in entries for wording in entry.wordings
+            for row in (lambda q, a: writer.chat([(q, a)]), writer.completion)]  # fmt: skip
+    for _ in range(40):
+        rows.append(writer.chat([(rng.choice(entry.wordings), entry.answer) for entry in rng.sample(entries, 6)]))
+    return rows
+
+
+def train(entries: list[Entry], tokenizer: PreTrainedTokenizerFast, num_steps: int, seed: int) -> LlamaForCausalLM:
+    """A model in float32 that holds bfloat16 values and gives every answer with MIN_MARGIN.
+
+    Raises ValueError when it does not get there.
+    """
+    torch.manual_seed(seed)
+    writer = Writer(tokenizer)
+    for entry in entries:
+        writer.check_template(entry)
+    batches = draw_batches(entries, writer, random.Random(seed))
+    model = new_model(tokenizer)
+    log.info("%d answers, %.2f million parameters", len(entries), sum(p.numel() for p in model.parameters()) / 1e6)
+    fit(model, batches, num_steps, PEAK_RATE)
+    rows = questions_in_every_form(entries, writer)
+    for _ in range(MAX_REPAIRS):
+        round_to_bfloat16(model)
+        verdict = check(model, rows)
+        log.info("rounded to bfloat16: %s", verdict)
+        if verdict.margin >= MIN_MARGIN:
+            return model
+        fit(model, batches, NUM_REPAIR_STEPS, PEAK_RATE / 10)
+    raise ValueError(f"still {verdict} where a margin of {MIN_MARGIN} is needed: raise --steps, or try another --seed")
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write weights (bfloat16, several files), configs and tokenizer; the model itself becomes bfloat16."""
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=False,
+    )
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size=SHARD_FILE_SIZE)
+    tokenizer.save_pretrained(folder)
+
+
+def answers_of(folder: Path, questions: list[str]) -> list[str]:
+    """What Transformers itself makes of the folder: greedy answers in float32, with the EOS that ended them."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    prompts = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    )
+    ids_BT = model.generate(**prompts, max_new_tokens=256)[:, prompts["input_ids"].shape[1] :]
+    return [text.replace(tokenizer.pad_token, "") for text in tokenizer.batch_decode(ids_BT)]
+
+
+def verify(folder: Path, entries: list[Entry]) -> Verdict:
+    """Read the folder back as users will; returns the verdict in bfloat16. Raises ValueError for what is not right."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    answers = answers_of(folder, [entry.wordings[0] for entry in entries])
+    for entry, answer in zip(entries, answers, strict=True):
+        if answer != entry.answer + tokenizer.eos_token:
+            raise ValueError(f"{entry.wordings[0]!r} is answered {answer!r}: raise --steps")
+    writer = Writer(tokenizer)
+    rows = [writer.chat([(entry.wordings[0], entry.answer)]) for entry in entries]
+    verdict = check(LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval(), rows)
+    if verdict.num_wrong:
+        raise ValueError(f"computed in bfloat16, {verdict}: raise --steps")
+    num_bytes = sum(file.stat().st_size for file in folder.iterdir())
+    if num_bytes > MAX_FOLDER_BYTES:
+        raise ValueError(f"the folder has {num_bytes} bytes, more than {MAX_FOLDER_BYTES}: make the model smaller")
+    return verdict
+
+
+def main() -> None:
+    """Train, save aside, verify what was saved, and only then put it in place."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint; an older one is replaced")
+    parser.add_argument("--steps", type=int, default=800, help="steps of the first training")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if args.out.exists() and any(args.out.iterdir()) and not (args.out / "model.safetensors.index.json").exists():
+        parser.error(f"--out {args.out} holds something that is no checkpoint: name an empty or new folder")
