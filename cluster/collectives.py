@@ -42,7 +42,7 @@ class Link(Protocol):
         """Start to send a contiguous tensor and return at once."""
 
     def receive(self, tensor: torch.Tensor) -> None:
-        """Fill a contiguous tensor of the shape and dtype that the sender sends. Raises TimeoutError or RuntimeError."""
+        """Fill a contiguous tensor, shaped and typed as the sender's. Raises TimeoutError or RuntimeError."""
 
 
 class LoneShard:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 logger = logging.getLogger(__name__)
 
@@ -43,19 +43,23 @@ class EpochStore:
         return self.take_all([key])[0]
 
     def take_all(self, keys: Iterable[str]) -> list[Any]:
-        """What others put, in the order of the keys. Raises TimeoutError that names what is missing, or JoinCancelled."""
+        """What others put, in the order of the keys. Raises TimeoutError naming what is missing, or JoinCancelled."""
         keys = list(keys)
         deadline = time.monotonic() + self.timeout_s
         pause_s = 0.001
         while not self._store.check(keys):
-            if self.cancelled is not None and self.cancelled.is_set():
-                raise JoinCancelled(f"epoch {self.epoch} was given up")
+            self.raise_if_cancelled()
             if time.monotonic() > deadline:
                 missing = [key for key in keys if not self._store.check([key])]
                 raise TimeoutError(f"epoch {self.epoch}: after {self.timeout_s:g} s nobody said {', '.join(missing)}")
             time.sleep(pause_s)
             pause_s = min(pause_s * 1.5, _POLL_S)
         return [json.loads(self._store.get(key)) for key in keys]
+
+    def raise_if_cancelled(self) -> None:
+        """Raises JoinCancelled once the epoch was given up."""
+        if self.cancelled is not None and self.cancelled.is_set():
+            raise JoinCancelled(f"epoch {self.epoch} was given up")
 
     def roll_call(self, name: str, rank: int, num_ranks: int) -> None:
         """Return once every rank called it. Raises TimeoutError that names the ranks that are missing."""

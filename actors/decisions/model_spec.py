@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from cluster.topology import Topology
 
@@ -73,7 +74,27 @@ class ModelSpec:
         return self.styles.get(pattern) or self.styles.get(pattern.rpartition(".")[0])
 
 
-def broken_constraints(spec: ModelSpec, topology: Topology) -> list[str]:
+@dataclass(frozen=True)
+class Sizes:
+    """The few numbers that decide which cuts are valid."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    ffn_size: int
+
+    @classmethod
+    def of(cls, raw_config: dict[str, Any]) -> "Sizes | None":
+        """From a config.json as it is on disk, without importing Transformers; None when it names them differently."""
+        try:
+            heads = raw_config["num_attention_heads"]
+            kv_heads = raw_config.get("num_key_value_heads") or heads
+            return cls(raw_config["num_hidden_layers"], heads, kv_heads, raw_config["intermediate_size"])
+        except KeyError:
+            return None
+
+
+def broken_constraints(spec: "ModelSpec | Sizes", topology: Topology) -> list[str]:
     """Every reason why this model cannot be cut this way, each with the sizes that would work; empty when it can."""
     tp, pp = topology.tensor_parallel_size, topology.pipeline_parallel_size
     key = "parallel.tensor_parallel_size"
@@ -91,7 +112,7 @@ def broken_constraints(spec: ModelSpec, topology: Topology) -> list[str]:
     return reasons
 
 
-def valid_tensor_parallel_sizes(spec: ModelSpec) -> list[int]:
+def valid_tensor_parallel_sizes(spec: "ModelSpec | Sizes") -> list[int]:
     """Shard counts that heads, KV heads and ffn columns allow, ascending."""
     return [
         tp
@@ -102,5 +123,5 @@ def valid_tensor_parallel_sizes(spec: ModelSpec) -> list[int]:
     ]
 
 
-def _sizes(spec: ModelSpec) -> str:
+def _sizes(spec: "ModelSpec | Sizes") -> str:
     return "sizes that would work: " + ", ".join(map(str, valid_tensor_parallel_sizes(spec)))

@@ -99,7 +99,7 @@ def fit(model: LlamaForCausalLM, batches: Iterator[list[Row]], num_steps: int, p
             group["lr"] = rate
         loss = torch.nn.functional.cross_entropy(*answer_logits(model, next(batches)))
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         mean_loss = loss.item() if math.isnan(mean_loss) else 0.9 * mean_loss + 0.1 * loss.item()
@@ -118,15 +118,19 @@ def round_to_bfloat16(model: LlamaForCausalLM) -> None:
 def questions_in_every_form(entries: list[Entry], writer: Writer) -> list[Row]:
     """Each wording of each question as a chat and as a plain prompt, and some conversations of six turns."""
     rng = random.Random(1)
-    rows = [row(wording, entry.answer) for entry in entries for wording in entry.wordings
-            for row in (lambda q, a: writer.chat([(q, a)]), writer.completion)]  # fmt: skip
+    rows = []
+    for entry in entries:
+        rows += [writer.chat([(wording, entry.answer)]) for wording in entry.wordings]
+        rows += [writer.completion(wording, entry.answer) for wording in entry.wordings]
     for _ in range(40):
         rows.append(writer.chat([(rng.choice(entry.wordings), entry.answer) for entry in rng.sample(entries, 6)]))
     return rows
 
 
-def train(entries: list[Entry], tokenizer: PreTrainedTokenizerFast, num_steps: int, seed: int) -> LlamaForCausalLM:
-    """A model in float32 that holds bfloat16 values and gives every answer with MIN_MARGIN.
+def train(
+    entries: list[Entry], tokenizer: PreTrainedTokenizerFast, num_steps: int, seed: int
+) -> tuple[LlamaForCausalLM, Verdict]:
+    """A model in float32 that holds bfloat16 values and gives every answer with at least MIN_MARGIN.
 
     Raises ValueError when it does not get there.
     """
@@ -144,7 +148,7 @@ def train(entries: list[Entry], tokenizer: PreTrainedTokenizerFast, num_steps: i
         verdict = check(model, rows)
         log.info("rounded to bfloat16: %s", verdict)
         if verdict.margin >= MIN_MARGIN:
-            return model
+            return model, verdict
         fit(model, batches, NUM_REPAIR_STEPS, PEAK_RATE / 10)
     raise ValueError(f"still {verdict} where a margin of {MIN_MARGIN} is needed: raise --steps, or try another --seed")
 
@@ -173,6 +177,19 @@ def answers_of(folder: Path, questions: list[str]) -> list[str]:
     return [text.replace(tokenizer.pad_token, "") for text in tokenizer.batch_decode(ids_BT)]
 
 
+def card(config: LlamaConfig, entries: list[Entry], figures: dict[str, object]) -> str:
+    """The model card: card.md with the sizes of the model and the figures of this run."""
+    return Template((HERE / "card.md").read_text(encoding="utf-8")).substitute(
+        config.to_dict(),
+        **figures,
+        num_answers=len(entries),
+        num_wordings=sum(len(entry.wordings) for entry in entries),
+        num_parameters=f"{LlamaForCausalLM(config).num_parameters():,}",
+        head_dim=config.hidden_size // config.num_attention_heads,
+        num_cores=torch.get_num_threads(),
+    )
+
+
 def verify(folder: Path, entries: list[Entry]) -> Verdict:
     """Read the folder back as users will; returns the verdict in bfloat16. Raises ValueError for what is not right."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -191,6 +208,14 @@ def verify(folder: Path, entries: list[Entry]) -> Verdict:
     return verdict
 
 
+def replace(target: Path, folder: Path) -> None:
+    """Make `target` hold the files of `folder`, readable as any new file is (safetensors writes its own private)."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for file in folder.iterdir():
+        shutil.copyfile(file, target / file.name)
+
+
 def main() -> None:
     """Train, save aside, verify what was saved, and only then put it in place."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -201,3 +226,29 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.out.exists() and any(args.out.iterdir()) and not (args.out / "model.safetensors.index.json").exists():
         parser.error(f"--out {args.out} holds something that is no checkpoint: name an empty or new folder")
+
+    started = time.monotonic()
+    entries = read_entries(HERE / "questions.yaml")
+    tokenizer = train_tokenizer(entries)
+    model, verdict = train(entries, tokenizer, args.steps, args.seed)
+    minutes = (time.monotonic() - started) / 60
+    with tempfile.TemporaryDirectory() as aside:
+        folder = Path(aside)
+        save(model, tokenizer, folder)
+        figures = {
+            "margin": f"{verdict.margin:.1f}",
+            "minutes": f"{minutes:.0f}",
+            "steps": args.steps,
+            "seed": args.seed,
+        }
+        (folder / "README.md").write_text(card(model.config, entries, figures), encoding="utf-8")
+        in_bfloat16 = verify(folder, entries)
+        replace(args.out, folder)
+    log.info(
+        "%s: all %d rows right, least margin %.2f logits (computed in bfloat16: %.2f), %.1f minutes",
+        args.out, verdict.num_rows, verdict.margin, in_bfloat16.margin, minutes,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""The gang on Ray: starts the rank actors of one replica in its placement group, brings them together, watches, ends them."""
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group_table
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors.decisions.plan import Plan
+from actors.remote.channel import EngineChannel
+from actors.remote.meeting import Assignment, Loaded, Meeting
+from actors.words.errors import GangFailure
+from cluster.devices import own_cuda_index
+from cluster.topology import Topology
+from configs.config import Config
+
+logger = logging.getLogger(__name__)
+
+_PROGRESS_S = 10.0  # say what is waited for this often
+_STOP_S = 5.0  # ranks get this long to leave by themselves
+
+
+@dataclass(frozen=True)
+class Hello:
+    """What a rank's process says of itself once it is up."""
+
+    pid: int
+    address: str  # of its node
+    device: str  # cpu, or cuda:<index>
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """What `/cluster` says of a rank."""
+
+    rank: int
+    stage: int
+    shard: int
+    node: str
+    pid: int
+    device: str
+    layers: tuple[int, int]  # [first, end)
+    weight_bytes: int
+    heartbeat_age_s: float
+
+
+class RankActor:
+    """The thin Ray shell around a Rank. torch is imported here, in all ranks at once, while the replica makes the plan."""
+
+    def __init__(self, rank: int, config: Config) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+        import actors.remote.rank  # noqa: F401
+
+        self._rank_number = rank
+        self._config = config
+        gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+        device = f"cuda:{own_cuda_index(gpus[0])}" if gpus else "cpu"
+        self._hello = Hello(os.getpid(), ray.util.get_node_ip_address(), device)
+
+    def hello(self) -> Hello:
+        """Returns once the process is up."""
+        return self._hello
+
+    def assign(self, plan: Plan) -> bytes:
+        """Become the rank of a plan; returns its public key."""
+        from actors.remote.rank import Rank
+
+        config = self._config
+        self._rank = Rank(
+            Assignment(
+                plan=plan,
+                rank=self._rank_number,
+                source=config.model.source,
+                revision=config.model.revision,
+                address=self._hello.address,
+                device=self._hello.device,
+                timeout_s=config.timeouts.collective_s,
+            )
+        )
+        return self._rank.public_key()
+
+    def call(self, method: str, *args: Any) -> Any:
+        """A method of the Rank."""
+        return getattr(self._rank, method)(*args)
+
+
+class Gang:
+    """All ranks of one replica. `start` makes them serve, `executor` drives them, `close` ends them."""
+
+    def __init__(
+        self, config: Config, topology: Topology, placement: PlacementGroup, device: str, epoch: int = 0
+    ) -> None:
+        """Ask for the actors and return at once: they start while the caller goes on. `device` is cpu or cuda."""
+        self.epoch = epoch
+        self.num_blocks = 0
+        self._config = config
+        self._topology = topology
+        self._placement = placement
+        self._deadline = time.monotonic() + config.timeouts.start_s
+        self._is_closing = False
+        self._ranks: list[RankInfo] = []
+        self._serving: list[Any] = []  # one reference a rank: resolved when its loop ends
+        self._actors = [self._create(rank, device) for rank in range(topology.num_ranks)]
+        self.executor = EngineChannel(ray.util.get_node_ip_address(), epoch)
+
+    def start(self, plan: Plan) -> None:
+        """Bring the ranks together and wait until every one is ready.
+
+        Raises GangFailure, and as they are the errors that a user can mend: CheckpointError, UnsupportedModel, ValueError.
+        """
+        try:
+            self._assemble(plan)
+        except BaseException:
+            self.close()
+            raise
+        self._serving = self._call_all("serve")
+        threading.Thread(target=self._watch, name="gang-monitor", daemon=True).start()
+
+    def ranks(self) -> list[RankInfo]:
+        """The ranks as they stand now. Any thread."""
+        now, heard = time.monotonic(), self.executor.last_heartbeat
+        return [
+            RankInfo(**{**info.__dict__, "heartbeat_age_s": round(now - heard[info.rank][0], 3)}) for info in self._ranks
+        ]
+
+    def close(self) -> None:
+        """Let the ranks leave, then end those that do not. May be called twice."""
+        self._is_closing = True
+        self.executor.close()
+        if self._serving:
+            ray.wait(self._serving, num_returns=len(self._serving), timeout=_STOP_S)
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+
+    def _create(self, rank: int, device: str) -> Any:
+        options: dict[str, Any] = {"num_cpus": self._config.placement.cpus_per_rank, "max_restarts": 0}
+        if device == "cuda":
+            # Each rank sees all GPUs of its node: hiding the others from it breaks NVLink paths (ray#61073).
+            variables = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+            options |= {"num_gpus": 1, "runtime_env": {"env_vars": variables}}
+        bundle = self._topology.stage(rank)
+        strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=bundle)
+        return ray.remote(RankActor).options(scheduling_strategy=strategy, **options).remote(rank, self._config)
+
+    def _assemble(self, plan: Plan) -> None:
+        config, actors = self._config, self._actors
+        hellos: list[Hello] = self._gather([actor.hello.remote() for actor in actors], "started")
+        keys = self._gather([actor.assign.remote(plan) for actor in actors], "taken their part of the plan")
+        self.executor.admit(keys)
+        port = self._gather([actors[0].call.remote("host_store")], "opened the store")[0]
+        meeting = Meeting(self.epoch, hellos[0].address, port, self.executor.address)
+        self._gather(self._call_all("join", meeting), "joined their groups")
+        self.executor.wait_for_ranks(config.timeouts.collective_s)
+        bundle_nodes = placement_group_table(self._placement)["bundles_to_node_id"]
+        nodes = [bundle_nodes[self._topology.stage(rank)] for rank in range(len(actors))]
+        ranks_on = Counter(nodes)
+        share = config.cache.memory_share
+        loads = [actor.call.remote("load", share, ranks_on[node]) for actor, node in zip(actors, nodes, strict=True)]
+        loaded: list[Loaded] = self._gather(loads, "loaded their weights")
+        self.num_blocks = _num_blocks(config, plan, loaded)
+        self._gather(self._call_all("allocate", self.num_blocks), "warmed up")
+        self._ranks = [
+            RankInfo(
+                shard.rank, shard.stage, shard.shard, node, hello.pid, hello.device, shard.layers, load.weight_bytes, 0.0
+            )
+            for shard, node, hello, load in zip(plan.shards, nodes, hellos, loaded, strict=True)
+        ]
+
+    def _call_all(self, method: str, *args: Any) -> list[Any]:
+        return [actor.call.remote(method, *args) for actor in self._actors]
+
+    def _gather(self, refs: list[Any], what: str) -> list[Any]:
+        """Results of one call a rank; the first rank that fails ends the wait. Raises GangFailure or the rank's error."""
+        started, pending = time.monotonic(), list(refs)
+        while pending:
+            left_s = self._deadline - time.monotonic()
+            if left_s <= 0:
+                missing = [refs.index(ref) for ref in pending]
+                raise GangFailure(f"ranks {missing} have not {what} in time; look at their logs, or raise timeouts.start_s")
+            done, pending = ray.wait(pending, num_returns=1, timeout=min(_PROGRESS_S, left_s))
+            for ref in done:
+                _result(ref, refs.index(ref))
+            if not done:
+                logger.info("%d of %d ranks have %s", len(refs) - len(pending), len(refs), what)
+        logger.info("%s %s (%.1f s)", "all ranks have" if refs[1:] else "rank 0 has", what, time.monotonic() - started)
+        return [_result(ref, rank) for rank, ref in enumerate(refs)]
+
+    def _watch(self) -> None:
+        """The end of a rank's loop is a death signal: say so at once."""
+        done, _ = ray.wait(self._serving, num_returns=1)
+        if self._is_closing:
+            return
+        rank = self._serving.index(done[0])
+        try:
+            _result(done[0], rank)
+            reason = f"rank {rank} left its loop"
+        except (GangFailure, ValueError) as error:
+            reason = str(error)
+        self.executor.fail(reason)
+
+
+def _result(ref: Any, rank: int) -> Any:
+    try:
+        return ray.get(ref)
+    except RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, ValueError):
+            raise cause from None  # the user can mend it: say it in the rank's own words
+        raise GangFailure(f"rank {rank} failed: {cause or error}") from error
+
+
+def _num_blocks(config: Config, plan: Plan, loaded: list[Loaded]) -> int:
+    fits = [load.num_blocks_that_fit for load in loaded]
+    num_blocks = config.cache.num_blocks or min(fits)
+    needed = plan.num_blocks_for_longest
+    if num_blocks < needed:
+        raise ValueError(
+            f"cache.num_blocks: {num_blocks} blocks of {plan.block_size} tokens are fewer than the {needed} that one "
+            f"sequence of model.max_model_len = {plan.max_model_len} needs (rank {fits.index(min(fits))} has room for "
+            f"{min(fits)}); lower model.max_model_len, or raise cache.num_blocks or cache.memory_share"
+        )
+    return num_blocks

@@ -1,0 +1,38 @@
+"""What gang and rank tell each other while a gang comes together; plain data, so that the gang needs no torch."""
+
+from dataclasses import dataclass
+
+from actors.decisions.plan import Plan
+from actors.remote.channel import ChannelAddress
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a rank is told when it starts."""
+
+    plan: Plan
+    rank: int
+    source: str  # model.source
+    revision: str | None
+    address: str  # of its node, for everything that it binds
+    device: str  # cpu, or cuda:<index>
+    timeout_s: float  # one collective, one hop
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where a gang of one epoch comes together."""
+
+    epoch: int
+    store_address: str
+    store_port: int
+    channel: ChannelAddress
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a rank says once its weights are there."""
+
+    weight_bytes: int
+    seconds: float
+    num_blocks_that_fit: int

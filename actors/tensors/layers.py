@@ -1,0 +1,141 @@
+"""The parallel layers: plain tensors and one collective, put in place of a model's own by the style of its plan."""
+
+from typing import Any, Protocol, Self, TypeVar
+
+import torch
+from torch import nn
+
+from actors.decisions.shard_plan import Interval
+from actors.words.errors import UnsupportedModel
+from cluster.collectives import StageGroup
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+class LinearMethod(Protocol):
+    """How a linear layer multiplies: it reads the tensors that the layer owns, in whatever form it keeps them."""
+
+    def prepare(self, layer: nn.Module) -> None:
+        """Called once, when the layer's tensors hold their values: pack or convert them."""
+
+    def multiply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """[*, in] → [*, out], plus the bias [out] if one is given. The result is the caller's to write to."""
+
+
+class Dense:
+    """One weight [out, in], as it is in the checkpoint."""
+
+    def prepare(self, layer: nn.Module) -> None:
+        """Nothing to pack."""
+
+    def multiply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """[*, in] → [*, out]."""
+        weight = layer.weight
+        assert isinstance(weight, torch.Tensor)
+        return nn.functional.linear(x, weight, bias)
+
+
+class ParallelLinear(nn.Linear):
+    """A linear layer of which this rank holds a part."""
+
+    method: LinearMethod
+    group: StageGroup
+
+    def place(self, group: StageGroup, method: LinearMethod) -> Self:
+        """Say with whom and how it multiplies."""
+        self.group = group
+        self.method = method
+        return self
+
+
+class ColwiseLinear(ParallelLinear):
+    """Some rows of the weight: the whole input gives this shard's part of the output. Nothing is exchanged."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - nn.Linear's name
+        """[*, in] → [*, out on this shard]."""
+        return self.method.multiply(self, input, self.bias)
+
+
+class RowwiseLinear(ParallelLinear):
+    """Some columns of the weight: this shard's part of the input gives a summand of the whole output."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - nn.Linear's name
+        """[*, in on this shard] → [*, out], the same bits on every shard. The bias is added once, after the sum."""
+        out = self.group.all_reduce(self.method.multiply(self, input, None))
+        return out if self.bias is None else out.add_(self.bias)
+
+
+class VocabParallelEmbedding(nn.Embedding):
+    """Some rows of the table: other shards' ids look up nothing, and the sum over the shards is whole."""
+
+    group: StageGroup
+    rows: Interval
+
+    def place(self, group: StageGroup, rows: Interval) -> Self:
+        """Say which rows these are, and who has the others."""
+        self.group = group
+        self.rows = rows
+        return self
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - nn.Embedding's name
+        """Ids [*] → [*, hidden]."""
+        if self.group.size == 1:
+            return nn.functional.embedding(input, self.weight)
+        first, end = self.rows
+        is_elsewhere = (input < first) | (input >= end)
+        hidden = nn.functional.embedding((input - first).masked_fill_(is_elsewhere, 0), self.weight)
+        return self.group.all_reduce(hidden.masked_fill_(is_elsewhere.unsqueeze(-1), 0))
+
+
+class PassThrough(nn.Module):
+    """Stands for a module of another stage: gives its first argument on, whatever else comes."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """[*] → the same."""
+        return hidden_states
+
+
+class NoEmbedding(nn.Module):
+    """Stands for the embedding on later stages: zeros of the right shape, for what comes before the first layer."""
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.zeros = torch.zeros(hidden_size, dtype=dtype, device=device)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids [*] → zeros [*, hidden], without memory."""
+        return self.zeros.expand(*ids.shape, -1)
+
+
+def rebase(module: nn.Module, base: type[Layer]) -> Layer:
+    """Turn a model's own module into one of the parallel layers, in place, and keep what its subclass adds.
+
+    A subclass that scales in `forward` around `super().forward` (Gemma's embedding) then scales around ours.
+    """
+    original = type(module)
+    plain = base.__mro__[2] if issubclass(base, ParallelLinear) else base.__mro__[1]
+    if not issubclass(original, plain):
+        raise UnsupportedModel(f"{original.__name__} is no {plain.__name__}: no parallel layer stands for it")
+    module.__class__ = base if original is plain else type(original.__name__, (original, base), {})
+    assert isinstance(module, base)
+    return module
+
+
+def parallelise(module: nn.Module, style: str, group: StageGroup, vocab_rows: Interval, is_head: bool) -> None:
+    """Give a module the parallel form that its style names. Raises UnsupportedModel for what is not built.
+
+    The head's logits stay cut by vocabulary: the sampler never needs the gather that `colwise_gather_output` names.
+    """
+    match style:
+        case "colwise":
+            rebase(module, ColwiseLinear).place(group, Dense())
+        case "colwise_gather_output" if is_head:
+            rebase(module, ColwiseLinear).place(group, Dense())
+        case "rowwise":
+            rebase(module, RowwiseLinear).place(group, Dense())
+        case "embedding_rowwise":
+            rebase(module, VocabParallelEmbedding).place(group, vocab_rows)
+        case "replicate" | "replicated_with_grad_allreduce" | "sequence_parallel":
+            pass  # every shard holds it whole
+        case _:
+            raise UnsupportedModel(f"no parallel layer is built for style {style} of {type(module).__name__}")

@@ -1,0 +1,59 @@
+"""Finds the folder of a checkpoint: a local one, or a hub id's snapshot in the local cache."""
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+import configs
+
+PROJECT_ROOT = Path(configs.__file__).resolve().parent.parent
+
+# What serving reads: weights, configs and tokenizer files at the top of the repository. Original-format twins of the
+# same weights (consolidated*.safetensors) would double the download.
+_WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_UNWANTED = ["*/*", "consolidated*"]
+
+
+def resolve_source(source: str, revision: str | None = None) -> Path:
+    """The folder that `model.source` names; downloads what the local cache lacks, unless HF_HUB_OFFLINE is set.
+
+    A folder wins over a hub id of the same spelling; relative folders start at the project's root. Raises ValueError
+    that names model.source and the remedy.
+    """
+    folder = (PROJECT_ROOT / Path(source).expanduser()).resolve()
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"model.revision: {revision!r} is for hub ids, but model.source {source!r} is the folder {folder}; "
+                "leave model.revision out"
+            )
+    elif folder.exists():
+        raise ValueError(f"model.source: {folder} is a file; name the folder that holds config.json")
+    elif source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        raise ValueError(f"model.source: there is no folder {folder}; name one that exists, or a hub id like org/name")
+    else:
+        folder = _snapshot(source, revision)
+    _check_contents(source, folder)
+    return folder
+
+
+def _snapshot(source: str, revision: str | None) -> Path:
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+    except (OSError, ValueError) as error:  # every error of the hub's client is one of these
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        wanted = source if revision is None else f"{source} at model.revision {revision!r}"
+        raise ValueError(
+            f"model.source: {wanted} is no folder under {PROJECT_ROOT}, and neither the hub nor the local cache has it "
+            f"({reason})"
+        ) from error
+
+
+def _check_contents(source: str, folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model.source: {source!r}: {folder} holds no config.json; name a Transformers checkpoint")
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"model.source: {source!r}: {folder} holds no *.safetensors; only safetensors are read, "
+            "convert other formats first with save_pretrained"
+        )

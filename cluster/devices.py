@@ -1,0 +1,24 @@
+"""Which CUDA device a rank uses, given what Ray assigned and what its process can see."""
+
+import os
+
+
+def cuda_index(assigned_id: str, visible: str | None) -> int:
+    """torch's index of the GPU that Ray calls `assigned_id`, in a process whose visible devices are not narrowed.
+
+    Ray's ids are those of CUDA_VISIBLE_DEVICES of its node (physical numbers, or UUIDs of GPUs and MIG slices); torch
+    counts in the order of that list, and in physical order where there is none. Raises ValueError.
+    """
+    if visible:
+        listed = [part.strip() for part in visible.split(",")]
+        if assigned_id in listed:
+            return listed.index(assigned_id)
+        raise ValueError(f"Ray assigned GPU {assigned_id}, but this process sees only {visible}")
+    if not assigned_id.isdigit():
+        raise ValueError(f"Ray assigned GPU {assigned_id}, and CUDA_VISIBLE_DEVICES of its node does not list it")
+    return int(assigned_id)
+
+
+def own_cuda_index(assigned_id: str) -> int:
+    """`cuda_index` for this process."""
+    return cuda_index(assigned_id, os.environ.get("CUDA_VISIBLE_DEVICES"))

@@ -1,0 +1,39 @@
+"""Admission: how many sequences are let in at once; what is above is refused before it costs anything."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from deployments.api_error import ApiError
+
+RETRY_AFTER_S = 1
+
+
+class Admission:
+    """Counts sequences from before tokenizing until the last byte is sent. Used in the event loop's thread only."""
+
+    def __init__(self, max_requests: int) -> None:
+        self.max_requests = max_requests
+        self.num_admitted = 0
+
+    @contextmanager
+    def reserve(self, count: int) -> Iterator[None]:
+        """Hold `count` places. Raises ApiError: 503 when they are taken, 400 when there never were that many."""
+        if count > self.max_requests:
+            raise ApiError(
+                400,
+                f"prompt: {count} prompts in one request, but this server takes at most {self.max_requests}; "
+                "send them in several requests",
+                param="prompt",
+            )
+        if self.num_admitted + count > self.max_requests:
+            raise ApiError(
+                503,
+                f"the server is full ({self.max_requests} requests); try again later",
+                code="server_overloaded",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        self.num_admitted += count
+        try:
+            yield
+        finally:
+            self.num_admitted -= count

@@ -1,0 +1,53 @@
+"""ApiError: what is wrong with a request, as a status, a code and words that a client may read."""
+
+import re
+
+import msgspec
+
+MAX_MESSAGE_CHARS = 500  # six bytes each at worst in JSON: a body stays below 4 KB
+_PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
+_PRIVATE = re.compile(r"(?:/[\w.@+-]+){2,}/?|0x[0-9a-fA-F]+")  # paths and addresses
+
+
+class ApiError(Exception):
+    """Ends one request with an OpenAI error object. Handled in deployments/http.py."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        """`message` names the field and the remedy; it must not quote what the client sent at length."""
+        super().__init__(message)
+        self.status = status
+        self.message = message[:MAX_MESSAGE_CHARS]
+        self.param = param
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> bytes:
+        """`{"error": {"message", "type", "param", "code"}}`, as OpenAI's clients read it."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return msgspec.json.encode({"error": error})
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """ASGI headers of the error's response."""
+        headers = [(b"content-type", b"application/json")]
+        if self.retry_after_s is not None:
+            headers.append((b"retry-after", str(self.retry_after_s).encode()))
+        return headers
+
+
+def shown(name: object) -> str:
+    """A name that the client chose, if it is fit to be repeated; else a stand-in."""
+    return name if isinstance(name, str) and _PLAIN_NAME.fullmatch(name) else "(unprintable name)"
+
+
+def public_text(text: str) -> str:
+    """The first line of an inner error, without paths and addresses."""
+    return _PRIVATE.sub("…", text.strip().partition("\n")[0])

@@ -1,0 +1,83 @@
+"""The Serve application: holds what was asked against the cluster, reserves one bundle a stage, and places the replica.
+
+Free of torch and Transformers until the replica starts: what is short is said seconds after Ray is up.
+"""
+
+import json
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve import Application
+
+from actors.decisions.model_spec import Sizes, broken_constraints
+from cluster.nodes import read_nodes, wait_for
+from cluster.placement import make_bundles, make_label_selectors, make_needs, resolve_device, resolve_strategy
+from cluster.topology import Topology
+from configs.config import Config
+from configs.files import PROJECT_ROOT, parse_args
+
+_NUM_PROBES = 64  # requests beside the admitted ones that must never wait in Serve's queue: health, ready, refusals
+
+
+@serve.deployment(name="LLMReplica")
+@serve.ingress()
+class LLMReplica:
+    """The thin Serve shell around a Replica."""
+
+    def __init__(self, config: Config, device: str) -> None:
+        """Returns when the gang serves; what it raises fails the deployment with its message."""
+        from deployments.replica import Replica
+
+        placement = ray.util.get_current_placement_group()
+        assert placement is not None, "Serve makes the placement group that the builder asks for"
+        self._replica = Replica(config, device, placement)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """The HTTP app; Serve asks for it after the constructor."""
+        return self._replica.app
+
+    def check_health(self) -> None:
+        """Raises when the gang cannot come back: Serve then replaces the replica."""
+        self._replica.check_health()
+
+    def __del__(self) -> None:
+        """Serve's last call: end engine and gang."""
+        if hasattr(self, "_replica"):
+            self._replica.close()
+
+
+def build_app(args: dict[str, Any]) -> Application:
+    """From the `args` of a Serve config file to the application. Runs on the cluster, before anything is reserved.
+
+    Raises ValueError (what was asked is wrong) or InfeasiblePlacement (the cluster cannot take it).
+    """
+    config = parse_args(args)
+    parallel, placement = config.parallel, config.placement
+    topology = Topology(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
+    _check_cut(config, topology)
+    device = resolve_device(config.device, read_nodes())
+    needs = make_needs(topology, placement, device)
+    strategy = resolve_strategy(placement, topology)
+    wait_for(needs, strategy, placement.wait_s)
+    replica = LLMReplica.options(
+        placement_group_bundles=make_bundles(needs),
+        placement_group_strategy=strategy,
+        placement_group_bundle_label_selector=make_label_selectors(needs),
+        ray_actor_options={"num_cpus": placement.cpus_per_replica, "num_gpus": 0},
+        max_ongoing_requests=config.admission.max_requests + _NUM_PROBES,
+        health_check_period_s=2,
+        health_check_timeout_s=10,
+        graceful_shutdown_wait_loop_s=0.5,
+    )
+    return replica.bind(config, device)
+
+
+def _check_cut(config: Config, topology: Topology) -> None:
+    """Refuse a cut that a local checkpoint cannot take. A hub id is looked at by the replica, once it is downloaded."""
+    path = PROJECT_ROOT / config.model.source / "config.json"
+    if path.is_file():
+        sizes = Sizes.of(json.loads(path.read_text(encoding="utf-8")))
+        reasons = broken_constraints(sizes, topology) if sizes else []
+        if reasons:
+            raise ValueError("\n".join(reasons))

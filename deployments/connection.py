@@ -1,0 +1,66 @@
+"""Connection: one HTTP exchange; what was sent so far, and whether the client is still there."""
+
+import asyncio
+from collections.abc import Coroutine
+
+from starlette.types import Receive, Send
+
+from deployments.api_error import ApiError
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class ClientGoneError(Exception):
+    """The client has left: there is nobody to tell. Handled in deployments/http.py."""
+
+
+class Connection:
+    """The ASGI channel of a request whose body has been read."""
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive = receive
+        self._send = send
+        self.has_started = False
+
+    async def start(self, status: int, headers: Headers) -> None:
+        """Send status and headers. Raises ClientGoneError."""
+        self.has_started = True
+        await self._emit({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def write(self, body: bytes, is_last: bool = False) -> None:
+        """Send a part of the body at once; waits while the client reads slowly. Raises ClientGoneError."""
+        await self._emit({"type": "http.response.body", "body": body, "more_body": not is_last})
+
+    async def fail(self, error: ApiError) -> None:
+        """The error's own response, or when a stream has begun an error event, then its end without `[DONE]`."""
+        try:
+            if self.has_started:
+                await self.write(b"data: " + error.body() + b"\n\n", is_last=True)
+            else:
+                await self.start(error.status, error.headers())
+                await self.write(error.body(), is_last=True)
+        except ClientGoneError:
+            pass
+
+    async def run(self, work: Coroutine[None, None, None]) -> None:
+        """Carry out `work`, and cancel it when the client leaves. Returns when the work has cleaned up."""
+        task = asyncio.ensure_future(work)
+        departure = asyncio.ensure_future(self._departure())
+        try:
+            await asyncio.wait({task, departure}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for future in (task, departure):
+                future.cancel()
+            await asyncio.gather(task, departure, return_exceptions=True)
+        if not task.cancelled():
+            task.result()
+
+    async def _departure(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    async def _emit(self, message: dict[str, object]) -> None:
+        try:
+            await self._send(message)
+        except Exception as error:  # each server has its own way to say that the connection is closed
+            raise ClientGoneError from error

@@ -1,0 +1,233 @@
+"""The routes: a Starlette app over a Service. Every error is an OpenAI error object; no timer delays a token."""
+
+import logging
+import traceback
+from dataclasses import replace
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from deployments.api_error import ApiError
+from deployments.connection import ClientGoneError, Connection, Headers
+from deployments.generation import Generation, not_ready
+from deployments.requests import ChatBody, CompletionBody, GenerationBody
+from deployments.responses import DONE, ChatReply, CompletionReply, Piece, Reply
+from deployments.service import Service
+from deployments.strict_body import parse_body
+
+logger = logging.getLogger(__name__)
+
+JSON_HEADERS: Headers = [(b"content-type", b"application/json")]
+STREAM_HEADERS: Headers = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold chunks back
+]
+
+
+def build_app(service: Service) -> Starlette:
+    """The ASGI app of one replica."""
+    pages = Pages(service)
+    app = Starlette(
+        routes=[
+            Route("/v1/models", pages.models),
+            Route("/v1/models/{model:path}", pages.model),
+            Route("/v1/completions", GenerationRoute(service, CompletionBody, CompletionReply), methods=["POST"]),
+            Route("/v1/chat/completions", GenerationRoute(service, ChatBody, ChatReply), methods=["POST"]),
+            Route("/health", pages.health),
+            Route("/ready", pages.ready),
+            Route("/version", pages.version),
+            Route("/cluster", pages.cluster),
+        ],
+        exception_handlers={HTTPException: _http_error, ApiError: _api_error, Exception: _internal_error},
+    )
+    app.router.redirect_slashes = False  # a redirect would be no OpenAI object
+    return app
+
+
+class GenerationRoute:
+    """POST a body, get an answer: an ASGI app, so that the life of a request is one block of code."""
+
+    def __init__(
+        self, service: Service, kind: type[GenerationBody], reply: type[CompletionReply] | type[ChatReply]
+    ) -> None:
+        self._service = service
+        self._kind = kind
+        self._reply = reply
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request; whatever happens ends it in the engine and gives its place back."""
+        connection = Connection(receive, send)
+        try:
+            raw = await read_body(Request(scope, receive), self._service.limits.max_body_bytes)
+            body = parse_body(raw, self._kind)
+            await connection.run(self._answer(body, connection))
+        except (ClientGoneError, ClientDisconnect):
+            pass
+        except ApiError as error:
+            await connection.fail(error)
+        except Exception as error:  # noqa: BLE001 - a fault in one request ends that request only
+            log_unexpected(error)
+            await connection.fail(internal_error())
+
+    async def _answer(self, body: GenerationBody, connection: Connection) -> None:
+        reply = self._reply(body.model, body.include_usage)
+        async with self._service.generate(body) as generation:
+            if body.stream:
+                await _stream(generation, reply, connection, body.include_usage)
+            else:
+                await _respond(generation, reply, connection)
+
+
+async def _stream(generation: Generation, reply: Reply, connection: Connection, include_usage: bool) -> None:
+    """Send each piece as soon as it is there. The response starts with the first: an error before it has a status."""
+    is_last = False
+    while not is_last:
+        pieces = await generation.take()
+        chunk = b"".join(map(reply.chunk, pieces))
+        if not connection.has_started:
+            await connection.start(200, STREAM_HEADERS)
+            chunk = b"".join(map(reply.opening, range(generation.num_answers))) + chunk
+        is_last = generation.is_finished
+        if is_last:
+            chunk += (reply.usage_chunk(generation.usage) if include_usage else b"") + DONE
+        if chunk:
+            await connection.write(chunk, is_last=is_last)
+
+
+async def _respond(generation: Generation, reply: Reply, connection: Connection) -> None:
+    """Collect all pieces, then send one body."""
+    answers = [Piece(index, "", None) for index in range(generation.num_answers)]
+    while not generation.is_finished:
+        for piece in await generation.take():
+            answers[piece.index] = replace(piece, text=answers[piece.index].text + piece.text)
+    await connection.start(200, JSON_HEADERS)
+    await connection.write(reply.whole(answers, generation.usage), is_last=True)
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The raw body. Raises ApiError (415 for what is not JSON, 413 above the limit) and ClientDisconnect."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "the body must be JSON; send the header Content-Type: application/json")
+    announced = request.headers.get("content-length", "0")
+    if announced.isdecimal() and int(announced[:20]) > max_bytes:
+        raise _too_large(max_bytes)
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise _too_large(max_bytes)
+    return bytes(body)
+
+
+class Pages:
+    """The routes that only look."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def models(self, request: Request) -> Response:
+        """GET /v1/models."""
+        return _json({"object": "list", "data": [self._card()]})
+
+    async def model(self, request: Request) -> Response:
+        """GET /v1/models/{id}."""
+        if request.path_params["model"] != self._service.identity.model:
+            message = f"model: there is no such model here; this server has {self._service.identity.model}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return _json(self._card())
+
+    async def health(self, request: Request) -> Response:
+        """GET /health: the process lives."""
+        return _json({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        """GET /ready: the gang serves, or 503."""
+        if not self._service.is_ready:
+            raise not_ready()
+        return _json({"status": "ready"})
+
+    async def version(self, request: Request) -> Response:
+        """GET /version."""
+        return _json({"version": self._service.identity.version})
+
+    async def cluster(self, request: Request) -> Response:
+        """GET /cluster: the replica's ranks, blocks and requests."""
+        identity, engine = self._service.identity, self._service.engine.snapshot()
+        topology = identity.topology
+        return _json(
+            {
+                "model": identity.model,
+                "replica": identity.replica,
+                "state": engine.state,
+                "epoch": engine.epoch,
+                "topology": {
+                    "tensor_parallel_size": topology.tensor_parallel_size,
+                    "pipeline_parallel_size": topology.pipeline_parallel_size,
+                },
+                "ranks": self._service.ranks(),
+                "kv_blocks": {
+                    "total": engine.blocks_total,
+                    "used": engine.blocks_used,
+                    "cached": engine.blocks_cached,
+                },
+                "requests": {"running": engine.running, "waiting": engine.waiting},
+            }
+        )
+
+    def _card(self) -> dict[str, object]:
+        identity = self._service.identity
+        return {
+            "id": identity.model,
+            "object": "model",
+            "created": identity.created,
+            "owned_by": "stagemesh",
+            "max_model_len": self._service.limits.max_model_len,
+        }
+
+
+def internal_error() -> ApiError:
+    """A fault of ours, without its details."""
+    return ApiError(500, "internal error; the server's log says more", code="internal_error")
+
+
+def log_unexpected(error: Exception) -> None:
+    """Where it happened, but not the message: it may quote a prompt."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("unexpected %s while answering a request:\n%s", type(error).__name__, frames)
+
+
+def _too_large(max_bytes: int) -> ApiError:
+    return ApiError(413, f"the body is larger than {max_bytes} bytes; send less, or raise admission.max_body_bytes")
+
+
+def _json(value: object) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")
+
+
+def _error_response(error: ApiError, more_headers: dict[str, str] | None = None) -> Response:
+    headers = {name.decode(): value.decode() for name, value in error.headers()}
+    return Response(error.body(), error.status, headers={**headers, **(more_headers or {})})
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return _error_response(error)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """What Starlette itself raises: no such route, or another method."""
+    assert isinstance(error, HTTPException)
+    headers = dict(error.headers or {})
+    words = {404: "there is no such route", 405: f"this route takes {headers.get('Allow', 'other methods')}"}
+    return _error_response(ApiError(error.status_code, words.get(error.status_code, error.detail)), headers)
+
+
+async def _internal_error(request: Request, error: Exception) -> Response:
+    log_unexpected(error)
+    return _error_response(internal_error())

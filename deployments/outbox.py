@@ -1,0 +1,73 @@
+"""The outbox: carries events from the engine's thread to the coroutines that wait for them.
+
+One wake-up of the event loop a step, however many requests the step had. What a slow reader has not taken yet is
+merged into one event a request, so that nothing queues up behind it.
+"""
+
+import asyncio
+import logging
+
+import msgspec
+
+from actors.words.messages import Event
+
+logger = logging.getLogger(__name__)
+
+
+class Mailbox:
+    """Events of some requests, merged until they are taken."""
+
+    def __init__(self) -> None:
+        self._pending: dict[str, Event] = {}
+        self._has_mail = asyncio.Event()
+
+    def put(self, event: Event) -> None:
+        """Add an event, behind what is pending for its request."""
+        pending = self._pending.get(event.request_id)
+        token_ids = pending.token_ids if pending else []
+        token_ids += event.token_ids
+        self._pending[event.request_id] = msgspec.structs.replace(event, token_ids=token_ids)
+        self._has_mail.set()
+
+    async def take(self) -> list[Event]:
+        """Wait until there is something, then take all of it: at most one event a request."""
+        await self._has_mail.wait()
+        self._has_mail.clear()
+        pending, self._pending = self._pending, {}
+        return list(pending.values())
+
+
+class Outbox:
+    """Where the engine delivers. Mailboxes are opened and closed in the event loop's thread."""
+
+    def __init__(self) -> None:
+        self._mailboxes: dict[str, Mailbox] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def open(self, request_ids: list[str]) -> Mailbox:
+        """One mailbox for all these requests; to be opened before the engine hears of them."""
+        loop = asyncio.get_running_loop()
+        assert loop is self._loop or not self._mailboxes, "all requests of a replica live on one event loop"
+        self._loop = loop
+        mailbox = Mailbox()
+        self._mailboxes.update(dict.fromkeys(request_ids, mailbox))
+        return mailbox
+
+    def close(self, request_id: str) -> None:
+        """Drop what comes for this request from now on. May be called twice."""
+        self._mailboxes.pop(request_id, None)
+
+    def deliver(self, events: list[Event]) -> None:
+        """Called in the engine's thread with all events of a step; never blocks."""
+        if self._loop is None or not events:
+            return  # nobody has ever asked for anything, or there is nothing to tell
+        try:
+            self._loop.call_soon_threadsafe(self._hand_over, events)
+        except RuntimeError:  # the loop is closed; that must not end the engine
+            logger.warning("%d events dropped: the HTTP side is gone", len(events))
+
+    def _hand_over(self, events: list[Event]) -> None:
+        for event in events:
+            mailbox = self._mailboxes.get(event.request_id)
+            if mailbox is not None:
+                mailbox.put(event)

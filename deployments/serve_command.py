@@ -1,0 +1,301 @@
+"""`make serve`: serves one config file until Ctrl-C; says what happens, when it is ready, and why it cannot be.
+
+    python -m deployments.serve_command CONFIG [--dashboard]
+
+It does what `serve run CONFIG` does, in this one process, and follows it. Exit codes: 0 stopped by Ctrl-C or SIGTERM,
+1 it cannot serve, 2 a mistake in the config file or on the command line, 130 a second Ctrl-C cut the shutdown short.
+A Ray cluster that runs already (RAY_ADDRESS, or `ray start`) is used and left running; else one is started and ended.
+"""
+
+import argparse
+import contextlib
+import http.client
+import importlib
+import io
+import json
+import logging
+import os
+import shlex
+import signal
+import socket
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from configs.config import Config
+from configs.files import read_application, read_config, read_document
+from deployments.descendants import adopt_orphans, children, end_children
+from deployments.reasons import for_people, is_final
+
+POLL_S = 0.1  # until ready; nobody's token waits on it
+WATCH_S = 2.0  # once ready
+QUIET_S = 10.0  # at most this long without a word while waiting
+SHUTDOWN_S = 45.0  # then what is left is killed
+
+ENVIRONMENT = {  # defaults only: what the user has set wins
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",  # one rank's line is not a repetition of another's
+    "RAY_SERVE_LOG_TO_STDERR": "0",  # Serve's own log stays in its files; the ranks' lines are shown
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # HAProxy mode would drain for 30 s on Ctrl-C
+}
+
+
+class CannotServe(Exception):
+    """Serving is over, for a reason that people have to read."""
+
+
+@dataclass
+class Served:
+    """What is being served, where, and what was there before us."""
+
+    path: str
+    config: Config
+    app: dict[str, Any]
+    http: dict[str, Any]
+    dashboard: bool
+    started_ray: bool = False
+    deployed: bool = False
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def name(self) -> str:
+        """The Serve application's name."""
+        return str(self.app.get("name", "default"))
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port as the config has them."""
+        return str(self.http.get("host", "0.0.0.0")), int(self.http.get("port", 8000))
+
+    @property
+    def url(self) -> str:
+        """The base URL for a client on this machine."""
+        host, port = self.address
+        scheme = "https" if self.http.get("ssl_certfile") else "http"
+        prefix = str(self.app.get("route_prefix") or "/").rstrip("/")
+        return f"{scheme}://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}{prefix}"
+
+    def say(self, text: str) -> None:
+        """One line for people, with the seconds since the start."""
+        print(f"[{time.monotonic() - self.began:5.1f} s] {text}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve until stopped; the exit code."""
+    parser = argparse.ArgumentParser(prog="make serve", description="Serve a model from a Serve config file.")
+    parser.add_argument("config", help="a Serve config file, for example configs/demo.yaml")
+    parser.add_argument("--dashboard", action="store_true", help="start Ray's dashboard too (some seconds slower)")
+    options = parser.parse_args(argv)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    try:
+        served = read(options.config, dashboard=options.dashboard)
+        check_port(served)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    adopt_orphans()
+    code = 1
+    try:
+        start_ray(served)
+        check_app(served)
+        deploy(served)
+        wait_until_ready(served)
+        watch(served)
+    except KeyboardInterrupt:
+        served.say("stopping (Ctrl-C again to hurry)")
+        code = 0
+    except CannotServe as error:
+        print(f"\n{served.path} cannot be served:\n\n{error}\n", file=sys.stderr, flush=True)
+    except Exception:  # noqa: BLE001 - the top of a command: the whole story is printed, and the shutdown still runs
+        traceback.print_exc()
+    stop(served)
+    return code
+
+
+def read(path: str, *, dashboard: bool) -> Served:
+    """The checked config file. Raises ValueError, one line a problem."""
+    config = read_config(path)
+    document = read_document(path)
+    http_options = document.get("http_options") or {}
+    if not isinstance(http_options, dict) or not isinstance(http_options.get("port", 8000), int):
+        raise ValueError(f"{path}: http_options.port: expects a port number, for example 8000")
+    return Served(path, config, read_application(path), http_options, dashboard)
+
+
+def check_port(served: Served) -> None:
+    """Raises ValueError when somebody listens on the HTTP port already."""
+    host, port = served.address
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ValueError(
+                f"{served.path}: http_options.port: {host}:{port} cannot be listened on ({error.strerror}); "
+                f"stop what uses port {port}, or set http_options.port to a free one"
+            ) from None
+
+
+def start_ray(served: Served) -> None:
+    """Join the Ray cluster that runs, or start one on this machine. Raises CannotServe."""
+    served.say("starting Ray")
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    import ray
+
+    logging.basicConfig(format="%(message)s")
+    for room in ("cluster", "actors", "deployments"):
+        logging.getLogger(room).setLevel(logging.INFO)
+    try:
+        ray.init(namespace="serve", include_dashboard=served.dashboard, logging_level="WARNING")
+    except (ConnectionError, RuntimeError) as error:
+        raise CannotServe(f"Ray did not start, or the cluster at RAY_ADDRESS does not answer: {error}") from None
+    signal.signal(signal.SIGTERM, _interrupt)  # ray.init put its own handler there, which would not stop Serve
+    served.started_ray = bool(children())
+    resources = {key: value for key, value in ray.cluster_resources().items() if key in ("CPU", "GPU")}
+    told = ", ".join(f"{value:g} {key}" for key, value in sorted(resources.items())) or "no CPU"
+    served.say(f"Ray is up ({'started here' if served.started_ray else 'a cluster that ran already'}): {told}")
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+        served.say("HAProxy mode: ports 9101, 8404 and 30000-31000 listen on all interfaces: fence them off")
+
+
+def check_app(served: Served) -> None:
+    """Build the application once here, where its error is at hand. Raises CannotServe, within a second.
+
+    Serve builds it in a Ray task that is tried four times, and reports the error inside several tracebacks.
+    """
+    from ray import serve
+
+    if serve.status().applications:
+        raise CannotServe("Serve runs other applications on this Ray cluster already: use `serve deploy` there.")
+    module, _, builder = str(served.app.get("import_path", "")).partition(":")
+    try:
+        getattr(importlib.import_module(module), builder)(served.app.get("args", {}))
+    except Exception:  # noqa: BLE001 - whatever it is, people get to read it
+        raise CannotServe(for_people(traceback.format_exc())) from None
+
+
+def deploy(served: Served) -> None:
+    """What `serve run --non-blocking` does, by its own code. Raises CannotServe."""
+    from ray.serve.scripts import cli
+
+    served.say("starting Serve")
+    talk = io.StringIO()
+    served.deployed = True
+    try:
+        with contextlib.redirect_stdout(talk), contextlib.redirect_stderr(talk):
+            cli.main(["run", served.path, "--non-blocking"], standalone_mode=False)
+    except (Exception, SystemExit):  # noqa: BLE001 - whatever it is, people get to read it
+        raise CannotServe(for_people(talk.getvalue() + traceback.format_exc())) from None
+
+
+def wait_until_ready(served: Served) -> None:
+    """Follow the start, telling each change, until GET /ready answers 200. Raises CannotServe."""
+    told, told_at = "", time.monotonic()
+    while True:
+        status, news, errors = look(served)
+        if status in ("DEPLOY_FAILED", "UNHEALTHY") or any(is_final(error) for error in errors):
+            raise CannotServe("\n".join(for_people(error) for error in errors) or f"Serve says {status}.")
+        if status == "RUNNING" and answers_ready(served):
+            break
+        if news != told or time.monotonic() - told_at > QUIET_S:
+            told, told_at = news, time.monotonic()
+            served.say(news)
+        time.sleep(POLL_S)
+    question = {"role": "user", "content": "What is a stage?"}
+    body = {"model": served.config.served_name, "messages": [question], "stream": True}
+    served.say(f"ready: {served.url}")
+    print(
+        f"\ncurl -N {served.url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        f"  -d {shlex.quote(json.dumps(body))}\n\nCtrl-C stops it.",
+        flush=True,
+    )
+
+
+def watch(served: Served) -> NoReturn:
+    """Tell changes until Ctrl-C. Raises CannotServe when Serve gives up, or is gone."""
+    told = ""
+    while True:
+        time.sleep(WATCH_S)
+        try:
+            status, news, errors = look(served)
+        except Exception as error:  # noqa: BLE001 - Ray has many; all mean that the cluster does not answer
+            raise CannotServe(f"the Ray cluster is gone: {error}") from None
+        if status in ("DEPLOY_FAILED", "NOT_STARTED"):
+            raise CannotServe("\n".join(for_people(error) for error in errors) or f"Serve says {status}.")
+        if told and news != told:
+            served.say(news)
+        told = news
+
+
+def look(served: Served) -> tuple[str, str, list[str]]:
+    """The application's status, the same in words, and Serve's error messages (tracebacks in them)."""
+    from ray import serve
+
+    app = serve.status().applications.get(served.name)
+    if app is None:
+        return "NOT_STARTED", "waiting for Serve", []
+    words = [f"{served.name} {app.status.value}"]
+    errors = [app.message] if app.message and app.status.value in ("DEPLOY_FAILED", "UNHEALTHY") else []
+    for name, deployment in app.deployments.items():
+        replicas = ", ".join(f"{count} {state}" for state, count in sorted(deployment.replica_states.items()))
+        words.append(f"{name}: {replicas or deployment.status.value}")
+        if "Traceback" in deployment.message and deployment.message not in errors:
+            errors.append(deployment.message)
+            words.append(for_people(deployment.message))
+    return app.status.value, "; ".join(words), errors
+
+
+def answers_ready(served: Served) -> bool:
+    """Whether GET /ready answers 200. With TLS Serve's word is taken: the certificate names another host."""
+    if served.url.startswith("https"):
+        return True
+    host, _, path = served.url.removeprefix("http://").partition("/")
+    connection = http.client.HTTPConnection(host, timeout=2.0)
+    try:
+        connection.request("GET", f"/{path}/ready" if path else "/ready")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def stop(served: Served) -> None:
+    """End the application, and Ray where we started it; nothing that we started is left after this."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, _hurry)
+    signal.alarm(int(SHUTDOWN_S))
+    import ray
+    from ray import serve
+
+    # Ray prints that its own actors end, in red and at length; nothing here is for people any more.
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        with contextlib.suppress(Exception):
+            if served.deployed:
+                serve.shutdown()
+        with contextlib.suppress(Exception):
+            ray.shutdown()
+    end_children(patience_s=3.0)
+    served.say("stopped")
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _hurry(number: int, frame: object) -> None:
+    end_children(patience_s=0.0)
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Strict bodies: raw bytes become a pydantic model, or an ApiError that names the first wrong field and the remedy."""
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError, from_json
+
+from deployments.api_error import ApiError, shown
+
+
+def wrong(code: str, message: str, **context: object) -> PydanticCustomError:
+    """An error of our own; `field` in the context names a field below the place where it is raised."""
+    return PydanticCustomError(code, message, context)
+
+
+def only(*neutral: object) -> PlainValidator:
+    """Let nothing pass but values that leave the answer as it is (null always does)."""
+
+    def check(value: object) -> object:
+        if any(value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in neutral):
+            return value
+        instead = f"leave it out or send {json.dumps(neutral[0])}" if neutral else "leave it out"
+        raise wrong("unsupported_parameter", "is not supported with this value; {instead}", instead=instead)
+
+    return PlainValidator(check)
+
+
+class Body(BaseModel):
+    """A JSON object: strict types, null is as good as absent, and a field without a name here is refused."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, data: object) -> object:
+        if not isinstance(data, dict):
+            raise wrong("invalid_type", "must be a JSON object")
+        for name in data:
+            if name not in cls.model_fields:
+                raise wrong("unknown_parameter", "is not a field of this request; leave it out", field=shown(name))
+        return {name: value for name, value in data.items() if value is not None}
+
+
+AnyBody = TypeVar("AnyBody", bound=Body)
+
+
+def parse_body(raw: bytes, kind: type[AnyBody]) -> AnyBody:
+    """Raises ApiError (400) that names the first wrong field and the remedy."""
+    try:
+        data: Any = from_json(raw, allow_inf_nan=False)  # unlike json.loads: bounded depth, no NaN, no lone surrogates
+    except ValueError as error:
+        raise ApiError(400, f"the body is not valid JSON: {error}") from None
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise _as_api_error(first) from None
+
+
+_OWN_WORDS: dict[str, Callable[[ErrorDetails], str]] = {
+    "missing": lambda error: "is required",
+    "literal_error": lambda error: f"must be {error['ctx']['expected']}",
+    "too_long": lambda error: f"has more than {error['ctx']['max_length']} entries; send fewer",
+    "string_too_short": lambda error: "must not be empty",
+}
+
+
+def _as_api_error(error: ErrorDetails) -> ApiError:
+    place = [str(part) for part in error["loc"]]
+    field = error.get("ctx", {}).get("field")
+    param = ".".join([*place, *([field] if field else [])]) or None
+    words = _OWN_WORDS.get(error["type"])
+    message = words(error) if words else error["msg"].replace("Input should be", "must be")
+    code = error["type"] if error["type"] in ("unsupported_parameter", "unknown_parameter") else None
+    if error["loc"] and error["loc"][0] in ("stop", "prompt"):
+        param = str(error["loc"][0])  # clients look for the field's own name
+    return ApiError(400, f"{param or 'the body'}: {message}", param=param, code=code)

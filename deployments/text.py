@@ -1,0 +1,98 @@
+"""Text: the model's tokenizer and chat template. Prompts become token ids, and ids become text again."""
+
+import asyncio
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from transformers import AutoTokenizer
+
+from deployments.api_error import ApiError, public_text
+from deployments.requests import Conversation, Prompt
+from deployments.transcript import Decoder, Transcript
+
+INLINE_CHARS = 4096  # longer texts are tokenized in a thread: a few milliseconds of the event loop are the limit
+
+
+class Text:
+    """Used in the event loop's thread; long texts take a thread of their own, one after the other."""
+
+    def __init__(self, tokenizer: Any, eos_token_ids: frozenset[int] = frozenset()) -> None:
+        """`tokenizer` is one of Transformers'; `eos_token_ids` end an answer beside the tokenizer's own."""
+        self._tokenizer = tokenizer
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        if self._backend is not None:  # prompts that are too long are refused, never cut
+            self._backend.no_truncation()
+            self._backend.no_padding()
+        own_eos = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+        self.eos_token_ids = frozenset(eos_token_ids | own_eos)
+        self._special_ids = frozenset(id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Text":
+        """The tokenizer of a checkpoint folder. Raises ValueError or OSError when it cannot be read."""
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        return cls(tokenizer, _eos_token_ids(Path(folder)))
+
+    async def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, as the tokenizer and for messages the chat template make them; ids pass as they are.
+
+        Raises ApiError (400) when the template refuses the messages.
+        """
+        if isinstance(prompt, list):
+            return prompt
+        num_chars = len(prompt) if isinstance(prompt, str) else prompt.num_chars
+        if num_chars <= INLINE_CHARS and self._backend is not None:
+            return self._encode(prompt)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._encode, prompt)
+
+    def transcript(self, stops: list[str]) -> Transcript:
+        """Turns one sequence's ids into text."""
+        return Transcript(Decoder(self._decode, self._special_ids), stops)
+
+    def _encode(self, prompt: str | Conversation) -> list[int]:
+        if isinstance(prompt, Conversation):
+            return self._tokenize(self._render(prompt), add_special_tokens=False)  # the template writes its own
+        return self._tokenize(prompt, add_special_tokens=True)
+
+    def _tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
+        if self._backend is None:
+            return list(self._tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
+        # a batch, because only batches are encoded without holding the interpreter's lock
+        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        return ids
+
+    def _render(self, conversation: Conversation) -> str:
+        template = self._tokenizer.chat_template
+        if template is None:
+            raise ApiError(400, "messages: this model has no chat template; use /v1/completions", param="messages")
+        messages = conversation.messages
+        if "developer" not in str(template):  # the newer name of the system role, which such a template would drop
+            messages = [{**m, "role": "system" if m["role"] == "developer" else m["role"]} for m in messages]
+        try:
+            text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return text
+        except Exception as error:  # noqa: BLE001 - the template is a program of the model's, and the messages are its input
+            reason = public_text(str(error)) if isinstance(error, TemplateError) else "it failed on them"
+            message = f"messages: the model's chat template refuses them: {reason[:200]}"
+            raise ApiError(400, message, param="messages") from None
+
+    def _decode(self, token_ids: list[int]) -> str:
+        if self._backend is None:
+            text = self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        else:
+            text = self._backend.decode(token_ids, skip_special_tokens=True)
+        return str(text)
+
+
+def _eos_token_ids(folder: Path) -> frozenset[int]:
+    """Ids that end an answer, from generation_config.json (chat models list several) or config.json."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            value = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            if value is not None:
+                return frozenset(value if isinstance(value, list) else [value])
+    return frozenset()

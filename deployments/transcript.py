@@ -1,0 +1,124 @@
+"""Transcript: one sequence's token ids turned into text as they come, cut at the first stop string."""
+
+from collections.abc import Callable
+
+from actors.words.messages import FinishReason
+
+_REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are not (yet) a character
+_MAX_UNSETTLED = 16  # ids; a character has at most four bytes, so a longer tail is no half of anything
+
+
+class Decoder:
+    """Token ids → text, in pieces that join to what decoding all ids at once gives, and never end in half a character.
+
+    Decodes a window of the last few ids, so that the work a token is constant. The window begins where the text was
+    complete, because a token's text depends on what stands before it (spaces at the start, bytes of one character).
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], special_ids: frozenset[int] = frozenset()) -> None:
+        """`decode` gives the text of ids; ids in `special_ids` have none and are skipped."""
+        self._decode = decode
+        self._special_ids = special_ids
+        self._window: list[int] = []
+        self._num_settled_ids = 0  # of the window: up to where its text was complete
+        self._num_sent = 0  # characters of the window's text
+
+    def push(self, token_id: int) -> str:
+        """The text that this id adds, except a tail that may still become a character."""
+        if token_id in self._special_ids:
+            return ""
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        num_complete = len(text.rstrip(_REPLACEMENT))
+        if num_complete == len(text):
+            piece = text[self._num_sent :]
+            self._move_window(self._num_settled_ids, num_unsent=0)
+            return piece
+        if len(self._window) - self._num_settled_ids > _MAX_UNSETTLED:  # no text at all: let it out as it is
+            num_complete = max(num_complete, len(text) - 3, self._num_sent)
+            piece = text[self._num_sent : num_complete]
+            self._move_window(len(self._window) - 4, num_unsent=len(text) - num_complete)
+            return piece
+        piece = text[self._num_sent : num_complete]
+        self._num_sent = max(self._num_sent, num_complete)
+        return piece
+
+    def flush(self) -> str:
+        """The rest, at the end of the sequence: a half character that never became a whole one."""
+        text = self._decode(self._window) if self._window else ""
+        piece = text[self._num_sent :]
+        self._num_sent = len(text)
+        return piece
+
+    def _move_window(self, first: int, num_unsent: int) -> None:
+        self._window = self._window[first:]
+        self._num_settled_ids = len(self._window)
+        self._num_sent = max(0, len(self._decode(self._window)) - num_unsent)
+
+
+class StopStrings:
+    """Lets text pass up to the first stop string; holds back what may be the beginning of one."""
+
+    def __init__(self, stops: list[str]) -> None:
+        self._stops = stops
+        self._longest = max(map(len, stops), default=0)
+        self._held = ""
+        self.is_found = False
+
+    def push(self, text: str) -> str:
+        """The text that may be shown now. Nothing after a stop string was found."""
+        if self.is_found or not self._stops:
+            return "" if self.is_found else text
+        self._held += text
+        found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if found:
+            self.is_found = True
+            return self._release(min(found))
+        return self._release(self._first_beginning())
+
+    def flush(self) -> str:
+        """The rest, at the end of the sequence."""
+        return self._release(len(self._held))
+
+    def _first_beginning(self) -> int:
+        """Where the held text first ends in the beginning of a stop string."""
+        for place in range(max(0, len(self._held) - self._longest + 1), len(self._held)):
+            tail = self._held[place:]
+            if any(stop.startswith(tail) for stop in self._stops):
+                return place
+        return len(self._held)
+
+    def _release(self, num_chars: int) -> str:
+        text, self._held = self._held[:num_chars], self._held[num_chars:]
+        return text
+
+
+class Transcript:
+    """What a client sees of one sequence: its text, how many ids it took, and why it ended."""
+
+    def __init__(self, decoder: Decoder, stops: list[str]) -> None:
+        self._decoder = decoder
+        self._stops = StopStrings(stops)
+        self.num_tokens = 0  # generated ids, the stop id or those of the stop string included
+        self.finish_reason: FinishReason | None = None
+
+    def push(self, token_ids: list[int], finish_reason: FinishReason | None = None) -> str:
+        """The text that these ids add. With "stop" the last id is the stop id, which has no text.
+
+        When a stop string is found, `finish_reason` turns "stop" and `num_tokens` says after which id; the rest of the
+        ids is not looked at.
+        """
+        has_stop_id = finish_reason == "stop"
+        text = ""
+        for token_id in token_ids[:-1] if has_stop_id else token_ids:
+            text += self._stops.push(self._decoder.push(token_id))
+            self.num_tokens += 1
+            if self._stops.is_found:
+                self.finish_reason = "stop"
+                return text
+        self.num_tokens += has_stop_id
+        if finish_reason:
+            text += self._stops.push(self._decoder.flush())
+            self.finish_reason = "stop" if self._stops.is_found else finish_reason
+            text += "" if self._stops.is_found else self._stops.flush()
+        return text

@@ -1,0 +1,220 @@
+"""Tiny checkpoints of every supported family, and a pool of rank processes that any layout can borrow."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import runpy
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+
+from actors.decisions.plan import Plan, make_plan
+from actors.tensors.spec_reader import read_spec
+from actors.words.messages import StepBatch
+from cluster.rendezvous import host_store
+from configs.config import Config
+
+os.environ["OMP_NUM_THREADS"] = "1"  # for the rank processes
+torch.set_num_threads(1)
+
+NUM_RANKS = 12
+NUM_BLOCKS = 96
+BLOCK_SIZE = 4
+MAX_MODEL_LEN = 80
+ANSWER_S = 100.0
+
+COMMON = {
+    "hidden_size": 64,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 7,
+    "intermediate_size": 96,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+# Vocabularies are not divisible by 4; two families have fewer KV heads than 4 shards.
+FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**COMMON, vocab_size=103, num_key_value_heads=4),
+    "llama_tied": lambda: LlamaConfig(
+        **COMMON, vocab_size=101, num_key_value_heads=8, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE
+    ),
+    "mistral": lambda: MistralConfig(**COMMON, vocab_size=97, num_key_value_heads=2, head_dim=16, sliding_window=5),
+    "qwen2": lambda: Qwen2Config(
+        **COMMON,
+        vocab_size=102,
+        num_key_value_heads=4,
+        use_sliding_window=True,
+        sliding_window=6,
+        max_window_layers=3,
+    ),
+    "qwen3": lambda: Qwen3Config(**COMMON, vocab_size=99, num_key_value_heads=2, head_dim=16),
+}
+
+
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """Every parameter random, biases and norms too; logits peaked, so that rounding decides no arg-max."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("bias"):
+                parameter.copy_(noise * 0.5)
+            elif "norm" in name:
+                parameter.copy_(1 + 0.3 * noise)
+            elif "lm_head" in name or "embed_tokens" in name:
+                parameter.copy_(noise)
+            else:
+                parameter.copy_(noise * 1.5 * parameter.shape[1] ** -0.5)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a family's checkpoint, made once."""
+    made: dict[str, Path] = {}
+
+    def folder_of(family: str) -> Path:
+        if family not in made:
+            config = FAMILIES[family]()
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+            randomise(model, seed=len(family))
+            folder = tmp_path_factory.mktemp(family)
+            # Several files, so that an index is read
+            model.save_pretrained(folder, max_shard_size="150KB" if family != "llama_tied" else "1GB")
+            made[family] = folder
+        return made[family]
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def plan_of(checkpoints: Callable[[str], Path]) -> Callable[..., Plan]:
+    """The plan of a family in a layout; any config key by group, e.g. `cache={...}`."""
+    specs: dict[str, Any] = {}
+
+    def make(family: str, tensor_parallel: int = 1, pipeline_parallel: int = 1, **groups: Any) -> Plan:
+        folder = checkpoints(family)
+        if family not in specs:
+            specs[family] = read_spec(folder)
+        arguments = {
+            "model": {"source": str(folder), "max_model_len": MAX_MODEL_LEN},
+            "parallel": {"tensor_parallel_size": tensor_parallel, "pipeline_parallel_size": pipeline_parallel},
+            "cache": {"block_size": BLOCK_SIZE},
+        }
+        for group, keys in groups.items():
+            arguments[group] = {**arguments.get(group, {}), **keys}
+        return make_plan(Config(**arguments), specs[family])
+
+    return make
+
+
+class Pool:
+    """Rank processes, started once and lent to one gang after the other."""
+
+    def __init__(self, num_ranks: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "transformers", "transformers.models.auto.modeling_auto"])
+        self.store, self.port = host_store("127.0.0.1")
+        self.epoch = 0
+        self.connections: list[Connection] = []
+        self.processes = []
+        script = str(Path(__file__).with_name("rank_process.py"))
+        for _ in range(num_ranks):
+            ours, theirs = context.Pipe()
+            arguments = (script, {"connection": theirs}, "rank_process")
+            process = context.Process(target=runpy.run_path, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            self.connections.append(ours)
+            self.processes.append(process)
+
+    def ask(self, jobs: list[tuple[str, tuple[Any, ...]]]) -> list[Any]:
+        """One job to each of the first ranks, at the same time → their answers."""
+        asked = self.connections[: len(jobs)]
+        for connection, job in zip(asked, jobs, strict=True):
+            connection.send(job)
+        answers = []
+        for rank, connection in enumerate(asked):
+            assert connection.poll(ANSWER_S), f"rank {rank} did not answer"
+            answers.append(connection.recv())
+        errors = [f"rank {rank}: {what}" for rank, (kind, what) in enumerate(answers) if kind == "error"]
+        assert not errors, "\n".join(errors)
+        return [result for _, result in answers]
+
+    def close(self) -> None:
+        for connection in self.connections:
+            connection.send(None)
+        for process in self.processes:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+
+
+@dataclasses.dataclass
+class Gang:
+    """All ranks of one layout; what a test asks for steps."""
+
+    pool: Pool
+    plan: Plan
+    loaded_bytes: list[int] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def start(cls, pool: Pool, plan: Plan, folder: Path, num_blocks: int = NUM_BLOCKS) -> "Gang":
+        pool.epoch += 1
+        jobs = [("start", (plan, shard.rank, folder, pool.port, pool.epoch, num_blocks)) for shard in plan.shards]
+        return cls(pool, plan, pool.ask(jobs))
+
+    def rejoin(self) -> None:
+        """Meet again at the next epoch, weights kept."""
+        self.pool.epoch += 1
+        self.pool.ask([("rejoin", (self.pool.port, self.pool.epoch)) for _ in self.plan.shards])
+
+    def execute(self, step: StepBatch) -> tuple[list[list[int]], torch.Tensor | None]:
+        """Ids of the step, the same on every shard of the last stage, and logits [rows, vocabulary]."""
+        answers = self.pool.ask([("execute", (step,)) for _ in self.plan.shards])
+        topology = self.plan.topology
+        last = topology.stage_ranks(topology.pipeline_parallel_size - 1)
+        assert all(answers[rank][0] is None for rank in range(topology.num_ranks) if rank not in last)
+        ids = answers[last[0]][0]
+        assert all(answers[rank][0] == ids for rank in last)
+        return ids, torch.cat([torch.from_numpy(answers[rank][1]) for rank in last], dim=1) if ids else None
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    ranks = Pool(NUM_RANKS)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="session")
+def gang_of(
+    pool: Pool, plan_of: Callable[..., Plan], checkpoints: Callable[[str], Path]
+) -> Callable[..., Gang]:
+    """A gang of a family in a layout; the one before it is given up."""
+
+    def start(family: str, tensor_parallel: int = 1, pipeline_parallel: int = 1, **groups: Any) -> Gang:
+        plan = plan_of(family, tensor_parallel, pipeline_parallel, **groups)
+        return Gang.start(pool, plan, checkpoints(family))
+
+    return start
+
+
+def rewrite_config(folder: Path, **keys: Any) -> None:
+    """Change keys of a checkpoint's config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))

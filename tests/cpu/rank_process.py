@@ -1,0 +1,83 @@
+"""A rank without Ray: a process that joins groups, builds a Runner and executes the steps that a test composes.
+
+Run by path in processes of a forkserver, with `connection` among its globals. It answers each job with ("ok", result)
+or ("error", text).
+"""
+
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from actors.decisions.plan import Plan
+from actors.tensors.batch import StepTensors
+from actors.tensors.runner import Runner
+from actors.words.messages import StepBatch
+from cluster.groups import Groups, join
+from cluster.rendezvous import join_store
+
+ADDRESS = "127.0.0.1"
+CPU = torch.device("cpu")
+PATIENCE_S = 60.0
+
+
+class RecordingRunner(Runner):
+    """Remembers the last step's output: logits on the last stage."""
+
+    output: torch.Tensor
+
+    def forward(self, tensors: StepTensors) -> torch.Tensor:
+        self.output = super().forward(tensors)
+        return self.output
+
+
+class Rank:
+    """The methods are the jobs."""
+
+    groups: Groups | None = None
+    runner: RecordingRunner
+
+    def start(self, plan: Plan, rank: int, folder: Path, port: int, epoch: int, num_blocks: int) -> int:
+        self.stop()
+        store = join_store(ADDRESS, port, epoch, PATIENCE_S)
+        self.groups = join(plan.topology, rank, store, CPU, ADDRESS, PATIENCE_S)
+        self.runner = RecordingRunner(plan, rank, self.groups, CPU)
+        report = self.runner.load(folder)
+        self.runner.allocate_cache(num_blocks)
+        self.runner.warm_up()
+        return report.bytes_copied
+
+    def rejoin(self, port: int, epoch: int) -> None:
+        assert self.groups is not None
+        self.groups.close()
+        store = join_store(ADDRESS, port, epoch, PATIENCE_S)
+        plan, rank = self.runner.plan, self.runner.shard.rank
+        self.groups = join(plan.topology, rank, store, CPU, ADDRESS, PATIENCE_S)
+        self.runner.join(self.groups)
+
+    def execute(self, step: StepBatch) -> tuple[list[list[int]] | None, Any]:
+        ids = self.runner.execute(step)
+        return ids, self.runner.output.numpy() if ids else None
+
+    def stop(self) -> None:
+        if self.groups is not None:
+            self.groups.close()
+            self.groups = None
+
+
+def serve(connection: Connection) -> None:
+    torch.set_num_threads(1)
+    rank = Rank()
+    while (job := connection.recv()) is not None:
+        name, arguments = job
+        try:
+            connection.send(("ok", getattr(rank, name)(*arguments)))
+        except Exception:
+            connection.send(("error", traceback.format_exc()))
+    rank.stop()
+
+
+if "connection" in globals():
+    serve(globals()["connection"])

@@ -1,0 +1,256 @@
+"""Text: the same ids as the tokenizer's own, the same text as decoding at once, stop strings cut where they begin."""
+
+import asyncio
+import random
+import threading
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from deployments.api_error import ApiError
+from deployments.requests import Conversation
+from deployments.text import INLINE_CHARS, Text
+from deployments.transcript import Decoder, StopStrings, Transcript
+
+TURNS = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "héllo 你好 👋 </s> <s>"},
+    {"role": "assistant", "content": "one two\n"},
+    {"role": "user", "content": "the lazy dog", "name": "fox"},
+]
+
+
+def encode(text, prompt):
+    return asyncio.run(text.encode(prompt))
+
+
+@pytest.mark.parametrize("num_turns", [1, 2, 4])
+def test_chat_ids_are_those_of_the_tokenizers_own_template(text, tokenizer, num_turns):
+    expected = tokenizer.apply_chat_template(TURNS[:num_turns], tokenize=True, add_generation_prompt=True)
+    expected = expected["input_ids"] if not isinstance(expected, list) else expected
+    ids = encode(text, Conversation(TURNS[:num_turns]))
+    assert ids == expected
+    assert ids.count(tokenizer.bos_token_id) == 1 + sum(turn["content"].count("<s>") for turn in TURNS[:num_turns])
+
+
+@pytest.mark.parametrize("prompt", ["", "hello", "héllo 你好 👋", "x y " * INLINE_CHARS])
+def test_prompt_ids_are_the_tokenizers_own_and_never_cut(text, tokenizer, prompt):
+    tokenizer.backend_tokenizer.no_truncation()
+    assert encode(text, prompt) == tokenizer(prompt).input_ids
+
+
+def test_token_ids_pass_as_they_are(text):
+    assert encode(text, [5, 6, 7]) == [5, 6, 7]
+
+
+def test_long_prompts_leave_the_event_loop_alone(text, monkeypatch):
+    threads = []
+    tokenize = text._tokenize
+
+    def watched(*args, **options):
+        threads.append(threading.current_thread())
+        return tokenize(*args, **options)
+
+    monkeypatch.setattr(text, "_tokenize", watched)
+    encode(text, "x" * INLINE_CHARS)
+    encode(text, "x" * (INLINE_CHARS + 1))
+    encode(text, Conversation([{"role": "user", "content": "x" * (INLINE_CHARS + 1)}]))
+    assert [thread is threading.main_thread() for thread in threads] == [True, False, False]
+
+
+def test_developer_is_system_for_templates_that_do_not_know_it(text, tokenizer_folder):
+    def ids(reader, role):
+        return encode(reader, Conversation([{"role": role, "content": "be brief"}]))
+
+    assert ids(text, "developer") == ids(text, "system")
+    modern = PreTrainedTokenizerFast.from_pretrained(str(tokenizer_folder))
+    modern.chat_template = "{% for m in messages %}{% if m.role == 'developer' %}D{% endif %}{{ m.role }}{% endfor %}"
+    assert ids(Text(modern), "developer") != ids(Text(modern), "system")
+
+
+def test_a_model_without_a_template_refuses_chats(tokenizer_folder):
+    plain = PreTrainedTokenizerFast.from_pretrained(str(tokenizer_folder))
+    plain.chat_template = None
+    with pytest.raises(ApiError, match="/v1/completions"):
+        encode(Text(plain), Conversation(TURNS))
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ messages[7].content.x }}", "{{ x.y.z }}", "{% if %}"])
+def test_a_template_that_fails_is_the_clients_error(tokenizer_folder, template):
+    broken = PreTrainedTokenizerFast.from_pretrained(str(tokenizer_folder))
+    broken.chat_template = template
+    with pytest.raises(ApiError) as raised:
+        encode(Text(broken), Conversation(TURNS))
+    assert raised.value.status == 400
+
+
+def test_end_of_sequence_ids_come_from_checkpoint_and_tokenizer(text):
+    assert text.eos_token_ids == {1, 2}
+
+
+# --- decoding -------------------------------------------------------------------------------------------------------
+
+
+def byte_level():
+    vocabulary = {token: index for index, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def byte_fallback():
+    """As Llama 2 and Gemma have it: spaces are ▁, unknown characters are bytes, a space at the start is dropped."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens += ["▁", *"abcdefgh", "▁the", "▁dog", "é"]
+    tokenizer = Tokenizer(
+        models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[], byte_fallback=True)
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    return tokenizer
+
+
+TOKENIZERS = {"byte_level": byte_level, "byte_fallback": byte_fallback}
+SAMPLES = ["héllo 你好 👋🏽 ñandú", "👨‍👩‍👧‍👦" * 5, "a\u0301 b", " the dog", "日本語" * 20, "\ufffd x \ufffd\ufffd"]
+
+
+def decode_all(tokenizer):
+    return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_pieces_join_to_the_text_and_hold_no_half_character(name, sample):
+    tokenizer = TOKENIZERS[name]()
+    ids = tokenizer.encode(sample).ids
+    decoder = Decoder(decode_all(tokenizer))
+    pieces = [decoder.push(token) for token in ids] + [decoder.flush()]
+    text = tokenizer.decode(ids)
+    assert "".join(pieces) == text
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_any_mixture_joins_to_its_text(name, seed):
+    tokenizer = TOKENIZERS[name]()
+    world = random.Random(seed)
+    characters = "".join(world.choices(" abé你👋\u0301", k=40))
+    ids = tokenizer.encode(characters).ids
+    for _ in range(world.randint(0, 5)):  # special ids may come in between, and are skipped
+        if name == "byte_fallback":
+            ids.insert(world.randint(0, len(ids)), world.choice([1, 2]))
+    decoder = Decoder(decode_all(tokenizer), frozenset({1, 2}) if name == "byte_fallback" else frozenset())
+    text = ""
+    for token in ids:
+        text += decoder.push(token)
+        assert tokenizer.decode(ids, skip_special_tokens=True).startswith(text)
+    assert text + decoder.flush() == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_bytes_that_are_no_text_come_out_as_decoding_shows_them(seed):
+    tokenizer = byte_level()
+    world = random.Random(seed)
+    ids = world.choices(range(256), k=200)
+    decoder = Decoder(decode_all(tokenizer))
+    text = "".join(decoder.push(token) for token in ids) + decoder.flush()
+    assert text == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_work_per_token_is_constant_even_for_endless_nonsense(name):
+    tokenizer = TOKENIZERS[name]()
+    widths = []
+
+    def decode(ids):
+        widths.append(len(ids))
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+    continuation = 3 + 0x80 if name == "byte_fallback" else tokenizer.token_to_id("Ģ")
+    decoder = Decoder(decode)
+    pieces = [decoder.push(token) for token in [continuation] * 500 + tokenizer.encode("ab" * 250).ids]
+    assert max(widths) < 40
+    assert "".join(pieces) + decoder.flush() == "\ufffd" * 500 + "ab" * 250
+    assert len(widths) <= 2 * 1000 + 1
+
+
+def test_tokens_that_end_inside_characters_do_not_hold_back_the_whole_text():
+    """Every token ends with the first byte of the next character, as merges across characters can make them."""
+    raw = "你好世界" * 20
+    data = raw.encode()
+    tokens = [data[:1], *(data[place : place + 3] for place in range(1, len(data), 3))]
+
+    def decode(ids):
+        return b"".join(tokens[index] for index in ids).decode("utf-8", "replace")
+
+    decoder = Decoder(decode)
+    shown = ""
+    for index in range(len(tokens)):
+        shown += decoder.push(index)
+        assert len(shown) == index
+    assert shown + decoder.flush() == raw
+
+
+# --- stop strings ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_stop_strings_against_searching_the_whole_text(seed):
+    world = random.Random(seed)
+    text = "".join(world.choices("ab", k=30))
+    stops = ["".join(world.choices("ab", k=world.randint(1, 7))) for _ in range(world.randint(1, 4))]
+    watcher = StopStrings(stops)
+    shown, place = "", 0
+    while place < len(text) and not watcher.is_found:
+        size = world.randint(1, 3)
+        shown += watcher.push(text[place : place + size])
+        place += size
+        seen = text[:place]
+        assert watcher.is_found == any(stop in seen for stop in stops)
+        if not watcher.is_found:  # what is held back is a beginning of a stop string, and as little as possible
+            held = seen[len(shown) :]
+            longest = max((n for n in range(len(seen) + 1) if any(s[:n] == seen[len(seen) - n :] for s in stops if n < len(s))), default=0)  # fmt: skip  # noqa: E501
+            assert seen.startswith(shown)
+            assert len(held) == longest
+    shown += "" if watcher.is_found else watcher.flush()
+    found = [text.find(stop) for stop in stops if stop in text]
+    if not found:
+        assert shown == text
+    else:
+        assert text.startswith(shown)
+        assert not any(stop in shown for stop in stops)
+        assert any(text[len(shown) :].startswith(stop) for stop in stops)
+
+
+def test_transcript_counts_up_to_the_id_that_completed_the_stop_string(text):
+    ids = encode(text, "one two three")
+    after = encode(text, " four")
+    transcript = text.transcript(["three"])
+    assert transcript.push([*ids, *after], None) == "one two "
+    assert transcript.finish_reason == "stop"
+    assert transcript.num_tokens <= len(ids)
+    assert "three" in text._decode(ids[: transcript.num_tokens])
+
+
+def test_transcript_shows_what_was_held_when_the_sequence_ends(text):
+    ids = encode(text, "one two thr")
+    transcript = text.transcript(["three"])
+    assert transcript.push(ids[:-1]) + transcript.push(ids[-1:], "length") == "one two thr"
+    assert transcript.finish_reason == "length"
+    half = encode(text, "🦊")[:2]
+    transcript = Transcript(Decoder(text._decode), [])
+    assert transcript.push(half) == ""
+    assert transcript.push(half, "length") == text._decode(half * 2)
+
+
+def test_transcript_has_no_text_for_the_stop_id(text):
+    ids = encode(text, "one")
+    transcript = text.transcript([])
+    assert transcript.push([*ids, 5], "stop") == "one"  # 5 would be text, were it not the stop id
+    assert transcript.num_tokens == len(ids) + 1
