@@ -11,7 +11,8 @@ from pydantic_core import ErrorDetails
 
 from configs.config import Config
 
-EXAMPLE = "configs/demo.yaml"
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+EXAMPLE = "configs/demo.yaml"  # what error messages point to
 
 
 class StrictLoader(yaml.SafeLoader):

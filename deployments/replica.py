@@ -3,6 +3,8 @@
 import logging
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -12,7 +14,8 @@ from ray.util.placement_group import PlacementGroup
 from actors.decisions.plan import Plan, make_plan
 from actors.decisions.scheduler import SchedulerSettings
 from actors.remote.engine import Engine
-from actors.remote.gang import Gang
+from actors.remote.gang import Gang, RankInfo
+from actors.words.executor import Executor
 from cluster.topology import Topology
 from configs.config import Config
 from deployments.outbox import Outbox
@@ -28,23 +31,24 @@ class Replica:
         _log_to_stdout()
         parallel = config.parallel
         topology = Topology(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
-        self._gang = Gang(config, topology, placement, device)
+        self._make_gang = partial(Gang, config, topology, placement, device)
+        self._gang = self._make_gang(epoch=0)
         try:
-            plan, service_of = _read_model(config)  # while the ranks' processes start
-            self._gang.start(plan)
+            self._plan, app_of = _read_model(config)  # while the ranks' processes start
+            self._gang.start(self._plan)
         except BaseException:
             self._gang.close()
             raise
         settings = SchedulerSettings(
             num_blocks=self._gang.num_blocks,
-            block_size=plan.block_size,
-            max_num_seqs=plan.max_num_seqs,
-            max_num_batched_tokens=plan.max_num_batched_tokens,
-            num_lanes=plan.num_lanes,
+            block_size=self._plan.block_size,
+            max_num_seqs=self._plan.max_num_seqs,
+            max_num_batched_tokens=self._plan.max_num_batched_tokens,
+            num_lanes=self._plan.num_lanes,
         )
         outbox = Outbox()
-        self._engine = Engine(self._gang.executor, settings, outbox.deliver)
-        self.app = service_of(self._engine, outbox, self._gang)
+        self._engine = Engine(self._gang.executor, settings, outbox.deliver, self._revive)
+        self.app = app_of(self._engine, outbox, lambda: self._gang.ranks())
         self._engine.start()
         logger.info("serving %s on %d ranks", config.served_name, topology.num_ranks)
 
@@ -52,6 +56,14 @@ class Replica:
         """Raises RuntimeError when the gang cannot come back."""
         if self._engine.snapshot().state == "failed":
             raise RuntimeError(f"the gang is lost: {self._engine.failure}")
+
+    def _revive(self, epoch: int) -> Executor:
+        """A gang of a new epoch in the same bundles, with a cache of the same size. Called in the engine's thread."""
+        num_blocks = self._gang.num_blocks
+        self._gang.close()
+        self._gang = self._make_gang(epoch=epoch)
+        self._gang.start(self._plan, num_blocks)
+        return self._gang.executor
 
     def close(self) -> None:
         """End requests, engine and gang. May be called twice."""
@@ -71,7 +83,7 @@ def _read_model(config: Config) -> tuple[Plan, Any]:
     plan = make_plan(config, read_spec(folder, config.model.dtype))
     text = Text.load(folder)
 
-    def app_of(engine: Engine, outbox: Outbox, gang: Gang) -> Any:
+    def app_of(engine: Engine, outbox: Outbox, ranks: Callable[[], list[RankInfo]]) -> Any:
         identity = Identity(
             model=config.served_name,
             replica=serve.get_replica_context().replica_id.unique_id,
@@ -85,7 +97,7 @@ def _read_model(config: Config) -> tuple[Plan, Any]:
             max_requests=config.admission.max_requests,
             max_body_bytes=config.admission.max_body_bytes,
         )
-        return build_app(Service(engine, outbox, text, identity, limits, gang.ranks))
+        return build_app(Service(engine, outbox, text, identity, limits, ranks))
 
     return plan, app_of
 

@@ -13,7 +13,7 @@ from deployments.strict_body import Body, only, wrong
 
 MAX_STOPS = 16  # OpenAI takes 4
 MAX_STOP_CHARS = 1024
-MAX_MESSAGES = 4096
+MAX_MESSAGES = 2048
 
 
 @dataclass(frozen=True)

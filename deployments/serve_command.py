@@ -2,8 +2,8 @@
 
     python -m deployments.serve_command CONFIG [--dashboard]
 
-It does what `serve run CONFIG` does, in this one process, and follows it. Exit codes: 0 stopped by Ctrl-C or SIGTERM,
-1 it cannot serve, 2 a mistake in the config file or on the command line, 130 a second Ctrl-C cut the shutdown short.
+It does what `serve run CONFIG` does, in this one process. Exit codes: 0 stopped by Ctrl-C or SIGTERM, 1 it cannot serve,
+2 a mistake in the config file or on the command line, 130 a second Ctrl-C cut the shutdown short.
 A Ray cluster that runs already (RAY_ADDRESS, or `ray start`) is used and left running; else one is started and ended.
 """
 
@@ -150,6 +150,8 @@ def start_ray(served: Served) -> None:
     logging.basicConfig(format="%(message)s")
     for room in ("cluster", "actors", "deployments"):
         logging.getLogger(room).setLevel(logging.INFO)
+    # Warns that Ray's token is on, as Ray has it by default.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     try:
         ray.init(namespace="serve", include_dashboard=served.dashboard, logging_level="WARNING")
     except (ConnectionError, RuntimeError) as error:
@@ -184,6 +186,7 @@ def deploy(served: Served) -> None:
     from ray.serve.scripts import cli
 
     served.say("starting Serve")
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     talk = io.StringIO()
     served.deployed = True
     try:

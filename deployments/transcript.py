@@ -61,6 +61,7 @@ class StopStrings:
 
     def __init__(self, stops: list[str]) -> None:
         self._stops = stops
+        self._first_chars = frozenset(stop[0] for stop in stops)
         self._longest = max(map(len, stops), default=0)
         self._held = ""
         self.is_found = False
@@ -83,9 +84,10 @@ class StopStrings:
     def _first_beginning(self) -> int:
         """Where the held text first ends in the beginning of a stop string."""
         for place in range(max(0, len(self._held) - self._longest + 1), len(self._held)):
-            tail = self._held[place:]
-            if any(stop.startswith(tail) for stop in self._stops):
-                return place
+            if self._held[place] in self._first_chars:
+                tail = self._held[place:]
+                if any(stop.startswith(tail) for stop in self._stops):
+                    return place
         return len(self._held)
 
     def _release(self, num_chars: int) -> str:

@@ -9,6 +9,8 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from actors.words.errors import IntegrityError
+
 BlockHash = bytes
 
 
@@ -90,7 +92,7 @@ class BlockPool:
             self._hash_of[block] = name
 
     def check(self, tables: Iterable[list[int]]) -> None:
-        """Compare the account with the tables of all live sequences. Raises AssertionError with the numbers."""
+        """Compare the account with the tables of all live sequences. Raises IntegrityError with the numbers."""
         held = [0] * len(self._holders)
         for table in tables:
             for block in table:
@@ -99,7 +101,7 @@ class BlockPool:
         idle = set(self._free) | set(self._cached)
         counts = self.counts()
         if wrong or len(idle) != counts.free + counts.cached or any(held[block] for block in idle):
-            raise AssertionError(
+            raise IntegrityError(
                 f"KV blocks do not add up: {counts}; held by sequences {sum(count > 0 for count in held)}; "
                 f"blocks with a wrong count of holders: {wrong[:16]}"
             )

@@ -120,6 +120,11 @@ class Scheduler:
         return self._pool.counts()
 
     @property
+    def num_live(self) -> int:
+        """Requests that have not ended."""
+        return len(self._live)
+
+    @property
     def num_running(self) -> int:
         """Sequences dealt to a lane."""
         return sum(len(lane.sequences) for lane in self._lanes)
@@ -135,7 +140,7 @@ class Scheduler:
         return len(self._flights)
 
     def check(self) -> None:
-        """Hold the block account against the tables. Raises AssertionError with the numbers."""
+        """Hold the block account against the tables. Raises IntegrityError with the numbers."""
         self._pool.check(sequence.blocks for sequence in self._live.values())
 
     # -- into lanes ----------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Every process makes its own key pair; only public keys travel, through Ray. Whoe
 a rank of an old epoch) fails the handshake, and what a rank says is held against the rank that its key stands for.
 """
 
+import contextlib
 import logging
 import os
 import threading
@@ -14,12 +15,12 @@ import msgspec
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
+from actors.decisions.patience import HEARTBEAT_S, StepClock, silent_ranks
 from actors.words.errors import GangFailure
 from actors.words.messages import FromRank, Heartbeat, RankFailure, Shutdown, StepBatch, StepResult, ToRank
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_S = 1.0
 _MAX_MESSAGE_BYTES = 256 * 1024 * 1024
 _ENCODER = msgspec.msgpack.Encoder()
 _TO_RANK: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
@@ -61,9 +62,13 @@ class _Allowlist:
 class EngineChannel:
     """The engine's end; an Executor. One thread uses it, except for `wake` and `fail`."""
 
-    def __init__(self, host: str, epoch: int) -> None:
-        """Binds to `host` (the node's own address), on a port that the system chooses."""
+    def __init__(self, host: str, epoch: int, first_step_s: float = 60.0) -> None:
+        """Binds to `host` (the node's own address), on a port that the system chooses.
+
+        `first_step_s`: patience with a step while none has shown yet what steps take.
+        """
         self.epoch = epoch
+        self._clock = StepClock(first_step_s)
         self.last_heartbeat: dict[int, tuple[float, int]] = {}  # rank → (monotonic seconds, step)
         self._context = zmq.Context()
         self._allowlist = _Allowlist()
@@ -103,16 +108,19 @@ class EngineChannel:
 
     def submit(self, step: StepBatch) -> None:
         """See Executor."""
+        if step.entries:
+            self._clock.submitted(step.step, sum(len(entry.ids) or 1 for entry in step.entries), time.monotonic())
         self._broadcast(_ENCODER.encode(step))
 
     def wait(self, timeout_s: float | None = None) -> list[StepResult]:
         """See Executor."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
-            left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
-            results, was_woken = self._poll(left_s)
+            left_s = HEARTBEAT_S if deadline is None else min(HEARTBEAT_S, max(0.0, deadline - time.monotonic()))
+            results, was_woken = self._poll(left_s)  # a result ends it at once; heartbeats end it now and then anyway
             if results or was_woken or left_s == 0:
                 return results
+            self._check_silence()
 
     def wake(self) -> None:
         """See Executor."""
@@ -138,6 +146,18 @@ class EngineChannel:
             self._authenticator.stop()
             self._context.term()
             os.close(self._wakeup)
+
+    def _check_silence(self) -> None:
+        """Raises GangFailure for a rank that is not heard any more, or a step that takes far too long."""
+        now = time.monotonic()
+        if silent := silent_ranks({rank: heard for rank, (heard, _) in self.last_heartbeat.items()}, now):
+            raise GangFailure(f"nothing is heard from rank {', '.join(map(str, silent))}: dead, stopped or cut off")
+        if self._clock.deadline is not None and now > self._clock.deadline:
+            begun = {rank: step for rank, (_, step) in self.last_heartbeat.items()}
+            behind = min(begun, key=lambda rank: begun[rank])
+            raise GangFailure(
+                f"step {self._clock.oldest} hangs: far beyond what steps take; rank {behind} is behind at step {begun[behind]}"
+            )
 
     def _broadcast(self, payload: bytes) -> None:
         unreachable = []
@@ -177,6 +197,7 @@ class EngineChannel:
             return
         match message:
             case StepResult():
+                self._clock.completed(time.monotonic())
                 results.append(message)
             case Heartbeat():
                 self.last_heartbeat[rank] = (time.monotonic(), message.step)
@@ -212,8 +233,9 @@ class RankChannel:
         self._send(self._socket, result)
 
     def report(self, error: BaseException) -> None:
-        """Say that this rank cannot go on."""
-        self._send(self._socket, RankFailure(self.epoch, self.rank, self.step, f"{type(error).__name__}: {error}"))
+        """Say that this rank cannot go on; whoever listens."""
+        with contextlib.suppress(zmq.Again):
+            self._send(self._socket, RankFailure(self.epoch, self.rank, self.step, f"{type(error).__name__}: {error}"))
 
     def close(self) -> None:
         """Stop the heartbeat and leave."""
@@ -225,13 +247,15 @@ class RankChannel:
     def _beat(self) -> None:
         socket = self._connect(_identity(self.rank) + b"-heartbeat")
         while not self._stop.wait(HEARTBEAT_S):
-            self._send(socket, Heartbeat(self.epoch, self.rank, self.step))
+            with contextlib.suppress(zmq.Again):  # nobody takes it: the engine is gone, or does not know this rank
+                self._send(socket, Heartbeat(self.epoch, self.rank, self.step))
         socket.close()
 
     def _connect(self, identity: bytes) -> "zmq.Socket[bytes]":
         socket = self._context.socket(zmq.DEALER)
         socket.set(zmq.IDENTITY, identity)
         socket.set(zmq.LINGER, 200)
+        socket.set(zmq.SNDTIMEO, 1000)
         socket.curve_serverkey = self._address.public_key
         socket.curve_publickey, socket.curve_secretkey = self._keys.public, self._keys.secret
         socket.connect(self._address.endpoint)

@@ -14,13 +14,15 @@ from typing import Literal
 import msgspec
 
 from actors.decisions.scheduler import Scheduler, SchedulerSettings
-from actors.words.errors import EngineStopped, GangFailure
+from actors.words.errors import EngineStopped, GangFailure, IntegrityError
 from actors.words.executor import Executor
 from actors.words.messages import Event, Request
 
 logger = logging.getLogger(__name__)
 
-EngineState = Literal["starting", "ready", "failed", "stopped"]
+EngineState = Literal["starting", "ready", "recovering", "failed", "stopped"]
+
+_MAX_VAIN_REVIVALS = 3  # in a row, without a step that succeeded between them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,16 +46,22 @@ class Engine:
         executor: Executor,
         settings: SchedulerSettings,
         deliver: Callable[[list[Event]], None],
-        epoch: int = 0,
+        revive: Callable[[int], Executor] | None = None,
     ) -> None:
-        """`deliver` is called in the engine's thread with all events of a step; it must not block."""
+        """`deliver` is called in the engine's thread with all events of a step; it must not block.
+
+        `revive` makes an executor for a new epoch when the old one failed; without it a failure is the end.
+        """
         self._executor = executor
-        self._scheduler = Scheduler(settings, epoch)
+        self._settings = settings
+        self._scheduler = Scheduler(settings, epoch=0)
         self._deliver = deliver
+        self._revive = revive
+        self._num_vain_revivals = 0
         self._commands: deque[Callable[[], list[Event]]] = deque()
         self._state: EngineState = "starting"
         self._failure = ""
-        self._lock = threading.Lock()  # between `add` and the end of the thread: no command is left unanswered
+        self._lock = threading.Lock()  # over the state: a command is either taken or refused, never left unanswered
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -90,14 +98,13 @@ class Engine:
 
     @property
     def failure(self) -> str:
-        """Why the engine failed; empty while it has not."""
+        """Why the engine last failed; empty while it has not."""
         return self._failure
 
     def close(self) -> None:
         """End every request, the thread and the executor. May be called twice."""
         with self._lock:
-            if self._state == "ready":
-                self._state = "stopped"
+            self._state = "stopped"
         self._executor.wake()
         if self._thread.is_alive():
             self._thread.join(timeout=10)
@@ -119,31 +126,67 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            while failure := self._serve():
+                logger.error("epoch %d ends: %s", self._scheduler.epoch, failure)
+                self._end_all("recovering", failure)
+                self._begin_anew(failure)
+            self._end_all("stopped", "the server is shutting down")
+        except GangFailure as failure:
+            self._end_all("failed", str(failure))
+        except Exception:
+            logger.exception("the engine failed")
+            self._end_all("failed", "internal error of the engine")
+
+    def _serve(self) -> str:
+        """Turn after turn until the gang fails (why) or the engine is closed (nothing)."""
+        try:
             while self._state == "ready":
                 self._turn()
-            error = "the server is shutting down"
-        except GangFailure as failure:
-            error = str(failure)
-            logger.error("the gang failed: %s", failure)
-        except Exception as failure:
-            error = "internal error of the engine"
-            logger.exception("the engine failed: %s", failure)
-        with self._lock:
-            if self._state == "ready":
-                self._state, self._failure = "failed", error
-            events = self._take_commands()
-        self._deliver(events + self._scheduler.fail_all(error))
+        except (GangFailure, IntegrityError) as failure:
+            return str(failure)
+        return ""
 
     def _turn(self) -> None:
         """Wait, then hand the lanes their next steps before anybody hears of the results: the ranks go on meanwhile."""
         events: list[Event] = []
         for result in self._executor.wait():
             events += self._scheduler.complete(result)
+            self._num_vain_revivals = 0
         events += self._take_commands()
         while step := self._scheduler.next_step():
             self._executor.submit(step)
         if events:
             self._deliver(events)
+            if not self._scheduler.num_live:
+                self._scheduler.check()
+
+    def _end_all(self, state: EngineState, error: str) -> None:
+        """Every request hears of it, and new ones are refused from now on."""
+        with self._lock:
+            if self._state != "stopped":
+                self._state = state
+            self._failure = error
+            events = self._take_commands()
+        self._deliver(events + self._scheduler.fail_all(error))
+
+    def _begin_anew(self, failure: str) -> None:
+        """A new executor for the next epoch. Raises GangFailure when there is none to be had."""
+        self._executor.close()
+        while self._revive is not None and self._num_vain_revivals < _MAX_VAIN_REVIVALS and self._state == "recovering":
+            self._num_vain_revivals += 1
+            self._scheduler = Scheduler(self._settings, self._scheduler.epoch + 1)
+            try:
+                self._executor = self._revive(self._scheduler.epoch)
+            except Exception as error:  # noqa: BLE001 - whatever keeps the gang from coming back, the next try may not meet it
+                logger.exception("the gang did not come back")
+                failure = f"the gang did not come back: {error}"
+                continue
+            with self._lock:
+                if self._state == "recovering":
+                    self._state = "ready"
+            return
+        if self._state == "recovering":
+            raise GangFailure(failure)
 
     def _take_commands(self) -> list[Event]:
         events: list[Event] = []

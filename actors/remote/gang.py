@@ -109,15 +109,15 @@ class Gang:
         self._ranks: list[RankInfo] = []
         self._serving: list[Any] = []  # one reference a rank: resolved when its loop ends
         self._actors = [self._create(rank, device) for rank in range(topology.num_ranks)]
-        self.executor = EngineChannel(ray.util.get_node_ip_address(), epoch)
+        self.executor = EngineChannel(ray.util.get_node_ip_address(), epoch, config.timeouts.collective_s)
 
-    def start(self, plan: Plan) -> None:
-        """Bring the ranks together and wait until every one is ready.
+    def start(self, plan: Plan, num_blocks: int | None = None) -> None:
+        """Bring the ranks together and wait until every one is ready. `num_blocks`: as an earlier epoch had, else chosen.
 
         Raises GangFailure, and as they are the errors that a user can mend: CheckpointError, UnsupportedModel, ValueError.
         """
         try:
-            self._assemble(plan)
+            self._assemble(plan, num_blocks)
         except BaseException:
             self.close()
             raise
@@ -151,7 +151,7 @@ class Gang:
         strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=bundle)
         return ray.remote(RankActor).options(scheduling_strategy=strategy, **options).remote(rank, self._config)
 
-    def _assemble(self, plan: Plan) -> None:
+    def _assemble(self, plan: Plan, num_blocks: int | None) -> None:
         config, actors = self._config, self._actors
         hellos: list[Hello] = self._gather([actor.hello.remote() for actor in actors], "started")
         keys = self._gather([actor.assign.remote(plan) for actor in actors], "taken their part of the plan")
@@ -166,7 +166,7 @@ class Gang:
         share = config.cache.memory_share
         loads = [actor.call.remote("load", share, ranks_on[node]) for actor, node in zip(actors, nodes, strict=True)]
         loaded: list[Loaded] = self._gather(loads, "loaded their weights")
-        self.num_blocks = _num_blocks(config, plan, loaded)
+        self.num_blocks = num_blocks or _num_blocks(config, plan, loaded)
         self._gather(self._call_all("allocate", self.num_blocks), "warmed up")
         self._ranks = [
             RankInfo(

@@ -5,6 +5,10 @@ class GangFailure(RuntimeError):
     """A rank died, failed or fell silent: no step of this epoch will end. Handled by the engine."""
 
 
+class IntegrityError(RuntimeError):
+    """Our own books do not add up; the message has the numbers. Handled by the engine: it begins anew."""
+
+
 class EngineStopped(RuntimeError):
     """The engine takes no request any more. Handled at the HTTP edge: 503."""
 

@@ -75,11 +75,11 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
             if name.endswith("bias"):
                 parameter.copy_(noise * 0.5)
             elif "norm" in name:
-                parameter.copy_(1 + 0.3 * noise)
+                parameter.copy_((1 + 0.3 * noise) * (6 if name == "model.norm.weight" else 1))
             elif "lm_head" in name or "embed_tokens" in name:
-                parameter.copy_(noise)
+                parameter.copy_(noise * 0.1)  # small: a tied head would else repeat what was read
             else:
-                parameter.copy_(noise * 1.5 * parameter.shape[1] ** -0.5)
+                parameter.copy_(noise * parameter.shape[1] ** -0.5)
 
 
 @pytest.fixture(scope="session")
@@ -125,22 +125,18 @@ def plan_of(checkpoints: Callable[[str], Path]) -> Callable[..., Plan]:
 class Pool:
     """Rank processes, started once and lent to one gang after the other."""
 
-    def __init__(self, num_ranks: int) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "transformers", "transformers.models.auto.modeling_auto"])
+    def __init__(self, num_ranks: int, rehearsal: tuple[Plan, Path]) -> None:
+        context = multiprocessing.get_context("spawn")
         self.store, self.port = host_store("127.0.0.1")
         self.epoch = 0
-        self.connections: list[Connection] = []
-        self.processes = []
+        pipes = [context.Pipe() for _ in range(num_ranks)]
+        self.connections: list[Connection] = [ours for ours, _ in pipes]
         script = str(Path(__file__).with_name("rank_process.py"))
-        for _ in range(num_ranks):
-            ours, theirs = context.Pipe()
-            arguments = (script, {"connection": theirs}, "rank_process")
-            process = context.Process(target=runpy.run_path, args=arguments, daemon=True)
-            process.start()
+        given = {"connections": [theirs for _, theirs in pipes], "rehearsal": rehearsal}
+        self.mother = context.Process(target=runpy.run_path, args=(script, given, "rank_process"))
+        self.mother.start()
+        for _, theirs in pipes:
             theirs.close()
-            self.connections.append(ours)
-            self.processes.append(process)
 
     def ask(self, jobs: list[tuple[str, tuple[Any, ...]]]) -> list[Any]:
         """One job to each of the first ranks, at the same time → their answers."""
@@ -157,11 +153,9 @@ class Pool:
 
     def close(self) -> None:
         for connection in self.connections:
-            connection.send(None)
-        for process in self.processes:
-            process.join(10)
-            if process.is_alive():
-                process.kill()
+            connection.close()
+        self.mother.join(20)
+        assert self.mother.exitcode == 0, "ranks did not leave when their connections ended"
 
 
 @dataclasses.dataclass
@@ -195,8 +189,8 @@ class Gang:
 
 
 @pytest.fixture(scope="session")
-def pool() -> Iterator[Pool]:
-    ranks = Pool(NUM_RANKS)
+def pool(plan_of: Callable[..., Plan], checkpoints: Callable[[str], Path]) -> Iterator[Pool]:
+    ranks = Pool(NUM_RANKS, (plan_of("llama"), checkpoints("llama")))
     yield ranks
     ranks.close()
 

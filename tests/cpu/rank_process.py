@@ -1,9 +1,11 @@
-"""A rank without Ray: a process that joins groups, builds a Runner and executes the steps that a test composes.
+"""Ranks without Ray: processes that join groups, build a Runner and execute the steps that a test composes.
 
-Run by path in processes of a forkserver, with `connection` among its globals. It answers each job with ("ok", result)
-or ("error", text).
+Run by path in one process, the mother, with `connections` and `rehearsal` among its globals. It imports everything,
+rehearses once, and forks a rank for each connection: twelve ranks for one import. A rank answers each job with
+("ok", result) or ("error", text), and leaves when its connection ends.
 """
 
+import multiprocessing
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -15,6 +17,7 @@ from actors.decisions.plan import Plan
 from actors.tensors.batch import StepTensors
 from actors.tensors.runner import Runner
 from actors.words.messages import StepBatch
+from cluster.collectives import LoneShard
 from cluster.groups import Groups, join
 from cluster.rendezvous import join_store
 
@@ -68,10 +71,12 @@ class Rank:
 
 
 def serve(connection: Connection) -> None:
-    torch.set_num_threads(1)
     rank = Rank()
-    while (job := connection.recv()) is not None:
-        name, arguments = job
+    while True:
+        try:
+            name, arguments = connection.recv()
+        except EOFError:
+            break
         try:
             connection.send(("ok", getattr(rank, name)(*arguments)))
         except Exception:
@@ -79,5 +84,28 @@ def serve(connection: Connection) -> None:
     rank.stop()
 
 
-if "connection" in globals():
-    serve(globals()["connection"])
+class Alone:
+    """The groups of a gang of one."""
+
+    stage = LoneShard()
+    previous = None
+    next = None
+
+
+def be_mother(connections: list[Connection], rehearsal: tuple[Plan, Path]) -> None:
+    torch.set_num_threads(1)
+    plan, folder = rehearsal
+    runner = Runner(plan, 0, Alone(), CPU)  # imports what is imported lazily
+    runner.load(folder)
+    runner.allocate_cache(plan.num_blocks_for_longest)
+    runner.warm_up()
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=serve, args=(connection,)) for connection in connections]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+
+
+if "connections" in globals():
+    be_mother(globals()["connections"], globals()["rehearsal"])

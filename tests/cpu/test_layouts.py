@@ -36,23 +36,27 @@ def references(checkpoints: Callable[[str], Path]) -> Callable[[str], list[Refer
     def of(family: str) -> list[Reference]:
         if family not in made:
             model: Any = AutoModelForCausalLM.from_pretrained(checkpoints(family), attn_implementation="eager")
-            made[family] = [reference(model.eval(), length, seed) for seed, length in enumerate(PROMPT_LENGTHS)]
+            made[family] = [reference(model.eval(), length) for length in PROMPT_LENGTHS]
         return made[family]
 
     return of
 
 
 @torch.inference_mode()
-def reference(model: Any, length: int, seed: int) -> Reference:
-    generator = torch.Generator().manual_seed(seed)
-    prompt = torch.randint(model.config.vocab_size, (1, length), generator=generator)
-    ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NUM_NEW, do_sample=False)
-    logits = model(ids[:, :-1]).logits[0]
-    best = logits[length - 1 :].topk(2, dim=-1)
-    assert best.indices[:, 0].tolist() == ids[0, length:].tolist()
-    assert (best.values[:, 0] - best.values[:, 1]).min() > 100 * TOLERANCE, "a near tie: choose another seed"
-    assert len(set(ids[0, length:].tolist())) > 4, "too monotonous to show anything"
-    return Reference(prompt[0].tolist(), ids[0, length:].tolist(), logits)
+def reference(model: Any, length: int) -> Reference:
+    """Of the first random prompt that is neither a near tie anywhere (rounding would decide) nor monotonous."""
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        prompt = torch.randint(model.config.vocab_size, (1, length), generator=generator)
+        ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NUM_NEW, do_sample=False)
+        new_ids = ids[0, length:].tolist()
+        logits = model(ids[:, :-1]).logits[0]
+        best = logits[length - 1 :].topk(2, dim=-1)
+        assert best.indices[:, 0].tolist() == new_ids
+        margin = (best.values[:, 0] - best.values[:, 1]).min()
+        if margin > 20 * TOLERANCE and len(set(new_ids)) > NUM_NEW // 2:
+            return Reference(prompt[0].tolist(), new_ids, logits)
+    raise AssertionError(f"no prompt of {length} ids shows anything; scale the weights otherwise")
 
 
 class Driver:

@@ -89,7 +89,9 @@ class World:
         self.text = text
         self.executor = executor or FakeExecutor(vocab_size=VOCAB_SIZE)
         self.outbox = Outbox()
-        settings = SchedulerSettings(num_blocks=256, block_size=16, max_num_seqs=8, max_num_batched_tokens=64, num_lanes=2)
+        settings = SchedulerSettings(
+            num_blocks=256, block_size=16, max_num_seqs=8, max_num_batched_tokens=64, num_lanes=2
+        )
         self.engine = Engine(self.executor, settings, self.outbox.deliver)
         values = {"max_model_len": 128, "vocab_size": VOCAB_SIZE, "max_requests": 16, "max_body_bytes": 65536} | limits
         identity = Identity(MODEL, "replica-1", "0.1.0", 1, Topology(2, 2))
@@ -136,7 +138,9 @@ class World:
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
             snapshot = self.engine.snapshot()
-            if not (snapshot.running or snapshot.waiting or snapshot.blocks_used or self.service.admission.num_admitted):
+            if not (
+                snapshot.running or snapshot.waiting or snapshot.blocks_used or self.service.admission.num_admitted
+            ):
                 return
             time.sleep(0.005)
         raise AssertionError(f"{self.engine.snapshot()}, {self.service.admission.num_admitted} admitted")

@@ -101,13 +101,15 @@ def test_stop_string_is_cut_and_ends_the_request_in_the_engine(make_world):
     world.wait_until_idle()
 
 
-@pytest.mark.parametrize(
-    "raw", [b"", b"null", b"42", b'"x"', b"[]", b"{", b'{"a":1,}', b"\xef\xbb\xbf{}", b"\xff\xfe", b"\x00", b"[" * 100_000]
-    + [b'{"a":' * 10_000, b'{"max_tokens":' + b"9" * 5000 + b"}", b'{"model":"\\ud800"}', b'{"temperature":NaN}']
-)  # fmt: skip
+NO_OBJECTS = [b"", b"null", b"42", b'"x"', b"[]", b"{", b'{"a":1,}', b"\xef\xbb\xbf{}", b"\xff\xfe", b"\x00"]
+NO_JSON = [b'{"model":"\\ud800"}', b'{"temperature":NaN}', b'{"temperature":1e400}']
+TOO_MUCH = [b"[" * 60_000, b'{"a":' * 10_000, b'{"max_tokens":' + b"9" * 5000 + b"}"]
+
+
+@pytest.mark.parametrize("raw", [*NO_OBJECTS, *NO_JSON, *TOO_MUCH])
 @pytest.mark.parametrize("path", [COMPLETIONS, CHATS])
 def test_bodies_that_are_no_json_object_are_refused(world, error_of, path, raw):
-    error_of(world.post(path, raw=raw[: 65536 // 2]), 400)
+    error_of(world.post(path, raw=raw), 400)
 
 
 @pytest.mark.parametrize("content_type", ["application/x-www-form-urlencoded", "text/plain", ""])

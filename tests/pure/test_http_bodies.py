@@ -1,0 +1,111 @@
+"""The tables of request fields: null passes, neutral values pass, all other values of a refused field do not."""
+
+import json
+
+import pytest
+
+from deployments.api_error import ApiError
+from deployments.requests import ChatBody, CompletionBody
+from deployments.strict_body import parse_body
+
+REQUIRED = {
+    CompletionBody: {"model": "m", "prompt": "p"},
+    ChatBody: {"model": "m", "messages": [{"role": "user", "content": "c"}]},
+}
+OURS = {
+    "model", "prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "seed", "stop", "ignore_eos",
+    "stream", "stream_options",
+}  # fmt: skip
+INERT = {
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+}  # fmt: skip
+FIELDS = [(kind, name) for kind in REQUIRED for name in kind.model_fields]
+
+
+def parse(kind, **fields):
+    return parse_body(json.dumps({**REQUIRED[kind], **fields}).encode(), kind)
+
+
+@pytest.mark.parametrize(("kind", "name"), FIELDS)
+def test_null_is_as_good_as_absent(kind, name):
+    if name in REQUIRED[kind]:
+        with pytest.raises(ApiError, match=f"{name}: is required"):
+            parse(kind, **{name: None})
+    else:
+        assert parse(kind, **{name: None}) == parse(kind)
+
+
+@pytest.mark.parametrize(("kind", "name"), [field for field in FIELDS if field[1] not in OURS | INERT])
+def test_refused_fields_refuse_what_is_not_neutral_and_say_what_to_do(kind, name):
+    with pytest.raises(ApiError) as raised:
+        parse(kind, **{name: {"something": "meant"}})
+    error = raised.value
+    assert (error.status, error.param, error.code) == (400, name, "unsupported_parameter")
+    assert "leave it out" in error.message
+    _, send, neutral = error.message.partition("or send ")
+    if send:
+        assert parse(kind, **{name: json.loads(neutral)}) is not None
+
+
+@pytest.mark.parametrize("kind", REQUIRED)
+@pytest.mark.parametrize("name", sorted(INERT))
+def test_fields_that_never_change_the_answer_pass(kind, name):
+    assert parse(kind, **{name: {"any": ["thing"]}}) is not None
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (CompletionBody, {"logprobs": 0}),  # the token's own logprob would be shown
+        (ChatBody, {"logprobs": True}),
+        (ChatBody, {"tool_choice": "required"}),
+        (ChatBody, {"max_tokens": 3, "max_completion_tokens": 4}),
+        (CompletionBody, {"max_completion_tokens": 4}),
+        (CompletionBody, {"n": 0}),
+        (CompletionBody, {"top_p": "1"}),
+        (CompletionBody, {"best_of": 2}),
+        (CompletionBody, {"stop_token_ids": [5]}),
+    ],
+)
+def test_values_near_the_neutral_ones_are_refused(kind, fields):
+    with pytest.raises(ApiError) as raised:
+        parse(kind, **fields)
+    assert raised.value.param in fields
+
+
+def test_one_stop_string_is_a_list_of_one():
+    assert parse(ChatBody, stop="x").stop == ["x"]
+    assert parse(ChatBody, stop=["x", "y"]).stop == ["x", "y"]
+    assert parse(ChatBody, stop=[]).stop == []
+
+
+def test_numbers_may_be_written_as_json_has_them():
+    assert parse(ChatBody, temperature=0).temperature == 0.0
+    assert parse(ChatBody, temperature=2, seed=2**63 - 1, max_tokens=1).seed == 2**63 - 1
+
+
+@pytest.mark.parametrize("kind", REQUIRED)
+def test_errors_stay_small_whatever_is_sent(kind):
+    rubbish = [
+        {"x" * 100_000: 1},
+        {f"field{index}": 1 for index in range(20_000)},
+        {"stop": ["\x00" * 100_000] * 9},
+        {"messages": [7] * 100_000},
+        {"messages": [{"role": "r" * 100_000, "content": "c"}]},
+        {"prompt": [["x" * 100_000]]},
+        {"model": ["x" * 100_000]},
+        {"response_format": {"type": "json_schema", "json_schema": {"a": "b" * 100_000}}},
+    ]
+    for fields in rubbish:
+        with pytest.raises(ApiError) as raised:
+            parse(kind, **fields)
+        assert len(raised.value.body()) < 4096
+
+
+def test_messages_become_what_templates_read():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    answer = {"role": "assistant", "content": "c", "refusal": None, "annotations": [], "tool_calls": None}
+    body = parse(ChatBody, messages=[{"role": "user", "content": parts, "name": "n"}, answer])
+    (conversation,) = body.prompts
+    expected = [{"role": "user", "content": "a\nb", "name": "n"}, {"role": "assistant", "content": "c"}]
+    assert conversation.messages == expected
