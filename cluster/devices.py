@@ -4,7 +4,7 @@ import os
 
 
 def cuda_index(assigned_id: str, visible: str | None) -> int:
-    """torch's index of the GPU that Ray calls `assigned_id`, in a process whose visible devices are not narrowed.
+    """Torch's index of the GPU that Ray calls `assigned_id`, in a process whose visible devices are not narrowed.
 
     Ray's ids are those of CUDA_VISIBLE_DEVICES of its node (physical numbers, or UUIDs of GPUs and MIG slices); torch
     counts in the order of that list, and in physical order where there is none. Raises ValueError.

@@ -50,7 +50,8 @@ def pack(asked: Sequence[Amounts], room: Sequence[Amounts], allowed: Sequence[Se
     keys = [(amounts, tuple(row)) for amounts, row in zip(asked, allowed, strict=True)]
     count = Counter(keys)
     kinds = sorted(count, key=lambda kind: _size(kind[0]), reverse=True)
-    if any(_capacity([kind], room) < count[kind] for kind in kinds) or _capacity(kinds, room) < len(asked):
+    wanted_by = [([kind], count[kind]) for kind in kinds] + [(kinds, len(asked))]
+    if any(_capacity(some, room, number) < number for some, number in wanted_by):
         return None
     hosts = [node for node, has in enumerate(room) if any(row[node] and _fits(amounts, has) for amounts, row in kinds)]
     hosts.sort(key=lambda node: _size(room[node]), reverse=True)
@@ -80,14 +81,14 @@ def _fits(amounts: Amounts, has: Amounts) -> bool:
     return all(asked <= free for asked, free in zip(amounts, has, strict=True))
 
 
-def _capacity(kinds: Sequence[_Kind], room: Sequence[Amounts]) -> int:
-    """At most how many bundles of these kinds fit: counted as if each asked the least of everything."""
+def _capacity(kinds: Sequence[_Kind], room: Sequence[Amounts], enough: int) -> int:
+    """At most how many bundles of these kinds fit, up to `enough`: as if each asked the least of everything."""
     least = tuple(min(amounts) for amounts in zip(*(amounts for amounts, _ in kinds), strict=True))
-    return sum(
-        min((free // asked for free, asked in zip(has, least, strict=True) if asked), default=0)
-        for node, has in enumerate(room)
-        if any(row[node] for _, row in kinds)
-    )
+    total = 0
+    for node, has in enumerate(room):
+        if any(row[node] for _, row in kinds):
+            total += min((free // asked for free, asked in zip(has, least, strict=True) if asked), default=enough)
+    return min(total, enough)
 
 
 def _fillings(wanted: Sequence[Amounts | None], left: Sequence[int], has: Amounts) -> Iterator[_State]:

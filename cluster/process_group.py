@@ -61,17 +61,20 @@ class ProcessGroup:
         self.wait(self._backend_in_use().barrier())
 
     def send(self, tensor: torch.Tensor, member: int) -> Any:
-        """Start a send; the answer is for `wait`."""
+        """Start a send; the answer is for `wait`. CUDA only."""
+        assert self.device.type == "cuda", "gloo's receive cannot be woken: links on CPU are sockets"
         return self._backend_in_use().send([tensor], member, 0)
 
     def receive(self, tensor: torch.Tensor, member: int) -> None:
-        """Fill a tensor."""
+        """Fill a tensor. CUDA only."""
+        assert self.device.type == "cuda", "gloo's receive cannot be woken: links on CPU are sockets"
         self.wait(self._backend_in_use().recv([tensor], member, 0))
 
     def wait(self, work: Any) -> None:
         """Block until the work is done (CPU), or make the current stream wait for it (CUDA).
 
-        Raises TimeoutError, or RuntimeError when a member died or the group was aborted.
+        Raises TimeoutError, or RuntimeError when a member died or the group was aborted. On CUDA, NCCL's own watchdog
+        ends the process once an operation has taken longer than the timeout.
         """
         if work is None:  # NCCL ran it on the current stream
             return

@@ -60,7 +60,8 @@ def build_app(args: dict[str, Any]) -> Application:
     needs = make_needs(topology, placement, device)
     strategy = resolve_strategy(placement, topology)
     wait_for(needs, strategy, placement.wait_s)
-    replica = LLMReplica.options(
+    deployment: serve.Deployment = LLMReplica
+    replica = deployment.options(
         placement_group_bundles=make_bundles(needs),
         placement_group_strategy=strategy,
         placement_group_bundle_label_selector=make_label_selectors(needs),

@@ -48,7 +48,7 @@ class Replica:
         )
         outbox = Outbox()
         self._engine = Engine(self._gang.executor, settings, outbox.deliver, self._revive)
-        self.app = app_of(self._engine, outbox, lambda: self._gang.ranks())
+        self.app = app_of(self._engine, outbox, self._ranks)
         self._engine.start()
         logger.info("serving %s on %d ranks", config.served_name, topology.num_ranks)
 
@@ -56,6 +56,9 @@ class Replica:
         """Raises RuntimeError when the gang cannot come back."""
         if self._engine.snapshot().state == "failed":
             raise RuntimeError(f"the gang is lost: {self._engine.failure}")
+
+    def _ranks(self) -> list[RankInfo]:
+        return self._gang.ranks()  # of the present epoch
 
     def _revive(self, epoch: int) -> Executor:
         """A gang of a new epoch in the same bundles, with a cache of the same size. Called in the engine's thread."""
@@ -104,7 +107,7 @@ def _read_model(config: Config) -> tuple[Plan, Any]:
 
 def _log_to_stdout() -> None:
     """Our own progress lines reach whoever started the server; Serve's logger has its own files."""
-    handler = logging.StreamHandler(sys.stdout)
+    handler = logging.StreamHandler(sys.__stdout__)  # Serve sends sys.stdout into its file
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     for room in ("cluster", "actors", "deployments"):
         logging.getLogger(room).addHandler(handler)

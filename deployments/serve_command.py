@@ -2,14 +2,13 @@
 
     python -m deployments.serve_command CONFIG [--dashboard]
 
-It does what `serve run CONFIG` does, in this one process. Exit codes: 0 stopped by Ctrl-C or SIGTERM, 1 it cannot serve,
+It does what `serve run CONFIG` does, in this one process. Exit codes: 0 stopped by Ctrl-C or SIGTERM, 1 cannot serve,
 2 a mistake in the config file or on the command line, 130 a second Ctrl-C cut the shutdown short.
 A Ray cluster that runs already (RAY_ADDRESS, or `ray start`) is used and left running; else one is started and ended.
 """
 
 import argparse
 import contextlib
-import http.client
 import importlib
 import io
 import json
@@ -17,7 +16,6 @@ import logging
 import os
 import shlex
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -28,6 +26,7 @@ from typing import Any, NoReturn
 from configs.config import Config
 from configs.files import read_application, read_config, read_document
 from deployments.descendants import adopt_orphans, children, end_children
+from deployments.endpoint import Endpoint
 from deployments.reasons import for_people, is_final
 
 POLL_S = 0.1  # until ready; nobody's token waits on it
@@ -54,7 +53,7 @@ class Served:
     path: str
     config: Config
     app: dict[str, Any]
-    http: dict[str, Any]
+    endpoint: Endpoint
     dashboard: bool
     started_ray: bool = False
     deployed: bool = False
@@ -64,19 +63,6 @@ class Served:
     def name(self) -> str:
         """The Serve application's name."""
         return str(self.app.get("name", "default"))
-
-    @property
-    def address(self) -> tuple[str, int]:
-        """Host and port as the config has them."""
-        return str(self.http.get("host", "0.0.0.0")), int(self.http.get("port", 8000))
-
-    @property
-    def url(self) -> str:
-        """The base URL for a client on this machine."""
-        host, port = self.address
-        scheme = "https" if self.http.get("ssl_certfile") else "http"
-        prefix = str(self.app.get("route_prefix") or "/").rstrip("/")
-        return f"{scheme}://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}{prefix}"
 
     def say(self, text: str) -> None:
         """One line for people, with the seconds since the start."""
@@ -93,7 +79,6 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(number, _interrupt)
     try:
         served = read(options.config, dashboard=options.dashboard)
-        check_port(served)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -105,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         deploy(served)
         wait_until_ready(served)
         watch(served)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # SystemExit: from Ray's SIGTERM handler, which stands while it starts
         served.say("stopping (Ctrl-C again to hurry)")
         code = 0
     except CannotServe as error:
@@ -117,27 +102,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read(path: str, *, dashboard: bool) -> Served:
-    """The checked config file. Raises ValueError, one line a problem."""
-    config = read_config(path)
-    document = read_document(path)
-    http_options = document.get("http_options") or {}
-    if not isinstance(http_options, dict) or not isinstance(http_options.get("port", 8000), int):
-        raise ValueError(f"{path}: http_options.port: expects a port number, for example 8000")
-    return Served(path, config, read_application(path), http_options, dashboard)
-
-
-def check_port(served: Served) -> None:
-    """Raises ValueError when somebody listens on the HTTP port already."""
-    host, port = served.address
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ValueError(
-                f"{served.path}: http_options.port: {host}:{port} cannot be listened on ({error.strerror}); "
-                f"stop what uses port {port}, or set http_options.port to a free one"
-            ) from None
+    """The checked config file, its port free. Raises ValueError, one line a problem."""
+    config, app = read_config(path), read_application(path)
+    try:
+        endpoint = Endpoint.of(read_document(path), app)
+        endpoint.check_free()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return Served(path, config, app, endpoint, dashboard)
 
 
 def start_ray(served: Served) -> None:
@@ -162,7 +134,7 @@ def start_ray(served: Served) -> None:
     told = ", ".join(f"{value:g} {key}" for key, value in sorted(resources.items())) or "no CPU"
     served.say(f"Ray is up ({'started here' if served.started_ray else 'a cluster that ran already'}): {told}")
     if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
-        served.say("HAProxy mode: ports 9101, 8404 and 30000-31000 listen on all interfaces: fence them off")
+        served.say("HAProxy mode: its metrics (9101) and statistics (8404) listen on all interfaces: fence them off")
 
 
 def check_app(served: Served) -> None:
@@ -203,7 +175,7 @@ def wait_until_ready(served: Served) -> None:
         status, news, errors = look(served)
         if status in ("DEPLOY_FAILED", "UNHEALTHY") or any(is_final(error) for error in errors):
             raise CannotServe("\n".join(for_people(error) for error in errors) or f"Serve says {status}.")
-        if status == "RUNNING" and answers_ready(served):
+        if status == "RUNNING" and served.endpoint.is_ready():
             break
         if news != told or time.monotonic() - told_at > QUIET_S:
             told, told_at = news, time.monotonic()
@@ -211,9 +183,9 @@ def wait_until_ready(served: Served) -> None:
         time.sleep(POLL_S)
     question = {"role": "user", "content": "What is a stage?"}
     body = {"model": served.config.served_name, "messages": [question], "stream": True}
-    served.say(f"ready: {served.url}")
+    served.say(f"ready: {served.endpoint.url}")
     print(
-        f"\ncurl -N {served.url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        f"\ncurl -N {served.endpoint.url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
         f"  -d {shlex.quote(json.dumps(body))}\n\nCtrl-C stops it.",
         flush=True,
     )
@@ -251,21 +223,6 @@ def look(served: Served) -> tuple[str, str, list[str]]:
             errors.append(deployment.message)
             words.append(for_people(deployment.message))
     return app.status.value, "; ".join(words), errors
-
-
-def answers_ready(served: Served) -> bool:
-    """Whether GET /ready answers 200. With TLS Serve's word is taken: the certificate names another host."""
-    if served.url.startswith("https"):
-        return True
-    host, _, path = served.url.removeprefix("http://").partition("/")
-    connection = http.client.HTTPConnection(host, timeout=2.0)
-    try:
-        connection.request("GET", f"/{path}/ready" if path else "/ready")
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
 
 
 def stop(served: Served) -> None:

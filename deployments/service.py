@@ -77,7 +77,7 @@ class Service:
             raise ApiError(404, message, param="model", code="model_not_found")
         prompts = body.prompts
         with self.admission.reserve(len(prompts)):
-            requests = [self._request(body, await self._text.encode(prompt)) for prompt in prompts]
+            requests = [self._request(body, ids) for ids in await self._text.encode(prompts)]
             transcripts = [self._text.transcript(body.stop) for _ in requests]
             generation = Generation(self.engine, self._outbox, list(map(Answer, count(), requests, transcripts)))
             try:

@@ -13,7 +13,8 @@ from deployments.api_error import ApiError, public_text
 from deployments.requests import Conversation, Prompt
 from deployments.transcript import Decoder, Transcript
 
-INLINE_CHARS = 4096  # longer texts are tokenized in a thread: a few milliseconds of the event loop are the limit
+MAX_RENDERED_CHARS = 16 * 1024 * 1024  # of what a chat template may write
+INLINE_CHARS = 4096  # of a request's prompts together; more of it is tokenized in a thread, as it takes milliseconds
 
 
 class Text:
@@ -37,23 +38,23 @@ class Text:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         return cls(tokenizer, _eos_token_ids(Path(folder)))
 
-    async def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, as the tokenizer and for messages the chat template make them; ids pass as they are.
+    async def encode(self, prompts: list[Prompt]) -> list[list[int]]:
+        """Token ids of prompts, as the tokenizer and for messages the chat template make them; ids pass as they are.
 
         Raises ApiError (400) when the template refuses the messages.
         """
-        if isinstance(prompt, list):
-            return prompt
-        num_chars = len(prompt) if isinstance(prompt, str) else prompt.num_chars
-        if num_chars <= INLINE_CHARS and self._backend is not None:
-            return self._encode(prompt)
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._encode, prompt)
+        if sum(map(_num_chars, prompts)) <= INLINE_CHARS and self._backend is not None:
+            return list(map(self._encode, prompts))
+        loop = asyncio.get_running_loop()
+        return [await loop.run_in_executor(self._thread, self._encode, prompt) for prompt in prompts]
 
     def transcript(self, stops: list[str]) -> Transcript:
         """Turns one sequence's ids into text."""
         return Transcript(Decoder(self._decode, self._special_ids), stops)
 
-    def _encode(self, prompt: str | Conversation) -> list[int]:
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, list):
+            return prompt
         if isinstance(prompt, Conversation):
             return self._tokenize(self._render(prompt), add_special_tokens=False)  # the template writes its own
         return self._tokenize(prompt, add_special_tokens=True)
@@ -74,11 +75,16 @@ class Text:
             messages = [{**m, "role": "system" if m["role"] == "developer" else m["role"]} for m in messages]
         try:
             text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            return text
         except Exception as error:  # noqa: BLE001 - the template is a program of the model's, and the messages are its input
             reason = public_text(str(error)) if isinstance(error, TemplateError) else "it failed on them"
             message = f"messages: the model's chat template refuses them: {reason[:200]}"
             raise ApiError(400, message, param="messages") from None
+        if len(text) > MAX_RENDERED_CHARS:
+            message = (
+                f"messages: the chat template makes {len(text)} characters of them; send at most {MAX_RENDERED_CHARS}"
+            )
+            raise ApiError(400, message, param="messages", code="context_length_exceeded")
+        return text
 
     def _decode(self, token_ids: list[int]) -> str:
         if self._backend is None:
@@ -86,6 +92,13 @@ class Text:
         else:
             text = self._backend.decode(token_ids, skip_special_tokens=True)
         return str(text)
+
+
+def _num_chars(prompt: Prompt) -> int:
+    """What there is to tokenize."""
+    if isinstance(prompt, list):
+        return 0
+    return len(prompt) if isinstance(prompt, str) else prompt.num_chars
 
 
 def _eos_token_ids(folder: Path) -> frozenset[int]:

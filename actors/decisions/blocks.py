@@ -1,7 +1,7 @@
 """Which sequence holds which KV block: allocation, sharing of equal prefixes, and an account that must add up.
 
 A block is in exactly one of three states: used (held by at least one sequence), cached (held by nobody, kept for its
-contents), or free. Blocks are named by a SHA-256 chain over their contents, so that an equal name means an equal prefix.
+contents), or free. Blocks are named by a SHA-256 chain over their contents: an equal name means an equal prefix.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ class BlockCounts:
 
 
 class BlockPool:
-    """All blocks of one gang. Numbers are the same on every rank, since every rank runs every step in the same order."""
+    """All blocks of one gang; the same numbers on every rank, since every rank runs the steps in the same order."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size

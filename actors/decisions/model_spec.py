@@ -107,7 +107,8 @@ def broken_constraints(spec: "ModelSpec | Sizes", topology: Topology) -> list[st
         reasons.append(f"{key}: {spec.ffn_size} ffn columns are not divisible by {tp}; {_sizes(spec)}")
     if pp > spec.num_layers:
         reasons.append(
-            f"parallel.pipeline_parallel_size: {pp} stages for {spec.num_layers} layers; at most {spec.num_layers} would work"
+            f"parallel.pipeline_parallel_size: {pp} stages for {spec.num_layers} layers; "
+            f"at most {spec.num_layers} would work"
         )
     return reasons
 

@@ -45,8 +45,8 @@ def make_plan(config: Config, spec: ModelSpec) -> Plan:
     scheduler = config.scheduler
     if scheduler.max_num_batched_tokens < scheduler.max_num_seqs:
         raise ValueError(
-            f"scheduler.max_num_batched_tokens: a step of {scheduler.max_num_batched_tokens} tokens cannot hold one token "
-            f"for each of scheduler.max_num_seqs = {scheduler.max_num_seqs} sequences; use at least as many"
+            f"scheduler.max_num_batched_tokens: a step of {scheduler.max_num_batched_tokens} tokens cannot hold one "
+            f"token for each of scheduler.max_num_seqs = {scheduler.max_num_seqs} sequences; use at least as many"
         )
     return Plan(
         spec=spec,

@@ -22,6 +22,7 @@ class Sequence:
     num_named: int = 0  # of its blocks, named by their contents
     is_open: bool = False  # the ranks have a row for it
     num_preemptions: int = 0
+    num_prompt_logprobs: int = 0  # told already; a computation after a preemption says them again
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
@@ -36,6 +37,12 @@ class Sequence:
     def num_unscheduled(self) -> int:
         """Known ids that no step has taken yet: the rest of a prefill, or 1 between two decode steps."""
         return max(0, len(self.ids) - self.num_scheduled)
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether prompt ids are left whose logprobs were asked for and not told."""
+        asked = self.request.sampling.prompt_logprobs is not None
+        return asked and self.num_prompt_logprobs < len(self.request.prompt_ids) - 1
 
     @property
     def is_prefilling(self) -> bool:

@@ -1,9 +1,10 @@
 """What each rank owns: its layers, heads, KV heads, ffn columns, vocabulary rows, and the slice of every tensor.
 
-The only home of the sharding rules. Model building, the loader, the KV cache, the memory estimate and `/cluster` read it.
+The only home of the sharding rules. Model building, loader, KV cache, memory estimate and `/cluster` read it.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from actors.decisions.model_spec import ModelSpec, Parameter, broken_constraints
 from actors.words.errors import UnsupportedModel
@@ -80,7 +81,10 @@ class ShardPlan:
 def make_shard_plans(
     spec: ModelSpec, topology: Topology, layers_per_stage: tuple[int, ...] | None = None
 ) -> tuple[ShardPlan, ...]:
-    """One plan a rank, in rank order. Raises ValueError with every broken constraint, UnsupportedModel for unknown styles."""
+    """One plan a rank, in rank order.
+
+    Raises ValueError with every broken constraint, UnsupportedModel for unknown styles.
+    """
     reasons = broken_constraints(spec, topology)
     if reasons:
         raise ValueError("\n".join(reasons))
@@ -130,7 +134,7 @@ def cut_by_cost(spec: ModelSpec, topology: Topology) -> list[Interval]:
                 following[end] = min(options)
         best = following
     bounds = best[spec.num_layers][2]
-    return list(zip(bounds, bounds[1:], strict=False))
+    return list(pairwise(bounds))
 
 
 def _given_cut(spec: ModelSpec, topology: Topology, layers_per_stage: tuple[int, ...]) -> list[Interval]:
@@ -144,7 +148,7 @@ def _given_cut(spec: ModelSpec, topology: Topology, layers_per_stage: tuple[int,
             f"{topology.pipeline_parallel_size} stages of at least one layer; leave it out to have them dealt by cost"
         )
     bounds = [sum(layers_per_stage[:stage]) for stage in range(len(layers_per_stage) + 1)]
-    return list(zip(bounds, bounds[1:], strict=False))
+    return list(pairwise(bounds))
 
 
 def _check_styles(spec: ModelSpec) -> None:

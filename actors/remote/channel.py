@@ -137,10 +137,8 @@ class EngineChannel:
         with self._closing:
             if self._is_closed:
                 return
-            try:
+            with contextlib.suppress(GangFailure):  # a rank that is gone needs no telling
                 self._broadcast(_ENCODER.encode(Shutdown(self.epoch)))
-            except GangFailure:
-                pass  # a rank that is gone needs no telling
             self._is_closed = True
             self._socket.close()
             self._authenticator.stop()
@@ -156,7 +154,8 @@ class EngineChannel:
             begun = {rank: step for rank, (_, step) in self.last_heartbeat.items()}
             behind = min(begun, key=lambda rank: begun[rank])
             raise GangFailure(
-                f"step {self._clock.oldest} hangs: far beyond what steps take; rank {behind} is behind at step {begun[behind]}"
+                f"step {self._clock.oldest} takes far longer than steps do; "
+                f"rank {behind} is furthest behind, at step {begun[behind]}"
             )
 
     def _broadcast(self, payload: bytes) -> None:
@@ -171,7 +170,7 @@ class EngineChannel:
 
     def _poll(self, timeout_s: float | None) -> tuple[list[StepResult], bool]:
         """Wait once; returns results, and whether somebody called `wake`."""
-        events = dict(self._poller.poll(None if timeout_s is None else timeout_s * 1000))
+        events = dict(self._poller.poll(None if timeout_s is None else int(timeout_s * 1000)))
         was_woken = self._wakeup in events
         if was_woken:
             os.eventfd_read(self._wakeup)
@@ -193,7 +192,9 @@ class EngineChannel:
         except msgspec.MsgspecError as error:
             raise GangFailure(f"rank {rank} spoke nonsense on the step channel: {error}") from error
         if rank is None or message.epoch != self.epoch:
-            logger.warning("dropped a message of epoch %s from rank %s: this is epoch %s", message.epoch, rank, self.epoch)
+            logger.warning(
+                "dropped a message of epoch %s from rank %s: this is epoch %s", message.epoch, rank, self.epoch
+            )
             return
         match message:
             case StepResult():

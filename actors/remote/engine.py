@@ -3,6 +3,7 @@
 It waits on the executor only, which anybody may wake: no timer and no poll stands between a result and its events.
 """
 
+import contextlib
 import dataclasses
 import logging
 import secrets
@@ -77,11 +78,9 @@ class Engine:
         self._command(lambda: self._add(request))
 
     def finish(self, request_id: str, at_token: int | None = None) -> None:
-        """End a request: after `at_token` generated ids (a stop string was found), or aborted. Unknown ids are ignored."""
-        try:
+        """End a request: after `at_token` generated ids (a stop string was found), or aborted. Ignores unknown ids."""
+        with contextlib.suppress(EngineStopped):  # its terminal event is out already
             self._command(lambda: [event for event in [self._scheduler.finish(request_id, at_token)] if event])
-        except EngineStopped:
-            pass  # its terminal event is out already
 
     def snapshot(self) -> Snapshot:
         """Any thread."""
@@ -177,7 +176,7 @@ class Engine:
             self._scheduler = Scheduler(self._settings, self._scheduler.epoch + 1)
             try:
                 self._executor = self._revive(self._scheduler.epoch)
-            except Exception as error:  # noqa: BLE001 - whatever keeps the gang from coming back, the next try may not meet it
+            except Exception as error:  # whatever it is, the next try may not meet it
                 logger.exception("the gang did not come back")
                 failure = f"the gang did not come back: {error}"
                 continue

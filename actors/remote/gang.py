@@ -1,12 +1,12 @@
-"""The gang on Ray: starts the rank actors of one replica in its placement group, brings them together, watches, ends them."""
+"""The gang on Ray: starts the rank actors of one replica, brings them together, watches over them, ends them."""
 
+import dataclasses
 import logging
 import os
 import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -28,7 +28,7 @@ _PROGRESS_S = 10.0  # say what is waited for this often
 _STOP_S = 5.0  # ranks get this long to leave by themselves
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Hello:
     """What a rank's process says of itself once it is up."""
 
@@ -37,7 +37,7 @@ class Hello:
     device: str  # cpu, or cuda:<index>
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class RankInfo:
     """What `/cluster` says of a rank."""
 
@@ -53,7 +53,7 @@ class RankInfo:
 
 
 class RankActor:
-    """The thin Ray shell around a Rank. torch is imported here, in all ranks at once, while the replica makes the plan."""
+    """The thin Ray shell around a Rank. It imports torch in all ranks at once, while the replica makes the plan."""
 
     def __init__(self, rank: int, config: Config) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
@@ -112,9 +112,10 @@ class Gang:
         self.executor = EngineChannel(ray.util.get_node_ip_address(), epoch, config.timeouts.collective_s)
 
     def start(self, plan: Plan, num_blocks: int | None = None) -> None:
-        """Bring the ranks together and wait until every one is ready. `num_blocks`: as an earlier epoch had, else chosen.
+        """Bring the ranks together and wait until every one is ready. `num_blocks`: as an earlier epoch had, or chosen.
 
-        Raises GangFailure, and as they are the errors that a user can mend: CheckpointError, UnsupportedModel, ValueError.
+        Raises GangFailure, and as they are the errors that a user can mend: CheckpointError, UnsupportedModel,
+        ValueError.
         """
         try:
             self._assemble(plan, num_blocks)
@@ -128,7 +129,8 @@ class Gang:
         """The ranks as they stand now. Any thread."""
         now, heard = time.monotonic(), self.executor.last_heartbeat
         return [
-            RankInfo(**{**info.__dict__, "heartbeat_age_s": round(now - heard[info.rank][0], 3)}) for info in self._ranks
+            RankInfo(**{**info.__dict__, "heartbeat_age_s": round(now - heard[info.rank][0], 3)})
+            for info in self._ranks
         ]
 
     def close(self) -> None:
@@ -170,7 +172,15 @@ class Gang:
         self._gather(self._call_all("allocate", self.num_blocks), "warmed up")
         self._ranks = [
             RankInfo(
-                shard.rank, shard.stage, shard.shard, node, hello.pid, hello.device, shard.layers, load.weight_bytes, 0.0
+                shard.rank,
+                shard.stage,
+                shard.shard,
+                node,
+                hello.pid,
+                hello.device,
+                shard.layers,
+                load.weight_bytes,
+                0.0,
             )
             for shard, node, hello, load in zip(plan.shards, nodes, hellos, loaded, strict=True)
         ]
@@ -179,13 +189,15 @@ class Gang:
         return [actor.call.remote(method, *args) for actor in self._actors]
 
     def _gather(self, refs: list[Any], what: str) -> list[Any]:
-        """Results of one call a rank; the first rank that fails ends the wait. Raises GangFailure or the rank's error."""
+        """Results of one call a rank; the first that fails ends the wait. Raises GangFailure or the rank's error."""
         started, pending = time.monotonic(), list(refs)
         while pending:
             left_s = self._deadline - time.monotonic()
             if left_s <= 0:
                 missing = [refs.index(ref) for ref in pending]
-                raise GangFailure(f"ranks {missing} have not {what} in time; look at their logs, or raise timeouts.start_s")
+                raise GangFailure(
+                    f"ranks {missing} have not {what} in time; look at their logs, or raise timeouts.start_s"
+                )
             done, pending = ray.wait(pending, num_returns=1, timeout=min(_PROGRESS_S, left_s))
             for ref in done:
                 _result(ref, refs.index(ref))

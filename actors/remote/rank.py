@@ -1,4 +1,4 @@
-"""One rank of a gang: joins its groups, loads its slices, and executes steps in the order of the channel until told to stop."""
+"""One rank of a gang: joins its groups, loads its slices, and executes steps in the channel's order until it is told."""
 
 import logging
 import time
@@ -20,7 +20,7 @@ _PROGRESS_S = 2.0
 
 
 class Rank:
-    """Owns (stage, shard): its part of the model, its cache, its groups. A plain class; an actor or a process wraps it."""
+    """Owns (stage, shard): its part of the model, its cache, its groups. A plain class; an actor wraps it."""
 
     def __init__(self, assignment: Assignment) -> None:
         self.assignment = assignment
@@ -70,7 +70,7 @@ class Rank:
         self._say("ready: %d KV blocks", num_blocks)
 
     def serve(self) -> None:
-        """Execute steps until the engine says Shutdown. Any error is reported, ends the stage's waiting, and is raised."""
+        """Execute steps until the engine says Shutdown. Errors are reported, end the neighbours' waiting, are raised."""
         assert self._runner is not None and self._channel is not None and self._groups is not None, "serve before load"
         is_answering = self.assignment.rank == self.assignment.plan.topology.answering_rank
         try:
@@ -100,5 +100,5 @@ class Rank:
         return say
 
     def _say(self, text: str, *values: object) -> None:
-        topology, rank = self.assignment.plan.topology, self.assignment.rank
-        logger.info("rank %d (stage %d, shard %d) " + text, rank, topology.stage(rank), topology.shard(rank), *values)
+        shard = self.assignment.plan.shards[self.assignment.rank]
+        logger.info("rank %d (stage %d, shard %d) %s", shard.rank, shard.stage, shard.shard, text % values)

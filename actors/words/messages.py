@@ -8,10 +8,33 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
-    """How a sequence's next id is drawn. Temperature 0 is greedy."""
+    """How a sequence's next id is drawn, in OpenAI's terms and vLLM's; the defaults change nothing.
+
+    Order: repetition, presence and frequency penalties and logit_bias change the logits; temperature divides them (0 is
+    greedy and ends here); then top_k, top_p and min_p cut, each over what the one before left.
+    """
 
     temperature: float = 1.0
     seed: int | None = None  # 63 bits; noise is a function of (seed, position, token id); the engine draws one for None
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0  # share of the most likely token's probability
+    repetition_penalty: float = 1.0  # over prompt and generated ids; Keskar et al. 2019, CTRL
+    presence_penalty: float = 0.0  # over generated ids, as OpenAI defines it
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    min_tokens: int = 0  # before so many generated ids, none of `banned_ids` is drawn
+    banned_ids: list[int] = []  # the request's stop ids where min_tokens is set; the engine fills it in
+    logprobs: int | None = None  # of each generated id, and of so many most likely ones; None: not asked
+    prompt_logprobs: int | None = None  # the same of each prompt id after the first
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability of one id under the model's own distribution (before penalties and temperature), and the best."""
+
+    logprob: float
+    top_ids: list[int]  # most likely first
+    top_logprobs: list[float]
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -19,7 +42,7 @@ class Request(msgspec.Struct, frozen=True):
 
     request_id: str
     prompt_ids: list[int]  # at least one id
-    max_tokens: int  # at least 1; prompt + max_tokens fits the context
+    max_tokens: int  # prompt + max_tokens fits the context; 0 only computes the prompt (for its logprobs)
     sampling: SamplingParams
     stop_token_ids: frozenset[int] = frozenset()  # end of sequence among them, unless ignore_eos
 
@@ -34,6 +57,8 @@ class Event(msgspec.Struct, frozen=True):
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     error: str | None = None  # with finish_reason "error": what happened, fit for a client
+    logprobs: list[TokenLogprobs] = []  # one an id, where asked
+    prompt_logprobs: list[TokenLogprobs] = []  # of the next prompt ids, from the second on, where asked
 
 
 class NewSequence(msgspec.Struct, frozen=True, array_like=True):
@@ -42,6 +67,7 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     seq: int
     sampling: SamplingParams
     known_ids: list[int]
+    num_prompt: int = 0  # ids of the prompt; those after it count as generated
 
 
 class Entry(msgspec.Struct, frozen=True, array_like=True):
@@ -55,6 +81,7 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
     ids: list[int]
     new_blocks: list[int]  # appended to the sequence's block table
     sample: bool  # False for a prefill chunk that is not the last
+    prompt_logprobs: bool = False  # wanted of the ids that follow each of these ids in the prompt
 
 
 class StepBatch(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -66,6 +93,7 @@ class StepBatch(msgspec.Struct, frozen=True, array_like=True, tag=True):
     opened: list[NewSequence]
     closed: list[int]  # sequences whose rows are dropped before this step runs
     entries: list[Entry]  # may be empty when only rows are dropped
+    seen: int = -1  # the last step whose result the engine had when it made this one
 
 
 class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -75,11 +103,15 @@ class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """From shard 0 of the last stage: for each entry that sampled, in order, the ids it gained (a list: speculation fits)."""
+    """From shard 0 of the last stage: for each entry that sampled, in order, the ids it gained (speculation fits)."""
 
     epoch: int
     step: int
     token_ids: list[list[int]]
+    logprobs: list[
+        list[TokenLogprobs]
+    ] = []  # like token_ids; an inner list is empty where not asked, all where nobody did
+    prompt_logprobs: list[list[TokenLogprobs]] = []  # one list for each entry that wanted them, in order
 
 
 class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -75,11 +75,11 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
             if name.endswith("bias"):
                 parameter.copy_(noise * 0.5)
             elif "norm" in name:
-                parameter.copy_((1 + 0.3 * noise) * (6 if name == "model.norm.weight" else 1))
+                parameter.copy_((1 + 0.3 * noise) * (3 if name == "model.norm.weight" else 1))
             elif "lm_head" in name or "embed_tokens" in name:
                 parameter.copy_(noise * 0.1)  # small: a tied head would else repeat what was read
             else:
-                parameter.copy_(noise * parameter.shape[1] ** -0.5)
+                parameter.copy_(noise * 1.5 * parameter.shape[1] ** -0.5)
 
 
 @pytest.fixture(scope="session")

@@ -144,20 +144,20 @@ def wait_while_a_thread_works(rank, size, port):
 
 
 def look_at_names(rank, size, port):
-    before = set(os.listdir("/dev/shm"))
+    before = set(Path("/dev/shm").iterdir())
     group = join(rank, size, port)
     group.all_reduce(torch.ones(3))
-    new = [name for name in set(os.listdir("/dev/shm")) - before if "stagemesh" in name]
+    new = [path.name for path in set(Path("/dev/shm").iterdir()) - before if "stagemesh" in path.name]
     assert "stagemesh" in Path("/proc/self/maps").read_text()
     group.close()
     del group
     left = "stagemesh" in Path("/proc/self/maps").read_text()
-    return new, left, [target for target in map(target_of, os.listdir("/proc/self/fd")) if "stagemesh" in target]
+    return new, left, [target for target in map(target_of, Path("/proc/self/fd").iterdir()) if "stagemesh" in target]
 
 
-def target_of(fd):
+def target_of(link):
     try:
-        return os.readlink(f"/proc/self/fd/{fd}")
+        return str(link.readlink())
     except OSError:  # the listing's own
         return ""
 
@@ -174,12 +174,12 @@ def measure(rank, size, port):
     store = join_store(ADDRESS, port, 1, 20.0)
     mapping = share_memory(store, 0, size, rank)
     gloo = TorchStage(ProcessGroup("gloo", store, list(range(size)), rank, torch.device("cpu"), ADDRESS, 20.0))
+    groups = [SharedMemoryStage(mapping, size, rank, 20.0), gloo]
     lines = []
     for nbytes in (4096, 65536, 1 << 20):
         tensor = torch.ones(nbytes // 4)
         medians = []
-        for group in (SharedMemoryStage(mapping, size, rank, 20.0), gloo) if nbytes == 4096 else (first, gloo):
-            first = group if group is not gloo else first
+        for group in groups:
             times = []
             for _ in range(500):
                 began = time.perf_counter()

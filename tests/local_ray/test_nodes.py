@@ -1,5 +1,7 @@
 """What Ray says about its nodes, and waiting for them."""
 
+import time
+
 import pytest
 
 ray = pytest.importorskip("ray")
@@ -43,8 +45,6 @@ def test_what_is_reserved_is_busy(cluster):
     for _ in range(100):  # Ray's picture lags behind a little
         if read_nodes()[0].free_cpus == 1:
             break
-        import time
-
         time.sleep(0.1)
     with pytest.raises(InfeasiblePlacement, match="busy: CPU"):
         wait_for(busy, "STRICT_PACK", wait_s=0)

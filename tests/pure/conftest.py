@@ -109,6 +109,10 @@ class World:
             ids.append(next_id(ids, self.executor.vocab_size, seed))
         return ids[len(prompt_ids) :]
 
+    def ids(self, words):
+        """Token ids of a text."""
+        return asyncio.run(self.text.encode([words]))[0]
+
     def http(self):
         """An httpx client that calls the app without a socket."""
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)

@@ -15,7 +15,7 @@ GREEDY = SamplingParams(0.0)
 
 
 def settings(**changes):
-    values = dict(num_blocks=64, block_size=16, max_num_seqs=8, max_num_batched_tokens=64, num_lanes=2)
+    values = {"num_blocks": 64, "block_size": 16, "max_num_seqs": 8, "max_num_batched_tokens": 64, "num_lanes": 2}
     return SchedulerSettings(**(values | changes))
 
 

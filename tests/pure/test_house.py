@@ -12,6 +12,13 @@ MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 50
 
 BANNED_MODULES = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "ray.cloudpickle"}
+BANNED_METHODS = (
+    "_object_list",
+    ".all_gather_object",
+    ".gather_object",
+    ".scatter_object",
+    ".broadcast_object",
+)  # pickle
 BANNED_CALLS = {"eval", "exec", "torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system"}
 
 
@@ -27,7 +34,7 @@ def crimes(source: str, file: str) -> Iterator[str]:
             if name in BANNED_MODULES or name in BANNED_CALLS:
                 yield f"{file}:{node.lineno}: imports {name}"
         name = ast.unparse(node) if isinstance(node, ast.Name | ast.Attribute) else ""
-        if name in BANNED_CALLS or name.endswith(("_object_list", "_object")) and "." in name:
+        if name in BANNED_CALLS or name.endswith(BANNED_METHODS):
             yield f"{file}:{node.lineno}: uses {name}"
         if isinstance(node, ast.keyword):
             shell = node.arg == "shell" and getattr(node.value, "value", None) is not False

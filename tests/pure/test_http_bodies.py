@@ -1,6 +1,7 @@
 """The tables of request fields: null passes, neutral values pass, all other values of a refused field do not."""
 
 import json
+import random
 
 import pytest
 
@@ -102,6 +103,11 @@ def test_errors_stay_small_whatever_is_sent(kind):
         assert len(raised.value.body()) < 4096
 
 
+@pytest.mark.parametrize("message", ["\x00" * 10**6, "é👋" * 10**6, '"' * 10**6])
+def test_error_bodies_are_bounded(message):
+    assert len(ApiError(400, message, param="p" * 64, code="c" * 32).body()) <= 4096
+
+
 def test_messages_become_what_templates_read():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     answer = {"role": "assistant", "content": "c", "refusal": None, "annotations": [], "tool_calls": None}
@@ -109,3 +115,28 @@ def test_messages_become_what_templates_read():
     (conversation,) = body.prompts
     expected = [{"role": "user", "content": "a\nb", "name": "n"}, {"role": "assistant", "content": "c"}]
     assert conversation.messages == expected
+
+
+ODD = [None, True, 0, -1, 2**63, 1.5, 1e308, "", "x", "\x00", [], [[]], [0], ["x", 1], {}, {"a": {}}, {"type": "text"}]
+
+
+@pytest.mark.parametrize("kind", REQUIRED)
+def test_whatever_is_sent_is_a_body_or_a_400(kind):
+    dice = random.Random(kind.__name__)
+    names = [*kind.model_fields, "nonsense", ""]
+    verdicts = {"taken": 0, "refused": 0}
+    for _ in range(3000):
+        fields = {dice.choice(names): dice.choice(ODD) for _ in range(dice.randint(0, 3))}
+        raw = bytearray(json.dumps({**REQUIRED[kind], **fields}).encode())
+        for _ in range(dice.choice([0, 0, 0, 1, 5])):
+            raw[dice.randrange(len(raw))] = dice.randrange(256)
+        try:
+            body = parse_body(bytes(raw), kind)
+            assert len(body.prompts) >= 1
+            assert body.token_limit[1] is None or body.token_limit[1] >= 1
+            verdicts["taken"] += 1
+        except ApiError as error:
+            assert error.status == 400
+            assert len(error.body()) <= 4096
+            verdicts["refused"] += 1
+    assert min(verdicts.values()) > 100

@@ -38,7 +38,7 @@ def test_models(served):
 def test_completion_whole_and_streamed(served):
     world, _, client = served
     whole = client.completions.create(**COMPLETION, extra_body=IGNORE_EOS)
-    prompt_ids = asyncio.run(world.text.encode("one two"))
+    prompt_ids = world.ids("one two")
     assert whole.choices[0].text == world.text._decode(world.expected_ids(prompt_ids, 6))
     assert whole.choices[0].finish_reason == "length"
     assert whole.choices[0].logprobs is None

@@ -50,7 +50,7 @@ def test_chat_answers_as_the_assistant(world):
     assert body["id"].startswith("chatcmpl-")
     message = body["choices"][0]["message"]
     assert message["role"] == "assistant"
-    prompt_ids = asyncio.run(world.text.encode("<s><|user|>hello\n<|assistant|>"))
+    prompt_ids = world.ids("<s><|user|>hello\n<|assistant|>")
     assert body["usage"]["prompt_tokens"] == len(prompt_ids)
     assert message["content"] == world.text._decode(world.expected_ids(prompt_ids, 4))
 
@@ -92,7 +92,7 @@ def test_eos_ends_the_answer_and_has_no_text_but_counts(make_world):
 
 def test_stop_string_is_cut_and_ends_the_request_in_the_engine(make_world):
     world = make_world()
-    script = asyncio.run(world.text.encode("the quick brown fox jumps over the lazy dog"))
+    script = world.ids("the quick brown fox jumps over the lazy dog")
     world = make_world(script=script)
     body = world.post(COMPLETIONS, {**COMPLETION, "max_tokens": 100, "stop": ["nothing", "brown fox"]}).json()
     assert body["choices"][0]["text"] == "the quick "

@@ -96,7 +96,7 @@ async def until(condition):
 
 @pytest.fixture
 def ids_of(text):
-    return lambda words: asyncio.run(text.encode(words))
+    return lambda words: asyncio.run(text.encode([words]))[0]
 
 
 def test_chat_stream_has_role_text_one_end_and_done(world):
@@ -148,6 +148,24 @@ def test_stop_strings_never_show_not_even_in_part(make_world, ids_of):
     assert done == "[DONE]"
     assert "".join(texts) == "the quick brown fox "
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+    world.wait_until_idle()
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_a_stop_string_frees_the_engine_before_max_tokens(make_world, scripted_executor, ids_of, is_stream):
+    script = ids_of(SENTENCE)
+    executor = scripted_executor(script, vocab_size=400, is_manual=True)
+    world = make_world(executor=executor)
+    body = {**STREAM, "max_tokens": 100, "stop": "quick", "stream": is_stream}
+
+    async def go():
+        client = Client(world.app, COMPLETIONS, body)
+        await until(lambda: client.task.done() or (executor.release() and False))
+        await until(lambda: world.engine.snapshot().running == 0)
+
+    asyncio.run(go())
+    assert len(executor.steps) < len(script)
+    executor.release(100)
     world.wait_until_idle()
 
 
@@ -278,7 +296,7 @@ def test_a_client_may_leave_while_its_prompt_is_tokenized(make_world, monkeypatc
     async def go():
         started, gate = asyncio.Event(), asyncio.Event()
 
-        async def slow_encode(prompt):
+        async def slow_encode(prompts):
             started.set()
             await gate.wait()
 

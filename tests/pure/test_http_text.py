@@ -22,7 +22,7 @@ TURNS = [
 
 
 def encode(text, prompt):
-    return asyncio.run(text.encode(prompt))
+    return asyncio.run(text.encode([prompt]))[0]
 
 
 @pytest.mark.parametrize("num_turns", [1, 2, 4])
@@ -56,7 +56,21 @@ def test_long_prompts_leave_the_event_loop_alone(text, monkeypatch):
     encode(text, "x" * INLINE_CHARS)
     encode(text, "x" * (INLINE_CHARS + 1))
     encode(text, Conversation([{"role": "user", "content": "x" * (INLINE_CHARS + 1)}]))
-    assert [thread is threading.main_thread() for thread in threads] == [True, False, False]
+    asyncio.run(text.encode(["x" * (INLINE_CHARS // 2)] * 3))
+    assert [thread is threading.main_thread() for thread in threads] == [True, False, False, False, False, False]
+
+
+def test_several_prompts_keep_their_order(text):
+    prompts = ["one", [7, 8], "two" * INLINE_CHARS, "three"]
+    assert asyncio.run(text.encode(prompts)) == [encode(text, prompt) for prompt in prompts]
+
+
+def test_what_a_template_writes_is_bounded(tokenizer_folder, monkeypatch):
+    monkeypatch.setattr("deployments.text.MAX_RENDERED_CHARS", 1000)
+    wordy = PreTrainedTokenizerFast.from_pretrained(str(tokenizer_folder))
+    wordy.chat_template = "{% for i in range(1001) %}x{% endfor %}"
+    with pytest.raises(ApiError, match="at most 1000"):
+        encode(Text(wordy), Conversation(TURNS))
 
 
 def test_developer_is_system_for_templates_that_do_not_know_it(text, tokenizer_folder):

@@ -11,9 +11,13 @@ def file_map() -> str:
     """The block as README should have it. To print it: python tests/pure/test_readme.py."""
     rows = []
     for room in ("configs", "cluster", "actors", "deployments"):
-        for path in sorted((ROOT / room).rglob("*.py"), key=lambda path: (path.parent, path.name != "__init__.py", path)):
+        for path in sorted(
+            (ROOT / room).rglob("*.py"), key=lambda path: (path.parent, path.name != "__init__.py", path)
+        ):
             docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
-            assert docstring, f"{path.relative_to(ROOT)}: no docstring; its first line says in one sentence what it owns"
+            assert docstring, (
+                f"{path.relative_to(ROOT)}: no docstring; its first line says in one sentence what it owns"
+            )
             name = path.relative_to(ROOT).as_posix().removesuffix("__init__.py")
             rows.append((name, docstring.splitlines()[0]))
     width = max(len(name) for name, _ in rows)

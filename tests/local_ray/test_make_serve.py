@@ -1,0 +1,140 @@
+"""`make serve` as a person meets it: it serves, it says why it cannot, and it leaves nothing behind."""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_S = 240.0  # for a machine that does other things too
+MARK = "STAGEMESH_TEST_RUN"
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+class Serving:
+    """One run of the program behind `make serve`, with a mark that all its descendants inherit."""
+
+    def __init__(self, name: str, folder: Path, **environment: str) -> None:
+        document = yaml.safe_load((ROOT / "configs" / name).read_text())
+        self.port = document["http_options"]["port"] = free_port()
+        config, self.log = folder / name, folder / "log"
+        config.write_text(yaml.safe_dump(document))
+        self.mark = uuid.uuid4().hex
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "deployments.serve_command", str(config)],
+            cwd=ROOT,
+            env={**os.environ, "RAY_ADDRESS": "local", MARK: self.mark, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=self.log.open("w"),
+            stderr=subprocess.STDOUT,
+        )
+
+    def printed(self) -> str:
+        return self.log.read_text()
+
+    def wait_for(self, words: str) -> str:
+        """What was printed, once the words are in it; fails when the program ends without them."""
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            ended = self.process.poll() is not None
+            if words in self.printed():
+                return self.printed()
+            assert not ended, self.printed()
+            time.sleep(0.1)
+        raise AssertionError(f"no {words!r} in:\n{self.printed()}")
+
+    def wait(self) -> int:
+        return self.process.wait(PATIENCE_S)
+
+    def left_behind(self) -> list[psutil.Process]:
+        """Processes that carry the mark."""
+        left = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    left.append(process)
+        return left
+
+    def assert_nothing_left(self) -> None:
+        assert self.left_behind() == [], self.printed()
+        with socket.create_server(("127.0.0.1", self.port)):
+            pass  # the port is free again
+
+
+@pytest.fixture
+def serving(tmp_path: Path) -> Iterator[list[Serving]]:
+    """A list for the runs of a test; what they leave is ended."""
+    runs: list[Serving] = []
+    yield runs
+    for run in runs:
+        for process in run.left_behind():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        run.process.wait(10)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("ha_proxy", ["0", "1"], ids=["python proxy", "haproxy"])
+def test_the_demo_serves_until_ctrl_c(tmp_path: Path, serving: list[Serving], ha_proxy: str) -> None:
+    run = Serving("demo.yaml", tmp_path, RAY_SERVE_ENABLE_HA_PROXY=ha_proxy)
+    serving.append(run)
+    printed = run.wait_for("Ctrl-C stops it.")
+    assert f"ready: http://127.0.0.1:{run.port}" in printed
+    command = re.search(r"^curl (?:.*\\\n)*.*$", printed, re.MULTILINE)
+    assert command, printed
+    words = shlex.split(command[0].replace("\\\n", " "))
+    url, body = words[2], json.loads(words[words.index("-d") + 1])
+    answer = httpx.post(url, json=body | {"max_tokens": 8}, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert answer.text.rstrip().endswith("data: [DONE]")
+    run.process.send_signal(signal.SIGINT)
+    assert run.wait() == 0, run.printed()
+    run.assert_nothing_left()
+
+
+@pytest.mark.timeout(300)
+def test_what_does_not_fit_is_said_in_a_table(tmp_path: Path, serving: list[Serving]) -> None:
+    run = Serving("llama70b_tp8.yaml", tmp_path)
+    serving.append(run)
+    assert run.wait() == 1, run.printed()
+    printed = run.printed()
+    assert "stage 0" in printed
+    assert "what would work" in printed
+    assert "8 GPUs" in printed
+    assert "Traceback" not in printed
+    assert "starting Serve" not in printed
+    run.assert_nothing_left()
+
+
+@pytest.mark.timeout(300)
+def test_two_interrupts_while_ray_starts_leave_nothing(tmp_path: Path, serving: list[Serving]) -> None:
+    run = Serving("demo.yaml", tmp_path)
+    serving.append(run)
+    run.wait_for("starting Ray")
+    deadline = time.monotonic() + PATIENCE_S
+    while len(run.left_behind()) < 3 and time.monotonic() < deadline:  # until Ray's first processes are there
+        time.sleep(0.05)
+    run.process.send_signal(signal.SIGTERM)
+    run.wait_for("stopping")
+    run.process.send_signal(signal.SIGTERM)
+    assert run.wait() in (0, 130), run.printed()
+    run.assert_nothing_left()

@@ -1,0 +1,111 @@
+"""The parts of `make serve` that need no Ray: words out of tracebacks, the endpoint, and processes left behind."""
+
+import os
+import socket
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import psutil
+import pytest
+
+from configs.files import parse_args
+from deployments import serve_command
+from deployments.endpoint import Endpoint
+from deployments.reasons import for_people, is_final
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def serve_message(own_traceback: str) -> str:
+    """As Serve reports the failure of a replica's constructor: the traceback inside words of its own and Ray's."""
+    return (
+        "The deployment failed to start 1 times in a row. Retrying 2 more time(s). Error:\n"
+        f'\x1b[36mray::Replica.initialize()\x1b[39m (pid=7)\n  File "/x/ray/serve/replica.py", line 9, in initialize\n'
+        f"    self.make()\n{own_traceback}"
+    )
+
+
+def test_our_own_error_is_told_without_its_traceback() -> None:
+    with pytest.raises(ValueError) as caught:
+        parse_args({"model": {"source": ""}, "device": "gpu"})
+    text = "".join(traceback.format_exception(caught.value))
+    message = serve_message(text)
+    assert for_people(message) == str(caught.value)
+    assert len(for_people(message).splitlines()) == 2
+    assert is_final(message)
+
+
+def test_a_foreign_error_is_told_whole() -> None:
+    try:
+        int("x")
+    except ValueError:
+        message = serve_message(traceback.format_exc())
+    assert for_people(message) == message.strip()
+    assert not is_final(message)
+
+
+def test_our_error_that_another_try_may_heal_is_not_final() -> None:
+    own = f'Traceback (most recent call last):\n  File "{ROOT}/actors/remote/gang.py", line 3, in start\n    raise x\n'
+    message = own + "actors.words.errors.GangFailure: rank 3 is gone\n"
+    assert for_people(message) == "rank 3 is gone"
+    assert not is_final(message)
+
+
+def test_a_text_without_traceback_stays() -> None:
+    assert for_people("The replica is unhealthy.\n") == "The replica is unhealthy."
+
+
+def test_endpoint_reads_what_serve_reads() -> None:
+    app = {"route_prefix": "/llm/"}
+    assert Endpoint.of({}, {}) == Endpoint("0.0.0.0", 8000)
+    assert Endpoint.of({"http_options": {"host": "::", "port": 81}}, app).url == "http://[::1]:81/llm"
+    assert Endpoint.of({"http_options": {"ssl_certfile": "x"}}, {}).url == "https://127.0.0.1:8000"
+    with pytest.raises(ValueError, match=r"http_options\.port: .*'8000'"):
+        Endpoint.of({"http_options": {"port": "8000"}}, {})
+
+
+def test_a_mistake_costs_no_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text("applications: [{args: {model: {sauce: x}}}]\n")
+    assert serve_command.main([str(path)]) == 2
+    printed = capsys.readouterr().err
+    assert "args.model.sauce: unknown key; did you mean model.source?" in printed
+    assert "args.model.source: missing" in printed
+
+
+def test_a_taken_port_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        path = tmp_path / "serve.yaml"
+        path.write_text(
+            f"http_options: {{host: 127.0.0.1, port: {port}}}\napplications: [{{args: {{model: {{source: x}}}}}}]\n"
+        )
+        assert serve_command.main([str(path)]) == 2
+    printed = capsys.readouterr().err
+    assert "http_options.port" in printed
+    assert str(port) in printed
+
+
+def test_no_descendant_outlives_end_children() -> None:
+    """A grandchild in a session of its own, whose parent has ended: adopted, then killed."""
+    program = """
+import subprocess, sys
+from deployments.descendants import adopt_orphans, children, end_children
+
+adopt_orphans()
+make = '''
+import subprocess
+print(subprocess.Popen(["sleep", "60"], start_new_session=True, stdout=subprocess.DEVNULL).pid)
+'''
+pid = int(subprocess.run([sys.executable, "-c", make], capture_output=True, text=True).stdout)
+assert children() == [pid], (pid, children())
+end_children(0.0)
+assert children() == []
+print(pid)
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert not psutil.pid_exists(int(done.stdout))
