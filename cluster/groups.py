@@ -33,6 +33,7 @@ class Groups:
     stage: StageGroup
     previous: Link | None  # None on the first stage
     next: Link | None  # None on the last stage
+    feedback: Link | None  # what the last stage sampled, to the same shard of the first; None on the others, and alone
     control: ProcessGroup  # every rank, CPU tensors
     held: list[_Held] = field(repr=False)
 
@@ -60,8 +61,8 @@ def join(
 
     `address` is this node's own: nothing listens elsewhere. `timeout_s` is the patience of one collective or one hop;
     that of meeting is the store's. Every rank makes its groups in the same order: control, stage, link from the
-    previous stage, link to the next. Raises TimeoutError (which names who is missing), RuntimeError, or JoinCancelled;
-    nothing stays open then.
+    previous stage, link to the next, feedback. Raises TimeoutError (which names who is missing), RuntimeError, or
+    JoinCancelled; nothing stays open then.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -78,13 +79,13 @@ def join(
         stage = _join_stage(member, use_shared_memory)
         held.append(stage)
         member.say(f"stage group connected ({type(stage).__name__}, {stage.size} shards)")
-        previous, following = _join_links(member, held)
+        links = _join_links(member, held)
         member.say("links connected")
-        _warm_up(member, stage, previous, following)
+        _warm_up(member, stage, *links)
         control.barrier()
         member.say("all groups work")
         undo.pop_all()
-    return Groups(stage, previous, following, control, held)
+    return Groups(stage, *links, control, held)
 
 
 @dataclass(frozen=True)
@@ -117,41 +118,66 @@ def _join_stage(member: _Member, use_shared_memory: bool) -> StageGroup:
     return TorchStage(member.group(f"stage{stage}", topology.stage_ranks(stage), member.device))
 
 
-def _join_links(member: _Member, held: list[_Held]) -> tuple[Link | None, Link | None]:
-    """(from the previous stage, to the next stage); what was made goes to `held` at once."""
+def _join_links(member: _Member, held: list[_Held]) -> tuple[Link | None, Link | None, Link | None]:
+    """(from the previous stage, to the next stage, feedback); what was made goes to `held` at once."""
     topology, rank = member.topology, member.rank
-    before = None if topology.is_first_stage(rank) else topology.previous_rank(rank)
-    after = None if topology.is_last_stage(rank) else topology.next_rank(rank)
+    is_first, is_last = topology.is_first_stage(rank), topology.is_last_stage(rank)
+    before = None if is_first else topology.previous_rank(rank)
+    after = None if is_last else topology.next_rank(rank)
+    # The first stage starts with its only link, so the ranks of a pipeline complete their groups one after the other;
+    # feedback closes the circle only once that line is complete.
+    previous, following = _connect(member, "link", before, after, held)
+    if is_first == is_last:
+        return previous, following, None
+    shard = topology.shard(rank)
+    last = topology.rank(topology.pipeline_parallel_size - 1, shard) if is_first else None
+    first = topology.rank(0, shard) if is_last else None
+    from_last, to_first = _connect(member, "feedback", last, first, held)
+    return previous, following, from_last or to_first
+
+
+def _connect(
+    member: _Member, name: str, before: int | None, after: int | None, held: list[_Held]
+) -> tuple[Link | None, Link | None]:
+    """(link from rank `before`, link to rank `after`)."""
+    rank = member.rank
     if member.device.type == "cpu":
-        links = connect_links(member.store, rank, before, after, member.address, member.timeout_s)
+        links = connect_links(member.store, rank, before, after, member.address, member.timeout_s, name)
         held.extend(link for link in links if link is not None)
         return links
 
     def link_between(sender: int | None, receiver: int | None) -> Link | None:
         if sender is None or receiver is None:
             return None
-        link = TorchLink(member.group(f"link{sender}to{receiver}", [sender, receiver], member.device))
+        link = TorchLink(member.group(f"{name}{sender}to{receiver}", [sender, receiver], member.device))
         held.append(link)
         return link
 
-    # The first stage starts with its only link, so the ranks of a pipeline complete their groups one after the other.
     return link_between(before, rank), link_between(rank, after)
 
 
-def _warm_up(member: _Member, stage: StageGroup, previous: Link | None, following: Link | None) -> None:
+def _warm_up(
+    member: _Member, stage: StageGroup, previous: Link | None, following: Link | None, feedback: Link | None
+) -> None:
     """One small operation on each group: what is broken shows now, and the first request finds everything connected."""
-    rank = member.rank
+    topology, rank, own = member.topology, member.rank, torch.full((1,), float(member.rank), device=member.device)
     total = stage.all_reduce(torch.ones(1, device=member.device))
-    came_from = rank if previous is None else member.topology.previous_rank(rank)
-    heard = torch.full((1,), float(rank), device=member.device)
+    heard, expected = own.clone(), rank
+    returned, returning = own.clone(), rank
     if previous is not None:
         previous.receive(heard)
+        expected = topology.previous_rank(rank)
     if following is not None:
-        following.send(torch.full((1,), float(rank), device=member.device)).wait()
-    if total.item() != stage.size or heard.item() != came_from:
+        following.send(own).wait()
+    if feedback is not None and topology.is_last_stage(rank):
+        feedback.send(own).wait()
+    elif feedback is not None:
+        feedback.receive(returned)
+        returning = topology.rank(topology.pipeline_parallel_size - 1, topology.shard(rank))
+    if total.item() != stage.size or heard.item() != expected or returned.item() != returning:
         raise RuntimeError(
-            f"rank {rank}: warm-up gave a sum of {total.item():g} for {stage.size} shards, "
-            f"and a hop from {heard.item():g} instead of rank {came_from}"
+            f"rank {rank}: warm-up gave a sum of {total.item():g} for {stage.size} shards, a hop from {heard.item():g} "
+            f"instead of rank {expected}, and feedback from {returned.item():g} instead of rank {returning}"
         )
 
 

@@ -151,12 +151,19 @@ class SocketLink:
 
 
 def connect_links(
-    store: EpochStore, rank: int, previous: int | None, following: int | None, address: str, timeout_s: float
+    store: EpochStore,
+    rank: int,
+    previous: int | None,
+    following: int | None,
+    address: str,
+    timeout_s: float,
+    name: str = "link",
 ) -> tuple[SocketLink | None, SocketLink | None]:
-    """(link from the previous rank, link to the following rank), None at the ends of the pipeline.
+    """(link from the previous rank, link to the following rank), None where there is no such rank.
 
-    Every rank opens its door before it knocks at the next one, so no order of starting can block. The door is at the
-    node's own address, and opens only for who knows the token in the store. Raises TimeoutError or RuntimeError.
+    `name` keeps several kinds of links between the same ranks apart. Every rank opens its door before it knocks at the
+    next one, so no order of starting can block. The door is at the node's own address, and opens only for who knows the
+    token in the store. Raises TimeoutError or RuntimeError.
     """
     listener, token = None, secrets.token_hex(_TOKEN_BYTES // 2).encode()
     link_in = link_out = None
@@ -165,13 +172,15 @@ def connect_links(
             listener = socket.create_server(
                 (address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET, backlog=16
             )
-            store.put(f"link/to{rank}", [address, listener.getsockname()[1], token.decode()])
+            store.put(f"{name}/to{rank}", [address, listener.getsockname()[1], token.decode()])
         if following is not None:
             link_out = SocketLink(
-                _connect(store.take(f"link/to{following}"), store.timeout_s), f"link {rank} to {following}", timeout_s
+                _connect(store.take(f"{name}/to{following}"), store.timeout_s),
+                f"{name} {rank} to {following}",
+                timeout_s,
             )
         if listener is not None:
-            link_in = SocketLink(_accept(listener, token, store), f"link {previous} to {rank}", timeout_s)
+            link_in = SocketLink(_accept(listener, token, store), f"{name} {previous} to {rank}", timeout_s)
     except BaseException:
         if link_out is not None:
             link_out.close()
@@ -213,7 +222,7 @@ def _accept(listener: socket.socket, token: bytes, store: EpochStore) -> socket.
             return connection
         connection.close()
         logger.warning("refused a connection from %s that does not belong to this gang", peer)
-    raise TimeoutError(f"the previous stage did not connect within {store.timeout_s:g} s")
+    raise TimeoutError(f"the sending rank did not connect within {store.timeout_s:g} s")
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -39,6 +39,7 @@ class CacheConfig(Group):
     block_size: int = Field(default=16, ge=1, le=1024)  # tokens in a block
     num_blocks: int | None = Field(default=None, ge=1)  # None: as many as memory_share allows
     memory_share: float = Field(default=0.8, gt=0, lt=1)  # of the device memory that is free once loaded
+    prefix_cache: bool = True  # keep blocks for requests that begin alike
 
 
 class SchedulerConfig(Group):
@@ -47,6 +48,7 @@ class SchedulerConfig(Group):
     max_num_seqs: int = Field(default=64, ge=1)  # sequences that hold blocks at the same time
     max_num_batched_tokens: int = Field(default=2048, ge=1)  # tokens of one step
     num_lanes: int | None = Field(default=None, ge=1)  # None: one a stage
+    depth: int | None = Field(default=None, ge=1, le=4)  # steps in flight of one lane; None: 2 for one lane, else 1
 
 
 class AdmissionConfig(Group):

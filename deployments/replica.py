@@ -45,6 +45,8 @@ class Replica:
             max_num_seqs=self._plan.max_num_seqs,
             max_num_batched_tokens=self._plan.max_num_batched_tokens,
             num_lanes=self._plan.num_lanes,
+            depth=self._plan.depth,
+            prefix_cache=self._plan.prefix_cache,
         )
         outbox = Outbox()
         self._engine = Engine(self._gang.executor, settings, outbox.deliver, self._revive)

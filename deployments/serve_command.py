@@ -75,13 +75,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("config", help="a Serve config file, for example configs/demo.yaml")
     parser.add_argument("--dashboard", action="store_true", help="start Ray's dashboard too (some seconds slower)")
     options = parser.parse_args(argv)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
     try:
         served = read(options.config, dashboard=options.dashboard)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     adopt_orphans()
     code = 1
     try:
@@ -127,7 +127,8 @@ def start_ray(served: Served) -> None:
     try:
         ray.init(namespace="serve", include_dashboard=served.dashboard, logging_level="WARNING")
     except (ConnectionError, RuntimeError) as error:
-        raise CannotServe(f"Ray did not start, or the cluster at RAY_ADDRESS does not answer: {error}") from None
+        hint = "if RAY_ADDRESS names a cluster, it must run, and take our token (RAY_AUTH_MODE=token or disabled)"
+        raise CannotServe(f"Ray: {error}; {hint}") from None
     signal.signal(signal.SIGTERM, _interrupt)  # ray.init put its own handler there, which would not stop Serve
     served.started_ray = bool(children())
     resources = {key: value for key, value in ray.cluster_resources().items() if key in ("CPU", "GPU")}

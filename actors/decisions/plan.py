@@ -20,6 +20,8 @@ class Plan:
     max_num_seqs: int
     max_num_batched_tokens: int
     num_lanes: int
+    depth: int  # steps in flight of one lane
+    prefix_cache: bool
 
     @property
     def num_blocks_for_longest(self) -> int:
@@ -48,6 +50,7 @@ def make_plan(config: Config, spec: ModelSpec) -> Plan:
             f"scheduler.max_num_batched_tokens: a step of {scheduler.max_num_batched_tokens} tokens cannot hold one "
             f"token for each of scheduler.max_num_seqs = {scheduler.max_num_seqs} sequences; use at least as many"
         )
+    num_lanes = scheduler.num_lanes or topology.pipeline_parallel_size
     return Plan(
         spec=spec,
         topology=topology,
@@ -56,5 +59,8 @@ def make_plan(config: Config, spec: ModelSpec) -> Plan:
         block_size=config.cache.block_size,
         max_num_seqs=scheduler.max_num_seqs,
         max_num_batched_tokens=scheduler.max_num_batched_tokens,
-        num_lanes=scheduler.num_lanes or topology.pipeline_parallel_size,
+        num_lanes=num_lanes,
+        # A second step in flight hides host time where one lane would wait for it; more lanes hide it by themselves.
+        depth=scheduler.depth or (2 if num_lanes == 1 else 1),
+        prefix_cache=config.cache.prefix_cache,
     )

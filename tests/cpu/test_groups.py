@@ -54,7 +54,25 @@ def use(groups, topology, rank):
     assert hidden.tolist() == [[shard + stage] * 4] * 3
     if groups.next is not None:
         groups.next.send(hidden + 1).wait()
+    use_feedback(groups, topology, rank)
     groups.control.barrier()
+
+
+def use_feedback(groups, topology, rank):
+    """The first stage hears what the last one says, twice before it is asked for an answer."""
+    is_first, is_last = topology.is_first_stage(rank), topology.is_last_stage(rank)
+    assert (groups.feedback is not None) == (is_first != is_last)
+    if groups.feedback is None:
+        return
+    for number in range(2):
+        if is_last:
+            groups.feedback.send(torch.tensor([rank, number])).wait()
+    for number in range(2):
+        if is_first:
+            ids = torch.zeros(2, dtype=torch.int64)
+            groups.feedback.receive(ids)
+            last_stage = topology.pipeline_parallel_size - 1
+            assert ids.tolist() == [topology.rank(last_stage, topology.shard(rank)), number]
 
 
 # Scenarios: what a rank does
@@ -133,6 +151,17 @@ def receive_nothing(rank, port, how):
     if how == "abort":
         threading.Timer(0.3, groups.abort).start()
     groups.previous.receive(torch.ones(4))
+
+
+def wait_for_feedback(rank, port, how):
+    groups = join_all(rank, port, (1, 3), timeout_s=1.0 if how == "timeout" else 30.0)
+    if rank == 0:
+        if how == "abort":
+            threading.Timer(0.3, groups.abort).start()
+        groups.feedback.receive(torch.ones(4))
+    if rank == 2 and how == "death":
+        os._exit(7)
+    time.sleep(2.0)
 
 
 def send_much(rank, port):
@@ -248,6 +277,19 @@ def test_receive_leaves_when_nothing_comes(run, how, error, text):
     answers = run("receive_nothing", 2, how=how)
     assert answers[1] == (error, text)
     assert answers[0] == (("dead", 7) if how == "death" else ("ok", None))
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "text"),
+    [
+        ("timeout", "TimeoutError", "feedback 2 to 0: no byte moved for 1 s"),
+        ("abort", "RuntimeError", "feedback 2 to 0: aborted"),
+        ("death", "RuntimeError", "feedback 2 to 0: the neighbour closed it or died"),
+    ],
+)
+def test_the_first_stage_leaves_when_no_feedback_comes(run, how, error, text):
+    answers = run("wait_for_feedback", 3, how=how)
+    assert answers[0] == (error, text)
 
 
 def test_sends_that_no_buffer_holds_arrive_in_order(run):

@@ -58,6 +58,12 @@ def join_and_rejoin(rank, port, layout):
             groups.previous.receive(hidden)
         if groups.next is not None:
             groups.next.send(hidden + 1).wait()
+        returned = torch.full((2,), -1, device=device)
+        if groups.feedback is not None and topology.is_last_stage(rank):
+            groups.feedback.send(torch.full((2,), rank, device=device)).wait()
+        elif groups.feedback is not None:
+            groups.feedback.receive(returned)
+            assert returned.tolist() == [topology.rank(layout[1] - 1, shard)] * 2
         results.append((total.tolist(), hidden.tolist()))
         groups.close()
     return results

@@ -97,7 +97,8 @@ from deployments.descendants import adopt_orphans, children, end_children
 adopt_orphans()
 make = '''
 import subprocess
-print(subprocess.Popen(["sleep", "60"], start_new_session=True, stdout=subprocess.DEVNULL).pid)
+nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+print(subprocess.Popen(["sleep", "60"], start_new_session=True, **nowhere).pid)
 '''
 pid = int(subprocess.run([sys.executable, "-c", make], capture_output=True, text=True).stdout)
 assert children() == [pid], (pid, children())

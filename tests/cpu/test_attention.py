@@ -1,0 +1,113 @@
+"""Attention through the paged cache equals attention written out: windows, chunks, groups of rows, other's garbage."""
+
+import random
+
+import pytest
+import torch
+
+from actors.tensors import visibility
+from actors.tensors.attention import CurrentStep, LayerAttention
+from actors.tensors.kv_cache import KVCache
+from actors.tensors.visibility import Chunk, VisibilityMaker
+
+CPU = torch.device("cpu")
+NUM_BLOCKS, KV_HEADS, GROUPS, DIM = 80, 2, 3, 8
+SCALING = 0.3
+
+
+def written_out(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, window: int | None) -> torch.Tensor:
+    """Query [T, heads, D] at positions from `start` on; keys and values [K, KV heads, D] from 0 on → [T, heads, D]."""
+    keys, values = keys.repeat_interleave(GROUPS, 1), values.repeat_interleave(GROUPS, 1)
+    out = torch.empty_like(query)
+    for token in range(query.shape[0]):
+        position = start + token
+        first = 0 if window is None else max(0, position + 1 - window)
+        for head in range(query.shape[1]):
+            scores = keys[first : position + 1, head] @ query[token, head] * SCALING
+            out[token, head] = scores.softmax(0) @ values[first : position + 1, head]
+    return out
+
+
+class Sequence:
+    def __init__(self, table: int, length: int, blocks: list[int]) -> None:
+        self.table, self.blocks = table, blocks
+        self.query = torch.randn(length, KV_HEADS * GROUPS, DIM)
+        self.keys = torch.randn(length, KV_HEADS, DIM)
+        self.values = torch.randn(length, KV_HEADS, DIM)
+        self.done = 0
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("block_size", [1, 4, 7])
+def test_random_worlds_equal_attention_written_out(
+    seed: int, block_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(seed)
+    world = random.Random(seed)
+    monkeypatch.setattr(visibility, "_TILE", world.choice((1, 3, 256)))
+    monkeypatch.setattr(visibility, "_KEYS_AT_ONCE", world.choice((1, 60, 1 << 17)))
+    windows = frozenset({None, world.choice((1, 2, 5, 100))})
+    cache = KVCache(1, NUM_BLOCKS * 8 // block_size, block_size, KV_HEADS, DIM, torch.float32, CPU)
+    cache.keys.fill_(float("nan"))  # what others left behind
+    cache.values.fill_(float("nan"))
+    maker = VisibilityMaker(block_size, windows, torch.float32, CPU)
+    free = list(range(cache.num_blocks))
+    world.shuffle(free)
+    lengths = [world.randint(1, 40) for _ in range(6)]
+    sequences = [
+        Sequence(i, length, [free.pop() for _ in range(-(-length // block_size))]) for i, length in enumerate(lengths)
+    ]
+    tables = torch.zeros(6, 40, dtype=torch.int64)
+    for sequence in sequences:
+        tables[sequence.table, : len(sequence.blocks)] = torch.tensor(sequence.blocks)
+        cache.clear(torch.tensor(sequence.blocks))
+    current = CurrentStep()
+    while active := [s for s in sequences if s.done < len(s.keys)]:
+        counts = {s: min(world.choice((1, 1, 1, 2, 9)), len(s.keys) - s.done) for s in active}
+        chunks, order = [], sorted(active, key=lambda s: counts[s] > 1)
+        row = 0
+        for s in order:
+            chunks.append(Chunk(s.table, row, s.done, counts[s]))
+            row += counts[s]
+        current.attention = maker.of_step(chunks, tables)
+        spans = [slice(s.done, s.done + counts[s]) for s in order]
+        query, keys, values = (
+            torch.cat([getattr(s, name)[span] for s, span in zip(order, spans, strict=True)]).transpose(0, 1)
+            for name in ("query", "keys", "values")
+        )
+        for window in windows:
+            layer = LayerAttention(cache.keys[0], cache.values[0], window, current)
+            out = layer.attend(query, keys, values, SCALING)
+            expected = [
+                written_out(s.query[span], s.keys, s.values, span.start, window)
+                for s, span in zip(order, spans, strict=True)
+            ]
+            torch.testing.assert_close(out, torch.cat(expected), rtol=1e-5, atol=1e-5)
+        for s in order:
+            s.done += counts[s]
+
+
+def test_rows_of_similar_length_share_a_group_and_long_ones_do_not_pad_short_ones() -> None:
+    maker = VisibilityMaker(4, frozenset({None}), torch.float32, CPU)
+    starts = [3, 4, 5, 40, 41, 500]
+    chunks = [Chunk(i, i, start, 1) for i, start in enumerate(starts)]
+    tables = torch.arange(6 * 200).view(6, 200)
+    groups = maker.of_step(chunks, tables).by_window[None].groups
+    assert [(group.rows.start, group.rows.stop) for group in groups] == [(0, 3), (3, 5), (5, 6)]
+    padded = sum(group.tables_BN.numel() for group in groups)
+    assert padded <= 2 * sum(start // 4 + 1 for start in starts)
+
+
+def test_a_window_gathers_no_more_blocks_than_it_covers() -> None:
+    maker = VisibilityMaker(4, frozenset({6}), torch.float32, CPU)
+    groups = maker.of_step([Chunk(0, 0, 1001, 1)], torch.arange(300).view(1, 300)).by_window[6].groups
+    assert groups[0].tables_BN.tolist() == [[249, 250]]
+    assert (groups[0].mask_B11K == 0).sum() == 6
+
+
+def test_padding_names_blocks_of_the_same_sequence_only() -> None:
+    maker = VisibilityMaker(4, frozenset({None}), torch.float32, CPU)
+    tables = torch.tensor([[11, 12, 0, 0], [21, 22, 23, 24]])
+    [group] = maker.of_step([Chunk(0, 0, 7, 1), Chunk(1, 1, 15, 1)], tables).by_window[None].groups
+    assert group.tables_BN.tolist() == [[11, 12, 12, 12], [21, 22, 23, 24]]
