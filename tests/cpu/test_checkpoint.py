@@ -66,7 +66,8 @@ def test_shards_together_are_the_checkpoint(
     for rank, shard in enumerate(plan.shards):
         parameters = load(plan, checkpoints(family), rank)
         for tensor in shard.tensors:
-            [place] = {tuple(slice(*dim[0]) for dim in tensor.intervals)}
+            assert all(len(dim) == 1 for dim in tensor.intervals)
+            place = tuple(slice(*dim[0]) for dim in tensor.intervals)
             already = whole[tensor.key][place]
             # Held twice (norms, replicated KV heads, a tied head): the same values
             assert torch.equal(torch.where(already.isnan(), parameters[tensor.name], already), parameters[tensor.name])

@@ -74,6 +74,11 @@ class Serving:
                     left.append(process)
         return left
 
+    def listening(self) -> dict[int, str]:
+        """The ports that its processes listen on, and the address of each."""
+        connections = [found for process in self.left_behind() for found in process.net_connections("tcp")]
+        return {found.laddr.port: found.laddr.ip for found in connections if found.status == psutil.CONN_LISTEN}
+
     def assert_nothing_left(self) -> None:
         assert self.left_behind() == [], self.printed()
         with socket.create_server(("127.0.0.1", self.port)):
@@ -95,7 +100,9 @@ def serving(tmp_path: Path) -> Iterator[list[Serving]]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("ha_proxy", ["0", "1"], ids=["python proxy", "haproxy"])
 def test_the_demo_serves_until_ctrl_c(tmp_path: Path, serving: list[Serving], ha_proxy: str) -> None:
-    run = Serving("demo.yaml", tmp_path, RAY_SERVE_ENABLE_HA_PROXY=ha_proxy)
+    doors = {"RAY_SERVE_HAPROXY_METRICS_PORT": free_port(), "RAY_SERVE_HAPROXY_STATS_PORT": free_port()}
+    settings = {key: str(port) for key, port in doors.items()}
+    run = Serving("demo.yaml", tmp_path, RAY_SERVE_ENABLE_HA_PROXY=ha_proxy, **settings)
     serving.append(run)
     printed = run.wait_for("Ctrl-C stops it.")
     assert f"ready: http://127.0.0.1:{run.port}" in printed
@@ -106,6 +113,9 @@ def test_the_demo_serves_until_ctrl_c(tmp_path: Path, serving: list[Serving], ha
     answer = httpx.post(url, json=body | {"max_tokens": 8}, timeout=60)
     assert answer.status_code == 200, answer.text
     assert answer.text.rstrip().endswith("data: [DONE]")
+    if ha_proxy == "1":
+        addresses = [run.listening().get(port) for port in (run.port, *doors.values())]
+        assert addresses == ["127.0.0.1"] * 3
     run.process.send_signal(signal.SIGINT)
     assert run.wait() == 0, run.printed()
     run.assert_nothing_left()

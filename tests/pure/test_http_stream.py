@@ -78,6 +78,7 @@ def stream(world, path, body):
         client = Client(world.app, path, body)
         await client.task
         assert client.messages[0]["status"] == 200
+        assert [message["type"] for message in client.messages].count("http.response.start") == 1
         assert (b"content-type", b"text/event-stream; charset=utf-8") in client.messages[0]["headers"]
         assert client.messages[-1]["more_body"] is False
         return client.events()

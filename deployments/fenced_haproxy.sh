@@ -1,0 +1,10 @@
+#!/bin/sh
+# Runs HAProxy with closed doors: Serve lets its metrics (9101) and statistics (8404) listen on all interfaces, and any
+# user of the machine write to its admin socket. Serve writes the config file anew before each start, then calls this.
+set -eu
+for argument in "$@"; do
+  case "$argument" in
+    *.cfg*) sed -i -e 's/^\( *bind \)\*\{0,1\}:/\1127.0.0.1:/' -e 's/ mode 666 level admin/ mode 600 level admin/' "$argument" ;;
+  esac
+done
+exec "${STAGEMESH_HAPROXY:?the HAProxy to run}" "$@"

@@ -1,0 +1,355 @@
+"""From a checkpoint's name to a stage's model: sources, specs, what is refused, and what a rank is made of."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from actors.decisions.model_spec import LayerSpec
+from actors.tensors import source as source_module
+from actors.tensors.kv_cache import KVCache, available_bytes
+from actors.tensors.layers import RowwiseLinear, VocabParallelEmbedding, parallelise, rebase
+from actors.tensors.model import build
+from actors.tensors.runner import Runner
+from actors.tensors.skeleton import build_skeleton, read_config
+from actors.tensors.source import resolve_source
+from actors.tensors.spec_reader import read_spec
+from actors.words.errors import CheckpointError, UnsupportedModel
+from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
+from cluster.collectives import LoneShard
+
+CPU = torch.device("cpu")
+GREEDY = SamplingParams(temperature=0)
+
+
+class Alone:
+    stage = LoneShard()
+    previous = None
+    next = None
+
+
+@pytest.fixture
+def copy(checkpoints: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
+    """A checkpoint of one's own, keys of its config.json changed (None drops one)."""
+    import json
+
+    def make(family: str, **keys: Any) -> Path:
+        folder = Path(shutil.copytree(checkpoints(family), tmp_path / family))
+        path = folder / "config.json"
+        config = {**json.loads(path.read_text()), **keys}
+        path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+        return folder
+
+    return make
+
+
+# Sources
+
+
+def test_folders_are_found_from_the_project_s_root(
+    checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = checkpoints("llama")
+    monkeypatch.setattr(source_module, "PROJECT_ROOT", folder.parent)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_source(str(folder)) == folder
+    assert resolve_source(folder.name) == folder
+    assert resolve_source(f"./{folder.name}") == folder
+
+
+@pytest.fixture
+def hub_cache(checkpoints: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A local cache that holds some-org/some-model at two revisions, and no way to the hub."""
+    from huggingface_hub import constants
+
+    repository = tmp_path / "hub" / "models--some-org--some-model"
+    for revision, commit in (("main", "a" * 40), ("v2", "b" * 40)):
+        shutil.copytree(checkpoints("llama"), repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return repository / "snapshots"
+
+
+def test_a_hub_id_is_served_from_the_local_cache(hub_cache: Path) -> None:
+    assert resolve_source("some-org/some-model") == hub_cache / ("a" * 40)
+    assert resolve_source("some-org/some-model", "v2") == hub_cache / ("b" * 40)
+
+
+def test_a_hub_id_that_nobody_has_is_named(hub_cache: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.source: some-org/other-model .*cache"):
+        resolve_source("some-org/other-model")
+    with pytest.raises(ValueError, match=r"model\.revision 'v3'"):
+        resolve_source("some-org/some-model", "v3")
+
+
+def test_wrong_sources_are_named(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    (tmp_path / "other" / "pytorch_model.bin").touch()
+    for name, words in (("file", "is a file"), ("empty", "config.json"), ("other", "safetensors"), ("none", "no folder")):
+        with pytest.raises(ValueError, match=rf"model\.source.*{words}"):
+            resolve_source(str(tmp_path / name))
+    with pytest.raises(ValueError, match=r"model\.revision"):
+        resolve_source(str(checkpoints("llama")), "main")
+
+
+# Specs
+
+
+def test_spec_of_llama(checkpoints: Callable[[str], Path]) -> None:
+    spec = read_spec(checkpoints("llama"))
+    assert (spec.architecture, spec.hidden_size, spec.num_heads, spec.num_kv_heads) == ("LlamaForCausalLM", 64, 8, 4)
+    assert (spec.head_dim, spec.ffn_size, spec.vocab_size, spec.max_position) == (8, 96, 103, 128)
+    assert (spec.dtype, spec.tied_head, spec.num_layers) == ("float32", False, 7)
+    assert spec.style_of("model.layers.3.mlp.down_proj.weight") == "rowwise"
+    assert spec.style_of("model.embed_tokens.weight") == "embedding_rowwise"
+    assert spec.style_of("lm_head") == "colwise_gather_output"
+    assert len(spec.parameters) == 3 + 7 * 9
+    assert "lm_head.weight" not in {parameter.name for parameter in read_spec(checkpoints("llama_tied")).parameters}
+
+
+def test_windows_are_resolved_layer_by_layer(copy: Callable[..., Path], checkpoints: Callable[[str], Path]) -> None:
+    assert read_spec(checkpoints("llama")).layers == (LayerSpec(),) * 7
+    assert read_spec(checkpoints("mistral")).layers == (LayerSpec(5),) * 7
+    assert read_spec(checkpoints("qwen2")).layers == (LayerSpec(),) * 3 + (LayerSpec(6),) * 4
+    unused = copy("qwen3", sliding_window=9, use_sliding_window=False, layer_types=None)
+    assert read_spec(unused).layers == (LayerSpec(),) * 7
+
+
+def test_dtype_is_config_json_s_unless_asked(copy: Callable[..., Path]) -> None:
+    folder = copy("llama", dtype="bfloat16")
+    assert read_spec(folder).dtype == "bfloat16"
+    assert read_spec(folder, "float16").dtype == "float16"
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"dtype": "bfloat16", ', "").replace('"bfloat16"', '"float64"'))
+    with pytest.raises(ValueError, match=r"model\.dtype"):
+        read_spec(folder)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"architectures": ["Gemma2ForCausalLM"]}, "Gemma2ForCausalLM .*not supported"),
+        ({"architectures": None}, "no architecture"),
+        ({"auto_map": {"AutoModel": "code.Model"}}, "auto_map"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
+    ],
+)
+def test_unsupported_models_are_named(copy: Callable[..., Path], keys: dict[str, Any], words: str) -> None:
+    with pytest.raises(UnsupportedModel, match=words):
+        read_spec(copy("llama", **keys))
+
+
+def test_a_layer_type_without_a_window_is_refused(copy: Callable[..., Path]) -> None:
+    kinds = ["sliding_attention"] * 7
+    with pytest.raises(UnsupportedModel, match="use_sliding_window"):
+        read_spec(copy("qwen3", layer_types=kinds, use_sliding_window=False))
+
+
+def test_an_unreadable_config_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+        read_spec(tmp_path)
+
+
+# What a rank is made of
+
+
+def test_the_skeleton_has_meta_parameters_and_real_buffers(checkpoints: Callable[[str], Path]) -> None:
+    model = build_skeleton(read_config(checkpoints("llama_tied")), torch.bfloat16)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    buffers = dict(model.named_buffers())
+    assert buffers
+    assert all(buffer.dtype == torch.float32 and buffer.isfinite().all() for buffer in buffers.values())
+    assert not nn.Linear(2, 2).weight.is_meta, "the patch outlived the skeleton"
+
+
+def test_a_rank_holds_its_part_and_nothing_else(plan_of: Any, checkpoints: Callable[[str], Path]) -> None:
+    plan = plan_of("qwen2", 2, 3)
+    for shard in plan.shards:
+        stage = build(plan.spec, shard, checkpoints("qwen2"), LoneShard(), CPU, shard.stage == 0)
+        parameters = stage.parameters()
+        assert sum(parameter.nbytes for parameter in parameters.values()) == shard.weight_bytes
+        assert len(stage.module.get_submodule("model.layers")) == 7
+        assert ("model.embed_tokens.weight" in parameters) == (shard.stage == 0)
+        assert ("model.norm.weight" in parameters) == ("lm_head.weight" in parameters) == (shard.stage == 2)
+
+
+def test_a_tied_head_is_the_embedding_s_tensor(plan_of: Any, checkpoints: Callable[[str], Path]) -> None:
+    plan = plan_of("llama_tied")
+    module = build(plan.spec, plan.shards[0], checkpoints("llama_tied"), LoneShard(), CPU, True).module
+    assert module.get_parameter("lm_head.weight") is module.get_parameter("model.embed_tokens.weight")
+
+
+def test_another_model_on_this_node_is_refused(
+    plan_of: Any, copy: Callable[..., Path], checkpoints: Callable[[str], Path]
+) -> None:
+    plan = plan_of("mistral")
+    with pytest.raises(ValueError, match=r"model\.source.*another model"):
+        Runner(plan, 0, Alone(), CPU).load(copy("mistral", sliding_window=6))
+    with pytest.raises(CheckpointError, match="safetensors"):
+        empty = copy("qwen3")
+        for file in empty.glob("*.safetensors*"):
+            file.unlink()
+        Runner(plan_of("qwen3"), 0, Alone(), CPU).load(empty)
+
+
+def test_a_subclass_keeps_its_own_arithmetic() -> None:
+    class ScaledEmbedding(nn.Embedding):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
+            return super().forward(input) * 3
+
+    class Halves(LoneShard):
+        size = 2
+
+    embedding = ScaledEmbedding(4, 2)
+    ids = torch.tensor([[2, 0, 3]])
+    expected = embedding(ids)
+    parallelise(embedding, "embedding_rowwise", Halves(), (2, 4), is_head=False)
+    embedding.weight = nn.Parameter(embedding.weight[2:4])
+    assert isinstance(embedding, VocabParallelEmbedding)
+    assert torch.equal(embedding(ids)[0, [0, 2]], expected[0, [0, 2]])
+    assert embedding(ids)[0, 1].eq(0).all()
+
+
+def test_a_rowwise_bias_is_added_once() -> None:
+    class Twice(LoneShard):
+        size = 2
+
+        def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+            return tensor * 2
+
+    linear = nn.Linear(4, 3)
+    x = torch.randn(5, 4)
+    expected = 2 * x @ linear.weight.T + linear.bias
+    parallelise(linear, "rowwise", Twice(), (0, 0), is_head=False)
+    assert isinstance(linear, RowwiseLinear)
+    torch.testing.assert_close(linear(x), expected)
+
+
+def test_styles_that_are_not_built_are_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="packed_colwise"):
+        parallelise(nn.Linear(2, 2), "packed_colwise", LoneShard(), (0, 0), is_head=False)
+    with pytest.raises(UnsupportedModel, match="colwise_gather_output"):
+        parallelise(nn.Linear(2, 2), "colwise_gather_output", LoneShard(), (0, 0), is_head=False)
+    with pytest.raises(UnsupportedModel, match="Conv1d"):
+        rebase(nn.Conv1d(2, 2, 1), RowwiseLinear)
+
+
+# The runner alone
+
+
+@pytest.fixture
+def runner(plan_of: Any, checkpoints: Callable[[str], Path]) -> Runner:
+    runner = Runner(plan_of("llama"), 0, Alone(), CPU)
+    runner.load(checkpoints("llama"))
+    runner.allocate_cache(40)
+    return runner
+
+
+def step(entries: list[Entry], opened: tuple[int, ...] = (), closed: tuple[int, ...] = ()) -> StepBatch:
+    return StepBatch(1, 1, 0, [NewSequence(seq, GREEDY, []) for seq in opened], list(closed), entries)
+
+
+def test_what_another_request_left_in_a_block_reaches_nobody(runner: Runner) -> None:
+    first = runner.execute(step([Entry(1, 0, [5, 6, 7], [3], True)], opened=(1,)))
+    assert runner.cache is not None
+    runner.cache.keys.fill_(float("nan"))
+    runner.cache.values.fill_(float("nan"))
+    prefill = step([Entry(2, 0, [5, 6, 7], [3], True)], opened=(2,), closed=(1,))
+    assert runner.execute(prefill) == first
+    assert first is not None
+    decode = runner.execute(step([Entry(2, 3, first[0], [], True)]))
+    assert decode == runner.execute(step([Entry(4, 0, [5, 6, 7, *first[0]], [8], True)], opened=(4,)))
+
+
+def test_a_chunk_that_is_not_the_last_samples_nothing(runner: Runner) -> None:
+    assert runner.execute(step([Entry(1, 0, [5, 6], [3], False)], opened=(1,))) == []
+    whole = runner.execute(step([Entry(2, 0, [5, 6, 7], [4], True)], opened=(2,)))
+    assert runner.execute(step([Entry(1, 2, [7], [], True)])) == whole
+
+
+def test_ids_come_in_the_order_of_the_entries(runner: Runner) -> None:
+    prompts = [[1, 2, 3], [4], [5, 6], [7]]
+    alone = [
+        runner.execute(step([Entry(seq, 0, ids, [seq], True)], opened=(seq,))) for seq, ids in enumerate(prompts)
+    ]
+    entries = [Entry(10 + seq, 0, ids, [10 + seq], True) for seq, ids in enumerate(prompts)]
+    together = runner.execute(step(entries, opened=(10, 11, 12, 13)))
+    assert together == [ids for answer in alone if answer is not None for ids in answer]
+    assert len({tuple(ids) for ids in together}) > 1
+
+
+def test_the_engine_s_mistakes_are_caught(runner: Runner) -> None:
+    runner.execute(step([Entry(1, 0, [5, 6], [3], True)], opened=(1,)))
+    with pytest.raises(AssertionError, match="open already"):
+        runner.execute(step([], opened=(1,)))
+    with pytest.raises(AssertionError, match="never came"):
+        runner.execute(step([Entry(1, 9, [5], [4], True)]))
+    with pytest.raises(AssertionError, match="blocks do not hold"):
+        runner.execute(step([Entry(1, 2, [5, 6, 7, 8], [], True)]))
+    with pytest.raises(AssertionError, match="not known"):
+        runner.execute(step([Entry(1, 9, [], [4, 5], True)]))
+    with pytest.raises(KeyError):
+        runner.execute(step([], closed=(99,)))
+
+
+def test_many_sequences_may_be_open(runner: Runner) -> None:
+    entries = [Entry(seq, 0, [seq], [seq], True) for seq in range(30)]
+    together = runner.execute(step(entries, opened=tuple(range(30))))
+    again = [runner.execute(step([Entry(100 + seq, 0, [seq], [seq], True)], (100 + seq,)))[0] for seq in (0, 13, 29)]
+    assert together is not None
+    assert again == [together[0], together[13], together[29]]
+
+
+def test_sampling_is_repeatable_and_warm_up_leaves_no_trace(runner: Runner) -> None:
+    def draw(seq: int, seed: int) -> list[list[int]] | None:
+        opened = [NewSequence(seq, SamplingParams(2.0, seed), [])]
+        return runner.execute(StepBatch(1, 1, 0, opened, [], [Entry(seq, 0, [1, 2, 3], [seq], True)]))
+
+    first = [draw(seed, seed) for seed in range(12)]
+    runner.warm_up()
+    assert [draw(20 + seed, seed) for seed in range(12)] == first
+    assert len({str(ids) for ids in first}) > 4
+    assert all(seq >= 0 for seq in runner.table.rows)
+
+
+def test_memory_is_shared_fairly(runner: Runner) -> None:
+    free = available_bytes(CPU)
+    per_block = runner.plan.kv_bytes_per_block(0)
+    alone, among_four = runner.num_blocks_that_fit(0.5, 1), runner.num_blocks_that_fit(0.5, 4)
+    assert 0.3 * free < alone * per_block < 0.7 * free
+    assert 0.2 * alone < among_four < 0.3 * alone
+    assert runner.cache is not None
+    assert runner.cache.keys.nbytes + runner.cache.values.nbytes == 40 * per_block
+
+
+def test_a_cache_too_small_for_one_sequence_is_refused(runner: Runner) -> None:
+    with pytest.raises(ValueError, match=r"cache\.num_blocks: 19 .*takes 20"):
+        runner.allocate_cache(19)
+
+
+def test_clearing_touches_only_the_named_blocks() -> None:
+    cache = KVCache(2, 4, 3, 1, 2, torch.float32, CPU)
+    cache.keys.fill_(1)
+    cache.values.fill_(1)
+    cache.clear(torch.tensor([2, 0]))
+    for tensor in (cache.keys, cache.values):
+        assert tensor[:, [0, 2]].eq(0).all()
+        assert tensor[:, [1, 3]].eq(1).all()
+
+
+def test_unknown_keys_of_a_transformers_config_do_not_matter(copy: Callable[..., Path]) -> None:
+    folder = copy("llama", some_note="kept by whoever exported it")
+    assert AutoConfig.from_pretrained(folder).some_note
+    assert read_spec(folder).num_layers == 7

@@ -1,0 +1,195 @@
+"""The shard plan: every element of every parameter is owned, cuts are as even as can be, wrong sizes are refused."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from actors.decisions.model_spec import LayerSpec, ModelSpec, Parameter, valid_tensor_parallel_sizes
+from actors.decisions.shard_plan import cut_by_cost, make_shard_plans, split_evenly
+from actors.words.errors import UnsupportedModel
+from cluster.topology import Topology
+
+STYLES = {
+    "model.embed_tokens": "embedding_rowwise",
+    "lm_head": "colwise_gather_output",
+    "model.layers.*.self_attn.q_proj": "colwise",
+    "model.layers.*.self_attn.k_proj": "colwise",
+    "model.layers.*.self_attn.v_proj": "colwise",
+    "model.layers.*.self_attn.o_proj": "rowwise",
+    "model.layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+    "model.layers.*.mlp.up_proj": "colwise",
+    "model.layers.*.mlp.down_proj": "rowwise",
+}
+
+
+def make_spec(
+    num_layers: int = 7, heads: int = 8, kv_heads: int = 4, ffn: int = 24, vocab: int = 103, tied: bool = False
+) -> ModelSpec:
+    hidden, dim = 16, 4
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
+    for layer in range(num_layers):
+        attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
+        shapes |= {
+            f"{attention}.q_proj.weight": (heads * dim, hidden),
+            f"{attention}.q_proj.bias": (heads * dim,),
+            f"{attention}.k_proj.weight": (kv_heads * dim, hidden),
+            f"{attention}.v_proj.weight": (kv_heads * dim, hidden),
+            f"{attention}.o_proj.weight": (hidden, heads * dim),
+            f"{attention}.o_proj.bias": (hidden,),
+            f"{attention}.q_norm.weight": (dim,),
+            f"{mlp}.up_proj.weight": (ffn, hidden),
+            f"{mlp}.down_proj.weight": (hidden, ffn),
+        }
+    shapes["model.norm.weight"] = (hidden,)
+    if not tied:
+        shapes["lm_head.weight"] = (vocab, hidden)
+    return ModelSpec(
+        architecture="TestForCausalLM",
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=dim,
+        ffn_size=ffn,
+        vocab_size=vocab,
+        max_position=128,
+        dtype="bfloat16",
+        tied_head=tied,
+        layers=(LayerSpec(),) * num_layers,
+        parameters=tuple(Parameter(name, shape) for name, shape in shapes.items()),
+        styles=STYLES,
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (4, 2), (8, 3), (1, 7)])
+def test_every_element_is_owned_as_often_as_the_rules_say(tp: int, pp: int, kv_heads: int, tied: bool) -> None:
+    spec = make_spec(kv_heads=kv_heads, tied=tied)
+    plans = make_shard_plans(spec, Topology(tp, pp))
+    for parameter in spec.parameters:
+        held = [tensor for plan in plans for tensor in plan.tensors if tensor.key == parameter.name]
+        assert all(tensor.full_shape == parameter.shape for tensor in held)
+        owners = dict.fromkeys(itertools.product(*map(range, parameter.shape)), 0)
+        for tensor in held:
+            for element in itertools.product(*(range(*interval) for [interval] in tensor.intervals)):
+                owners[element] += 1
+        module = parameter.name.split(".")[-2]
+        if module in ("k_proj", "v_proj"):
+            expected = max(1, tp // kv_heads)
+        elif module in ("norm", "q_norm") or parameter.name.endswith("o_proj.bias"):
+            expected = tp
+        else:
+            expected = 2 if tied and module == "embed_tokens" and pp > 1 else 1
+        assert set(owners.values()) == {expected}, parameter.name
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
+def test_each_query_head_lies_beside_its_kv_head(tp: int, kv_heads: int) -> None:
+    spec = make_spec(kv_heads=kv_heads)
+    group = spec.num_heads // kv_heads
+    for plan in make_shard_plans(spec, Topology(tp, 1)):
+        needed = {head // group for head in range(*plan.heads)}
+        assert needed == set(range(*plan.kv_heads))
+
+
+def test_weight_bytes_count_what_the_rank_holds() -> None:
+    spec = make_spec(num_layers=2, tied=True)
+    alone = make_shard_plans(spec, Topology(1, 1))[0]
+    assert alone.weight_bytes == 2 * sum(parameter.numel for parameter in spec.parameters)
+    first, last = make_shard_plans(spec, Topology(1, 2))
+    # A tied weight at both ends of a pipeline is held twice
+    assert first.weight_bytes + last.weight_bytes == alone.weight_bytes + 2 * spec.vocab_size * spec.hidden_size
+    assert [tensor.key for tensor in last.tensors if tensor.name == "lm_head.weight"] == ["model.embed_tokens.weight"]
+
+
+@pytest.mark.parametrize("total", [0, 1, 7, 103])
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 8])
+def test_split_evenly_covers_and_differs_by_one(total: int, num_shards: int) -> None:
+    parts = [split_evenly(total, shard, num_shards) for shard in range(num_shards)]
+    assert [i for part in parts for i in range(*part)] == list(range(total))
+    sizes = [end - first for first, end in parts]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("num_layers", [3, 7, 8])
+@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize("vocab", [16, 500, 5_000])
+@pytest.mark.parametrize("tied", [False, True])
+def test_no_cut_has_a_faster_slowest_stage(num_layers: int, stages: int, vocab: int, tied: bool) -> None:
+    spec = make_spec(num_layers=num_layers, vocab=vocab, tied=tied)
+    layer = sum(parameter.numel for parameter in spec.parameters if spec.layer_of(parameter.name) == 0)
+    tail = vocab * spec.hidden_size + spec.hidden_size
+
+    def slowest(bounds: tuple[int, ...]) -> int:
+        costs = [(end - first) * layer for first, end in itertools.pairwise(bounds)]
+        costs[-1] += tail
+        return max(costs)
+
+    cuts = cut_by_cost(spec, Topology(1, stages))
+    bounds = (0, *(end for _, end in cuts))
+    assert bounds[-1] == num_layers
+    assert all(first < end for first, end in cuts)
+    every = ((0, *inner, num_layers) for inner in itertools.combinations(range(1, num_layers), stages - 1))
+    assert slowest(bounds) == min(map(slowest, every))
+
+
+def test_layers_beside_an_overlong_tail_are_spread_evenly() -> None:
+    cuts = cut_by_cost(make_spec(num_layers=7, vocab=100_000), Topology(1, 3))
+    assert [end - first for first, end in cuts] == [3, 3, 1]
+
+
+def test_a_given_cut_is_taken_or_refused() -> None:
+    spec = make_spec()
+    plans = make_shard_plans(spec, Topology(1, 3), (1, 4, 2))
+    assert [plan.layers for plan in plans] == [(0, 1), (1, 5), (5, 7)]
+    for wrong in ((3, 4), (3, 3, 3), (7, 0, 0), (8, 1, -2)):
+        with pytest.raises(ValueError, match=r"parallel\.layers_per_stage"):
+            make_shard_plans(spec, Topology(1, 3), wrong)
+
+
+@pytest.mark.parametrize(
+    ("spec", "topology", "words"),
+    [
+        (make_spec(heads=8), Topology(3, 1), ["8 attention heads", "1, 2, 4, 8"]),
+        (make_spec(heads=6, kv_heads=6), Topology(2, 8), ["7 layers", "at most 7"]),
+        (make_spec(heads=12, kv_heads=3), Topology(2, 1), ["3 KV heads", "1, 3, 6, 12"]),
+        (make_spec(ffn=20), Topology(8, 1), ["20 ffn columns", "1, 2, 4"]),
+        (make_spec(heads=8), Topology(16, 1), ["8 attention heads"]),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_with_what_would_work(
+    spec: ModelSpec, topology: Topology, words: list[str]
+) -> None:
+    with pytest.raises(ValueError, match="parallel") as caught:
+        make_shard_plans(spec, topology)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_valid_sizes_are_those_that_are_not_refused() -> None:
+    spec = make_spec(heads=12, kv_heads=6, ffn=24)
+    accepted = []
+    for tp in range(1, 20):
+        try:
+            make_shard_plans(spec, Topology(tp, 1))
+        except ValueError:
+            continue
+        accepted.append(tp)
+    assert accepted == valid_tensor_parallel_sizes(spec)
+
+
+def test_an_unknown_style_is_refused_by_name() -> None:
+    spec = replace(make_spec(), styles={**STYLES, "model.layers.*.mlp.up_proj": "packed_colwise"})
+    with pytest.raises(UnsupportedModel, match="packed_colwise"):
+        make_shard_plans(spec, Topology(2, 1))
+
+
+def test_a_cut_parameter_without_a_rule_is_refused_by_name() -> None:
+    spec = make_spec()
+    other = Parameter("model.layers.0.mlp.router.weight", (4, 16))
+    spec = replace(
+        spec, parameters=(*spec.parameters, other), styles={**STYLES, "model.layers.*.mlp.router": "colwise"}
+    )
+    with pytest.raises(UnsupportedModel, match="router"):
+        make_shard_plans(spec, Topology(2, 1))
