@@ -21,8 +21,8 @@ class Admission:
         if count > self.max_requests:
             raise ApiError(
                 400,
-                f"prompt: {count} prompts in one request, but this server takes at most {self.max_requests}; "
-                "send them in several requests",
+                f"prompt: {count} answers in one request (prompts times n), but this server takes at most "
+                f"{self.max_requests}; send several requests",
                 param="prompt",
             )
         if self.num_admitted + count > self.max_requests:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Coroutine
 
+from starlette.requests import Request
 from starlette.types import Receive, Send
 
 from deployments.api_error import ApiError
@@ -64,3 +65,22 @@ class Connection:
             await self._send(message)
         except Exception as error:  # each server has its own way to say that the connection is closed
             raise ClientGoneError from error
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The raw body. Raises ApiError (415 for what is not JSON, 413 above the limit) and ClientDisconnect."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "the body must be JSON; send the header Content-Type: application/json")
+    announced = request.headers.get("content-length", "0")
+    if announced.isdecimal() and int(announced[:20]) > max_bytes:
+        raise _too_large(max_bytes)
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise _too_large(max_bytes)
+    return bytes(body)
+
+
+def _too_large(max_bytes: int) -> ApiError:
+    return ApiError(413, f"the body is larger than {max_bytes} bytes; send less, or raise admission.max_body_bytes")

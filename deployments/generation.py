@@ -1,9 +1,12 @@
 """Generation: the answers of one HTTP request, from the engine's events to pieces of text."""
 
+from dataclasses import dataclass
+
 from actors.remote.engine import Engine
 from actors.words.errors import EngineStopped
-from actors.words.messages import Event, Request
+from actors.words.messages import Event, Request, TokenLogprobs
 from deployments.api_error import ApiError, public_text
+from deployments.metrics import Stopwatch
 from deployments.outbox import Mailbox, Outbox
 from deployments.responses import Piece, Usage
 from deployments.transcript import Transcript
@@ -11,27 +14,60 @@ from deployments.transcript import Transcript
 NOT_READY_RETRY_AFTER_S = 5
 
 
+@dataclass(frozen=True)
+class Echo:
+    """The prompt as the client wrote it; None where it sent ids."""
+
+    prompt: str | None
+
+
 class Answer:
     """One sequence of a request on its way to text."""
 
-    def __init__(self, index: int, request: Request, transcript: Transcript) -> None:
+    def __init__(
+        self, index: int, request: Request, transcript: Transcript, stopwatch: Stopwatch, echo: Echo | None = None
+    ) -> None:
+        """`echo`: the prompt is shown before the answer."""
         self.index = index
         self.request = request
         self.transcript = transcript
+        self._stopwatch = stopwatch
+        self._echo = echo
+        self._prompt_logprobs: list[TokenLogprobs] = []
 
     @property
     def is_finished(self) -> bool:
         """Whether nothing more will come."""
         return self.transcript.finish_reason is not None
 
+    def push(self, event: Event) -> Piece | None:
+        """What an event adds; None while the prompt is being computed."""
+        self._prompt_logprobs += event.prompt_logprobs
+        if not event.token_ids and not event.finish_reason:
+            return None
+        text = self._take_echo() + self.transcript.push(event.token_ids, event.finish_reason, event.logprobs)
+        self._stopwatch.tokens(len(event.token_ids))
+        if self.is_finished:
+            self._stopwatch.end()
+        return Piece(self.index, text, self.transcript.finish_reason, self.transcript.take_scored())
+
+    def _take_echo(self) -> str:
+        echo, self._echo = self._echo, None
+        if echo is None:
+            return ""
+        is_told = self.request.sampling.prompt_logprobs is not None
+        return self.transcript.echo(echo.prompt, self.request.prompt_ids, self._prompt_logprobs if is_told else None)
+
 
 class Generation:
     """All answers of one HTTP request."""
 
-    def __init__(self, engine: Engine, outbox: Outbox, answers: list[Answer]) -> None:
+    def __init__(self, engine: Engine, outbox: Outbox, answers: list[Answer], num_prompt_tokens: int) -> None:
+        """`num_prompt_tokens`: of all prompts, each counted once however many answers it gets."""
         self._engine = engine
         self._outbox = outbox
         self._answers = {answer.request.request_id: answer for answer in answers}
+        self._num_prompt_tokens = num_prompt_tokens
         self._mailbox = Mailbox()
 
     @property
@@ -47,7 +83,7 @@ class Generation:
     @property
     def usage(self) -> Usage:
         """Tokens so far."""
-        num_prompt = sum(len(answer.request.prompt_ids) for answer in self._answers.values())
+        num_prompt = self._num_prompt_tokens
         num_generated = sum(answer.transcript.num_tokens for answer in self._answers.values())
         return Usage(num_prompt, num_generated, num_prompt + num_generated)
 
@@ -69,19 +105,28 @@ class Generation:
 
     async def take(self) -> list[Piece]:
         """Wait for news and return all of it, at most one piece an answer. Raises ApiError when the engine failed."""
-        return [self._read(event) for event in await self._mailbox.take()]
+        pieces: list[Piece] = []
+        while not pieces:
+            pieces = [piece for event in await self._mailbox.take() if (piece := self._read(event))]
+        return pieces
 
-    def _read(self, event: Event) -> Piece:
+    def _read(self, event: Event) -> Piece | None:
         answer = self._answers[event.request_id]
         if event.finish_reason in ("error", "abort"):
-            reason = public_text(event.error or "the request was aborted")
-            raise ApiError(500, f"the engine could not finish this request: {reason}", code="engine_failure")
-        text = answer.transcript.push(event.token_ids, event.finish_reason)
+            raise _failed(event)
+        piece = answer.push(event)
         if answer.is_finished:
             self._outbox.close(event.request_id)
             if event.finish_reason is None:  # a stop string: the engine does not know
                 self._engine.finish(event.request_id, at_token=answer.transcript.num_tokens)
-        return Piece(answer.index, text, answer.transcript.finish_reason)
+        return piece
+
+
+def _failed(event: Event) -> ApiError:
+    """The engine gave a request up, because it could not go on or was told to stop: nothing that a client did."""
+    reason = public_text(event.error or "the request was aborted")
+    message = f"the engine could not finish this request: {reason}"
+    return ApiError(503, message, code="engine_failure", retry_after_s=NOT_READY_RETRY_AFTER_S)
 
 
 def not_ready() -> ApiError:

@@ -2,7 +2,6 @@
 
 import logging
 import traceback
-from dataclasses import replace
 
 import msgspec
 from starlette.applications import Starlette
@@ -13,12 +12,14 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from deployments.api_error import ApiError
-from deployments.connection import ClientGoneError, Connection, Headers
+from deployments.connection import ClientGoneError, Connection, Headers, read_body
 from deployments.generation import Generation, not_ready
+from deployments.metrics import CONTENT_TYPE
 from deployments.requests import ChatBody, CompletionBody, GenerationBody
 from deployments.responses import DONE, ChatReply, CompletionReply, Piece, Reply
 from deployments.service import Service
 from deployments.strict_body import parse_body
+from deployments.token_pages import TokenPages
 
 logger = logging.getLogger(__name__)
 
@@ -32,17 +33,20 @@ STREAM_HEADERS: Headers = [
 
 def build_app(service: Service) -> Starlette:
     """The ASGI app of one replica."""
-    pages = Pages(service)
+    pages, token_pages = Pages(service), TokenPages(service)
     app = Starlette(
         routes=[
             Route("/v1/models", pages.models),
             Route("/v1/models/{model:path}", pages.model),
             Route("/v1/completions", GenerationRoute(service, CompletionBody, CompletionReply), methods=["POST"]),
             Route("/v1/chat/completions", GenerationRoute(service, ChatBody, ChatReply), methods=["POST"]),
+            Route("/tokenize", token_pages.tokenize, methods=["POST"]),
+            Route("/detokenize", token_pages.detokenize, methods=["POST"]),
             Route("/health", pages.health),
             Route("/ready", pages.ready),
             Route("/version", pages.version),
             Route("/cluster", pages.cluster),
+            Route("/metrics", pages.metrics),
         ],
         exception_handlers={HTTPException: _http_error, ApiError: _api_error, Exception: _internal_error},
     )
@@ -76,7 +80,8 @@ class GenerationRoute:
             await connection.fail(internal_error())
 
     async def _answer(self, body: GenerationBody, connection: Connection) -> None:
-        reply = self._reply(body.model, body.include_usage)
+        token_texts = None if body.num_logprobs is None else self._service.text.token_texts
+        reply = self._reply(body.model, body.include_usage, token_texts)
         async with self._service.generate(body) as generation:
             if body.stream:
                 await _stream(generation, reply, connection, body.include_usage)
@@ -105,24 +110,9 @@ async def _respond(generation: Generation, reply: Reply, connection: Connection)
     answers = [Piece(index, "", None) for index in range(generation.num_answers)]
     while not generation.is_finished:
         for piece in await generation.take():
-            answers[piece.index] = replace(piece, text=answers[piece.index].text + piece.text)
+            answers[piece.index] = answers[piece.index].joined(piece)
     await connection.start(200, JSON_HEADERS)
     await connection.write(reply.whole(answers, generation.usage), is_last=True)
-
-
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The raw body. Raises ApiError (415 for what is not JSON, 413 above the limit) and ClientDisconnect."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise ApiError(415, "the body must be JSON; send the header Content-Type: application/json")
-    announced = request.headers.get("content-length", "0")
-    if announced.isdecimal() and int(announced[:20]) > max_bytes:
-        raise _too_large(max_bytes)
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise _too_large(max_bytes)
-    return bytes(body)
 
 
 class Pages:
@@ -137,9 +127,7 @@ class Pages:
 
     async def model(self, request: Request) -> Response:
         """GET /v1/models/{id}."""
-        if request.path_params["model"] != self._service.identity.model:
-            message = f"model: there is no such model here; this server has {self._service.identity.model}"
-            raise ApiError(404, message, param="model", code="model_not_found")
+        self._service.check_model(request.path_params["model"])
         return _json(self._card())
 
     async def health(self, request: Request) -> Response:
@@ -180,6 +168,10 @@ class Pages:
             }
         )
 
+    async def metrics(self, request: Request) -> Response:
+        """GET /metrics: for Prometheus."""
+        return Response(self._service.metrics.page(), media_type=CONTENT_TYPE)
+
     def _card(self) -> dict[str, object]:
         identity = self._service.identity
         return {
@@ -200,10 +192,6 @@ def log_unexpected(error: Exception) -> None:
     """Where it happened, but not the message: it may quote a prompt."""
     frames = "".join(traceback.format_tb(error.__traceback__))
     logger.error("unexpected %s while answering a request:\n%s", type(error).__name__, frames)
-
-
-def _too_large(max_bytes: int) -> ApiError:
-    return ApiError(413, f"the body is larger than {max_bytes} bytes; send less, or raise admission.max_body_bytes")
 
 
 def _json(value: object) -> Response:

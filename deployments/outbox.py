@@ -23,10 +23,16 @@ class Mailbox:
 
     def put(self, event: Event) -> None:
         """Add an event, behind what is pending for its request."""
-        pending = self._pending.get(event.request_id)
-        token_ids = pending.token_ids if pending else []
-        token_ids += event.token_ids
-        self._pending[event.request_id] = msgspec.structs.replace(event, token_ids=token_ids)
+        pending = self._pending.get(event.request_id) or Event(event.request_id, [], logprobs=[], prompt_logprobs=[])
+        pending.token_ids.extend(event.token_ids)
+        pending.logprobs.extend(event.logprobs)
+        pending.prompt_logprobs.extend(event.prompt_logprobs)
+        self._pending[event.request_id] = msgspec.structs.replace(
+            event,
+            token_ids=pending.token_ids,
+            logprobs=pending.logprobs,
+            prompt_logprobs=pending.prompt_logprobs,
+        )
         self._has_mail.set()
 
     async def take(self) -> list[Event]:

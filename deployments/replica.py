@@ -39,8 +39,9 @@ class Replica:
         except BaseException:
             self._gang.close()
             raise
+        self._num_blocks = self._gang.num_blocks  # of every later epoch too: the scheduler counts on it
         settings = SchedulerSettings(
-            num_blocks=self._gang.num_blocks,
+            num_blocks=self._num_blocks,
             block_size=self._plan.block_size,
             max_num_seqs=self._plan.max_num_seqs,
             max_num_batched_tokens=self._plan.max_num_batched_tokens,
@@ -64,10 +65,9 @@ class Replica:
 
     def _revive(self, epoch: int) -> Executor:
         """A gang of a new epoch in the same bundles, with a cache of the same size. Called in the engine's thread."""
-        num_blocks = self._gang.num_blocks
-        self._gang.close()
+        self._gang.close(patience_s=0)  # survivors may wait inside a collective for whoever is gone
         self._gang = self._make_gang(epoch=epoch)
-        self._gang.start(self._plan, num_blocks)
+        self._gang.start(self._plan, self._num_blocks)
         return self._gang.executor
 
     def close(self) -> None:

@@ -1,34 +1,20 @@
 """Request bodies: every field that clients are known to send, and for each whether we take, pass or refuse it.
 
 A field that is not supported yet is an entry `name: only(neutral values)`; supporting it begins by giving it a type.
+How tokens are drawn stands in sampling_fields.py, what a prompt is in prompts.py.
 """
 
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Self
 
-from pydantic import BeforeValidator, FailFast, Field, PlainValidator, model_validator
+from pydantic import BeforeValidator, FailFast, Field, model_validator
 
-from deployments.api_error import shown
+from deployments.prompts import Messages, Prompt, Prompts, conversation
+from deployments.sampling_fields import NumLogprobs, SamplingBody
 from deployments.strict_body import Body, only, wrong
 
 MAX_STOPS = 16  # OpenAI takes 4
 MAX_STOP_CHARS = 1024
-MAX_MESSAGES = 2048
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages for the chat template: dicts with role, content and maybe name, all of them text."""
-
-    messages: list[dict[str, str]]
-
-    @property
-    def num_chars(self) -> int:
-        """Length of all contents together."""
-        return sum(len(message["content"]) for message in self.messages)
-
-
-Prompt = str | list[int] | Conversation
+MAX_CHOICES = 16
 
 
 class StreamOptions(Body):
@@ -46,15 +32,15 @@ def _one_or_many(value: object) -> object:
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
-class GenerationBody(Body):
+class GenerationBody(SamplingBody):
     """What both endpoints take."""
 
     default_max_tokens: ClassVar[int | None]  # None: what the context has left
+    continues_prompt: ClassVar[bool]  # the answer's text goes on from the prompt's, or is a text of its own
 
     model: str
     max_tokens: int | None = Field(default=None, ge=1)
-    temperature: float = Field(default=1.0, ge=0, le=2)
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)  # answers to each prompt
     stop: Annotated[list[StopString], FailFast(), Field(max_length=MAX_STOPS), BeforeValidator(_one_or_many)] = Field(
         default_factory=list
     )
@@ -72,16 +58,8 @@ class GenerationBody(Body):
     prompt_cache_retention: object = None
 
     # refused where they would mean something: sampling
-    n: Annotated[object, only(1)] = None
     best_of: Annotated[object, only(1)] = None
-    top_p: Annotated[object, only(1)] = None
-    top_k: Annotated[object, only(-1, 0)] = None
-    min_p: Annotated[object, only(0)] = None
-    presence_penalty: Annotated[object, only(0)] = None
-    frequency_penalty: Annotated[object, only(0)] = None
-    repetition_penalty: Annotated[object, only(1)] = None
     length_penalty: Annotated[object, only(1)] = None
-    logit_bias: Annotated[object, only({})] = None
     bad_words: Annotated[object, only([])] = None
     allowed_token_ids: Annotated[object, only([])] = None
     use_beam_search: Annotated[object, only(False)] = None
@@ -89,8 +67,6 @@ class GenerationBody(Body):
     structured_outputs: Annotated[object, only()] = None
     repetition_detection: Annotated[object, only()] = None
     # where it ends
-    min_tokens: Annotated[object, only(0)] = None
-    stop_token_ids: Annotated[object, only([])] = None
     include_stop_str_in_output: Annotated[object, only(False)] = None
     thinking_token_budget: Annotated[object, only()] = None
     # what is said about the tokens
@@ -101,7 +77,6 @@ class GenerationBody(Body):
     return_tokens_as_token_ids: Annotated[object, only(False)] = None
     stream_interval: Annotated[object, only(1)] = None
     # how the prompt is read
-    echo: Annotated[object, only(False)] = None
     truncate_prompt_tokens: Annotated[object, only()] = None
     truncation_side: Annotated[object, only()] = None
     # who comes first, and where the cache is
@@ -112,7 +87,7 @@ class GenerationBody(Body):
 
     @property
     def prompts(self) -> list[Prompt]:
-        """One for each sequence asked for."""
+        """One for every `n` sequences asked for."""
         raise NotImplementedError
 
     @property
@@ -126,6 +101,11 @@ class GenerationBody(Body):
         return "max_tokens", self.max_tokens
 
     @property
+    def echoes(self) -> bool:
+        """Whether the answer's text begins with the prompt."""
+        return False
+
+    @property
     def include_usage(self) -> bool:
         """Whether a stream ends with the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
@@ -137,29 +117,17 @@ class GenerationBody(Body):
         return self
 
 
-def _prompts(value: object) -> list[Prompt]:
-    """A text, texts, ids or lists of ids, taken apart. Whether ids are in the vocabulary is seen later."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list) and value:
-        kinds = set(map(type, value))
-        if kinds == {int}:
-            return [value]
-        if kinds == {str}:
-            return list(value)
-        if kinds == {list} and all(ids and set(map(type, ids)) == {int} for ids in value):
-            return list(value)
-    raise wrong("invalid_type", "must be a text, texts, token ids or lists of token ids, and not empty")
-
-
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
     default_max_tokens: ClassVar[int | None] = 16
+    continues_prompt: ClassVar[bool] = True
 
-    prompt: Annotated[list[Prompt], PlainValidator(_prompts)]
+    prompt: Prompts
+    max_tokens: int | None = Field(default=None, ge=0)
+    logprobs: NumLogprobs | None = None
+    echo: bool = False
 
-    logprobs: Annotated[object, only()] = None
     suffix: Annotated[object, only("")] = None
     add_special_tokens: Annotated[object, only(True)] = None
     prompt_embeds: Annotated[object, only()] = None
@@ -174,64 +142,40 @@ class CompletionBody(GenerationBody):
         """See GenerationBody."""
         return "prompt"
 
+    @property
+    def echoes(self) -> bool:
+        """See GenerationBody."""
+        return self.echo
 
-class TextPart(Body):
-    """A part of a message's content."""
+    @property
+    def num_logprobs(self) -> int | None:
+        """See SamplingBody."""
+        return self.logprobs
 
-    type: Literal["text"]
-    text: str
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """What is shown is told of: the prompt when it is echoed."""
+        return self.logprobs if self.echo else None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _textonly(cls, data: object) -> object:
-        if isinstance(data, dict) and isinstance(data.get("type"), str) and data["type"] != "text":
-            raise wrong(
-                "unsupported_parameter", "{kind} is not supported; send text parts only", kind=shown(data["type"])
-            )
-        return data
-
-
-def _parts(value: object) -> object:
-    if isinstance(value, str):
-        return [{"type": "text", "text": value}]
-    if isinstance(value, list):
-        return value
-    raise wrong("invalid_type", "must be a text or a list of text parts")
-
-
-class Message(Body):
-    """One turn. What answers of OpenAI carry beside role and content passes when it is empty."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[TextPart], FailFast(), BeforeValidator(_parts)]
-    name: str | None = None  # handed to the chat template
-
-    refusal: Annotated[object, only()] = None
-    audio: Annotated[object, only()] = None
-    annotations: Annotated[object, only([])] = None
-    function_call: Annotated[object, only()] = None
-    tool_calls: Annotated[object, only([])] = None
-    reasoning: Annotated[object, only("")] = None
-    reasoning_content: Annotated[object, only("")] = None
-
-    def for_template(self) -> dict[str, str]:
-        """Text only; several parts are joined by line breaks."""
-        message: dict[str, str] = {"role": self.role, "content": "\n".join(part.text for part in self.content)}
-        if self.name is not None:
-            message["name"] = self.name
-        return message
+    @model_validator(mode="after")
+    def _something_is_shown(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise wrong("invalid_value", 'must be at least 1, or 0 with "echo": true', field="max_tokens")
+        return self
 
 
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
     default_max_tokens: ClassVar[int | None] = None
+    continues_prompt: ClassVar[bool] = False
 
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Messages
     max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool = False
+    top_logprobs: NumLogprobs = 0
 
-    logprobs: Annotated[object, only(False)] = None
-    top_logprobs: Annotated[object, only(0)] = None
+    echo: Annotated[object, only(False)] = None
     tools: Annotated[object, only([])] = None
     tool_choice: Annotated[object, only("none", "auto")] = None  # both mean nothing without tools
     parallel_tool_calls: Annotated[object, only(True, False)] = None
@@ -255,7 +199,7 @@ class ChatBody(GenerationBody):
     @property
     def prompts(self) -> list[Prompt]:
         """The conversation."""
-        return [Conversation([message.for_template() for message in self.messages])]
+        return [conversation(self.messages)]
 
     @property
     def prompt_field(self) -> str:
@@ -268,6 +212,17 @@ class ChatBody(GenerationBody):
         if self.max_completion_tokens is not None:
             return "max_completion_tokens", self.max_completion_tokens
         return "max_tokens", self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """See SamplingBody."""
+        return self.top_logprobs if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise wrong("invalid_value", 'needs "logprobs": true; send both', field="top_logprobs")
+        return self
 
     @model_validator(mode="after")
     def _one_token_limit(self) -> Self:

@@ -9,6 +9,9 @@ from typing import Protocol
 import msgspec
 
 from actors.words.messages import FinishReason
+from deployments.logprobs import ChatLogprobs, CompletionLogprobs, chat_logprobs, completion_logprobs
+from deployments.token_text import TokenTexts
+from deployments.transcript import ScoredToken
 
 _encode = msgspec.json.Encoder().encode
 
@@ -22,6 +25,12 @@ class Piece:
     index: int
     text: str
     finish_reason: FinishReason | None
+    scored: Sequence[ScoredToken] = ()  # the tokens of this text, where their log-probabilities were asked for
+
+    def joined(self, next_piece: "Piece") -> "Piece":
+        """This piece and the one after it."""
+        scored = [*self.scored, *next_piece.scored]
+        return Piece(self.index, self.text + next_piece.text, next_piece.finish_reason, scored)
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -36,7 +45,7 @@ class _TextChoice(msgspec.Struct, frozen=True):
     index: int
     text: str
     finish_reason: FinishReason | None
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
 
 
 class _Message(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -50,14 +59,14 @@ class _MessageChoice(msgspec.Struct, frozen=True):
     index: int
     message: _Message
     finish_reason: FinishReason | None
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
 
 
 class _DeltaChoice(msgspec.Struct, frozen=True):
     index: int
     delta: _Message
     finish_reason: FinishReason | None = None
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
 
 
 _Choices = Sequence[_TextChoice | _MessageChoice | _DeltaChoice]
@@ -95,8 +104,12 @@ class _OpenAIReply:
     whole_object: str
     chunk_object: str
 
-    def __init__(self, model: str, include_usage: bool = False) -> None:
-        """`include_usage`: all chunks have a usage, which is null but in the last."""
+    def __init__(self, model: str, include_usage: bool = False, token_texts: TokenTexts | None = None) -> None:
+        """`include_usage`: all chunks have a usage, which is null but in the last.
+
+        `token_texts`: log-probabilities are shown, with these texts.
+        """
+        self._token_texts = token_texts
         self._id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = model
@@ -123,7 +136,10 @@ class CompletionReply(_OpenAIReply):
 
     def whole(self, answers: list[Piece], usage: Usage) -> bytes:
         """See Reply."""
-        return self._whole([_TextChoice(answer.index, answer.text, answer.finish_reason) for answer in answers], usage)
+        choices = [
+            _TextChoice(answer.index, answer.text, answer.finish_reason, self._logprobs(answer)) for answer in answers
+        ]
+        return self._whole(choices, usage)
 
     def opening(self, index: int) -> bytes:
         """Nothing: the first text opens the stream."""
@@ -131,9 +147,15 @@ class CompletionReply(_OpenAIReply):
 
     def chunk(self, piece: Piece) -> bytes:
         """See Reply."""
-        text = self._event([_TextChoice(piece.index, piece.text, None)]) if piece.text else b""
-        end = self._event([_TextChoice(piece.index, "", piece.finish_reason)]) if piece.finish_reason else b""
-        return text + end
+        chunk = b""
+        if piece.text or piece.scored:
+            chunk += self._event([_TextChoice(piece.index, piece.text, None, self._logprobs(piece))])
+        if piece.finish_reason:
+            chunk += self._event([_TextChoice(piece.index, "", piece.finish_reason)])
+        return chunk
+
+    def _logprobs(self, piece: Piece) -> CompletionLogprobs | None:
+        return self._token_texts and completion_logprobs(piece.scored, self._token_texts)
 
 
 class ChatReply(_OpenAIReply):
@@ -146,7 +168,10 @@ class ChatReply(_OpenAIReply):
     def whole(self, answers: list[Piece], usage: Usage) -> bytes:
         """See Reply."""
         choices = [
-            _MessageChoice(answer.index, _Message("assistant", answer.text), answer.finish_reason) for answer in answers
+            _MessageChoice(
+                answer.index, _Message("assistant", answer.text), answer.finish_reason, self._logprobs(answer)
+            )
+            for answer in answers
         ]
         return self._whole(choices, usage)
 
@@ -156,6 +181,13 @@ class ChatReply(_OpenAIReply):
 
     def chunk(self, piece: Piece) -> bytes:
         """See Reply."""
-        text = self._event([_DeltaChoice(piece.index, _Message(content=piece.text))]) if piece.text else b""
-        end = self._event([_DeltaChoice(piece.index, _Message(), piece.finish_reason)]) if piece.finish_reason else b""
-        return text + end
+        chunk = b""
+        if piece.text or piece.scored:
+            delta = _Message(content=piece.text)
+            chunk += self._event([_DeltaChoice(piece.index, delta, logprobs=self._logprobs(piece))])
+        if piece.finish_reason:
+            chunk += self._event([_DeltaChoice(piece.index, _Message(), piece.finish_reason)])
+        return chunk
+
+    def _logprobs(self, piece: Piece) -> ChatLogprobs | None:
+        return self._token_texts and chat_logprobs(piece.scored, self._token_texts)

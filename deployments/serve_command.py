@@ -28,6 +28,7 @@ from configs.files import read_application, read_config, read_document
 from deployments.descendants import adopt_orphans, children, end_children
 from deployments.endpoint import Endpoint
 from deployments.reasons import for_people, is_final
+from deployments.serve_schema import check_schema
 
 POLL_S = 0.1  # until ready; nobody's token waits on it
 WATCH_S = 2.0  # once ready
@@ -75,8 +76,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("config", help="a Serve config file, for example configs/demo.yaml")
     parser.add_argument("--dashboard", action="store_true", help="start Ray's dashboard too (some seconds slower)")
     options = parser.parse_args(argv)
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
     try:
         served = read(options.config, dashboard=options.dashboard)
+        served.say(f"reading {served.path}")
+        check_schema(served.path)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -115,8 +120,6 @@ def read(path: str, *, dashboard: bool) -> Served:
 def start_ray(served: Served) -> None:
     """Join the Ray cluster that runs, or start one on this machine. Raises CannotServe."""
     served.say("starting Ray")
-    for key, value in ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
     fence_haproxy()
     import ray
 

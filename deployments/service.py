@@ -1,22 +1,22 @@
 """The service: what the routes need of a replica, and how a parsed body becomes requests of the engine."""
 
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from itertools import count
 
 from actors.remote.engine import Engine
-from actors.words.messages import Request, SamplingParams
+from actors.words.messages import Request
 from cluster.topology import Topology
 from deployments.admission import Admission
 from deployments.api_error import ApiError
-from deployments.generation import Answer, Generation
+from deployments.generation import Answer, Echo, Generation
+from deployments.metrics import Latencies, Metrics, Stopwatch
 from deployments.outbox import Outbox
+from deployments.prompts import Prompt
 from deployments.requests import GenerationBody
 from deployments.text import Text
-
-_SEED_MASK = 2**63 - 1  # clients may send negative seeds, the engine has 63 bits
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,10 @@ class Service:
         self.limits = limits
         self.ranks = ranks
         self.admission = Admission(limits.max_requests)
+        self.text = text
         self._outbox = outbox
-        self._text = text
+        self._latencies = Latencies()
+        self.metrics = Metrics(engine, self._latencies, identity.model)
 
     @property
     def is_ready(self) -> bool:
@@ -72,34 +74,58 @@ class Service:
 
         Raises ApiError: 404 for another model, 400 for a prompt that cannot be served, 503 when full or not serving.
         """
-        if body.model != self.identity.model:
-            message = f"model: there is no such model here; this server has {self.identity.model}"
-            raise ApiError(404, message, param="model", code="model_not_found")
+        began = time.monotonic()
+        self.check_model(body.model)
+        self.check_ids("logit_bias", list(body.logit_bias))
+        self.check_ids("stop_token_ids", body.stop_token_ids)
         prompts = body.prompts
-        with self.admission.reserve(len(prompts)):
-            requests = [self._request(body, ids) for ids in await self._text.encode(prompts)]
-            transcripts = [self._text.transcript(body.stop) for _ in requests]
-            generation = Generation(self.engine, self._outbox, list(map(Answer, count(), requests, transcripts)))
+        with self.admission.reserve(len(prompts) * body.n):
+            answers: list[Answer] = []
+            num_prompt_tokens = 0
+            for prompt, prompt_ids in zip(prompts, await self.text.encode(prompts), strict=True):
+                self._check_prompt(body, prompt_ids)
+                num_prompt_tokens += len(prompt_ids)
+                for choice in range(body.n):
+                    request = self._request(body, prompt_ids, choice)
+                    answers.append(self._answer(body, prompt, request, len(answers), began))
+            generation = Generation(self.engine, self._outbox, answers, num_prompt_tokens)
             try:
                 generation.start()
                 yield generation
             finally:
                 generation.end()
 
-    def _request(self, body: GenerationBody, prompt_ids: list[int]) -> Request:
-        self._check_ids(body.prompt_field, prompt_ids)
+    def check_model(self, model: str) -> None:
+        """Raises ApiError (404) for another model than the one served."""
+        if model != self.identity.model:
+            message = f"model: there is no such model here; this server has {self.identity.model}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def _request(self, body: GenerationBody, prompt_ids: list[int], choice: int) -> Request:
+        eos_ids = frozenset() if body.ignore_eos else self.text.eos_token_ids
         return Request(
             request_id=uuid.uuid4().hex,
             prompt_ids=prompt_ids,
             max_tokens=self._max_tokens(body, len(prompt_ids)),
-            sampling=SamplingParams(body.temperature, None if body.seed is None else body.seed & _SEED_MASK),
-            stop_token_ids=frozenset() if body.ignore_eos else self._text.eos_token_ids,
+            sampling=body.sampling(choice, self.limits.vocab_size),
+            stop_token_ids=eos_ids.union(body.stop_token_ids),
         )
 
-    def _check_ids(self, field: str, prompt_ids: list[int]) -> None:
+    def _answer(self, body: GenerationBody, prompt: Prompt, request: Request, index: int, began: float) -> Answer:
+        transcript = self.text.transcript(body.stop, body.min_tokens)
+        stopwatch = Stopwatch(self._latencies, began)
+        if body.echoes:
+            echo = Echo(prompt if isinstance(prompt, str) else None)
+            return Answer(index, request, transcript, stopwatch, echo)
+        if body.continues_prompt:
+            transcript.follow(request.prompt_ids)
+        return Answer(index, request, transcript, stopwatch)
+
+    def _check_prompt(self, body: GenerationBody, prompt_ids: list[int]) -> None:
+        field = body.prompt_field
         if not prompt_ids:
             raise ApiError(400, f"{field}: has no tokens; send at least one", param=field)
-        if len(prompt_ids) >= self.limits.max_model_len:
+        if len(prompt_ids) + (body.token_limit[1] != 0) > self.limits.max_model_len:
             raise ApiError(
                 400,
                 f"{field}: {len(prompt_ids)} tokens, but the context has {self.limits.max_model_len} for prompt and "
@@ -107,14 +133,18 @@ class Service:
                 param=field,
                 code="context_length_exceeded",
             )
-        if min(prompt_ids) < 0 or max(prompt_ids) >= self.limits.vocab_size:
+        self.check_ids(field, prompt_ids)
+
+    def check_ids(self, field: str, token_ids: list[int]) -> None:
+        """Raises ApiError (400) for ids that the model does not have."""
+        if token_ids and (min(token_ids) < 0 or max(token_ids) >= self.limits.vocab_size):
             raise ApiError(400, f"{field}: token ids must be from 0 to {self.limits.vocab_size - 1}", param=field)
 
     def _max_tokens(self, body: GenerationBody, num_prompt_tokens: int) -> int:
         rest = self.limits.max_model_len - num_prompt_tokens
         field, max_tokens = body.token_limit
         if max_tokens is None:
-            return min(rest, body.default_max_tokens or rest)
+            max_tokens = min(rest, body.default_max_tokens or rest)
         if max_tokens > rest:
             raise ApiError(
                 400,
@@ -122,5 +152,12 @@ class Service:
                 f"{self.limits.max_model_len}; send at most {rest}",
                 param=field,
                 code="context_length_exceeded",
+            )
+        if body.min_tokens > max_tokens:
+            raise ApiError(
+                400,
+                f"min_tokens: {body.min_tokens} is more than {field} allows, which is {max_tokens}; "
+                f"send at most so many, or a larger {field}",
+                param="min_tokens",
             )
         return max_tokens

@@ -74,6 +74,6 @@ def _as_api_error(error: ErrorDetails) -> ApiError:
     words = _OWN_WORDS.get(error["type"])
     message = words(error) if words else error["msg"].replace("Input should be", "must be")
     code = error["type"] if error["type"] in ("unsupported_parameter", "unknown_parameter") else None
-    if error["loc"] and error["loc"][0] in ("stop", "prompt"):
+    if error["loc"] and error["loc"][0] in ("stop", "prompt", "logit_bias", "stop_token_ids", "tokens"):
         param = str(error["loc"][0])  # clients look for the field's own name
     return ApiError(400, f"{param or 'the body'}: {message}", param=param, code=code)

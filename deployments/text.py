@@ -3,6 +3,7 @@
 import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer
 
 from deployments.api_error import ApiError, public_text
-from deployments.requests import Conversation, Prompt
+from deployments.prompts import Conversation, Prompt
+from deployments.token_text import TokenTexts
 from deployments.transcript import Decoder, Transcript
 
 MAX_RENDERED_CHARS = 16 * 1024 * 1024  # of what a chat template may write
@@ -30,6 +32,7 @@ class Text:
         own_eos = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
         self.eos_token_ids = frozenset(eos_token_ids | own_eos)
         self._special_ids = frozenset(id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special)
+        self.token_texts = self._token_texts()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
     @classmethod
@@ -38,26 +41,35 @@ class Text:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         return cls(tokenizer, _eos_token_ids(Path(folder)))
 
-    async def encode(self, prompts: list[Prompt]) -> list[list[int]]:
+    async def encode(self, prompts: list[Prompt], add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of prompts, as the tokenizer and for messages the chat template make them; ids pass as they are.
 
-        Raises ApiError (400) when the template refuses the messages.
+        Messages have the special tokens that the template writes, never more. Raises ApiError (400) when the template
+        refuses the messages.
         """
+        encode = partial(self._encode, add_special_tokens=add_special_tokens)
         if sum(map(_num_chars, prompts)) <= INLINE_CHARS and self._backend is not None:
-            return list(map(self._encode, prompts))
+            return list(map(encode, prompts))
         loop = asyncio.get_running_loop()
-        return [await loop.run_in_executor(self._thread, self._encode, prompt) for prompt in prompts]
+        return [await loop.run_in_executor(self._thread, encode, prompt) for prompt in prompts]
 
-    def transcript(self, stops: list[str]) -> Transcript:
+    async def decode(self, token_ids: list[int]) -> str:
+        """The text of ids, special tokens included."""
+        if len(token_ids) <= INLINE_CHARS and self._backend is not None:
+            return self._decode(token_ids, skip_special_tokens=False)
+        decode = partial(self._decode, token_ids, skip_special_tokens=False)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, decode)
+
+    def transcript(self, stops: list[str], min_tokens: int = 0) -> Transcript:
         """Turns one sequence's ids into text."""
-        return Transcript(Decoder(self._decode, self._special_ids), stops)
+        return Transcript(Decoder(self._decode, self._special_ids), stops, min_tokens)
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def _encode(self, prompt: Prompt, add_special_tokens: bool) -> list[int]:
         if isinstance(prompt, list):
             return prompt
         if isinstance(prompt, Conversation):
             return self._tokenize(self._render(prompt), add_special_tokens=False)  # the template writes its own
-        return self._tokenize(prompt, add_special_tokens=True)
+        return self._tokenize(prompt, add_special_tokens)
 
     def _tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
         if self._backend is None:
@@ -86,12 +98,20 @@ class Text:
             raise ApiError(400, message, param="messages", code="context_length_exceeded")
         return text
 
-    def _decode(self, token_ids: list[int]) -> str:
+    def _decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         if self._backend is None:
-            text = self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            text = self._tokenizer.decode(token_ids, skip_special_tokens, clean_up_tokenization_spaces=False)
         else:
-            text = self._backend.decode(token_ids, skip_special_tokens=True)
+            text = self._backend.decode(token_ids, skip_special_tokens)
         return str(text)
+
+    def _token_texts(self) -> TokenTexts:
+        decode = partial(self._decode, skip_special_tokens=False)
+        before = self._tokenize("a", add_special_tokens=False)
+        if self._backend is None:
+            return TokenTexts(decode, self._tokenizer.convert_ids_to_tokens, False, before)
+        is_byte_level = b'"ByteLevel"' in self._backend.decoder.__getstate__()
+        return TokenTexts(decode, self._backend.id_to_token, is_byte_level, before)
 
 
 def _num_chars(prompt: Prompt) -> int:

@@ -1,11 +1,14 @@
 """Transcript: one sequence's token ids turned into text as they come, cut at the first stop string."""
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from actors.words.messages import FinishReason
+from actors.words.messages import FinishReason, TokenLogprobs
 
 _REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are not (yet) a character
 _MAX_UNSETTLED = 16  # ids; a character has at most four bytes, so a longer tail is no half of anything
+_CONTEXT = 8  # ids of a prompt that decide how an answer to it begins: with a space, or with half a character
 
 
 class Decoder:
@@ -64,14 +67,24 @@ class StopStrings:
         self._first_chars = frozenset(stop[0] for stop in stops)
         self._longest = max(map(len, stops), default=0)
         self._held = ""
+        self._num_exempt = 0  # characters of the held text: a stop string that ends within them is none
         self.is_found = False
 
-    def push(self, text: str) -> str:
-        """The text that may be shown now. Nothing after a stop string was found."""
+    def push(self, text: str, is_exempt: bool = False) -> str:
+        """The text that may be shown now. Nothing after a stop string was found.
+
+        A stop string that ends in exempt text does not count; one that ends after it does, though it began there.
+        """
         if self.is_found or not self._stops:
             return "" if self.is_found else text
         self._held += text
-        found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if is_exempt:
+            self._num_exempt = len(self._held)
+        found = [
+            place
+            for stop in self._stops
+            if (place := self._held.find(stop, max(0, self._num_exempt - len(stop) + 1))) >= 0
+        ]
         if found:
             self.is_found = True
             return self._release(min(found))
@@ -86,41 +99,99 @@ class StopStrings:
         for place in range(max(0, len(self._held) - self._longest + 1), len(self._held)):
             if self._held[place] in self._first_chars:
                 tail = self._held[place:]
-                if any(stop.startswith(tail) for stop in self._stops):
+                if any(stop.startswith(tail) and stop != tail for stop in self._stops):
                     return place
         return len(self._held)
 
     def _release(self, num_chars: int) -> str:
         text, self._held = self._held[:num_chars], self._held[num_chars:]
+        self._num_exempt = max(0, self._num_exempt - num_chars)
         return text
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """A token whose log-probabilities were asked for, and where its text begins."""
+
+    token_id: int
+    offset: int  # characters before it
+    logprobs: TokenLogprobs | None  # None for the first token of a prompt
 
 
 class Transcript:
     """What a client sees of one sequence: its text, how many ids it took, and why it ended."""
 
-    def __init__(self, decoder: Decoder, stops: list[str]) -> None:
+    def __init__(self, decoder: Decoder, stops: list[str], min_tokens: int = 0) -> None:
+        """No stop string counts that ends within the first `min_tokens` generated ids."""
         self._decoder = decoder
         self._stops = StopStrings(stops)
+        self._min_tokens = min_tokens
+        self._num_decoded = 0  # characters
+        self._num_shown = 0
+        self._scored: deque[ScoredToken] = deque()  # whose text is not shown yet
         self.num_tokens = 0  # generated ids, the stop id or those of the stop string included
         self.finish_reason: FinishReason | None = None
 
-    def push(self, token_ids: list[int], finish_reason: FinishReason | None = None) -> str:
+    def follow(self, prompt_ids: list[int]) -> None:
+        """Let the text go on from the prompt's, without showing that. Before the first `push`."""
+        for token_id in prompt_ids[-_CONTEXT:]:
+            self._decoder.push(token_id)
+
+    def echo(self, prompt: str | None, prompt_ids: list[int], logprobs: list[TokenLogprobs] | None) -> str:
+        """The prompt's text, from its ids where it was not given as text. Instead of `follow`.
+
+        `logprobs` are those of the second id and on; None when they were not asked for.
+        """
+        decoded, offsets = "", []
+        for token_id in prompt_ids:
+            offsets.append(len(decoded))
+            decoded += self._decoder.push(token_id)
+        if logprobs is not None:
+            self._scored.extend(map(ScoredToken, prompt_ids, offsets, [None, *logprobs]))
+        text = decoded if prompt is None else prompt
+        self._num_decoded = self._num_shown = len(text)
+        return text
+
+    def push(
+        self, token_ids: list[int], finish_reason: FinishReason | None = None, logprobs: Sequence[TokenLogprobs] = ()
+    ) -> str:
         """The text that these ids add. With "stop" the last id is the stop id, which has no text.
 
         When a stop string is found, `finish_reason` turns "stop" and `num_tokens` says after which id; the rest of the
         ids is not looked at.
         """
+        text = self._push(token_ids, finish_reason, logprobs)
+        self._num_shown += len(text)
+        return text
+
+    def take_scored(self) -> list[ScoredToken]:
+        """Tokens whose text has been shown, at least in part, since the last call. Those cut off are never there."""
+        is_whole = self.finish_reason is not None and not self._stops.is_found
+        scored = []
+        while self._scored and (is_whole or self._scored[0].offset < self._num_shown):
+            scored.append(self._scored.popleft())
+        return scored
+
+    def _push(self, token_ids: list[int], finish_reason: FinishReason | None, logprobs: Sequence[TokenLogprobs]) -> str:
         has_stop_id = finish_reason == "stop"
         text = ""
-        for token_id in token_ids[:-1] if has_stop_id else token_ids:
-            text += self._stops.push(self._decoder.push(token_id))
+        for place, token_id in enumerate(token_ids[:-1] if has_stop_id else token_ids):
+            if logprobs:
+                self._scored.append(ScoredToken(token_id, self._num_decoded, logprobs[place]))
             self.num_tokens += 1
+            piece = self._decoder.push(token_id)
+            self._num_decoded += len(piece)
+            text += self._stops.push(piece, self._is_exempt)
             if self._stops.is_found:
                 self.finish_reason = "stop"
                 return text
         self.num_tokens += has_stop_id
         if finish_reason:
-            text += self._stops.push(self._decoder.flush())
+            text += self._stops.push(self._decoder.flush(), self._is_exempt)
             self.finish_reason = "stop" if self._stops.is_found else finish_reason
             text += "" if self._stops.is_found else self._stops.flush()
         return text
+
+    @property
+    def _is_exempt(self) -> bool:
+        return self.num_tokens <= self._min_tokens

@@ -14,20 +14,10 @@ from actors.decisions.blocks import BlockCounts, BlockPool
 from actors.decisions.holdings import Holdings
 from actors.decisions.lanes import Lane, Lanes, age
 from actors.decisions.sequence import Sequence
-from actors.words.messages import (
-    Entry,
-    Event,
-    FinishReason,
-    NewSequence,
-    Request,
-    StepBatch,
-    StepResult,
-    TokenLogprobs,
-)
+from actors.decisions.stats import Stats
+from actors.words.messages import Entry, Event, FinishReason, NewSequence, Request, StepBatch, StepResult, TokenLogprobs
 
-_PROMPT_LOGPROBS_CHUNK = (
-    256  # prompt ids of one entry whose logprobs are asked: bounds the logits [ids, vocabulary rows]
-)
+_PROMPT_LOGPROBS_CHUNK = 256  # ids of an entry whose logprobs are asked: bounds the logits [ids, vocabulary rows]
 
 
 @dataclass(frozen=True)
@@ -53,10 +43,11 @@ class _Flight:
 class Scheduler:
     """All live sequences of one gang, where they stand, and what the ranks have been asked for."""
 
-    def __init__(self, settings: SchedulerSettings, epoch: int = 0) -> None:
+    def __init__(self, settings: SchedulerSettings, epoch: int = 0, stats: Stats | None = None) -> None:
+        """`stats` goes on counting where another epoch's scheduler ended."""
         self.settings = settings
         self.epoch = epoch
-        self.num_preemptions = 0
+        self.stats = stats or Stats()
         self._holdings = Holdings(BlockPool(settings.num_blocks, settings.block_size), settings.prefix_cache)
         self._lanes = Lanes(settings.num_lanes)
         self._live: dict[str, Sequence] = {}
@@ -77,7 +68,7 @@ class Scheduler:
                 f"{longest} tokens (prompt and max_tokens) need {self._holdings.num_blocks(longest)} KV blocks, the cache has "
                 f"{self.settings.num_blocks}; shorten the prompt, lower max_tokens, or raise cache.num_blocks"
             )
-        sequence = Sequence(self._next_seq, request, salt)
+        sequence = Sequence(self._next_seq, request, salt, waiting_since=self.stats.clock())
         self._next_seq += 1
         self._live[request.request_id] = sequence
         insort(self._waiting, sequence, key=age)
@@ -152,6 +143,11 @@ class Scheduler:
         """Steps submitted whose results are not here."""
         return len(self._flights)
 
+    @property
+    def num_preemptions(self) -> int:
+        """Times that a sequence gave its blocks back to an older one."""
+        return self.stats.num_preemptions
+
     def check(self) -> None:
         """Hold the block account against the tables. Raises IntegrityError with the numbers."""
         self._holdings.pool.check(sequence.blocks for sequence in self._live.values())
@@ -208,11 +204,15 @@ class Scheduler:
             return 0
         if not sequence.is_open:
             sequence.is_open = True
-            step.opened.append(self._row(sequence, known_ids))
+            request = sequence.request
+            step.opened.append(NewSequence(sequence.seq, request.sampling, known_ids, len(request.prompt_ids)))
+            self.stats.opened(sequence, len(known_ids))
             held = 0  # the ranks' table starts with the shared blocks
         sample = start + count >= len(sequence.ids) + sequence.num_pending and sequence.wants_token
-        wants_logprobs = sequence.wants_prompt_logprobs
-        step.entries.append(Entry(sequence.seq, start, ids, sequence.blocks[held:], sample, wants_logprobs))
+        entry = Entry(sequence.seq, start, ids, sequence.blocks[held:], sample, sequence.wants_prompt_logprobs)
+        if entry.prompt_logprobs and start + count < len(sequence.request.prompt_ids):
+            entry = msgspec.structs.replace(entry, next_prompt_id=sequence.ids[start + count])
+        step.entries.append(entry)
         sequence.num_scheduled += count
         sequence.num_pending += sample
         self._holdings.name_full(sequence)
@@ -232,6 +232,7 @@ class Scheduler:
         by_seq = {sequence.seq: sequence for sequence in lane.sequences}
         step.closed.extend(self._take_closing())
         step = self._number(step)
+        self.stats.launched(step)
         lane.num_in_flight += 1
         lane.last_step = step.step
         self._flights.append(_Flight(step.step, lane, [(by_seq[entry.seq], entry) for entry in step.entries]))
@@ -256,6 +257,7 @@ class Scheduler:
         is_prompt_done = entry.start + (len(entry.ids) or 1) >= len(request.prompt_ids)
         if reason is None and is_prompt_done and sequence.num_generated >= request.max_tokens:
             reason = "length"
+        self.stats.num_generated += accepted
         event = Event(request.request_id, ids[:accepted])
         return event if reason is None else self._retire(sequence, reason, event=event)
 
@@ -263,13 +265,14 @@ class Scheduler:
         """Take back its blocks; it waits, keeps its ids, and is computed again from them (as after a lost gang)."""
         self._close(sequence)
         sequence.num_preemptions += 1
-        self.num_preemptions += 1
+        self.stats.num_preemptions += 1
         insort(self._waiting, sequence, key=age)
 
     def _retire(
         self, sequence: Sequence, reason: FinishReason, error: str | None = None, event: Event | None = None
     ) -> Event:
         sequence.finish_reason = reason
+        self.stats.num_finished[reason] += 1
         del self._live[sequence.request.request_id]
         if sequence.lane is None:
             self._waiting.remove(sequence)
@@ -283,10 +286,6 @@ class Scheduler:
         if sequence.is_open:
             self._closing.append(sequence.seq)
         sequence.is_open = False
-
-    def _row(self, sequence: Sequence, known_ids: list[int]) -> NewSequence:
-        request = sequence.request
-        return NewSequence(sequence.seq, request.sampling, known_ids, len(request.prompt_ids))
 
     def _take_closing(self) -> list[int]:
         closing, self._closing = self._closing, []

@@ -23,6 +23,7 @@ class Sequence:
     is_open: bool = False  # the ranks have a row for it
     num_preemptions: int = 0
     num_prompt_logprobs: int = 0  # told already; a computation after a preemption says them again
+    waiting_since: float | None = None  # monotonic seconds; None once the ranks have heard of it
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:

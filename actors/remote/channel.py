@@ -90,8 +90,8 @@ class EngineChannel:
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._wakeup, zmq.POLLIN)
         self._failure: str | None = None
-        self._closing = threading.Lock()
         self._is_closed = False
+        self._lock = threading.Lock()  # over it: `wake` must not write to a descriptor that is another's by now
 
     def admit(self, public_keys: list[bytes]) -> None:
         """Let these ranks in (by rank), and nobody else."""
@@ -116,16 +116,23 @@ class EngineChannel:
         """See Executor."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
-            left_s = HEARTBEAT_S if deadline is None else min(HEARTBEAT_S, max(0.0, deadline - time.monotonic()))
+            began = time.monotonic()
+            ends = [end for end in (deadline, self._clock.deadline) if end is not None]
+            left_s = max(0.0, min([began + HEARTBEAT_S, *ends]) - began)
             results, was_woken = self._poll(left_s)  # a result ends it at once; heartbeats end it now and then anyway
-            if results or was_woken or left_s == 0:
+            if results:
                 return results
-            self._check_silence()
+            now = time.monotonic()
+            if now - began < left_s + HEARTBEAT_S:  # else this process was stopped itself: first hear what was said
+                self._check_silence(now)
+            if was_woken or (deadline is not None and now >= deadline):
+                return []
 
     def wake(self) -> None:
         """See Executor."""
-        if not self._is_closed:
-            os.eventfd_write(self._wakeup, 1)
+        with self._lock:
+            if not self._is_closed:
+                os.eventfd_write(self._wakeup, 1)
 
     def fail(self, reason: str) -> None:
         """Make `wait` raise GangFailure: somebody knows that a rank is gone. Any thread; the first reason counts."""
@@ -134,20 +141,19 @@ class EngineChannel:
 
     def close(self) -> None:
         """See Executor."""
-        with self._closing:
+        with self._lock:
             if self._is_closed:
                 return
-            with contextlib.suppress(GangFailure):  # a rank that is gone needs no telling
-                self._broadcast(_ENCODER.encode(Shutdown(self.epoch)))
             self._is_closed = True
-            self._socket.close()
-            self._authenticator.stop()
-            self._context.term()
-            os.close(self._wakeup)
+        with contextlib.suppress(GangFailure):  # a rank that is gone needs no telling
+            self._broadcast(_ENCODER.encode(Shutdown(self.epoch)))
+        self._socket.close()
+        self._authenticator.stop()
+        self._context.term()
+        os.close(self._wakeup)
 
-    def _check_silence(self) -> None:
+    def _check_silence(self, now: float) -> None:
         """Raises GangFailure for a rank that is not heard any more, or a step that takes far too long."""
-        now = time.monotonic()
         if silent := silent_ranks({rank: heard for rank, (heard, _) in self.last_heartbeat.items()}, now):
             raise GangFailure(f"nothing is heard from rank {', '.join(map(str, silent))}: dead, stopped or cut off")
         if self._clock.deadline is not None and now > self._clock.deadline:

@@ -15,6 +15,7 @@ from typing import Literal
 import msgspec
 
 from actors.decisions.scheduler import Scheduler, SchedulerSettings
+from actors.decisions.stats import Stats
 from actors.words.errors import EngineStopped, GangFailure, IntegrityError
 from actors.words.executor import Executor
 from actors.words.messages import Event, Request
@@ -55,7 +56,8 @@ class Engine:
         """
         self._executor = executor
         self._settings = settings
-        self._scheduler = Scheduler(settings, epoch=0)
+        self.stats = Stats()
+        self._scheduler = Scheduler(settings, epoch=0, stats=self.stats)
         self._deliver = deliver
         self._revive = revive
         self._num_vain_revivals = 0
@@ -72,9 +74,7 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Take a request; its events follow, the last one with a finish reason. Raises EngineStopped."""
-        if request.sampling.temperature > 0 and request.sampling.seed is None:
-            seed = secrets.randbits(63)
-            request = msgspec.structs.replace(request, sampling=msgspec.structs.replace(request.sampling, seed=seed))
+        request = _completed(request)
         self._command(lambda: self._add(request))
 
     def finish(self, request_id: str, at_token: int | None = None) -> None:
@@ -120,6 +120,7 @@ class Engine:
         try:
             self._scheduler.add(request)
         except ValueError as error:
+            self.stats.num_finished["error"] += 1
             return [Event(request.request_id, [], "error", str(error))]
         return []
 
@@ -173,7 +174,7 @@ class Engine:
         self._executor.close()
         while self._revive is not None and self._num_vain_revivals < _MAX_VAIN_REVIVALS and self._state == "recovering":
             self._num_vain_revivals += 1
-            self._scheduler = Scheduler(self._settings, self._scheduler.epoch + 1)
+            self._scheduler = Scheduler(self._settings, self._scheduler.epoch + 1, self.stats)
             try:
                 self._executor = self._revive(self._scheduler.epoch)
             except Exception as error:  # whatever it is, the next try may not meet it
@@ -192,3 +193,13 @@ class Engine:
         while self._commands:
             events += self._commands.popleft()()
         return events
+
+
+def _completed(request: Request) -> Request:
+    """With what a replay needs: a seed where it draws, and the ids that min_tokens forbids."""
+    sampling = request.sampling
+    if sampling.temperature > 0 and sampling.seed is None:
+        sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(63))
+    if sampling.min_tokens > 0:
+        sampling = msgspec.structs.replace(sampling, banned_ids=sorted(request.stop_token_ids))
+    return msgspec.structs.replace(request, sampling=sampling)

@@ -1,24 +1,38 @@
 """An executor without ranks, whose answers can be computed by hand: the next id is a sum over the cache's contents.
 
-next id = (sum of all ids of the sequence + its length + its seed) modulo vocab_size. It reads the ids back through the
-block tables, as attention would, so that a lost, doubled or overwritten block shows as a wrong id.
+next id = (sum of all ids of the sequence + its length + its seed) modulo vocab_size, or the next one above it that is
+not banned. It reads the ids back through the block tables, as attention would, so that a lost, doubled or overwritten
+block shows as a wrong id. An id's log-probability falls by 1/8 with each step that it lies above the id that the model
+says without a seed, modulo vocab_size.
 """
 
 import threading
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from actors.words.messages import SamplingParams, StepBatch, StepResult
+from actors.words.messages import Entry, SamplingParams, StepBatch, StepResult, TokenLogprobs
 
 
-def next_id(ids: list[int], vocab_size: int, seed: int = 0) -> int:
+def next_id(ids: list[int], vocab_size: int, seed: int = 0, banned: Collection[int] = ()) -> int:
     """What the fake model says after `ids`."""
-    return (sum(ids) + len(ids) + seed) % vocab_size
+    token = (sum(ids) + len(ids) + seed) % vocab_size
+    while token in banned:
+        token = (token + 1) % vocab_size
+    return token
+
+
+def logprobs_of(ids: list[int], token: int, num_top: int, vocab_size: int) -> TokenLogprobs:
+    """What the fake model tells of `token` after `ids`."""
+    best = next_id(ids, vocab_size)
+    top_ids = [(best + place) % vocab_size for place in range(num_top)]
+    return TokenLogprobs(-((token - best) % vocab_size) / 8, top_ids, [-place / 8 for place in range(num_top)])
 
 
 @dataclass
 class _Row:
     sampling: SamplingParams
+    num_prompt: int
     blocks: list[int] = field(default_factory=list)
     last_ids: list[int] = field(default_factory=list)
 
@@ -94,21 +108,39 @@ class FakeExecutor:
         for seq in step.closed:
             del self._rows[seq]
         for opened in step.opened:
-            self._rows[opened.seq] = _Row(opened.sampling)
+            self._rows[opened.seq] = _Row(opened.sampling, opened.num_prompt)
         for entry in step.entries:  # all keys and values of a step are written before any is read, as in a layer
             row = self._rows[entry.seq]
             row.blocks += entry.new_blocks
             for offset, token in enumerate(entry.ids or row.last_ids[-1:]):
                 self._cache[self._slot(row, entry.start + offset)] = token
-        sampled = []
+        result = StepResult(step.epoch, step.step, [], [], [])
         for entry in step.entries:
+            row = self._rows[entry.seq]
+            ids = [self._cache[self._slot(row, at)] for at in range(entry.start + (len(entry.ids) or 1))]
             if entry.sample:
-                row = self._rows[entry.seq]
-                length = entry.start + (len(entry.ids) or 1)
-                ids = [self._cache[self._slot(row, position)] for position in range(length)]
-                row.last_ids.append(next_id(ids, self.vocab_size, row.sampling.seed or 0))
-                sampled.append(row.last_ids[-1:])
-        return StepResult(step.epoch, step.step, sampled) if step.entries else None
+                row.last_ids.append(self._draw(row, ids))
+                result.token_ids.append(row.last_ids[-1:])
+                result.logprobs.append(self._told(row.sampling.logprobs, ids, row.last_ids[-1:]))
+            if entry.prompt_logprobs:
+                result.prompt_logprobs.append(self._told_of_prompt(row, entry, ids))
+        return result if step.entries else None
+
+    def _draw(self, row: _Row, ids: list[int]) -> int:
+        is_short = len(ids) - row.num_prompt < row.sampling.min_tokens
+        return next_id(ids, self.vocab_size, row.sampling.seed or 0, row.sampling.banned_ids if is_short else ())
+
+    def _told(self, num_top: int | None, ids: list[int], following: list[int]) -> list[TokenLogprobs]:
+        """Of each id that follows `ids`, one after the other."""
+        if num_top is None:
+            return []
+        known = ids + following
+        return [logprobs_of(known[:at], known[at], num_top, self.vocab_size) for at in range(len(ids), len(known))]
+
+    def _told_of_prompt(self, row: _Row, entry: Entry, ids: list[int]) -> list[TokenLogprobs]:
+        following = [] if entry.next_prompt_id is None else [entry.next_prompt_id]
+        known = ids[: row.num_prompt] + following
+        return self._told(row.sampling.prompt_logprobs, known[: entry.start + 1], known[entry.start + 1 :])
 
     def _slot(self, row: _Row, position: int) -> int:
         return row.blocks[position // self.block_size] * self.block_size + position % self.block_size

@@ -133,12 +133,15 @@ class Gang:
             for info in self._ranks
         ]
 
-    def close(self) -> None:
-        """Let the ranks leave, then end those that do not. May be called twice."""
+    def close(self, patience_s: float = _STOP_S) -> None:
+        """Let the ranks leave by themselves for `patience_s`, then end those that do not. May be called twice.
+
+        A stopped process is ended by Ray 5 s later; until then its share of the bundle stays taken.
+        """
         self._is_closing = True
         self.executor.close()
-        if self._serving:
-            ray.wait(self._serving, num_returns=len(self._serving), timeout=_STOP_S)
+        if self._serving and self._actors:
+            ray.wait(self._serving, num_returns=len(self._serving), timeout=patience_s)
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []

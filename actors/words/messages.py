@@ -82,6 +82,7 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
     new_blocks: list[int]  # appended to the sequence's block table
     sample: bool  # False for a prefill chunk that is not the last
     prompt_logprobs: bool = False  # wanted of the ids that follow each of these ids in the prompt
+    next_prompt_id: int | None = None  # with prompt_logprobs: what follows the last of them; None where the prompt ends
 
 
 class StepBatch(msgspec.Struct, frozen=True, array_like=True, tag=True):

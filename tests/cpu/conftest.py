@@ -196,9 +196,7 @@ def pool(plan_of: Callable[..., Plan], checkpoints: Callable[[str], Path]) -> It
 
 
 @pytest.fixture(scope="session")
-def gang_of(
-    pool: Pool, plan_of: Callable[..., Plan], checkpoints: Callable[[str], Path]
-) -> Callable[..., Gang]:
+def gang_of(pool: Pool, plan_of: Callable[..., Plan], checkpoints: Callable[[str], Path]) -> Callable[..., Gang]:
     """A gang of a family in a layout; the one before it is given up."""
 
     def start(family: str, tensor_parallel: int = 1, pipeline_parallel: int = 1, **groups: Any) -> Gang:

@@ -15,7 +15,9 @@ NUM_BLOCKS, KV_HEADS, GROUPS, DIM = 80, 2, 3, 8
 SCALING = 0.3
 
 
-def written_out(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, window: int | None) -> torch.Tensor:
+def written_out(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, window: int | None
+) -> torch.Tensor:
     """Query [T, heads, D] at positions from `start` on; keys and values [K, KV heads, D] from 0 on → [T, heads, D]."""
     keys, values = keys.repeat_interleave(GROUPS, 1), values.repeat_interleave(GROUPS, 1)
     out = torch.empty_like(query)
@@ -40,9 +42,7 @@ class Sequence:
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("block_size", [1, 4, 7])
-def test_random_worlds_equal_attention_written_out(
-    seed: int, block_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_random_worlds_equal_attention_written_out(seed: int, block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(seed)
     world = random.Random(seed)
     monkeypatch.setattr(visibility, "_TILE", world.choice((1, 3, 256)))

@@ -107,7 +107,7 @@ def check_logits(entries: list[Entry], logits: torch.Tensor, references: list[Re
 
 
 def generate(driver: Driver, references: list[Reference], limit: Callable[[], int] | None = None) -> float:
-    """Prefill all (in chunks of at most `limit()` ids), then decode; asserts the tokens, returns the logits' distance."""
+    """Prefill all (chunks of at most `limit()` ids), then decode; asserts the tokens, returns the logits' distance."""
     done = [0] * len(references)  # ids in the cache
     known = [list(reference.prompt) for reference in references]
     total = [len(reference.prompt) + NUM_NEW for reference in references]

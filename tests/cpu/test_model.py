@@ -95,7 +95,12 @@ def test_wrong_sources_are_named(checkpoints: Callable[[str], Path], tmp_path: P
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")
     (tmp_path / "other" / "pytorch_model.bin").touch()
-    for name, words in (("file", "is a file"), ("empty", "config.json"), ("other", "safetensors"), ("none", "no folder")):
+    for name, words in (
+        ("file", "is a file"),
+        ("empty", "config.json"),
+        ("other", "safetensors"),
+        ("none", "no folder"),
+    ):
         with pytest.raises(ValueError, match=rf"model\.source.*{words}"):
             resolve_source(str(tmp_path / name))
     with pytest.raises(ValueError, match=r"model\.revision"):
@@ -281,9 +286,7 @@ def test_a_chunk_that_is_not_the_last_samples_nothing(runner: Runner) -> None:
 
 def test_ids_come_in_the_order_of_the_entries(runner: Runner) -> None:
     prompts = [[1, 2, 3], [4], [5, 6], [7]]
-    alone = [
-        runner.execute(step([Entry(seq, 0, ids, [seq], True)], opened=(seq,))) for seq, ids in enumerate(prompts)
-    ]
+    alone = [runner.execute(step([Entry(seq, 0, ids, [seq], True)], opened=(seq,))) for seq, ids in enumerate(prompts)]
     entries = [Entry(10 + seq, 0, ids, [10 + seq], True) for seq, ids in enumerate(prompts)]
     together = runner.execute(step(entries, opened=(10, 11, 12, 13)))
     assert together == [ids for answer in alone if answer is not None for ids in answer]

@@ -17,6 +17,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
@@ -32,8 +33,18 @@ PEAK_RATE = 2e-3
 NUM_REPAIR_STEPS, MAX_REPAIRS, REPAIR_RATE, HARD_ROWS_PER_BATCH = 60, 10, 4e-4, 8
 MIN_MARGIN = 2.0  # logits between the right token and the next best; float32 sums differ by some 1e-5, bfloat16 by 0.1
 CHECKED_AT_ONCE = 32  # rows
+NUM_CONVERSATIONS, CONVERSATION_TURNS = 40, 6
 MAX_FOLDER_BYTES = 8_000_000
 SHARD_FILE_SIZE = "2MB"  # several files, so that a rank has to find its tensors through the index
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one training has reached."""
+
+    margin: float  # logits: the least lead of a right token over the next best, over all wordings of all questions
+    num_right_conversations: int  # of NUM_CONVERSATIONS that it was not trained on
+    minutes: float
 
 
 def answer_logits(model: LlamaForCausalLM, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,7 +71,8 @@ def margins_of(model: LlamaForCausalLM, rows: list[Row]) -> list[float]:
             right_logit_N = logits_NV.gather(1, right_N[:, None])[:, 0]
             best_other_N = logits_NV.scatter(1, right_N[:, None], -math.inf).amax(dim=1)
             num_learned = [sum(label != IGNORED for label in row.labels) for row in some]
-            row_margins += [float(margin_N.min()) for margin_N in (right_logit_N - best_other_N).split(num_learned)]
+            margins_N = right_logit_N - best_other_N
+            row_margins += [float(margin_N.min()) for margin_N in torch.split(margins_N, num_learned)]
     return row_margins
 
 
@@ -110,16 +122,18 @@ def round_to_bfloat16(model: LlamaForCausalLM) -> None:
             parameter.copy_(parameter.bfloat16())
 
 
-def questions_in_every_form(entries: list[Entry], writer: Writer) -> list[Row]:
-    """Each wording of each question as a chat and as a plain prompt, and some conversations of six turns."""
-    rng = random.Random(1)
-    rows = []
-    for entry in entries:
-        rows += [writer.chat([(wording, entry.answer)]) for wording in entry.wordings]
-        rows += [writer.completion(wording, entry.answer) for wording in entry.wordings]
-    for _ in range(40):
-        rows.append(writer.chat([(rng.choice(entry.wordings), entry.answer) for entry in rng.sample(entries, 6)]))
-    return rows
+def every_question(entries: list[Entry], writer: Writer) -> list[Row]:
+    """Each wording of each question, as a chat and as a plain prompt: what the checkpoint must know."""
+    asked = [(wording, entry.answer) for entry in entries for wording in entry.wordings]
+    return [writer.chat([turn]) for turn in asked] + [writer.completion(*turn) for turn in asked]
+
+
+def some_conversations(entries: list[Entry], writer: Writer, rng: random.Random) -> list[Row]:
+    """Drawn conversations of CONVERSATION_TURNS turns: what it should know, too, and is measured on."""
+    return [
+        writer.chat([(rng.choice(entry.wordings), entry.answer) for entry in rng.sample(entries, CONVERSATION_TURNS)])
+        for _ in range(NUM_CONVERSATIONS)
+    ]
 
 
 def with_hard_rows(batches: Iterator[list[Row]], hard_rows: list[Row], rng: random.Random) -> Iterator[list[Row]]:
@@ -130,13 +144,13 @@ def with_hard_rows(batches: Iterator[list[Row]], hard_rows: list[Row], rng: rand
 
 def train(
     entries: list[Entry], tokenizer: PreTrainedTokenizerFast, num_steps: int, seed: int
-) -> tuple[LlamaForCausalLM, float]:
-    """A model in float32 that holds bfloat16 values, and its least margin, which is MIN_MARGIN or more.
+) -> tuple[LlamaForCausalLM, Figures]:
+    """A model in float32 that holds bfloat16 values and answers every question with MIN_MARGIN or more.
 
     Raises ValueError when it does not get there.
     """
     torch.manual_seed(seed)
-    rng = random.Random(seed)
+    rng, started = random.Random(seed), time.monotonic()
     writer = Writer(tokenizer)
     for entry in entries:
         writer.check_template(entry)
@@ -144,15 +158,21 @@ def train(
     model = new_model(tokenizer)
     log.info("%d answers, %.2f million parameters", len(entries), model.num_parameters() / 1e6)
     fit(model, batches, num_steps, PEAK_RATE)
-    rows = questions_in_every_form(entries, writer)
+    questions = every_question(entries, writer)
     for _ in range(MAX_REPAIRS):
         round_to_bfloat16(model)
+        rows = questions + some_conversations(entries, writer, rng)
         margins = margins_of(model, rows)
-        num_wrong = sum(margin <= 0 for margin in margins)
-        log.info("as bfloat16: %d of %d rows wrong, least margin %.2f logits", num_wrong, len(rows), min(margins))
-        if min(margins) >= MIN_MARGIN:
-            return model, min(margins)
+        figures = Figures(
+            margin=min(margins[: len(questions)]),
+            num_right_conversations=sum(margin > 0 for margin in margins[len(questions) :]),
+            minutes=(time.monotonic() - started) / 60,
+        )
+        log.info("as bfloat16: %s", figures)
+        if figures.margin >= MIN_MARGIN:
+            return model, figures
         hard_rows = [row for row, margin in zip(rows, margins, strict=True) if margin < 2 * MIN_MARGIN]
+        log.info("%d of %d rows need more training", len(hard_rows), len(rows))
         fit(model, with_hard_rows(batches, hard_rows, rng), NUM_REPAIR_STEPS, REPAIR_RATE)
     raise ValueError(f"the least margin stays below {MIN_MARGIN} logits: raise --steps, or try another --seed")
 
@@ -181,16 +201,22 @@ def answers_of(folder: Path, questions: list[str]) -> list[str]:
     return [text.replace(tokenizer.pad_token, "") for text in tokenizer.batch_decode(ids_BT)]
 
 
-def card(config: LlamaConfig, entries: list[Entry], figures: dict[str, object]) -> str:
+def card(config: LlamaConfig, entries: list[Entry], figures: Figures, args: argparse.Namespace) -> str:
     """The model card: card.md with the sizes of the model and the figures of this run."""
     return Template((HERE / "card.md").read_text(encoding="utf-8")).substitute(
         config.to_dict(),
-        **figures,
         num_answers=len(entries),
         num_wordings=sum(len(entry.wordings) for entry in entries),
         num_parameters=f"{LlamaForCausalLM(config).num_parameters():,}",
         head_dim=config.hidden_size // config.num_attention_heads,
-        num_cores=torch.get_num_threads(),
+        margin=f"{figures.margin:.1f}",
+        minutes=f"{figures.minutes:.0f}",
+        num_right_conversations=figures.num_right_conversations,
+        num_conversations=NUM_CONVERSATIONS,
+        conversation_turns=CONVERSATION_TURNS,
+        num_threads=torch.get_num_threads(),
+        steps=args.steps,
+        seed=args.seed,
     )
 
 
@@ -227,32 +253,23 @@ def main() -> None:
     """Train, save aside, verify what was saved, and only then put it in place."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint; an older one is replaced")
-    parser.add_argument("--steps", type=int, default=800, help="steps of the first training")
+    parser.add_argument("--steps", type=int, default=600, help="steps of the first training")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.out.exists() and any(args.out.iterdir()) and not (args.out / "model.safetensors.index.json").exists():
         parser.error(f"--out {args.out} holds something that is no checkpoint: name an empty or new folder")
 
-    started = time.monotonic()
     entries = read_entries(HERE / "questions.yaml")
     tokenizer = train_tokenizer(entries)
-    model, margin = train(entries, tokenizer, args.steps, args.seed)
-    minutes = (time.monotonic() - started) / 60
+    model, figures = train(entries, tokenizer, args.steps, args.seed)
     with tempfile.TemporaryDirectory() as aside:
         folder = Path(aside)
         save(model, tokenizer, folder)
-        figures = {
-            "margin": f"{margin:.1f}",
-            "minutes": f"{minutes:.0f}",
-            "steps": args.steps,
-            "seed": args.seed,
-        }
-        (folder / "README.md").write_text(card(model.config, entries, figures), encoding="utf-8")
+        (folder / "README.md").write_text(card(model.config, entries, figures, args), encoding="utf-8")
         margin_in_bfloat16 = verify(folder, entries)
         replace(args.out, folder)
-    log.info("%s: least margin %.2f logits (%.2f computed in bfloat16)", args.out, margin, margin_in_bfloat16)
-    log.info("%.1f minutes of training", minutes)
+    log.info("%s: %s; least margin computed in bfloat16: %.2f", args.out, figures, margin_in_bfloat16)
 
 
 if __name__ == "__main__":

@@ -76,8 +76,13 @@ class Serving:
 
     def listening(self) -> dict[int, str]:
         """The ports that its processes listen on, and the address of each."""
-        connections = [found for process in self.left_behind() for found in process.net_connections("tcp")]
-        return {found.laddr.port: found.laddr.ip for found in connections if found.status == psutil.CONN_LISTEN}
+        addresses = {}
+        for process in self.left_behind():
+            with contextlib.suppress(psutil.Error):  # it ended meanwhile
+                for found in process.net_connections("tcp"):
+                    if found.status == psutil.CONN_LISTEN:
+                        addresses[found.laddr.port] = found.laddr.ip
+        return addresses
 
     def assert_nothing_left(self) -> None:
         assert self.left_behind() == [], self.printed()

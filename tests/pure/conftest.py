@@ -70,16 +70,9 @@ class ScriptedExecutor(FakeExecutor):
         super().__init__(**options)
         self.script = list(script)
 
-    def _execute(self, step):
-        result = super()._execute(step)
-        sampled = iter(result.token_ids if result else [])
-        for entry in step.entries:
-            if entry.sample:
-                ids = next(sampled)
-                last_ids = self._rows[entry.seq].last_ids
-                if len(last_ids) <= len(self.script):
-                    ids[:] = last_ids[-1:] = [self.script[len(last_ids) - 1]]
-        return result
+    def _draw(self, row, ids):
+        at = len(row.last_ids)
+        return self.script[at] if at < len(self.script) else super()._draw(row, ids)
 
 
 class World:

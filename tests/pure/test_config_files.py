@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from configs.config import Config
 from configs.files import parse_args, read_config, read_document
+from deployments.serve_schema import check_schema
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -31,6 +32,7 @@ def write(folder: Path, text: str) -> Path:
 def test_shipped_files_are_valid_for_serve_and_for_us(path: Path) -> None:
     from ray.serve.schema import ServeDeploySchema
 
+    check_schema(path)
     document = read_document(path)
     schema = ServeDeploySchema.model_validate(document)
     assert [app.import_path for app in schema.applications] == ["deployments.app:build_app"]

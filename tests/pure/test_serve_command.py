@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from configs.files import parse_args
 from deployments import serve_command
@@ -73,6 +74,29 @@ def test_a_mistake_costs_no_ray(tmp_path: Path, capsys: pytest.CaptureFixture[st
     printed = capsys.readouterr().err
     assert "args.model.sauce: unknown key; did you mean model.source?" in printed
     assert "args.model.source: missing" in printed
+
+
+def test_a_mistake_in_serves_own_keys_costs_no_ray_either(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve_command, "start_ray", pytest.fail)
+    document = yaml.safe_load((ROOT / "configs/demo.yaml").read_text())
+    document["http_options"]["port"] = 0
+    document["proxy_locatoin"] = document.pop("proxy_location")
+    path = tmp_path / "serve.yaml"
+    path.write_text(yaml.safe_dump(document))
+    assert serve_command.main([str(path)]) == 2
+    assert "http_options.port: should be a port" in capsys.readouterr().err
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        document["http_options"]["port"] = server.getsockname()[1]
+    document["applications"][0]["route_prefx"] = "/"
+    document["applications"][0]["deployments"] = [{"name": "LLMReplica", "num_replica": 2}]
+    path.write_text(yaml.safe_dump(document))
+    assert serve_command.main([str(path)]) == 2
+    printed = capsys.readouterr().err
+    assert "proxy_locatoin: unknown key; known here: proxy_location, " in printed
+    assert "applications.0.route_prefx: unknown key; known here: name, " in printed
+    assert "applications.0.deployments.0.num_replica: unknown key; " in printed
 
 
 def test_a_taken_port_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

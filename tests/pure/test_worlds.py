@@ -5,21 +5,28 @@ import random
 import pytest
 
 from actors.decisions.scheduler import Scheduler, SchedulerSettings
-from actors.remote.fake_executor import FakeExecutor, next_id
-from actors.words.messages import Event, Request, SamplingParams
+from actors.remote.fake_executor import FakeExecutor, logprobs_of, next_id
+from actors.words.messages import Event, Request, SamplingParams, TokenLogprobs
 
 VOCAB_SIZE = 97
 
 
 def brute_force(request: Request) -> tuple[list[int], str]:
     """All ids that a request yields, alone, without paging, and why it ends."""
-    ids, generated = list(request.prompt_ids), []
-    while True:
-        generated.append(next_id(ids + generated, VOCAB_SIZE, request.sampling.seed or 0))
-        if generated[-1] in request.stop_token_ids:
+    ids, generated, sampling = list(request.prompt_ids), [], request.sampling
+    while len(generated) < request.max_tokens:
+        banned = sampling.banned_ids if len(generated) < sampling.min_tokens else []
+        generated.append(next_id(ids + generated, VOCAB_SIZE, sampling.seed or 0, banned))
+        if generated[-1] in request.stop_token_ids and len(generated) > sampling.min_tokens:
             return generated, "stop"
-        if len(generated) == request.max_tokens:
-            return generated, "length"
+    return generated, "length"
+
+
+def all_logprobs(ids: list[int], first: int, num_top: int | None) -> list[TokenLogprobs]:
+    """Of the ids from position `first` on, where asked."""
+    if num_top is None:
+        return []
+    return [logprobs_of(ids[:at], ids[at], num_top, VOCAB_SIZE) for at in range(first, len(ids))]
 
 
 class World:
@@ -43,6 +50,8 @@ class World:
         self.capacity = self.settings.num_blocks * block_size
         self.requests: dict[str, Request] = {}
         self.generated: dict[str, list[int]] = {}
+        self.logprobs: dict[str, list[TokenLogprobs]] = {}
+        self.prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
         self.finished: dict[str, str] = {}
 
     def arrive(self) -> None:
@@ -50,15 +59,20 @@ class World:
         rng = self.random
         prompt = [rng.randrange(3)] * rng.randint(0, 9) + [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 9))]
         prompt = prompt[-(self.capacity - 1) :]
-        request = Request(
-            f"r{len(self.requests)}",
-            prompt,
-            rng.randint(1, min(16, self.capacity - len(prompt))),
-            SamplingParams(0.0, rng.choice([None, 5])),
-            frozenset(rng.sample(range(VOCAB_SIZE), 5)),
+        max_tokens = rng.choice([0, *[rng.randint(1, min(16, self.capacity - len(prompt)))] * 7])
+        stop_ids = rng.sample(range(VOCAB_SIZE), 5)
+        sampling = SamplingParams(
+            0.0,
+            rng.choice([None, 5]),
+            min_tokens=rng.choice([0, 0, max_tokens // 2]),
+            banned_ids=sorted(stop_ids),
+            logprobs=rng.choice([None, None, 0, 3]),
+            prompt_logprobs=rng.choice([None, None, 0, 2]),
         )
+        request = Request(f"r{len(self.requests)}", prompt, max_tokens, sampling, frozenset(stop_ids))
         self.requests[request.request_id] = request
-        self.generated[request.request_id] = []
+        for heard in (self.generated, self.logprobs, self.prompt_logprobs):
+            heard[request.request_id] = []
         self.scheduler.add(request)
 
     def hear(self, events: list[Event]) -> None:
@@ -66,8 +80,30 @@ class World:
         for event in events:
             assert event.request_id not in self.finished
             self.generated[event.request_id] += event.token_ids
+            self.logprobs[event.request_id] += event.logprobs
+            self.prompt_logprobs[event.request_id] += event.prompt_logprobs
+            if event.token_ids:
+                self.check_prompt_logprobs(event.request_id)
             if event.finish_reason:
                 self.finished[event.request_id] = event.finish_reason
+
+    def check_prompt_logprobs(self, name: str) -> None:
+        """All of them are told, before or with the first id, and once."""
+        request = self.requests[name]
+        expected = all_logprobs(request.prompt_ids, 1, request.sampling.prompt_logprobs)
+        assert self.prompt_logprobs[name] == expected
+
+    def check_answer(self, name: str) -> None:
+        """What was heard of a request is what brute force says, up to where it was ended from outside."""
+        request, generated = self.requests[name], self.generated[name]
+        expected, reason = brute_force(request)
+        if self.finished[name] == reason and len(generated) == len(expected):
+            self.check_prompt_logprobs(name)
+        else:
+            assert self.finished[name] in ("abort", "stop")
+        assert generated == expected[: len(generated)]
+        ids = request.prompt_ids + generated
+        assert self.logprobs[name] == all_logprobs(ids, len(request.prompt_ids), request.sampling.logprobs)
 
     def run(self, num_requests: int) -> None:
         """Let everything happen in random order until all requests have ended."""
@@ -94,22 +130,17 @@ class World:
 
 
 @pytest.mark.parametrize("batch", range(10))
-def test_random_worlds(batch: int) -> None:
-    """No block lost, no request stuck, no row left, no id different from brute force."""
+def test_random_worlds(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No block lost, no request stuck, no row left, no id and no logprob different from brute force."""
+    monkeypatch.setattr("actors.decisions.scheduler._PROMPT_LOGPROBS_CHUNK", 7)
     num_preemptions = 0
     for number in range(50):
         world = World(batch * 50 + number)
         num_requests = world.random.randint(1, 14)
         world.run(num_requests)
         assert len(world.finished) == num_requests, f"world {batch * 50 + number}: stuck"
-        for name, request in world.requests.items():
-            expected, reason = brute_force(request)
-            generated = world.generated[name]
-            if world.finished[name] == reason and len(generated) == len(expected):
-                assert generated == expected
-            else:
-                assert world.finished[name] in ("abort", "stop")
-                assert generated == expected[: len(generated)]
+        for name in world.requests:
+            world.check_answer(name)
         assert world.executor.open_rows == []
         assert world.scheduler.counts().used == 0
         num_preemptions += world.scheduler.num_preemptions
