@@ -9,18 +9,21 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve import Application
+from ray.util.placement_group import placement_group_table
 
 from actors.decisions.model_spec import Sizes, broken_constraints
+from actors.tensors.source import local_folder
 from cluster.nodes import read_nodes, wait_for
 from cluster.placement import make_bundles, make_label_selectors, make_needs, resolve_device, resolve_strategy
 from cluster.topology import Topology
 from configs.config import Config
-from configs.files import PROJECT_ROOT, parse_args
+from configs.files import parse_args
 
+_DEPLOYMENT = "LLMReplica"
 _NUM_PROBES = 64  # requests beside the admitted ones that must never wait in Serve's queue: health, ready, refusals
 
 
-@serve.deployment(name="LLMReplica")
+@serve.deployment(name=_DEPLOYMENT)
 @serve.ingress()
 class LLMReplica:
     """The thin Serve shell around a Replica."""
@@ -55,11 +58,11 @@ def build_app(args: dict[str, Any]) -> Application:
     config = parse_args(args)
     parallel, placement = config.parallel, config.placement
     topology = Topology(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
-    _check_cut(config, topology)
+    _check_model(config, topology)
     device = resolve_device(config.device, read_nodes())
     needs = make_needs(topology, placement, device)
     strategy = resolve_strategy(placement, topology)
-    wait_for(needs, strategy, placement.wait_s)
+    wait_for(needs, strategy, placement.wait_s, may_be_busy=_is_deployed())
     deployment: serve.Deployment = LLMReplica
     replica = deployment.options(
         placement_group_bundles=make_bundles(needs),
@@ -74,11 +77,17 @@ def build_app(args: dict[str, Any]) -> Application:
     return replica.bind(config, device)
 
 
-def _check_cut(config: Config, topology: Topology) -> None:
-    """Refuse a cut that a local checkpoint cannot take. A hub id is looked at by the replica, once it is downloaded."""
-    path = PROJECT_ROOT / config.model.source / "config.json"
-    if path.is_file():
-        sizes = Sizes.of(json.loads(path.read_text(encoding="utf-8")))
+def _is_deployed() -> bool:
+    """Whether a replica of ours holds bundles already: deployed anew, it gives them back before the next one starts."""
+    groups = placement_group_table().values()
+    return any(group["state"] == "CREATED" and _DEPLOYMENT in group["name"] for group in groups)
+
+
+def _check_model(config: Config, topology: Topology) -> None:
+    """Refuse a local checkpoint that is not there or cannot be cut so. A hub id is looked at once it is downloaded."""
+    folder = local_folder(config.model.source, config.model.revision)
+    if folder is not None:
+        sizes = Sizes.of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         reasons = broken_constraints(sizes, topology) if sizes else []
         if reasons:
             raise ValueError("\n".join(reasons))

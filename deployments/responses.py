@@ -28,7 +28,7 @@ class Piece:
     scored: Sequence[ScoredToken] = ()  # the tokens of this text, where their log-probabilities were asked for
 
     def joined(self, next_piece: "Piece") -> "Piece":
-        """This piece and the one after it."""
+        """Itself and the piece after it, in one."""
         scored = [*self.scored, *next_piece.scored]
         return Piece(self.index, self.text + next_piece.text, next_piece.finish_reason, scored)
 
@@ -155,7 +155,7 @@ class CompletionReply(_OpenAIReply):
         return chunk
 
     def _logprobs(self, piece: Piece) -> CompletionLogprobs | None:
-        return self._token_texts and completion_logprobs(piece.scored, self._token_texts)
+        return None if self._token_texts is None else completion_logprobs(piece.scored, self._token_texts)
 
 
 class ChatReply(_OpenAIReply):
@@ -190,4 +190,4 @@ class ChatReply(_OpenAIReply):
         return chunk
 
     def _logprobs(self, piece: Piece) -> ChatLogprobs | None:
-        return self._token_texts and chat_logprobs(piece.scored, self._token_texts)
+        return None if self._token_texts is None else chat_logprobs(piece.scored, self._token_texts)

@@ -3,7 +3,7 @@
 from typing import Annotated, Self
 
 import msgspec
-from pydantic import Field, model_validator
+from pydantic import FailFast, Field, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -19,7 +19,7 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Messages | None = None
+    messages: Messages = Field(default_factory=list)
     add_special_tokens: bool | None = None  # to a prompt, unless told; messages have those that the template writes
 
     add_generation_prompt: Annotated[object, only(True)] = None
@@ -28,23 +28,23 @@ class TokenizeBody(Body):
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
-        if (self.prompt is None) == (self.messages is None):
+        if (self.prompt is None) == (not self.messages):
             raise wrong("invalid_value", "send either prompt or messages", field="prompt")
-        if self.messages is not None and self.add_special_tokens:
+        if self.messages and self.add_special_tokens:
             raise wrong("invalid_value", "is for prompt only; leave it out", field="add_special_tokens")
         return self
 
     @property
     def text_or_messages(self) -> Prompt:
         """What is to be tokenized."""
-        return conversation(self.messages) if self.messages is not None else self.prompt or ""
+        return conversation(self.messages) if self.prompt is None else self.prompt
 
 
 class DetokenizeBody(Body):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[TokenId] = Field()
+    tokens: Annotated[list[TokenId], FailFast()]
 
 
 class Tokens(msgspec.Struct, frozen=True):

@@ -63,9 +63,9 @@ class Scheduler:
         longest = len(request.prompt_ids) + request.max_tokens
         if request.request_id in self._live:
             raise ValueError(f"request id {request.request_id} is already running")
-        if self._holdings.num_blocks(longest) > self.settings.num_blocks:
+        if (need := self._holdings.num_blocks(longest)) > self.settings.num_blocks:
             raise ValueError(
-                f"{longest} tokens (prompt and max_tokens) need {self._holdings.num_blocks(longest)} KV blocks, the cache has "
+                f"{longest} tokens (prompt and max_tokens) need {need} KV blocks, the cache has "
                 f"{self.settings.num_blocks}; shorten the prompt, lower max_tokens, or raise cache.num_blocks"
             )
         sequence = Sequence(self._next_seq, request, salt, waiting_since=self.stats.clock())

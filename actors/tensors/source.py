@@ -4,9 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-import configs
-
-PROJECT_ROOT = Path(configs.__file__).resolve().parent.parent
+from configs.files import PROJECT_ROOT
 
 # What serving reads: weights, configs and tokenizer files at the top of the repository. Original-format twins of the
 # same weights (consolidated*.safetensors) would double the download.
@@ -20,6 +18,11 @@ def resolve_source(source: str, revision: str | None = None) -> Path:
     A folder wins over a hub id of the same spelling; relative folders start at the project's root. Raises ValueError
     that names model.source and the remedy.
     """
+    return local_folder(source, revision) or _check_contents(source, _snapshot(source, revision))
+
+
+def local_folder(source: str, revision: str | None = None) -> Path | None:
+    """The folder on this machine that a source names, None for a hub id. Raises ValueError like `resolve_source`."""
     folder = (PROJECT_ROOT / Path(source).expanduser()).resolve()
     if folder.is_dir():
         if revision is not None:
@@ -27,14 +30,12 @@ def resolve_source(source: str, revision: str | None = None) -> Path:
                 f"model.revision: {revision!r} is for hub ids, but model.source {source!r} is the folder {folder}; "
                 "leave model.revision out"
             )
-    elif folder.exists():
+        return _check_contents(source, folder)
+    if folder.exists():
         raise ValueError(f"model.source: {folder} is a file; name the folder that holds config.json")
-    elif source.startswith(("/", ".", "~")) or source.count("/") > 1:
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
         raise ValueError(f"model.source: there is no folder {folder}; name one that exists, or a hub id like org/name")
-    else:
-        folder = _snapshot(source, revision)
-    _check_contents(source, folder)
-    return folder
+    return None
 
 
 def _snapshot(source: str, revision: str | None) -> Path:
@@ -49,7 +50,7 @@ def _snapshot(source: str, revision: str | None) -> Path:
         ) from error
 
 
-def _check_contents(source: str, folder: Path) -> None:
+def _check_contents(source: str, folder: Path) -> Path:
     if not (folder / "config.json").is_file():
         raise ValueError(f"model.source: {source!r}: {folder} holds no config.json; name a Transformers checkpoint")
     if not any(folder.glob("*.safetensors")):
@@ -57,3 +58,4 @@ def _check_contents(source: str, folder: Path) -> None:
             f"model.source: {source!r}: {folder} holds no *.safetensors; only safetensors are read, "
             "convert other formats first with save_pretrained"
         )
+    return folder

@@ -12,9 +12,12 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
+import openai
 import psutil
 import pytest
 import yaml
@@ -102,6 +105,57 @@ def serving(tmp_path: Path) -> Iterator[list[Serving]]:
         run.process.wait(10)
 
 
+def ask(client: openai.OpenAI, question: str, *, stream: bool, **more: Any) -> str:
+    """The answer to a question at temperature 0."""
+    messages: list[Any] = [{"role": "user", "content": question}]
+    arguments: dict[str, Any] = {"model": "stagemesh-demo", "messages": messages, "temperature": 0, **more}
+    if not stream:
+        return client.chat.completions.create(**arguments).choices[0].message.content or ""
+    chunks = client.chat.completions.create(**arguments, stream=True)
+    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+
+def assert_trained_answers(client: openai.OpenAI) -> None:
+    """Every answer word for word, every other one streamed, eight at once."""
+    entries = yaml.safe_load((ROOT / "tests/demo/questions.yaml").read_text(encoding="utf-8"))
+    with ThreadPoolExecutor(8) as threads:
+        jobs = [threads.submit(ask, client, e["question"], stream=i % 2 == 0) for i, e in enumerate(entries)]
+        for entry, job in zip(entries, jobs, strict=True):
+            assert job.result() == entry["answer"], entry["question"]
+
+
+def assert_streams_at_once_equal_one_by_one(client: openai.OpenAI) -> None:
+    """32 streams, of prompts that nobody trained too, so that near ties may occur as anywhere."""
+    prompts = [f"{subject} {number}?" for subject in ("What is a stage", "Tell me of blocks") for number in range(16)]
+    limits: dict[str, Any] = {"max_tokens": 24, "extra_body": {"ignore_eos": True}}
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        together = list(threads.map(lambda prompt: ask(client, prompt, stream=True, **limits), prompts))
+    assert together == [ask(client, prompt, stream=True, **limits) for prompt in prompts]
+
+
+def assert_four_ranks(run: Serving) -> None:
+    """/cluster lists them with layers, living pids and weight bytes, and nothing is held any more."""
+    cluster = httpx.get(f"http://127.0.0.1:{run.port}/cluster", timeout=20).json()
+    ranks = cluster["ranks"]
+    assert [(rank["rank"], rank["stage"], rank["shard"]) for rank in ranks] == [
+        (0, 0, 0),
+        (1, 0, 1),
+        (2, 1, 0),
+        (3, 1, 1),
+    ]
+    assert [rank["layers"] for rank in ranks] == [ranks[0]["layers"]] * 2 + [[ranks[0]["layers"][1], 6]] * 2
+    assert ranks[0]["layers"][0] == 0
+    assert {rank["pid"] for rank in ranks} <= {process.pid for process in run.left_behind()}
+    assert len({rank["pid"] for rank in ranks}) == 4
+    config = json.loads((ROOT / "configs/demo/model.safetensors.index.json").read_text())
+    whole = config["metadata"]["total_size"] * 2  # bfloat16 on disk, float32 served
+    norms = whole // 100  # norms are on both shards of a stage
+    assert whole <= sum(rank["weight_bytes"] for rank in ranks) <= whole + norms
+    assert all(rank["heartbeat_age_s"] < 5 for rank in ranks)
+    assert cluster["requests"] == {"running": 0, "waiting": 0}
+    assert cluster["kv_blocks"]["used"] == 0
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("ha_proxy", ["0", "1"], ids=["python proxy", "haproxy"])
 def test_the_demo_serves_until_ctrl_c(tmp_path: Path, serving: list[Serving], ha_proxy: str) -> None:
@@ -118,6 +172,11 @@ def test_the_demo_serves_until_ctrl_c(tmp_path: Path, serving: list[Serving], ha
     answer = httpx.post(url, json=body | {"max_tokens": 8}, timeout=60)
     assert answer.status_code == 200, answer.text
     assert answer.text.rstrip().endswith("data: [DONE]")
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{run.port}/v1", api_key="none", max_retries=0) as client:
+        assert_trained_answers(client)
+        if ha_proxy == "0":
+            assert_streams_at_once_equal_one_by_one(client)
+    assert_four_ranks(run)
     if ha_proxy == "1":
         addresses = [run.listening().get(port) for port in (run.port, *doors.values())]
         assert addresses == ["127.0.0.1"] * 3
