@@ -110,7 +110,8 @@ class Text:
         before = self._tokenize("a", add_special_tokens=False)
         if self._backend is None:
             return TokenTexts(decode, self._tokenizer.convert_ids_to_tokens, False, before)
-        is_byte_level = b'"ByteLevel"' in self._backend.decoder.__getstate__()
+        decoder = self._backend.decoder
+        is_byte_level = decoder is not None and b'"ByteLevel"' in decoder.__getstate__()  # its JSON
         return TokenTexts(decode, self._backend.id_to_token, is_byte_level, before)
 
 

@@ -10,18 +10,20 @@ import os
 import threading
 import time
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import msgspec
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from actors.decisions.patience import HEARTBEAT_S, StepClock, silent_ranks
+from actors.decisions.patience import HEARTBEAT_S, LOADING_SILENCE_S, SILENCE_S, StepClock, silent_ranks
 from actors.words.errors import GangFailure
 from actors.words.messages import FromRank, Heartbeat, RankFailure, Shutdown, StepBatch, StepResult, ToRank
 
 logger = logging.getLogger(__name__)
 
 _MAX_MESSAGE_BYTES = 256 * 1024 * 1024
+_BLAME_S = 0.25  # whoever lost its neighbour often speaks before it is known that the neighbour died
 _ENCODER = msgspec.msgpack.Encoder()
 _TO_RANK: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
 _FROM_RANK: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(FromRank)
@@ -90,6 +92,7 @@ class EngineChannel:
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._wakeup, zmq.POLLIN)
         self._failure: str | None = None
+        self._reports: list[str] = []  # what failing ranks said
         self._is_closed = False
         self._lock = threading.Lock()  # over it: `wake` must not write to a descriptor that is another's by now
 
@@ -105,6 +108,13 @@ class EngineChannel:
             if time.monotonic() > deadline:
                 raise GangFailure(f"ranks {sorted(missing)} did not reach the step channel within {timeout_s:.0f} s")
             self._poll(0.2)
+            if self._reports:
+                self._raise_reports()
+
+    def check_loading(self) -> None:
+        """Raises GangFailure for a rank that fell silent while the gang starts: no step is there that could be late."""
+        self._poll(0)
+        self._check_heard(time.monotonic(), LOADING_SILENCE_S)
 
     def submit(self, step: StepBatch) -> None:
         """See Executor."""
@@ -120,6 +130,8 @@ class EngineChannel:
             ends = [end for end in (deadline, self._clock.deadline) if end is not None]
             left_s = max(0.0, min([began + HEARTBEAT_S, *ends]) - began)
             results, was_woken = self._poll(left_s)  # a result ends it at once; heartbeats end it now and then anyway
+            if self._reports:
+                self._raise_reports()
             if results:
                 return results
             now = time.monotonic()
@@ -152,10 +164,20 @@ class EngineChannel:
         self._context.term()
         os.close(self._wakeup)
 
+    def _check_heard(self, now: float, patience_s: float) -> None:
+        if silent := silent_ranks({rank: heard for rank, (heard, _) in self.last_heartbeat.items()}, now, patience_s):
+            raise GangFailure(f"nothing is heard from rank {', '.join(map(str, silent))}: dead, stopped or cut off")
+
+    def _raise_reports(self) -> NoReturn:
+        """Raises GangFailure: with the word of whoever calls `fail` within a moment, else with the first report."""
+        deadline = time.monotonic() + _BLAME_S
+        while (left_s := deadline - time.monotonic()) > 0:
+            self._poll(left_s)
+        raise GangFailure(self._reports[0])
+
     def _check_silence(self, now: float) -> None:
         """Raises GangFailure for a rank that is not heard any more, or a step that takes far too long."""
-        if silent := silent_ranks({rank: heard for rank, (heard, _) in self.last_heartbeat.items()}, now):
-            raise GangFailure(f"nothing is heard from rank {', '.join(map(str, silent))}: dead, stopped or cut off")
+        self._check_heard(now, SILENCE_S)
         if self._clock.deadline is not None and now > self._clock.deadline:
             begun = {rank: step for rank, (_, step) in self.last_heartbeat.items()}
             behind = min(begun, key=lambda rank: begun[rank])
@@ -209,7 +231,7 @@ class EngineChannel:
             case Heartbeat():
                 self.last_heartbeat[rank] = (time.monotonic(), message.step)
             case RankFailure():
-                raise GangFailure(f"rank {rank} failed at step {message.step}: {message.error}")
+                self._reports.append(f"rank {rank} failed at step {message.step}: {message.error}")
 
 
 class RankChannel:

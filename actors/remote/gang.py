@@ -10,7 +10,7 @@ from collections import Counter
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -24,7 +24,9 @@ from configs.config import Config
 
 logger = logging.getLogger(__name__)
 
+_LOOK_S = 1.0  # while it waits for ranks, it looks whether all are heard this often
 _PROGRESS_S = 10.0  # say what is waited for this often
+_FOLLOW_S = 0.5  # a death shows this soon after the errors that it causes; an error without one is told by its rank
 _STOP_S = 5.0  # ranks get this long to leave by themselves
 
 
@@ -95,6 +97,8 @@ class RankActor:
 class Gang:
     """All ranks of one replica. `start` makes them serve, `executor` drives them, `close` ends them."""
 
+    actor_class = RankActor  # a test puts one in that fails
+
     def __init__(
         self, config: Config, topology: Topology, placement: PlacementGroup, device: str, epoch: int = 0
     ) -> None:
@@ -154,7 +158,7 @@ class Gang:
             options |= {"num_gpus": 1, "runtime_env": {"env_vars": variables}}
         bundle = self._topology.stage(rank)
         strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=bundle)
-        return ray.remote(RankActor).options(scheduling_strategy=strategy, **options).remote(rank, self._config)
+        return ray.remote(self.actor_class).options(scheduling_strategy=strategy, **options).remote(rank, self._config)
 
     def _assemble(self, plan: Plan, num_blocks: int | None) -> None:
         config, actors = self._config, self._actors
@@ -194,6 +198,7 @@ class Gang:
     def _gather(self, refs: list[Any], what: str) -> list[Any]:
         """Results of one call a rank; the first that fails ends the wait. Raises GangFailure or the rank's error."""
         started, pending = time.monotonic(), list(refs)
+        told = started
         while pending:
             left_s = self._deadline - time.monotonic()
             if left_s <= 0:
@@ -201,26 +206,29 @@ class Gang:
                 raise GangFailure(
                     f"ranks {missing} have not {what} in time; look at their logs, or raise timeouts.start_s"
                 )
-            done, pending = ray.wait(pending, num_returns=1, timeout=min(_PROGRESS_S, left_s))
+            done, pending = ray.wait(pending, num_returns=1, timeout=min(_LOOK_S, left_s))
             for ref in done:
                 _result(ref, refs.index(ref))
-            if not done:
+            self.executor.check_loading()
+            if not done and time.monotonic() - told > _PROGRESS_S:
+                told = time.monotonic()
                 logger.info("%d of %d ranks have %s", len(refs) - len(pending), len(refs), what)
         logger.info("%s %s (%.1f s)", "all ranks have" if refs[1:] else "rank 0 has", what, time.monotonic() - started)
         return [_result(ref, rank) for rank, ref in enumerate(refs)]
 
     def _watch(self) -> None:
-        """The end of a rank's loop is a death signal: say so at once."""
-        done, _ = ray.wait(self._serving, num_returns=1)
-        if self._is_closing:
-            return
-        rank = self._serving.index(done[0])
-        try:
-            _result(done[0], rank)
-            reason = f"rank {rank} left its loop"
-        except (GangFailure, ValueError) as error:
-            reason = str(error)
-        self.executor.fail(reason)
+        """The end of a rank's loop ends the gang. A death is said at once; what only followed from one waits for it."""
+        pending, reasons = list(self._serving), list[str]()
+        while pending and not self._is_closing:
+            done, pending = ray.wait(pending, num_returns=1, timeout=_FOLLOW_S if reasons else None)
+            if not done:
+                break
+            is_death, reason = _end_of_loop(done[0], self._serving.index(done[0]))
+            reasons.insert(0 if is_death else len(reasons), reason)
+            if is_death:
+                break
+        if not self._is_closing:
+            self.executor.fail(reasons[0])
 
 
 def _result(ref: Any, rank: int) -> Any:
@@ -230,7 +238,23 @@ def _result(ref: Any, rank: int) -> Any:
         cause = getattr(error, "cause", None)
         if isinstance(cause, ValueError):
             raise cause from None  # the user can mend it: say it in the rank's own words
-        raise GangFailure(f"rank {rank} failed: {cause or error}") from error
+        raise GangFailure(_in_words(error, rank)) from error
+
+
+def _end_of_loop(ref: Any, rank: int) -> tuple[bool, str]:
+    """Whether the rank's process died, and the end in words."""
+    try:
+        ray.get(ref)
+    except RayError as error:
+        return isinstance(error, RayActorError), _in_words(error, rank)
+    return False, f"rank {rank} left its loop"
+
+
+def _in_words(error: RayError, rank: int) -> str:
+    if isinstance(error, RayActorError):
+        return f"rank {rank} died: {str(error).partition(chr(10))[0]}"
+    cause = getattr(error, "cause", None)
+    return f"rank {rank} failed: {type(cause).__name__}: {cause}" if cause else f"rank {rank} failed: {error}"
 
 
 def _num_blocks(config: Config, plan: Plan, loaded: list[Loaded]) -> int:

@@ -90,6 +90,8 @@ class SequenceTable:
 
     def _open(self, new: NewSequence) -> None:
         assert new.seq not in self.rows, f"sequence {new.seq} is open already"
+        built = SamplingParams(temperature=new.sampling.temperature, seed=new.sampling.seed)
+        assert new.sampling == built, f"not built in the sampler, to be refused before it comes here: {new.sampling}"
         if not self._free:
             self._free = list(range(len(self._tables), 2 * len(self._tables)))
             self._tables = torch.cat([self._tables, torch.zeros_like(self._tables)])

@@ -20,7 +20,7 @@ _STEPS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 _LAST_SHIFT = 31
 _MASK64 = (1 << 64) - 1
 _FRACTION_BITS = 53
-_ELEMENTS_AT_ONCE = 1 << 18  # on CPU the hash of so many stays in the core's cache
+_ELEMENTS_AT_ONCE = 1 << 17  # on CPU the hash of so many stays in the core's cache
 
 
 @dataclass(frozen=True)

@@ -305,6 +305,8 @@ def test_the_engine_s_mistakes_are_caught(runner: Runner) -> None:
         runner.execute(step([Entry(1, 9, [], [4, 5], True)]))
     with pytest.raises(KeyError):
         runner.execute(step([], closed=(99,)))
+    with pytest.raises(AssertionError, match="not built"):
+        runner.execute(StepBatch(1, 1, 0, [NewSequence(2, SamplingParams(0.5, 1, top_p=0.9), [])], [], []))
 
 
 def test_many_sequences_may_be_open(runner: Runner) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -22,10 +23,17 @@ from ray import serve  # noqa: E402
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group  # noqa: E402
 
 from actors.decisions.plan import make_plan  # noqa: E402
-from actors.remote.gang import Gang  # noqa: E402
+from actors.decisions.scheduler import SchedulerSettings  # noqa: E402
+from actors.remote.channel import EngineChannel  # noqa: E402
+from actors.remote.engine import Engine  # noqa: E402
+from actors.remote.fake_executor import FakeExecutor  # noqa: E402
+from actors.remote.gang import Gang, RankActor  # noqa: E402
+from actors.words.errors import GangFailure  # noqa: E402
+from actors.words.messages import Event, Request, SamplingParams  # noqa: E402
 from cluster.topology import Topology  # noqa: E402
 from configs.config import Config  # noqa: E402
 from deployments.app import build_app  # noqa: E402
+from deployments.replica import Replica  # noqa: E402
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -33,9 +41,7 @@ PATIENCE_S = 200.0  # for what has no promised time, on a machine that does othe
 STREAM = {"prompt": [5, 6, 7, 8], "ignore_eos": True, "temperature": 0}
 GOLDEN = {"prompt": [9, 10, 11], "max_tokens": 24, "ignore_eos": True, "temperature": 0}
 NUM_STREAMS = 3
-# How a rank fails → (signal, promised seconds until it is noticed). SIGINT raises KeyboardInterrupt in the rank's loop:
-# an exception at any place of it, without a hook for tests in the product.
-FAULTS = {"dies": (signal.SIGKILL, 3.0), "raises": (signal.SIGINT, 3.0), "stops": (signal.SIGSTOP, 5.0)}
+FAULTS = {"dies": (signal.SIGKILL, 3.0), "stops": (signal.SIGSTOP, 5.0)}  # → promised seconds until it is noticed
 
 
 @pytest.fixture(scope="module")
@@ -188,8 +194,7 @@ class Client(threading.Thread):
         )
 
 
-# One rank of each kind of place for the quick faults, the ends of the pipeline for the others; `-m soak` runs the rest.
-QUICK = [("dies", 0), ("dies", 1), ("dies", 2), ("dies", 3), ("raises", 0), ("raises", 3), ("stops", 1), ("stops", 2)]
+QUICK = [("dies", 0), ("dies", 1), ("dies", 2), ("dies", 3), ("stops", 2)]  # `-m soak` runs the others
 
 
 @pytest.mark.parametrize(
@@ -238,7 +243,7 @@ def test_the_table_of_faults(app: App, capsys: pytest.CaptureFixture[str]) -> No
     assert all(noticed_s < ready_s for _, _, noticed_s, ready_s in app.told)
 
 
-@pytest.mark.parametrize("stopped", [None, 2])
+@pytest.mark.parametrize("stopped", [2, pytest.param(None, marks=pytest.mark.soak)])
 def test_no_rank_outlives_its_replica(app: App, stopped: int | None) -> None:
     before, pids, groups = app.cluster(), app.pids(), reserved()
     client = Client(app)
@@ -270,7 +275,7 @@ def reserved() -> set[str]:
 @pytest.mark.parametrize(("seconds", "share"), [(10.0, 0.10), pytest.param(60.0, 0.05, marks=pytest.mark.soak)])
 def test_an_idle_gang_costs_nothing_and_answers_at_once(app: App, seconds: float, share: float) -> None:
     """5 % of a core is promised; over ten seconds the noise is larger, so that 10 % are let pass there."""
-    under_load = [first_token_s(app) for _ in [Client(app) for _ in range(NUM_STREAMS)]]
+    under_load = [first_token_s(app) for _ in [Client(app, max_tokens=300) for _ in range(NUM_STREAMS)]]
     until(lambda: app.cluster()["requests"]["running"] == 0)
     time.sleep(0.5)
     pids = set(app.pids())
@@ -318,12 +323,95 @@ def listening() -> set[int]:
     }
 
 
+class Listener:
+    """Takes an engine's events."""
+
+    def __init__(self) -> None:
+        self.ids: dict[str, list[int]] = {}
+        self.ends: dict[str, tuple[str | None, str | None]] = {}
+
+    def __call__(self, events: list[Event]) -> None:
+        for event in events:
+            self.ids.setdefault(event.request_id, []).extend(event.token_ids)
+            if event.finish_reason:
+                assert event.request_id not in self.ends
+                self.ends[event.request_id] = event.finish_reason, event.error
+
+
+def raising_gang(rank_by_epoch: dict[int, int]) -> type[Gang]:
+    """A gang in which one rank raises in its tenth step, in the given epochs."""
+
+    class RaisingActor(RankActor):
+        def call(self, method: str, *args: Any) -> Any:
+            if method == "join" and rank_by_epoch.get(args[0].epoch) == self._rank_number:
+                self._steps_left = 10
+            if method == "serve" and hasattr(self, "_steps_left"):
+                runner = self._rank._runner
+                assert runner is not None
+                self._execute, runner.execute = runner.execute, self._raise_soon  # type: ignore[method-assign]
+            return super().call(method, *args)
+
+        def _raise_soon(self, step: Any) -> Any:
+            self._steps_left -= 1
+            if not self._steps_left:
+                raise ArithmeticError("a fault that a test has put in")
+            return self._execute(step)
+
+    class RaisingGang(Gang):
+        actor_class = RaisingActor
+
+    return RaisingGang
+
+
+@pytest.mark.parametrize("ranks", [(1,), pytest.param((0, 1, 2, 3), marks=pytest.mark.soak)])
+def test_a_raising_rank_is_named_and_the_gang_comes_back(
+    bundles: Any, checkpoint: Path, ranks: tuple[int, ...]
+) -> None:
+    """Without Serve: an exception cannot be put into a rank from outside."""
+    from actors.tensors.spec_reader import read_spec
+
+    config = Config.model_validate(arguments(checkpoint, 2, 2))
+    plan = make_plan(config, read_spec(checkpoint, "float32"))
+    gangs: list[Gang] = []
+
+    def make(epoch: int) -> EngineChannel:
+        if gangs:
+            gangs[-1].close(patience_s=0)
+        gangs.append(raising_gang(dict(enumerate(ranks)))(config, Topology(2, 2), bundles, "cpu", epoch))
+        gangs[-1].start(plan)
+        return gangs[-1].executor
+
+    listener = Listener()
+    engine = Engine(make(0), SchedulerSettings(512, 16, 8, 64, 2), listener, make)
+    engine.start()
+    try:
+        for epoch, rank in enumerate(ranks):
+            for number in range(4):
+                engine.add(Request(f"{epoch}-{number}", [5, 6, 7 + number], 400, SamplingParams(0.0)))
+            until(lambda epoch=epoch: sum(name.startswith(f"{epoch}-") for name in listener.ends) == 4, within_s=20)
+            assert {end for name, end in listener.ends.items() if name.startswith(f"{epoch}-")} == {
+                ("error", engine.failure)
+            }
+            assert re.fullmatch(
+                rf"rank {rank} failed at step \d+: ArithmeticError: a fault that a test has put in", engine.failure
+            )
+            until(lambda epoch=epoch: (engine.snapshot().state, engine.snapshot().epoch) == ("ready", epoch + 1))
+        engine.add(Request("sound", [5, 6, 7], 50, SamplingParams(0.0)))
+        until(lambda: "sound" in listener.ends)
+        assert listener.ends["sound"] == ("length", None)
+        assert len(listener.ids["sound"]) == 50
+        assert listener.ids["sound"][: len(listener.ids["0-0"])] == listener.ids["0-0"]
+    finally:
+        engine.close()
+        gangs[-1].close()
+
+
 @pytest.mark.parametrize("cycles", [5, pytest.param(50, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])])
 def test_starting_and_stopping_gangs_leaves_nothing(bundles: Any, checkpoint: Path, cycles: int) -> None:
     from actors.tensors.spec_reader import read_spec
 
     spec = read_spec(checkpoint, "float32")
-    left: list[tuple[int, int, set[str], set[Path]]] = []
+    left: list[tuple[int, int, set[str], int]] = []
     for cycle in range(cycles + 1):  # the first warms up what stays: threads, caches
         layout = ((2, 1), (1, 2))[cycle % 2]
         config = Config.model_validate(arguments(checkpoint, *layout))
@@ -333,20 +421,16 @@ def test_starting_and_stopping_gangs_leaves_nothing(bundles: Any, checkpoint: Pa
         assert all(map(is_alive, pids))
         gang.close()
         until(lambda pids=pids: not any(map(is_alive, pids)), within_s=10)
-        segments = {path for path in Path("/dev/shm").iterdir() if "stagemesh" in path.name}
-        left.append((psutil.Process().num_fds(), len(listening()), reserved(), segments))
+        shared = sum(
+            "/dev/shm/" in line or "memfd:" in line for line in Path("/proc/self/maps").read_text().splitlines()
+        )
+        left.append((psutil.Process().num_fds(), len(listening()), reserved(), shared))
     first, last = left[0], left[-1]
     assert last[0] <= first[0] + 2, [fds for fds, *_ in left]
     assert last[1:] == first[1:]
 
 
 def test_a_gang_that_cannot_come_back_fails_the_health_check() -> None:
-    from actors.decisions.scheduler import SchedulerSettings
-    from actors.remote.engine import Engine
-    from actors.remote.fake_executor import FakeExecutor
-    from actors.words.errors import GangFailure
-    from deployments.replica import Replica
-
     tries: list[int] = []
     may_fail = threading.Event()
 

@@ -62,6 +62,28 @@ def test_a_rank_reports_its_own_failure(engine):
         rank.close()
 
 
+def test_who_died_is_named_not_who_noticed(engine):
+    ranks = connect(engine)
+    ranks[1].report(RuntimeError("the neighbour closed it or died"))
+    threading.Timer(0.05, engine.fail, ["rank 0 died"]).start()
+    with pytest.raises(GangFailure, match=r"^rank 0 died$"):
+        engine.wait(10)
+    for rank in ranks:
+        rank.close()
+
+
+def test_silence_is_noticed_though_others_wake_the_engine_all_the_time(engine):
+    ranks = connect(engine)
+    ranks[1]._stop.set()  # its heartbeat ends, its connection stays
+    deadline = time.monotonic() + 20
+    with pytest.raises(GangFailure, match="nothing is heard from rank 1: "):
+        while time.monotonic() < deadline:
+            engine.wake()
+            engine.wait()
+    for rank in ranks:
+        rank.close()
+
+
 def test_only_admitted_keys_are_heard(engine):
     ranks = connect(engine)
     stranger = RankChannel(engine.address, KeyPair.make(), 1, epoch=1)

@@ -5,8 +5,10 @@ import random
 
 import pytest
 
+from actors.words.messages import SamplingParams
 from deployments.api_error import ApiError
 from deployments.requests import ChatBody, CompletionBody
+from deployments.sampling_fields import choice_seed
 from deployments.strict_body import parse_body
 
 REQUIRED = {
@@ -15,8 +17,10 @@ REQUIRED = {
 }
 OURS = {
     "model", "prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "seed", "stop", "ignore_eos",
-    "stream", "stream_options",
+    "stream", "stream_options", "n", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
+    "frequency_penalty", "logit_bias", "min_tokens", "stop_token_ids", "logprobs", "top_logprobs",
 }  # fmt: skip
+OURS_OF_COMPLETIONS = OURS | {"echo"}
 INERT = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
 }  # fmt: skip
@@ -36,7 +40,11 @@ def test_null_is_as_good_as_absent(kind, name):
         assert parse(kind, **{name: None}) == parse(kind)
 
 
-@pytest.mark.parametrize(("kind", "name"), [field for field in FIELDS if field[1] not in OURS | INERT])
+def is_refused(kind, name):
+    return name not in (OURS_OF_COMPLETIONS if kind is CompletionBody else OURS) | INERT
+
+
+@pytest.mark.parametrize(("kind", "name"), [field for field in FIELDS if is_refused(*field)])
 def test_refused_fields_refuse_what_is_not_neutral_and_say_what_to_do(kind, name):
     with pytest.raises(ApiError) as raised:
         parse(kind, **{name: {"something": "meant"}})
@@ -57,21 +65,100 @@ def test_fields_that_never_change_the_answer_pass(kind, name):
 @pytest.mark.parametrize(
     ("kind", "fields"),
     [
-        (CompletionBody, {"logprobs": 0}),  # the token's own logprob would be shown
-        (ChatBody, {"logprobs": True}),
+        (CompletionBody, {"prompt_logprobs": 0}),  # the token's own logprob would be shown
+        (CompletionBody, {"skip_special_tokens": False}),
+        (ChatBody, {"include_stop_str_in_output": True}),
         (ChatBody, {"tool_choice": "required"}),
         (ChatBody, {"max_tokens": 3, "max_completion_tokens": 4}),
         (CompletionBody, {"max_completion_tokens": 4}),
         (CompletionBody, {"n": 0}),
         (CompletionBody, {"top_p": "1"}),
         (CompletionBody, {"best_of": 2}),
-        (CompletionBody, {"stop_token_ids": [5]}),
+        (CompletionBody, {"top_logprobs": 1}),
+        (CompletionBody, {"logprobs": True}),
+        (ChatBody, {"logprobs": 3}),
+        (ChatBody, {"echo": True}),
     ],
 )
 def test_values_near_the_neutral_ones_are_refused(kind, fields):
     with pytest.raises(ApiError) as raised:
         parse(kind, **fields)
     assert raised.value.param in fields
+
+
+LOW_AND_HIGH = [
+    ("top_p", 1e-9, 1, [0, -0.1, 1.01]),
+    ("top_k", -1, 2**31 - 1, [-2, 1.5, "1", 2**31]),
+    ("min_p", 0, 1, [-0.1, 1.1]),
+    ("repetition_penalty", 0.01, 2, [0, -1, 2.1]),
+    ("presence_penalty", -2, 2, [-2.1, 2.1]),
+    ("frequency_penalty", -2, 2, [-2.1, 2.1]),
+    ("min_tokens", 0, 10**9, [-1, 1.5, True]),
+    ("n", 1, 16, [0, 17, 1.0, True]),
+    ("logit_bias", {"0": -100}, {"4294967295": 100}, [{"5": 101}, {"5": True}, {"5": None}, {"x": 1}, {"05": 1}]),
+    ("logit_bias", {}, {str(token): 1 for token in range(1024)}, [{str(token): 1 for token in range(1025)}, [5], "5"]),
+    ("logit_bias", {}, {"7": 0.5}, [{"-1": 1}, {" 5": 1}, {"5.0": 1}, {"": 1}, {"٥": 1}, {"9" * 5000: 1}]),
+    ("stop_token_ids", [], list(range(128)), [list(range(129)), [-1], [1.5], ["1"], [True], 5, [2**31]]),
+]
+
+
+@pytest.mark.parametrize("kind", REQUIRED)
+@pytest.mark.parametrize(("name", "low", "high", "wrong"), LOW_AND_HIGH)
+def test_sampling_fields_have_bounds(kind, name, low, high, wrong):
+    for value in (low, high):
+        assert getattr(parse(kind, **{name: value}), name) is not None
+    for value in wrong:
+        with pytest.raises(ApiError) as raised:
+            parse(kind, **{name: value})
+        assert raised.value.param == name
+        assert raised.value.message.startswith(name)
+
+
+def test_logprobs_have_bounds():
+    assert [parse(CompletionBody, logprobs=number).num_logprobs for number in (None, 0, 20)] == [None, 0, 20]
+    assert parse(CompletionBody, logprobs=3).num_prompt_logprobs is None
+    assert parse(CompletionBody, logprobs=3, echo=True).num_prompt_logprobs == 3
+    assert parse(ChatBody, logprobs=True).num_logprobs == 0
+    assert parse(ChatBody, logprobs=False).num_logprobs is None
+    assert parse(ChatBody, logprobs=True, top_logprobs=20).num_logprobs == 20
+    for kind, fields in (
+        (CompletionBody, {"logprobs": 21}),
+        (CompletionBody, {"logprobs": -1}),
+        (ChatBody, {"logprobs": True, "top_logprobs": 21}),
+        (ChatBody, {"top_logprobs": 1}),
+        (ChatBody, {"logprobs": False, "top_logprobs": 1}),
+    ):
+        with pytest.raises(ApiError):
+            parse(kind, **fields)
+
+
+def test_nothing_may_be_generated_only_where_the_prompt_is_shown():
+    assert parse(CompletionBody, max_tokens=0, echo=True).token_limit == ("max_tokens", 0)
+    for kind, fields in ((CompletionBody, {}), (CompletionBody, {"echo": False}), (ChatBody, {})):
+        with pytest.raises(ApiError, match="max_tokens"):
+            parse(kind, max_tokens=0, **fields)
+
+
+def test_seeds_of_choices_are_fixed_and_apart():
+    assert [choice_seed(7, choice) for choice in range(3)] == [
+        7,
+        6314274172161667299,
+        976897894264387852,
+    ]  # as sha256sum says
+    assert choice_seed(-1, 0) == 2**63 - 1
+    seeds = {choice_seed(seed, choice) for seed in range(-50, 50) for choice in range(16)}
+    assert len(seeds) == 1600
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_sampling_says_what_the_fields_say():
+    plain = parse(ChatBody).sampling(0, 400)
+    assert plain == SamplingParams()
+    body = parse(ChatBody, temperature=1e-6, top_k=400, seed=3)
+    assert body.sampling(0, 400) == SamplingParams(temperature=0.0, seed=3)
+    assert body.sampling(0, 401).top_k == 400
+    assert parse(ChatBody, top_k=-1).sampling(0, 400).top_k == 0
+    assert parse(ChatBody, temperature=0.01).sampling(0, 400).temperature == 0.01
 
 
 def test_one_stop_string_is_a_list_of_one():
@@ -133,7 +220,8 @@ def test_whatever_is_sent_is_a_body_or_a_400(kind):
         try:
             body = parse_body(bytes(raw), kind)
             assert len(body.prompts) >= 1
-            assert body.token_limit[1] is None or body.token_limit[1] >= 1
+            assert body.token_limit[1] is None or body.token_limit[1] >= (not body.echoes)
+            assert body.sampling(0, 400).top_k < 400
             verdicts["taken"] += 1
         except ApiError as error:
             assert error.status == 400

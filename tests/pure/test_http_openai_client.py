@@ -112,28 +112,19 @@ def test_neutral_values_of_real_clients_pass(served):
 @pytest.mark.parametrize(
     "field",
     [
-        "n",
-        "top_p",
-        "presence_penalty",
-        "frequency_penalty",
-        "logprobs",
-        "logit_bias",
-        "echo",
         "best_of",
         "suffix",
-        "top_k",
-        "min_p",
-        "repetition_penalty",
-        "min_tokens",
-        "stop_token_ids",
+        "prompt_logprobs",
+        "skip_special_tokens",
+        "include_stop_str_in_output",
+        "response_format",
         "nonsense",
         "tools",
-        "prompt_logprobs",
     ],
 )
 def test_fields_that_would_mean_something_are_refused_by_name(served, field):
     _, _, client = served
-    value = {"logit_bias": {"5": 1}, "echo": True, "suffix": "x", "stop_token_ids": [5], "tools": [{}]}.get(field, 0.5)
+    value = {"suffix": "x", "tools": [{}]}.get(field, 0.5)
     with pytest.raises(openai.BadRequestError) as raised:
         client.completions.create(**COMPLETION, extra_body={field: value})
     assert raised.value.param == field

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 
-from actors.words.messages import Event
+from actors.words.messages import Event, TokenLogprobs
 from deployments.outbox import Outbox
 
 
@@ -42,6 +42,20 @@ def test_what_a_slow_reader_has_not_taken_is_one_event():
         assert first == [1]  # the engine's own list is not written to
         outbox.deliver([Event("b", [8])])
         assert await mailbox.take() == [Event("b", [8])]
+
+    asyncio.run(go())
+
+
+def test_log_probabilities_are_merged_with_their_ids():
+    async def go():
+        outbox = Outbox()
+        mailbox = outbox.open(["a"])
+        told = [TokenLogprobs(-float(number), [], []) for number in range(6)]
+        outbox.deliver([Event("a", [], prompt_logprobs=told[:2])])
+        outbox.deliver([Event("a", [1], logprobs=told[3:4], prompt_logprobs=told[2:3])])
+        outbox.deliver([Event("a", [2, 3], "stop", logprobs=told[4:])])
+        await asyncio.sleep(0)
+        assert await mailbox.take() == [Event("a", [1, 2, 3], "stop", logprobs=told[3:], prompt_logprobs=told[:3])]
 
     asyncio.run(go())
 

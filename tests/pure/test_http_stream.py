@@ -314,27 +314,57 @@ def test_a_client_may_leave_while_its_prompt_is_tokenized(make_world, monkeypatc
     world.wait_until_idle()
 
 
-def test_clients_leaving_at_random_leave_nothing_behind(make_world):
-    world = make_world(max_requests=500)
-    golden = world.post(COMPLETIONS, {**STREAM, "stream": False}).json()["choices"]
+def phases(engine):
+    """Where the engine's sequences stand right now."""
+    for sequence in list(engine._scheduler._live.values()):
+        if sequence.lane is None:
+            yield "queued"
+        elif sequence.num_generated:
+            yield "decoding"
+        elif 0 < sequence.num_scheduled < len(sequence.request.prompt_ids):
+            yield "mid-prefill"
+
+
+@pytest.mark.timeout(100)
+def test_500_clients_leaving_at_random_leave_nothing_behind(make_world, scripted_executor):
+    executor = scripted_executor(vocab_size=400, is_manual=True)
+    world = make_world(executor=executor, max_requests=4000)
     dice = random.Random(0)
+    seen = set()
 
     async def one():
-        prompt = [[5, 6, dice.randrange(400)] for _ in range(dice.randint(1, 3))]
-        body = {**STREAM, "prompt": prompt, "max_tokens": 100, "stream": dice.random() < 0.5}
-        client = Client(world.app, COMPLETIONS, body)
-        await asyncio.sleep(dice.random() * 0.1)
+        path = dice.choice([COMPLETIONS, CHATS])
+        body = {**STREAM, "prompt": [5, 6, *dice.choices(range(400), k=dice.choice([1, 100]))], "max_tokens": 25}
+        body |= {"stream": dice.random() < 0.5, "n": dice.choice([1, 1, 4]), "temperature": 1}
+        body |= {"logprobs": 2, "echo": dice.random() < 0.3} if dice.random() < 0.3 else {}
+        if path == CHATS:
+            body = {**CHAT, "stream": body["stream"], "n": body["n"], "max_tokens": 25}
+        await asyncio.sleep(dice.random())
+        client = Client(world.app, path, body)
+        await asyncio.sleep(dice.random() ** 3)
+        seen.update(phases(world.engine))
         client.leave() if dice.random() < 0.5 else client.task.cancel()
         await asyncio.gather(client.task, return_exceptions=True)
 
+    async def keep_going():
+        while True:
+            executor.release()
+            await asyncio.sleep(0.0005)
+
     async def go():
-        await asyncio.gather(*(one() for _ in range(100)))
+        pump = asyncio.ensure_future(keep_going())
+        await asyncio.gather(*(one() for _ in range(500)))
+        pump.cancel()
+        await asyncio.gather(pump, return_exceptions=True)
         assert len(asyncio.all_tasks()) == 1
 
     asyncio.run(go())
-    world.wait_until_idle()
+    assert seen == {"queued", "mid-prefill", "decoding"}
+    assert world.service.admission.num_admitted == 0
     assert world.outbox._mailboxes == {}
-    assert world.post(COMPLETIONS, {**STREAM, "stream": False}).json()["choices"] == golden
+    executor.release(100)
+    world.wait_until_idle()
+    assert world.engine.stats.num_finished["abort"] > 100
 
 
 @pytest.mark.parametrize(("path", "body"), [(COMPLETIONS, STREAM), (CHATS, CHAT)])
@@ -360,17 +390,32 @@ def test_an_engine_failure_in_a_stream_is_an_error_event_and_no_done(make_world,
     asyncio.run(go())
 
 
-def test_an_engine_failure_before_the_first_token_has_a_status(make_world, scripted_executor, error_of):
-    executor = scripted_executor(vocab_size=400, is_manual=True)
+ENDS = {"the gang fails": lambda world: world.executor.fail(GangFailure("rank 1 died")), "shut down": None}
+
+
+@pytest.mark.parametrize("num_tokens", [0, 2])
+@pytest.mark.parametrize("is_stream", [True, False])
+@pytest.mark.parametrize("end", ENDS)
+def test_an_engine_failure_before_anything_is_sent_has_a_status(
+    make_world, scripted_executor, ids_of, end, is_stream, num_tokens
+):
+    executor = scripted_executor(ids_of(SENTENCE), vocab_size=400, is_manual=True)
     world = make_world(executor=executor)
 
     async def go():
-        client = Client(world.app, COMPLETIONS, STREAM)
+        client = Client(world.app, COMPLETIONS, {**STREAM, "stream": is_stream, "n": 2})
         await until(lambda: executor._done)
-        executor.fail(GangFailure("rank 1 died"))
+        for _ in range(0 if is_stream else num_tokens):
+            await until(executor.release)
+        if ENDS[end] is None:
+            await asyncio.to_thread(world.engine.close)
+        else:
+            ENDS[end](world)
         await client.task
-        assert client.messages[0]["status"] == 500
-        assert json.loads(client.body)["error"]["code"] == "engine_failure"
+        assert client.messages[0]["status"] == 503
+        assert 1 <= int(dict(client.messages[0]["headers"])[b"retry-after"]) <= 60
+        error = json.loads(client.body)["error"]
+        assert (error["code"], error["type"]) == ("engine_failure", "server_error")
 
     asyncio.run(go())
     assert world.service.admission.num_admitted == 0

@@ -1,0 +1,157 @@
+"""/metrics: numbers that can be counted by hand, in Prometheus' format."""
+
+import math
+import time
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from actors.decisions.scheduler import Scheduler, SchedulerSettings
+from actors.decisions.stats import Histogram, Stats
+from actors.remote.fake_executor import FakeExecutor
+from actors.words.errors import GangFailure
+from actors.words.messages import Request, SamplingParams
+from deployments.metrics import FIRST_TOKEN_SECONDS, INTER_TOKEN_SECONDS, Latencies, Stopwatch
+
+COMPLETION = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 6, "temperature": 0, "ignore_eos": True}
+COMPLETIONS = "/v1/completions"
+
+
+def scrape(world):
+    """Every sample of the page by name and labels beside the model's."""
+    response = world.get("/metrics")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/plain; version=")
+    samples = {}
+    for family in text_string_to_metric_families(response.text):
+        assert family.name.startswith("stagemesh_")
+        assert family.documentation
+        for sample in family.samples:
+            labels = dict(sample.labels)
+            assert labels.pop("model_name") == "tiny"
+            key = (sample.name.removeprefix("stagemesh_"), *labels.values())
+            assert key not in samples
+            samples[key] = sample.value
+    return samples
+
+
+def test_a_fresh_replica_shows_zeros(world):
+    samples = scrape(world)
+    assert samples["kv_blocks",] == 256
+    assert samples["engine_state", "ready"] == 1
+    busy = {key for key, value in samples.items() if value}
+    assert busy == {("kv_blocks",), ("engine_state", "ready")}
+
+
+def test_numbers_are_those_counted_by_hand(make_world):
+    world = make_world(script=[40, 41, 42, 43, 44, 45, 46])
+    for changes in ({}, {}, {"stop_token_ids": [42]}, {"prompt": list(range(10, 60)), "n": 2, "max_tokens": 2}):
+        assert world.post(COMPLETIONS, {**COMPLETION, **changes}).status_code == 200
+    world.wait_until_idle()
+    samples = scrape(world)
+    assert samples["prompt_tokens_total",] == samples["prefix_cache_queries_total",] == 3 * 3 + 2 * 50
+    assert samples["generation_tokens_total",] == 6 + 6 + 3 + 2 * 2
+    assert samples["prefix_cache_hits_total",] == 48
+    assert samples["requests_finished_total", "length"] == 4
+    assert samples["requests_finished_total", "stop"] == 1
+    assert samples["requests_finished_total", "abort"] == samples["requests_finished_total", "error"] == 0
+    assert samples["time_to_first_token_seconds_count",] == 5
+    assert samples["inter_token_latency_seconds_count",] == 5 + 5 + 2 + 2
+    assert samples["e2e_request_latency_seconds_count",] == samples["request_queue_time_seconds_count",] == 5
+    assert (
+        samples["steps_total",]
+        == samples["step_tokens_count",]
+        == len([step for step in world.executor.steps if step.entries])
+    )
+    assert samples["step_tokens_sum",] == sum(
+        len(entry.ids) or 1 for step in world.executor.steps for entry in step.entries
+    )
+    assert samples["kv_blocks_used",] == samples["kv_usage_ratio",] == 0
+    assert samples["kv_blocks_cached",] == 3
+    assert samples["requests_running",] == samples["requests_waiting",] == 0
+
+
+def test_a_failed_gang_is_seen(world):
+    world.executor.fail(GangFailure("rank 1 died"))
+    world.post(COMPLETIONS, COMPLETION)
+    samples = scrape(world)
+    assert samples["engine_state", "failed"] == 1
+    assert samples["engine_state", "ready"] == 0
+    assert samples["requests_finished_total", "error"] <= 1
+
+
+def test_what_runs_and_waits_is_seen(make_world, scripted_executor):
+    executor = scripted_executor(vocab_size=400, is_manual=True)
+    world = make_world(executor=executor)
+    for number in range(12):
+        world.engine.add(Request(f"r{number}", [5] * 20, 9, SamplingParams(0.0)))
+    while len(executor.steps) < 2:
+        time.sleep(0.001)
+    samples = scrape(world)
+    assert samples["requests_running",] + samples["requests_waiting",] == 12
+    assert 1 <= samples["requests_running",] <= 8
+    assert samples["kv_usage_ratio",] == samples["kv_blocks_used",] / 256 > 0
+    for number in range(12):
+        world.engine.finish(f"r{number}")
+    executor.release(100)
+    world.wait_until_idle()
+    assert scrape(world)["requests_finished_total", "abort"] == 12
+
+
+def test_two_replicas_in_one_process_do_not_meet(make_world):
+    first, second = make_world(), make_world()
+    first.post(COMPLETIONS, COMPLETION)
+    assert scrape(first)["generation_tokens_total",] == 6
+    assert scrape(second)["generation_tokens_total",] == 0
+
+
+def test_what_is_computed_again_after_a_preemption_counts_once():
+    now = [0.0]
+    stats = Stats(clock=lambda: now[0])
+    settings = SchedulerSettings(num_blocks=6, block_size=4, max_num_seqs=4, max_num_batched_tokens=16, num_lanes=1)
+    scheduler, executor = Scheduler(settings, stats=stats), FakeExecutor(block_size=4)
+    for name in "abc":
+        scheduler.add(Request(name, [1, 2, 3, 4, 5], 12, SamplingParams(0.0)))
+    while scheduler.num_live:
+        now[0] += 1.0
+        if step := scheduler.next_step():
+            executor.submit(step)
+        for result in executor.wait(0):
+            scheduler.complete(result)
+    assert stats.num_preemptions > 0
+    assert stats.num_prompt == 15
+    assert stats.num_generated == 36
+    assert sum(stats.queue_s.counts) == 3
+    assert stats.queue_s.sum >= 3 * 1.0
+    assert stats.num_finished == {"stop": 0, "length": 3, "abort": 0, "error": 0}
+
+
+@pytest.mark.parametrize("value", [0, 1, 1.5, 2, 99, 100, 101, math.pi])
+def test_histograms_count_at_or_below_each_bound(value):
+    histogram = Histogram((1, 2, 100))
+    histogram.observe(value, 3)
+    below = [sum(histogram.counts[: place + 1]) for place in range(4)]
+    assert below == [3 * (value <= bound) for bound in (1, 2, 100)] + [3]
+    assert histogram.sum == 3 * value
+
+
+def test_a_stopwatch_measures_what_a_client_waits_for():
+    now = [10.0]
+    latencies = Latencies()
+    stopwatch = Stopwatch(latencies, 8.0, lambda: now[0])
+    stopwatch.tokens(1)
+    now[0] = 11.0
+    stopwatch.tokens(0)
+    stopwatch.tokens(2)
+    now[0] = 11.25
+    stopwatch.tokens(1)
+    stopwatch.end()
+    assert latencies.first_token_s.sum == 2.0
+    assert latencies.inter_token_s.sum == 1.25
+    assert sum(latencies.inter_token_s.counts) == 3
+    assert latencies.request_s.sum == 3.25
+
+
+@pytest.mark.parametrize("bounds", [FIRST_TOKEN_SECONDS, INTER_TOKEN_SECONDS])
+def test_bounds_ascend(bounds):
+    assert list(bounds) == sorted(set(bounds))

@@ -1,0 +1,73 @@
+"""/tokenize and /detokenize: the ids that an answer would start from, and back again."""
+
+import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from deployments.text import INLINE_CHARS, Text
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+@pytest.mark.parametrize("words", ["hello", "", "héllo 你好 👋 </s>", "x y " * INLINE_CHARS])
+def test_tokenize_gives_the_tokenizers_ids_and_back(make_world, tokenizer, words):
+    world = make_world(max_body_bytes=10**6)
+    answer = world.post("/tokenize", {"prompt": words}).json()
+    tokenizer.backend_tokenizer.no_truncation()
+    assert answer == {"tokens": tokenizer(words).input_ids, "count": len(answer["tokens"]), "max_model_len": 128}
+    assert world.post("/detokenize", {"tokens": answer["tokens"]}).json() == {"prompt": words}
+
+
+def test_tokenize_counts_what_a_chat_counts(world):
+    answer = world.post("/tokenize", {"model": "tiny", "messages": MESSAGES}).json()
+    chat = {"model": "tiny", "messages": MESSAGES, "max_tokens": 1}
+    assert answer["count"] == world.post("/v1/chat/completions", chat).json()["usage"]["prompt_tokens"]
+    back = world.post("/detokenize", {"model": "tiny", "tokens": answer["tokens"]}).json()
+    assert back == {"prompt": "<s><|user|>hello\n<|assistant|>"}
+
+
+def test_special_tokens_are_a_choice(make_world, tokenizer_folder):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(tokenizer_folder))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    world = make_world()
+    world.service.text = Text(tokenizer)
+    plain = world.post("/tokenize", {"prompt": "hello", "add_special_tokens": False}).json()["tokens"]
+    assert world.post("/tokenize", {"prompt": "hello"}).json()["tokens"] == [0, *plain]
+    assert world.post("/tokenize", {"prompt": "hello", "add_special_tokens": True}).json()["tokens"] == [0, *plain]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "x", "messages": MESSAGES}, "prompt"),
+        ("/tokenize", {"messages": []}, "messages"),
+        ("/tokenize", {"prompt": ["x"]}, "prompt"),
+        ("/tokenize", {"messages": MESSAGES, "add_special_tokens": True}, "add_special_tokens"),
+        ("/tokenize", {"messages": MESSAGES, "add_generation_prompt": False}, "add_generation_prompt"),
+        ("/tokenize", {"prompt": "x", "what": 1}, "what"),
+        ("/detokenize", {}, "tokens"),
+        ("/detokenize", {"tokens": [400]}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens"),
+        ("/detokenize", {"tokens": ["5"]}, "tokens"),
+        ("/detokenize", {"tokens": "5"}, "tokens"),
+    ],
+)
+def test_wrong_bodies_are_refused_by_name(world, error_of, path, body, param):
+    error = error_of(world.post(path, body), 400)
+    assert error["param"] == param
+
+
+@pytest.mark.parametrize(("path", "body"), [("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": []})])
+def test_other_models_methods_and_contents_are_refused(world, error_of, path, body):
+    assert error_of(world.post(path, {**body, "model": "nope"}), 404)["code"] == "model_not_found"
+    error_of(world.get(path), 405)
+    error_of(world.post(path, raw=b"[]"), 400)
+    error_of(world.post(path, body, headers={"content-type": "text/plain"}), 415)
+    error_of(world.post(path, raw=b" " * 70_000), 413)
+
+
+def test_no_engine_is_needed(world):
+    world.engine.close()
+    assert world.post("/tokenize", {"prompt": "hello"}).status_code == 200
+    assert world.post("/detokenize", {"tokens": []}).json() == {"prompt": ""}
