@@ -218,15 +218,15 @@ class Gang:
 
     def _watch(self) -> None:
         """The end of a rank's loop ends the gang. A death is said at once; what only followed from one waits for it."""
-        pending, reasons = list(self._serving), list[str]()
-        while pending and not self._is_closing:
+        pending, reasons, is_death = list(self._serving), list[str](), False
+        while pending and not is_death and not self._is_closing:
             done, pending = ray.wait(pending, num_returns=1, timeout=_FOLLOW_S if reasons else None)
             if not done:
                 break
             is_death, reason = _end_of_loop(done[0], self._serving.index(done[0]))
             reasons.insert(0 if is_death else len(reasons), reason)
-            if is_death:
-                break
+        if not is_death:
+            time.sleep(_FOLLOW_S)  # its rank tells it first, and better
         if not self._is_closing:
             self.executor.fail(reasons[0])
 
