@@ -10,6 +10,7 @@ import hmac
 import logging
 import queue
 import secrets
+import selectors
 import socket
 import struct
 import threading
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 _HEADER = struct.Struct("<QQ")  # number of the hop, bytes that follow
 _TOKEN_BYTES = 32
-_HELLO_TIMEOUT_S = 2.0  # a stranger who connects and says nothing holds up a start no longer than this
+_LOOK_S = 0.2  # how often a rank that waits looks whether its epoch was given up
 
 
 class SocketSending:
@@ -204,25 +205,46 @@ def _connect(door: Any, timeout_s: float) -> socket.socket:
 
 
 def _accept(listener: socket.socket, token: bytes, store: EpochStore) -> socket.socket:
-    """The first connection that says the token; others are closed."""
+    """The first connection that says the token. Strangers hold nobody up, and a slow rank has as long as the store."""
     deadline = time.monotonic() + store.timeout_s
-    while (patience_s := deadline - time.monotonic()) > 0:
-        store.raise_if_cancelled()
-        listener.settimeout(min(patience_s, 0.2))
-        try:
-            connection, peer = listener.accept()
-        except TimeoutError:
-            continue
-        connection.settimeout(_HELLO_TIMEOUT_S)
-        try:
-            hello = connection.recv(_TOKEN_BYTES, socket.MSG_WAITALL)
-        except OSError:
-            hello = b""
-        if hmac.compare_digest(hello, token):
-            return connection
-        connection.close()
-        logger.warning("refused a connection from %s that does not belong to this gang", peer)
-    raise TimeoutError(f"the sending rank did not connect within {store.timeout_s:g} s")
+    said: dict[socket.socket, bytes] = {}
+    chosen = None
+    with selectors.DefaultSelector() as doors:
+        doors.register(listener, selectors.EVENT_READ)
+        while chosen is None and time.monotonic() < deadline:
+            store.raise_if_cancelled()
+            for key, _ in doors.select(_LOOK_S):
+                visitor = key.fileobj
+                assert isinstance(visitor, socket.socket)
+                if visitor is listener:
+                    connection, _ = listener.accept()
+                    connection.setblocking(False)
+                    said[connection] = b""
+                    doors.register(connection, selectors.EVENT_READ)
+                    continue
+                piece = _read(visitor, _TOKEN_BYTES - len(said[visitor]))
+                said[visitor] += piece
+                if hmac.compare_digest(said[visitor], token):
+                    chosen = visitor
+                elif not piece or len(said[visitor]) == _TOKEN_BYTES:
+                    logger.warning("refused a connection that does not belong to this gang")
+                    doors.unregister(visitor)
+                    del said[visitor]
+                    visitor.close()
+    for visitor in said:
+        if visitor is not chosen:
+            visitor.close()
+    if chosen is None:
+        raise TimeoutError(f"the sending rank did not connect within {store.timeout_s:g} s")
+    return chosen
+
+
+def _read(connection: socket.socket, num_bytes: int) -> bytes:
+    """What is there; empty when the other side has left."""
+    try:
+        return connection.recv(num_bytes)
+    except OSError:
+        return b""
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -17,7 +17,7 @@ from actors.decisions.sequence import Sequence
 from actors.decisions.stats import Stats
 from actors.words.messages import Entry, Event, FinishReason, NewSequence, Request, StepBatch, StepResult, TokenLogprobs
 
-_PROMPT_LOGPROBS_CHUNK = 256  # ids of an entry whose logprobs are asked: bounds the logits [ids, vocabulary rows]
+_PROMPT_LOGPROBS_CHUNK = 256  # ids of a step whose logprobs are asked: bounds the logits [ids, vocabulary rows]
 
 
 @dataclass(frozen=True)
@@ -192,10 +192,11 @@ class Scheduler:
 
     def _take(self, sequence: Sequence, limit: int, step: StepBatch) -> int:
         """Add up to `limit` tokens of a sequence to a step; returns how many."""
+        if sequence.wants_prompt_logprobs:
+            asked = sum(len(entry.ids) for entry in step.entries if entry.prompt_logprobs)
+            limit = min(limit, _PROMPT_LOGPROBS_CHUNK - asked)
         if limit <= 0:
             return 0
-        if sequence.wants_prompt_logprobs:
-            limit = min(limit, _PROMPT_LOGPROBS_CHUNK)
         known_ids = [] if sequence.is_open else self._holdings.reuse_prefix(sequence)
         start, held = sequence.num_scheduled, len(sequence.blocks)
         ids = sequence.ids[start : start + limit]

@@ -1,4 +1,4 @@
-"""One rank of a gang: joins its groups, loads its slices, and executes steps in the channel's order until it is told."""
+"""One rank of a gang: joins its groups, loads its slices, executes steps in the channel's order until it is told."""
 
 import logging
 import time
@@ -70,15 +70,15 @@ class Rank:
         self._say("ready: %d KV blocks", num_blocks)
 
     def serve(self) -> None:
-        """Execute steps until the engine says Shutdown. Errors are reported, end the neighbours' waiting, are raised."""
+        """Execute steps until the engine says Shutdown. Errors are reported, end the neighbours' wait, are raised."""
         assert self._runner is not None and self._channel is not None and self._groups is not None, "serve before load"
         is_answering = self.assignment.rank == self.assignment.plan.topology.answering_rank
         try:
             while isinstance(message := self._channel.receive(), StepBatch):
-                ids = self._runner.execute(message)
+                sampled = self._runner.execute(message)
                 if is_answering and message.entries:
-                    assert ids is not None, "the last stage samples"
-                    self._channel.answer(StepResult(message.epoch, message.step, ids))
+                    assert sampled is not None, "the last stage samples"
+                    self._channel.answer(StepResult(message.epoch, message.step, **vars(sampled)))
         except BaseException as error:
             self._channel.report(error)
             self._groups.abort()

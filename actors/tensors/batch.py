@@ -1,14 +1,16 @@
 """Turns step batches, which are differences, into tensors: owns a row per sequence (ids, blocks, sampling).
 
-T tokens of the step · R rows to sample. Tokens are laid out with single-token entries first, by length, so that similar
-ones are attended together; what is sampled goes back in the order of the entries.
+T tokens of the step · R rows to sample · Q rows of logits. Tokens are laid out with single-token entries first, by
+length, so that similar ones are attended together; what is sampled goes back in the order of the entries.
 """
 
+from array import array
 from dataclasses import dataclass
 
 import torch
 
 from actors.tensors.attention import StepAttention
+from actors.tensors.edits import Draw
 from actors.tensors.sampler import Draws
 from actors.tensors.visibility import Chunk, VisibilityMaker
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
@@ -22,8 +24,17 @@ class Row:
 
     index: int  # in the block tables
     sampling: SamplingParams
-    ids: list[int]  # prompt and generated, as far as this rank knows them
+    ids: "array[int]"  # prompt and generated, as far as this rank knows them
+    num_prompt: int
     num_blocks: int = 0
+
+
+@dataclass(frozen=True)
+class PromptChunk:
+    """Prompt ids whose log-probabilities are wanted: one a row of logits, which is that of the id before."""
+
+    ids: list[int]
+    num_top: int
 
 
 @dataclass(frozen=True)
@@ -33,15 +44,20 @@ class StepTensors:
     ids_T: torch.Tensor  # int64
     positions_T: torch.Tensor  # int64
     attention: StepAttention
-    sampled_seqs: tuple[int, ...]  # one a sampling entry, in entry order
-    sampled_rows_R: torch.Tensor  # int64: each one's last token
+    logits_rows_Q: torch.Tensor  # int64, among the tokens: the R that are sampled from, then those of `prompts`
+    sampled: tuple[Row, ...]  # one a sampling entry, in entry order
     draws: Draws
+    prompts: tuple["PromptChunk", ...]  # one an entry that wants them, in entry order
 
 
 class SequenceTable:
     """The rows of all open sequences, changed by differences."""
 
-    def __init__(self, blocks_per_sequence: int, block_size: int, visibility: VisibilityMaker) -> None:
+    def __init__(
+        self, blocks_per_sequence: int, block_size: int, visibility: VisibilityMaker, knows_samples: bool = True
+    ) -> None:
+        """`knows_samples`: whether somebody says here what was sampled; the middle stages need no ids at all."""
+        self.knows_samples = knows_samples
         self.block_size = block_size
         self.visibility = visibility
         self.device = visibility.device
@@ -60,48 +76,60 @@ class SequenceTable:
             self._open(new)
         return [block for entry in step.entries for block in self._extend(entry)]
 
-    def append_sampled(self, seqs: tuple[int, ...], ids: list[int]) -> None:
-        """Remember what was sampled: an entry without ids means the last one of these."""
-        for seq, token_id in zip(seqs, ids, strict=True):
-            self.rows[seq].ids.append(token_id)
-
     def tensors(self, step: StepBatch) -> StepTensors:
         """The tensors of a step that has entries; `apply` came before."""
-        ids: list[int] = []
+        ids = array("q")
         chunks: list[Chunk] = []
-        last_token: dict[int, int] = {}  # by sequence: the place of its last id among the tokens
+        first_token: dict[int, int] = {}  # by sequence: the place of its first id among the tokens
         for entry in sorted(step.entries, key=lambda e: (len(e.ids) > 1, e.start if len(e.ids) <= 1 else 0)):
             row, num_ids = self.rows[entry.seq], max(1, len(entry.ids))
             chunks.append(Chunk(row.index, len(ids), entry.start, num_ids))
+            first_token[entry.seq] = len(ids)
             ids += row.ids[entry.start : entry.start + num_ids]
-            last_token[entry.seq] = len(ids) - 1
         sampling = [entry for entry in step.entries if entry.sample]
-        draws = [(self.rows[entry.seq].sampling, entry.start + max(1, len(entry.ids))) for entry in sampling]
+        logits_rows = [first_token[entry.seq] + max(1, len(entry.ids)) - 1 for entry in sampling]
+        prompts = []
+        for entry in step.entries:
+            if entry.prompt_logprobs:
+                prompts.append(self._prompt_chunk(entry))
+                first = first_token[entry.seq]
+                logits_rows += range(first, first + len(prompts[-1].ids))
         return StepTensors(
             ids_T=torch.tensor(ids).to(self.device, non_blocking=True),
             positions_T=torch.cat([torch.arange(c.start, c.end) for c in chunks]).to(self.device, non_blocking=True),
             attention=self.visibility.of_step(chunks, self._tables),
-            sampled_seqs=tuple(entry.seq for entry in sampling),
-            sampled_rows_R=torch.tensor([last_token[entry.seq] for entry in sampling], dtype=torch.int64).to(
-                self.device, non_blocking=True
-            ),
-            draws=Draws.of(draws, self.device),
+            logits_rows_Q=torch.tensor(logits_rows, dtype=torch.int64).to(self.device, non_blocking=True),
+            sampled=tuple(self.rows[entry.seq] for entry in sampling),
+            draws=Draws.of([self._draw(entry) for entry in sampling], self.device),
+            prompts=tuple(prompts),
         )
+
+    def _draw(self, entry: Entry) -> Draw:
+        row = self.rows[entry.seq]
+        return Draw(row.sampling, entry.start + max(1, len(entry.ids)), row.ids, row.num_prompt)
+
+    def _prompt_chunk(self, entry: Entry) -> PromptChunk:
+        """What follows each of an entry's ids, as far as it is prompt (a sequence computed anew has more ids)."""
+        row = self.rows[entry.seq]
+        following = entry.ids[1:] + ([] if entry.next_prompt_id is None else [entry.next_prompt_id])
+        num_top = row.sampling.prompt_logprobs
+        assert num_top is not None, f"sequence {entry.seq} asked for no prompt logprobs"
+        return PromptChunk(following[: max(0, row.num_prompt - entry.start - 1)], num_top)
 
     def _open(self, new: NewSequence) -> None:
         assert new.seq not in self.rows, f"sequence {new.seq} is open already"
-        built = SamplingParams(temperature=new.sampling.temperature, seed=new.sampling.seed)
-        assert new.sampling == built, f"not built in the sampler, to be refused before it comes here: {new.sampling}"
         if not self._free:
             self._free = list(range(len(self._tables), 2 * len(self._tables)))
             self._tables = torch.cat([self._tables, torch.zeros_like(self._tables)])
-        self.rows[new.seq] = Row(self._free.pop(), new.sampling, list(new.known_ids))
+        self.rows[new.seq] = Row(self._free.pop(), new.sampling, array("q", new.known_ids), new.num_prompt)
 
     def _extend(self, entry: Entry) -> list[int]:
         row = self.rows[entry.seq]
         if entry.ids:
             assert entry.start <= len(row.ids), f"sequence {entry.seq}: ids before position {entry.start} never came"
-            row.ids[entry.start :] = entry.ids
+            row.ids[entry.start :] = array("q", entry.ids)
+        elif not self.knows_samples:
+            row.ids[entry.start :] = array("q", [0])
         else:
             assert entry.start == len(row.ids) - 1, (
                 f"sequence {entry.seq}: its last token at {entry.start} is not known to this rank"

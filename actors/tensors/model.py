@@ -1,6 +1,6 @@
 """One rank's part of the model: built from the skeleton, pruned to its stage, cut to its shard, run on packed tokens.
 
-T tokens of the step · H hidden size · R rows to sample · V vocabulary rows of this shard.
+T tokens of the step · H hidden size · Q rows of logits · V vocabulary rows of this shard.
 """
 
 from collections.abc import Iterable
@@ -69,11 +69,11 @@ class StageModel:
         self,
         ids_T: torch.Tensor,
         positions_T: torch.Tensor,
-        rows_R: torch.Tensor,
+        rows_Q: torch.Tensor,
         step: StepAttention,
         state_TH: torch.Tensor | None,
     ) -> torch.Tensor:
-        """→ hidden states [T, H] for the next stage, or on the last stage the logits [R, V] of the rows to sample.
+        """→ hidden states [T, H] for the next stage, or on the last stage the logits [Q, V] of the rows asked for.
 
         `state_TH` comes from the stage before (None on the first). What the model's forward does ahead of its first
         layer runs on a dummy on later stages, and is thrown away.
@@ -87,9 +87,9 @@ class StageModel:
         }
         try:
             if self.shard.has_head:
-                logits_1RV = self.module(**arguments, logits_to_keep=rows_R).logits
-                assert isinstance(logits_1RV, torch.Tensor)
-                return logits_1RV[0]
+                logits_1QV = self.module(**arguments, logits_to_keep=rows_Q).logits
+                assert isinstance(logits_1QV, torch.Tensor)
+                return logits_1QV[0]
             self.module.base_model(**arguments)
             assert self._output_1TH is not None
             return self._output_1TH[0]

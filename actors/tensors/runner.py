@@ -1,6 +1,8 @@
 """The Runner: everything a rank computes, from loading its weights to the ids of a step. No Ray in it."""
 
 import logging
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -9,11 +11,13 @@ import torch
 from actors.decisions.plan import Plan
 from actors.tensors.batch import SequenceTable, StepTensors
 from actors.tensors.checkpoint import LoadReport, Progress, load_weights
+from actors.tensors.feedback import FeedbackReceiver, FeedbackSender
 from actors.tensors.kv_cache import KVCache, available_bytes
+from actors.tensors.logprobs import LogprobReader
 from actors.tensors.model import StageModel, build
 from actors.tensors.sampler import Sampler
 from actors.tensors.visibility import VisibilityMaker
-from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
+from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch, TokenLogprobs
 from cluster.collectives import Link, Sending, StageGroup
 
 logger = logging.getLogger(__name__)
@@ -36,6 +40,19 @@ class Groups(Protocol):
     def next(self) -> Link | None:
         """To the next stage; None on the last."""
 
+    @property
+    def feedback(self) -> Link | None:
+        """From the last stage to the first; None on the others, and where they are one."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What a step brings, each list in the order of the entries; see StepResult."""
+
+    token_ids: list[list[int]]  # of the entries that sample
+    logprobs: list[list[TokenLogprobs]]  # like `token_ids`; nothing at all where nobody asked
+    prompt_logprobs: list[list[TokenLogprobs]]  # of the entries that want them
+
 
 class Runner:
     """One rank's computer. Steps are executed by one thread, in the order of the channel."""
@@ -53,11 +70,21 @@ class Runner:
     def join(self, groups: Groups) -> None:
         """Take the neighbours of a new epoch: rows and sends of the old one are forgotten, weights and cache stay."""
         self.groups = groups
-        self.sampler = Sampler(groups.stage, self.shard.vocab_rows)
+        self.sampler = Sampler(groups.stage, self.shard.vocab_rows, self.plan.spec.vocab_size)
+        self.logprobs = LogprobReader(groups.stage, self.shard.vocab_rows, self.plan.spec.vocab_size)
         first, end = self.shard.layers
         windows = frozenset(layer.window for layer in self.plan.spec.layers[first:end])
         visibility = VisibilityMaker(self.plan.block_size, windows, self.dtype, self.device)
-        self.table = SequenceTable(self.plan.num_blocks_for_longest, self.plan.block_size, visibility)
+        self._receiver = self._sender = None
+        if self.plan.depth > 1 and groups.feedback is not None:
+            self._receiver = FeedbackReceiver(groups.feedback, self.device) if self.is_first_stage else None
+            self._sender = None if self.is_first_stage else FeedbackSender(groups.feedback)
+        self.table = SequenceTable(
+            self.plan.num_blocks_for_longest,
+            self.plan.block_size,
+            visibility,
+            knows_samples=self._receiver is not None or groups.next is None,
+        )
         self._sendings: dict[int, tuple[Sending, torch.Tensor]] = {}  # by lane
         if self.model is not None:
             self.model.join(groups.stage)
@@ -106,38 +133,74 @@ class Runner:
         prefill = Entry(_WARM_UP_SEQ, 0, [0] * num_ids, list(range(num_blocks)), sample=True)
         decode = Entry(_WARM_UP_SEQ, num_ids, [0], [], sample=True)
         opened = [NewSequence(_WARM_UP_SEQ, sampling, [])]
-        self.execute(StepBatch(epoch=0, step=0, lane=0, opened=opened, closed=[], entries=[prefill]))
-        self.execute(StepBatch(epoch=0, step=0, lane=0, opened=[], closed=[], entries=[decode]))
-        self.execute(StepBatch(epoch=0, step=0, lane=0, opened=[], closed=[_WARM_UP_SEQ], entries=[]))
+        self.execute(StepBatch(epoch=0, step=-2, lane=0, opened=opened, closed=[], entries=[prefill]))
+        self.execute(StepBatch(epoch=0, step=-1, lane=0, opened=[], closed=[], entries=[decode]))
+        self.execute(StepBatch(epoch=0, step=-1, lane=0, opened=[], closed=[_WARM_UP_SEQ], entries=[]))
 
     @torch.inference_mode()
-    def execute(self, step: StepBatch) -> list[list[int]] | None:
-        """Run one step. On every shard of the last stage: the ids of each sampling entry, in entry order; else None."""
+    def execute(self, step: StepBatch) -> Sampled | None:
+        """Run one step → what it brings, on every shard of the last stage; None on the others."""
         assert self.model is not None, "load comes first"
         assert self.cache is not None, "allocate_cache comes first"
+        for feedback in (self._receiver, self._sender):
+            if feedback is not None:
+                feedback.before(step)
         fresh_blocks = self.table.apply(step)
         if fresh_blocks:
             self.cache.clear(torch.tensor(fresh_blocks).to(self.device, non_blocking=True))
         if not step.entries:
-            return [] if self.groups.next is None else None
+            return Sampled([], [], []) if self.groups.next is None else None
         tensors = self.table.tensors(step)
         output = self.forward(tensors)
-        if self.groups.next is not None:
-            self._send(self.groups.next, step.lane, output)
-            return None
-        ids: list[int] = self.sampler.sample(output, tensors.draws).tolist()
-        self.table.append_sampled(tensors.sampled_seqs, ids)
-        return [[token_id] for token_id in ids]
+        if self.groups.next is None:
+            return self._sample(step, tensors, output)
+        self._send(self.groups.next, step.lane, output)
+        if self._receiver is not None:
+            self._receiver.expect(step, tensors.sampled)
+        return None
+
+    def _sample(self, step: StepBatch, tensors: StepTensors, logits_QV: torch.Tensor) -> Sampled:
+        """Draw, remember what was drawn, and read the log-probabilities that were asked for."""
+        num_sampled = len(tensors.sampled)
+        ids_R = self.sampler.sample(logits_QV[:num_sampled], tensors.draws)
+        if self._sender is not None:
+            self._sender.send(step, ids_R)
+        ids: list[int] = ids_R.tolist()
+        for row, token_id in zip(tensors.sampled, ids, strict=True):
+            row.ids.append(token_id)
+        return Sampled(
+            [[token_id] for token_id in ids],
+            self._sampled_logprobs(tensors, logits_QV, ids_R),
+            self._prompt_logprobs(tensors, logits_QV[num_sampled:]),
+        )
+
+    def _sampled_logprobs(
+        self, tensors: StepTensors, logits_QV: torch.Tensor, ids_R: torch.Tensor
+    ) -> list[list[TokenLogprobs]]:
+        asked = {i: row.sampling.logprobs for i, row in enumerate(tensors.sampled) if row.sampling.logprobs is not None}
+        if not asked:
+            return []
+        rows_L = torch.tensor(list(asked)).to(self.device, non_blocking=True)
+        told = self.logprobs.read(logits_QV[rows_L], ids_R[rows_L], list(asked.values()))
+        by_row = dict(zip(asked, told, strict=True))
+        return [[by_row[i]] if i in by_row else [] for i in range(len(tensors.sampled))]
+
+    def _prompt_logprobs(self, tensors: StepTensors, logits_LV: torch.Tensor) -> list[list[TokenLogprobs]]:
+        ids = [token_id for chunk in tensors.prompts for token_id in chunk.ids]
+        num_top = [chunk.num_top for chunk in tensors.prompts for _ in chunk.ids]
+        ids_L = torch.tensor(ids, dtype=torch.int64).to(self.device, non_blocking=True)
+        told = iter(self.logprobs.read(logits_LV, ids_L, num_top))
+        return [list(islice(told, len(chunk.ids))) for chunk in tensors.prompts]
 
     def forward(self, tensors: StepTensors) -> torch.Tensor:
-        """Receive and compute: hidden states [tokens, hidden]; on the last stage logits [rows, vocabulary here]."""
+        """Receive and compute: hidden states [tokens, hidden]; on the last stage logits [Q, vocabulary here]."""
         assert self.model is not None
         state = None
         if self.groups.previous is not None:
             shape = (tensors.ids_T.shape[0], self.plan.spec.hidden_size)
             state = torch.empty(shape, dtype=self.dtype, device=self.device)
             self.groups.previous.receive(state)
-        return self.model.forward(tensors.ids_T, tensors.positions_T, tensors.sampled_rows_R, tensors.attention, state)
+        return self.model.forward(tensors.ids_T, tensors.positions_T, tensors.logits_rows_Q, tensors.attention, state)
 
     def _send(self, link: Link, lane: int, hidden_TH: torch.Tensor) -> None:
         """Start a send; its buffer is kept until the same lane sends again."""

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from actors.decisions.plan import Plan, make_plan
+from actors.tensors.runner import Sampled
 from actors.tensors.spec_reader import read_spec
 from actors.words.messages import StepBatch
 from cluster.rendezvous import host_store
@@ -140,11 +141,18 @@ class Pool:
 
     def ask(self, jobs: list[tuple[str, tuple[Any, ...]]]) -> list[Any]:
         """One job to each of the first ranks, at the same time → their answers."""
-        asked = self.connections[: len(jobs)]
-        for connection, job in zip(asked, jobs, strict=True):
+        self.tell(jobs)
+        return self.hear(len(jobs))
+
+    def tell(self, jobs: list[tuple[str, tuple[Any, ...]]]) -> None:
+        """Begin one job on each of the first ranks; `hear` waits for their ends."""
+        for connection, job in zip(self.connections, jobs, strict=False):
             connection.send(job)
+
+    def hear(self, num_ranks: int) -> list[Any]:
+        """The answers of the first ranks to the jobs that they were told."""
         answers = []
-        for rank, connection in enumerate(asked):
+        for rank, connection in enumerate(self.connections[:num_ranks]):
             assert connection.poll(ANSWER_S), f"rank {rank} did not answer"
             answers.append(connection.recv())
         errors = [f"rank {rank}: {what}" for rank, (kind, what) in enumerate(answers) if kind == "error"]
@@ -177,15 +185,16 @@ class Gang:
         self.pool.epoch += 1
         self.pool.ask([("rejoin", (self.pool.port, self.pool.epoch)) for _ in self.plan.shards])
 
-    def execute(self, step: StepBatch) -> tuple[list[list[int]], torch.Tensor | None]:
-        """Ids of the step, the same on every shard of the last stage, and logits [rows, vocabulary]."""
+    def execute(self, step: StepBatch) -> tuple[Sampled, torch.Tensor | None]:
+        """What the step brings, the same on every shard of the last stage, and its logits [rows, vocabulary]."""
         answers = self.pool.ask([("execute", (step,)) for _ in self.plan.shards])
         topology = self.plan.topology
         last = topology.stage_ranks(topology.pipeline_parallel_size - 1)
         assert all(answers[rank][0] is None for rank in range(topology.num_ranks) if rank not in last)
-        ids = answers[last[0]][0]
-        assert all(answers[rank][0] == ids for rank in last)
-        return ids, torch.cat([torch.from_numpy(answers[rank][1]) for rank in last], dim=1) if ids else None
+        sampled = answers[last[0]][0]
+        assert all(answers[rank][0] == sampled for rank in last)
+        logits = torch.cat([torch.from_numpy(answers[rank][1]) for rank in last], dim=1) if step.entries else None
+        return sampled, logits
 
 
 @pytest.fixture(scope="session")

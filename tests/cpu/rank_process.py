@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from actors.decisions.plan import Plan
+from actors.remote.meeting import Assignment
+from actors.remote.rank import Rank as ServingRank
 from actors.tensors.batch import StepTensors
-from actors.tensors.runner import Runner
+from actors.tensors.runner import Runner, Sampled
 from actors.words.messages import StepBatch
 from cluster.collectives import LoneShard
 from cluster.groups import Groups, join
@@ -41,6 +43,7 @@ class Rank:
 
     groups: Groups | None = None
     runner: RecordingRunner
+    serving: ServingRank
 
     def start(self, plan: Plan, rank: int, folder: Path, port: int, epoch: int, num_blocks: int) -> int:
         self.stop()
@@ -60,9 +63,17 @@ class Rank:
         self.groups = join(plan.topology, rank, store, CPU, ADDRESS, PATIENCE_S)
         self.runner.join(self.groups)
 
-    def execute(self, step: StepBatch) -> tuple[list[list[int]] | None, Any]:
-        ids = self.runner.execute(step)
-        return ids, self.runner.output.numpy() if ids else None
+    def execute(self, step: StepBatch) -> tuple[Sampled | None, Any]:
+        sampled = self.runner.execute(step)
+        return sampled, self.runner.output.numpy() if sampled and step.entries else None
+
+    def hire(self, assignment: Assignment) -> bytes:
+        self.stop()
+        self.serving = ServingRank(assignment)
+        return self.serving.public_key()
+
+    def work(self, method: str, *args: Any) -> Any:
+        return getattr(self.serving, method)(*args)
 
     def stop(self) -> None:
         if self.groups is not None:
@@ -90,6 +101,7 @@ class Alone:
     stage = LoneShard()
     previous = None
     next = None
+    feedback = None
 
 
 def be_mother(connections: list[Connection], rehearsal: tuple[Plan, Path]) -> None:

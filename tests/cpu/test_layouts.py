@@ -96,7 +96,8 @@ class Driver:
         step = StepBatch(self.gang.pool.epoch, self.num_steps, lane, self.opened, self.closed, entries)
         self.opened, self.closed = [], []
         self.num_steps += 1
-        return self.gang.execute(step)
+        sampled, logits = self.gang.execute(step)
+        return sampled.token_ids, logits
 
 
 def check_logits(entries: list[Entry], logits: torch.Tensor, references: list[Reference]) -> float:

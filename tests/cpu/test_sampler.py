@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from actors.decisions.shard_plan import split_evenly
-from actors.tensors.sampler import Draws, Sampler, exponential, noise_key
+from actors.tensors.edits import Draw
+from actors.tensors.noise import exponential, noise_key
+from actors.tensors.sampler import Draws, Sampler
 from actors.words.messages import SamplingParams
 from cluster.collectives import LoneShard
 
@@ -42,8 +44,8 @@ def sample_on(num_shards: int, logits: torch.Tensor, rows: list[tuple[SamplingPa
 
     def run(shard: int) -> None:
         first, end = split_evenly(logits.shape[1], shard, num_shards)
-        sampler = Sampler(ThreadGroup(num_shards, shard, slots, barrier), (first, end))
-        drawn[shard] = sampler.sample(logits[:, first:end], Draws.of(rows, CPU)).tolist()
+        sampler = Sampler(ThreadGroup(num_shards, shard, slots, barrier), (first, end), logits.shape[1])
+        drawn[shard] = sampler.sample(logits[:, first:end], Draws.of([Draw(*row) for row in rows], CPU)).tolist()
 
     threads = [threading.Thread(target=run, args=(shard,)) for shard in range(num_shards)]
     for thread in threads:
@@ -54,7 +56,11 @@ def sample_on(num_shards: int, logits: torch.Tensor, rows: list[tuple[SamplingPa
 
 
 def sample_alone(logits: torch.Tensor, rows: list[tuple[SamplingParams, int]]) -> list[int]:
-    return Sampler(LoneShard(), (0, logits.shape[1])).sample(logits, Draws.of(rows, CPU)).tolist()
+    return (
+        Sampler(LoneShard(), (0, logits.shape[1]), logits.shape[1])
+        .sample(logits, Draws.of([Draw(*row) for row in rows], CPU))
+        .tolist()
+    )
 
 
 def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
@@ -169,4 +175,4 @@ def test_no_rows_give_no_ids() -> None:
 
 def test_temperature_without_a_seed_is_our_own_mistake() -> None:
     with pytest.raises(AssertionError, match="seed"):
-        Draws.of([(SamplingParams(1.0), 0)], CPU)
+        Draws.of([Draw(SamplingParams(1.0), 0)], CPU)

@@ -30,7 +30,7 @@ log = logging.getLogger("demo.train")
 HERE = Path(__file__).parent
 PEAK_RATE = 2e-3
 # Further training of the rounded weights, while they do not suffice.
-NUM_REPAIR_STEPS, MAX_REPAIRS, REPAIR_RATE, HARD_ROWS_PER_BATCH = 60, 10, 4e-4, 8
+NUM_REPAIR_STEPS, MAX_REPAIRS, REPAIR_RATE, HARD_ROWS_PER_BATCH = 100, 10, 3e-4, 12
 MIN_MARGIN = 2.0  # logits between the right token and the next best; float32 sums differ by some 1e-5, bfloat16 by 0.1
 CHECKED_AT_ONCE = 32  # rows
 NUM_CONVERSATIONS, CONVERSATION_TURNS = 40, 6
@@ -253,7 +253,7 @@ def main() -> None:
     """Train, save aside, verify what was saved, and only then put it in place."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint; an older one is replaced")
-    parser.add_argument("--steps", type=int, default=600, help="steps of the first training")
+    parser.add_argument("--steps", type=int, default=800, help="steps of the first training")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -21,6 +21,7 @@ class Alone:
     stage = LoneShard()
     previous = None
     next = None
+    feedback = None
 
 
 class RecordingRunner(Runner):
@@ -65,9 +66,9 @@ def run(folder: Path, device: str, dtype: str) -> tuple[list[list[int]], torch.T
     steps += [[Entry(seq, len(ids) + i, [i], [], True) for seq, ids in enumerate(prompts)] for i in range(10)]
     sampled, logits = [], []
     for number, entries in enumerate(steps):
-        ids = runner.execute(StepBatch(0, number, 0, opened if number == 0 else [], [], entries))
-        assert ids is not None
-        sampled += ids
+        answer = runner.execute(StepBatch(0, number, 0, opened if number == 0 else [], [], entries))
+        assert answer is not None
+        sampled += answer.token_ids
         logits.append(runner.output.float().cpu())
     return sampled, torch.cat(logits)
 

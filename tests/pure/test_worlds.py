@@ -129,7 +129,10 @@ class World:
             self.executor.submit(step)
 
 
-@pytest.mark.parametrize("batch", range(10))
+BATCHES = [*range(10), *(pytest.param(batch, marks=pytest.mark.soak) for batch in range(10, 200))]
+
+
+@pytest.mark.parametrize("batch", BATCHES)
 def test_random_worlds(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """No block lost, no request stuck, no row left, no id and no logprob different from brute force."""
     monkeypatch.setattr("actors.decisions.scheduler._PROMPT_LOGPROBS_CHUNK", 7)

@@ -1,0 +1,198 @@
+"""The real engine over real ranks: in every layout and setting the tokens are Transformers' own, whoever else runs."""
+
+import itertools
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from actors.decisions.plan import Plan
+from actors.decisions.scheduler import SchedulerSettings
+from actors.remote.channel import EngineChannel
+from actors.remote.engine import Engine
+from actors.remote.meeting import Assignment, Meeting
+from actors.words.messages import Event, Request, SamplingParams, StepBatch, StepResult
+
+ADDRESS = "127.0.0.1"
+PATIENCE_S = 60.0
+ANSWER_S = 60.0
+MAX_MODEL_LEN = 112
+BLOCK_SIZE = 4
+NUM_NEW = 64
+PROMPT_LENGTHS = (1, 3, 7, 12, 17, 24, 31, 40)
+BLOCKS_OF_LONGEST = MAX_MODEL_LEN // BLOCK_SIZE
+LARGE, SMALL = 20 * BLOCKS_OF_LONGEST, 3 * BLOCKS_OF_LONGEST  # blocks; SMALL: for 3 of the 8 sequences
+NEAR_TIE = 1e-3
+LAYOUTS = [(tp, pp) for tp in (1, 2, 4) for pp in (1, 2, 3)]
+GREEDY = SamplingParams(temperature=0)
+
+pytestmark = pytest.mark.timeout(180)
+
+
+class Lent:
+    """The channel as one engine has it: it goes on to the next engine when that one closes."""
+
+    def __init__(self, channel: EngineChannel) -> None:
+        self.channel = channel
+        self.steps: list[StepBatch] = []
+
+    def submit(self, step: StepBatch) -> None:
+        self.steps.append(step)
+        self.channel.submit(step)
+
+    def wait(self, timeout_s: float | None = None) -> list[StepResult]:
+        return self.channel.wait(timeout_s)
+
+    def wake(self) -> None:
+        self.channel.wake()
+
+    def close(self) -> None: ...
+
+
+class Crew:
+    """The ranks of one layout in their loops, and engines over them, one after the other."""
+
+    def __init__(self, pool: Any, plan: Plan, folder: Path) -> None:
+        """In the order in which a gang comes together."""
+        self.pool, self.plan = pool, plan
+        self.num_ranks = plan.topology.num_ranks
+        assignments = [
+            Assignment(plan, shard.rank, str(folder), None, ADDRESS, "cpu", PATIENCE_S) for shard in plan.shards
+        ]
+        keys = pool.ask([("hire", (assignment,)) for assignment in assignments])
+        self.channel = EngineChannel(ADDRESS, 0, PATIENCE_S)
+        self.channel.admit(keys)
+        [port] = pool.ask([("work", ("host_store",))])
+        self.work("join", Meeting(0, ADDRESS, port, self.channel.address))
+        self.channel.wait_for_ranks(PATIENCE_S)
+        self.work("load", 0.5, self.num_ranks)
+        self.work("allocate", LARGE)
+        pool.tell([("work", ("serve",))] * self.num_ranks)
+
+    def work(self, method: str, *args: Any) -> None:
+        self.pool.ask([("work", (method, *args))] * self.num_ranks)
+
+    def close(self) -> None:
+        self.channel.close()
+        self.pool.hear(self.num_ranks)
+
+    def generate(self, requests: list[Request], at_once: bool = True, **settings: Any) -> tuple[list[list[int]], Any]:
+        """A new engine, idle again when it ends → the ids of each request, and the engine."""
+        limits = {"num_blocks": LARGE, "block_size": BLOCK_SIZE, "max_num_seqs": 40, "max_num_batched_tokens": 2048}
+        limits |= {"num_lanes": self.plan.num_lanes}
+        executor, events = Lent(self.channel), Events()
+        engine = Engine(executor, SchedulerSettings(**{**limits, **settings}), events.take)
+        engine.start()
+        for requested in [requests] if at_once else [[request] for request in requests]:
+            for request in requested:
+                engine.add(request)
+            events.wait_for(requested)
+        engine.close()
+        assert not executor.steps[-1].entries, "the ranks were not told to forget"
+        self.steps = executor.steps
+        return [events.ids[request.request_id] for request in requests], engine
+
+
+class Events:
+    """What an engine delivers."""
+
+    def __init__(self) -> None:
+        self.ids: dict[str, list[int]] = defaultdict(list)
+        self.ends: dict[str, Event] = {}
+        self.changed = threading.Condition()
+
+    def take(self, events: list[Event]) -> None:
+        with self.changed:
+            for event in events:
+                self.ids[event.request_id] += event.token_ids
+                if event.finish_reason:
+                    assert event.request_id not in self.ends
+                    self.ends[event.request_id] = event
+            self.changed.notify_all()
+
+    def wait_for(self, requests: list[Request]) -> None:
+        expected = {request.request_id for request in requests}
+        with self.changed:
+            assert self.changed.wait_for(lambda: expected <= set(self.ends), ANSWER_S), "requests did not end"
+        errors = [event.error for event in self.ends.values() if event.finish_reason != "length"]
+        assert not errors, errors
+
+
+@pytest.fixture(scope="module")
+def crew_of(
+    pool: Any, plan_of: Callable[..., Plan], checkpoints: Callable[[str], Path]
+) -> Iterator[Callable[[int, int], Crew]]:
+    """The ranks of a layout; those of the layout before go home when another one is asked for."""
+    now: dict[tuple[int, int], Crew] = {}
+
+    def get(tp: int, pp: int) -> Crew:
+        if (tp, pp) not in now:
+            for crew in [now.pop(layout) for layout in list(now)]:
+                crew.close()
+            plan = plan_of("llama", tp, pp, model={"max_model_len": MAX_MODEL_LEN}, scheduler={"depth": 2})
+            now[tp, pp] = Crew(pool, plan, checkpoints("llama"))
+        return now[tp, pp]
+
+    yield get
+    for crew in now.values():
+        crew.close()
+
+
+@pytest.fixture(scope="module")
+def model(checkpoints: Callable[[str], Path]) -> Any:
+    return AutoModelForCausalLM.from_pretrained(checkpoints("llama"), attn_implementation="eager").eval()
+
+
+@pytest.fixture(scope="module")
+def references(model: Any) -> list[tuple[list[int], list[int]]]:
+    """(prompt, what Transformers' generate says), none near a tie; some prompts begin as others do."""
+    made: list[tuple[list[int], list[int]]] = []
+    for length in PROMPT_LENGTHS:
+        begin = made[-2][0][:8] if length in PROMPT_LENGTHS[4:] else []
+        made.append(reference(model, begin, length))
+    return made
+
+
+@torch.inference_mode()
+def reference(model: Any, begin: list[int], length: int) -> tuple[list[int], list[int]]:
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        rest = torch.randint(model.config.vocab_size, (length - len(begin),), generator=generator)
+        prompt = torch.cat([torch.tensor(begin, dtype=torch.int64), rest])[None]
+        ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NUM_NEW, do_sample=False)
+        best = model(ids[:, length - 1 : -1] if False else ids[:, :-1]).logits[0, length - 1 :].topk(2).values
+        new_ids = ids[0, length:].tolist()
+        if (best[:, 0] - best[:, 1]).min() > NEAR_TIE and len(set(new_ids)) > 8:
+            return prompt[0].tolist(), new_ids
+    raise AssertionError(f"no prompt of {length} ids is clear of ties")
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("num_blocks", [LARGE, SMALL])
+@pytest.mark.parametrize("prefix_cache", [True, False])
+@pytest.mark.parametrize("budget", [16, 2048])
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+def test_greedy_is_transformers_generate(
+    crew_of: Any, references: Any, tp: int, pp: int, budget: int, prefix_cache: bool, num_blocks: int, depth: int
+) -> None:
+    requests = [Request(str(i), prompt, NUM_NEW, GREEDY) for i, (prompt, _) in enumerate(references)]
+    crew = crew_of(tp, pp)
+    ids, engine = crew.generate(
+        requests,
+        max_num_seqs=8,
+        max_num_batched_tokens=budget,
+        prefix_cache=prefix_cache,
+        num_blocks=num_blocks,
+        depth=depth,
+    )
+    assert ids == [new_ids for _, new_ids in references]
+    assert (engine.stats.num_preemptions > 0) == (num_blocks == SMALL)
+    entries = [entry for step in crew.steps for entry in step.entries]
+    assert any(not entry.ids for entry in entries) == (depth > 1), "no step was made before its ids were known"
+    assert (max(len(entry.ids) for entry in entries) > 16) == (budget > 16)
+    assert (engine.stats.num_prompt_cached > 0) == prefix_cache or num_blocks == LARGE
