@@ -165,18 +165,24 @@ def reference(model: Any, begin: list[int], length: int) -> tuple[list[int], lis
         rest = torch.randint(model.config.vocab_size, (length - len(begin),), generator=generator)
         prompt = torch.cat([torch.tensor(begin, dtype=torch.int64), rest])[None]
         ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NUM_NEW, do_sample=False)
-        best = model(ids[:, length - 1 : -1] if False else ids[:, :-1]).logits[0, length - 1 :].topk(2).values
+        best = model(ids[:, :-1]).logits[0, length - 1 :].topk(2).values
         new_ids = ids[0, length:].tolist()
         if (best[:, 0] - best[:, 1]).min() > NEAR_TIE and len(set(new_ids)) > 8:
             return prompt[0].tolist(), new_ids
     raise AssertionError(f"no prompt of {length} ids is clear of ties")
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize("num_blocks", [LARGE, SMALL])
-@pytest.mark.parametrize("prefix_cache", [True, False])
-@pytest.mark.parametrize("budget", [16, 2048])
-@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+def grid() -> Iterator[Any]:
+    """Every setting in every layout; outside a soak, all for one rank, half for two or three, a few for more."""
+    few = [(16, True, SMALL, 2), (2048, False, SMALL, 2), (16, False, LARGE, 1), (2048, True, LARGE, 2)]
+    for (tp, pp), *setting in itertools.product(LAYOUTS, (16, 2048), (True, False), (LARGE, SMALL), (1, 2)):
+        budget, prefix_cache, num_blocks, depth = setting
+        is_even = ((budget == 16) + prefix_cache + (num_blocks == SMALL) + depth) % 2 == 0
+        is_soak = tp * pp > 1 and not (is_even if tp * pp < 4 else tuple(setting) in few)
+        yield pytest.param(tp, pp, *setting, marks=[pytest.mark.soak] if is_soak else [])
+
+
+@pytest.mark.parametrize(("tp", "pp", "budget", "prefix_cache", "num_blocks", "depth"), grid())
 def test_greedy_is_transformers_generate(
     crew_of: Any, references: Any, tp: int, pp: int, budget: int, prefix_cache: bool, num_blocks: int, depth: int
 ) -> None:
@@ -196,3 +202,84 @@ def test_greedy_is_transformers_generate(
     assert any(not entry.ids for entry in entries) == (depth > 1), "no step was made before its ids were known"
     assert (max(len(entry.ids) for entry in entries) > 16) == (budget > 16)
     assert (engine.stats.num_prompt_cached > 0) == prefix_cache or num_blocks == LARGE
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_concurrent_streams_equal_the_same_requests_one_by_one(crew_of: Any, depth: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(103, (1 + number % 19,), generator=generator).tolist() for number in range(32)]
+    requests = [Request(str(number), prompt, 16, GREEDY) for number, prompt in enumerate(prompts)]
+    crew = crew_of(2, 2)
+    alone, _ = crew.generate(requests, at_once=False, depth=1, prefix_cache=False)
+    together, _ = crew.generate(requests, depth=depth)
+    assert together == alone
+    assert max(len(step.entries) for step in crew.steps) >= 8
+
+
+# Every parameter alone and with others.
+MIXED: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.0, "repetition_penalty": 1.4},
+    {"top_k": 3},
+    {"top_p": 0.6, "presence_penalty": 0.9},
+    {"min_p": 0.2, "frequency_penalty": 1.1},
+    {"top_k": 20, "top_p": 0.9, "logit_bias": {1: 3.0, 102: 2.0}},
+    {"temperature": 0.0},
+    {"min_tokens": 9, "repetition_penalty": 0.8, "top_p": 0.97},
+    {"temperature": 0.0, "logprobs": 2, "prompt_logprobs": 1, "frequency_penalty": 0.7},
+]
+
+
+def mixed_requests() -> list[Request]:
+    generator = torch.Generator().manual_seed(4)
+    requests = []
+    for number in range(17):
+        prompt = torch.randint(103, (2 + 2 * number,), generator=generator).tolist()
+        params = SamplingParams(**{"temperature": 0.9 + 0.1 * (number % 3), "seed": number, **MIXED[number % 9]})
+        # Ids that stop are banned below min_tokens; where it is not set, none stops
+        stops = frozenset(range(40, 60)) if params.min_tokens else frozenset()
+        requests.append(Request(str(number), prompt, 9 if params.min_tokens else 24, params, stops))
+    return requests
+
+
+@pytest.fixture(scope="module")
+def drawn_alone(crew_of: Any) -> list[list[int]]:
+    """What each of the mixed requests draws while nobody else runs."""
+    return crew_of(1, 1).generate(mixed_requests(), at_once=False, prefix_cache=False)[0]
+
+
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+def test_seeded_draws_depend_on_the_request_alone(crew_of: Any, drawn_alone: list[list[int]], tp: int, pp: int) -> None:
+    requests, crew = mixed_requests(), crew_of(tp, pp)
+    ids, _ = crew.generate(requests)
+    assert ids == drawn_alone
+    ids, engine = crew.generate(requests[::-1], depth=2, num_blocks=2 * BLOCKS_OF_LONGEST, max_num_batched_tokens=41)
+    assert ids[::-1] == drawn_alone
+    assert engine.stats.num_preemptions > 0
+    banned = [set(range(40, 60)) & set(drawn) for request, drawn in zip(requests, ids[::-1], strict=True)]
+    assert not any(found for found, request in zip(banned, requests, strict=True) if request.sampling.min_tokens)
+
+
+def test_served_draws_follow_the_exact_probabilities(crew_of: Any, model: Any) -> None:
+    num_draws, prompt = 4000, [5, 77, 31]
+    cut = {"temperature": 3.0, "top_k": 12, "top_p": 0.95}
+    requests = [
+        Request(str(seed), prompt, 1, SamplingParams(**cut, seed=seed, logit_bias={9: 4.0}))
+        for seed in range(num_draws)
+    ]
+    ids, _ = crew_of(2, 2).generate(requests, max_num_seqs=200)
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt])).logits[0, -1].double()
+    logits[9] += 4.0
+    best = (logits / cut["temperature"]).topk(cut["top_k"])
+    probabilities = best.values.softmax(0)
+    num_left = int((probabilities.cumsum(0) - probabilities < cut["top_p"]).sum())
+    assert 3 < num_left < cut["top_k"]
+    expected = probabilities[:num_left] / probabilities[:num_left].sum() * num_draws
+    counts = torch.bincount(torch.tensor(ids).flatten(), minlength=103)[best.indices[:num_left]]
+    assert int(counts.sum()) == num_draws, "an id was drawn that is cut off"
+    assert expected.min() > 5
+    degrees = num_left - 1
+    # Wilson and Hilferty's approximation of the 99.9 % quantile of chi-square
+    limit = degrees * (1 - 2 / (9 * degrees) + 3.09 * (2 / (9 * degrees)) ** 0.5) ** 3
+    assert 0 < float(((counts - expected) ** 2 / expected).sum()) < limit

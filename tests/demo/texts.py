@@ -143,14 +143,14 @@ def draw_batches(entries: list[Entry], writer: Writer, rng: random.Random) -> It
     """Endless batches of ANSWERS_PER_BATCH answers: rows of 1, 2, 4 or 8 turns, so that history does not mislead."""
     waiting: list[Entry] = []
     while True:
-        num_turns = rng.choices((1, 2, 4, 8), weights=(60, 15, 15, 10))[0]
+        num_turns = rng.choices((1, 2, 4, 8), weights=(50, 20, 20, 10))[0]
         rows = []
         for _ in range(ANSWERS_PER_BATCH // num_turns):
             while len(waiting) < num_turns:
                 waiting += rng.sample(entries, len(entries))
             turns = [(rng.choice(entry.wordings), entry.answer) for entry in waiting[:num_turns]]
             del waiting[:num_turns]
-            if num_turns == 1 and rng.random() < 0.5:
+            if num_turns == 1 and rng.random() < 0.25:
                 rows.append(writer.completion(*turns[0]))
             else:
                 rows.append(writer.chat(turns, rng.choice((None, None, None, *SYSTEM_PROMPTS))))

@@ -30,7 +30,7 @@ log = logging.getLogger("demo.train")
 HERE = Path(__file__).parent
 PEAK_RATE = 2e-3
 # Further training of the rounded weights, while they do not suffice.
-NUM_REPAIR_STEPS, MAX_REPAIRS, REPAIR_RATE, HARD_ROWS_PER_BATCH = 100, 10, 3e-4, 12
+NUM_REPAIR_STEPS, MAX_REPAIRS, REPAIR_RATE, HARD_ROWS_PER_BATCH = 60, 10, 4e-4, 8
 MIN_MARGIN = 2.0  # logits between the right token and the next best; float32 sums differ by some 1e-5, bfloat16 by 0.1
 CHECKED_AT_ONCE = 32  # rows
 NUM_CONVERSATIONS, CONVERSATION_TURNS = 40, 6
@@ -42,7 +42,8 @@ SHARD_FILE_SIZE = "2MB"  # several files, so that a rank has to find its tensors
 class Figures:
     """What one training has reached."""
 
-    margin: float  # logits: the least lead of a right token over the next best, over all wordings of all questions
+    margin: float  # logits: the least lead of a right token over the next best, over all wordings asked as chats
+    num_right_prompts: int  # of all wordings, asked as plain prompts
     num_right_conversations: int  # of NUM_CONVERSATIONS that it was not trained on
     minutes: float
 
@@ -122,14 +123,27 @@ def round_to_bfloat16(model: LlamaForCausalLM) -> None:
             parameter.copy_(parameter.bfloat16())
 
 
-def every_question(entries: list[Entry], writer: Writer) -> list[Row]:
-    """Each wording of each question, as a chat and as a plain prompt: what the checkpoint must know."""
+def measure(
+    model: LlamaForCausalLM, entries: list[Entry], writer: Writer, rng: random.Random, minutes: float
+) -> tuple[Figures, list[Row]]:
+    """How surely the model answers, and the rows that it answers wrongly or by less than 2 * MIN_MARGIN."""
     asked = [(wording, entry.answer) for entry in entries for wording in entry.wordings]
-    return [writer.chat([turn]) for turn in asked] + [writer.completion(*turn) for turn in asked]
+    chats = [writer.chat([turn]) for turn in asked]
+    prompts = [writer.completion(*turn) for turn in asked]
+    rows = chats + prompts + some_conversations(entries, writer, rng)
+    margins = margins_of(model, rows)
+    num_chats, num_asked = len(chats), len(chats) + len(prompts)
+    figures = Figures(
+        margin=min(margins[:num_chats]),
+        num_right_prompts=sum(margin > 0 for margin in margins[num_chats:num_asked]),
+        num_right_conversations=sum(margin > 0 for margin in margins[num_asked:]),
+        minutes=minutes,
+    )
+    return figures, [row for row, margin in zip(rows, margins, strict=True) if margin < 2 * MIN_MARGIN]
 
 
 def some_conversations(entries: list[Entry], writer: Writer, rng: random.Random) -> list[Row]:
-    """Drawn conversations of CONVERSATION_TURNS turns: what it should know, too, and is measured on."""
+    """Drawn conversations of CONVERSATION_TURNS turns: trained on others like them, and measured on these."""
     return [
         writer.chat([(rng.choice(entry.wordings), entry.answer) for entry in rng.sample(entries, CONVERSATION_TURNS)])
         for _ in range(NUM_CONVERSATIONS)
@@ -145,7 +159,7 @@ def with_hard_rows(batches: Iterator[list[Row]], hard_rows: list[Row], rng: rand
 def train(
     entries: list[Entry], tokenizer: PreTrainedTokenizerFast, num_steps: int, seed: int
 ) -> tuple[LlamaForCausalLM, Figures]:
-    """A model in float32 that holds bfloat16 values and answers every question with MIN_MARGIN or more.
+    """A model in float32 that holds bfloat16 values and answers every wording, as a chat, with MIN_MARGIN or more.
 
     Raises ValueError when it does not get there.
     """
@@ -158,21 +172,12 @@ def train(
     model = new_model(tokenizer)
     log.info("%d answers, %.2f million parameters", len(entries), model.num_parameters() / 1e6)
     fit(model, batches, num_steps, PEAK_RATE)
-    questions = every_question(entries, writer)
     for _ in range(MAX_REPAIRS):
         round_to_bfloat16(model)
-        rows = questions + some_conversations(entries, writer, rng)
-        margins = margins_of(model, rows)
-        figures = Figures(
-            margin=min(margins[: len(questions)]),
-            num_right_conversations=sum(margin > 0 for margin in margins[len(questions) :]),
-            minutes=(time.monotonic() - started) / 60,
-        )
-        log.info("as bfloat16: %s", figures)
+        figures, hard_rows = measure(model, entries, writer, rng, (time.monotonic() - started) / 60)
+        log.info("as bfloat16: %s; %d rows are not sure", figures, len(hard_rows))
         if figures.margin >= MIN_MARGIN:
             return model, figures
-        hard_rows = [row for row, margin in zip(rows, margins, strict=True) if margin < 2 * MIN_MARGIN]
-        log.info("%d of %d rows need more training", len(hard_rows), len(rows))
         fit(model, with_hard_rows(batches, hard_rows, rng), NUM_REPAIR_STEPS, REPAIR_RATE)
     raise ValueError(f"the least margin stays below {MIN_MARGIN} logits: raise --steps, or try another --seed")
 
@@ -211,6 +216,7 @@ def card(config: LlamaConfig, entries: list[Entry], figures: Figures, args: argp
         head_dim=config.hidden_size // config.num_attention_heads,
         margin=f"{figures.margin:.1f}",
         minutes=f"{figures.minutes:.0f}",
+        num_right_prompts=figures.num_right_prompts,
         num_right_conversations=figures.num_right_conversations,
         num_conversations=NUM_CONVERSATIONS,
         conversation_turns=CONVERSATION_TURNS,
@@ -253,7 +259,7 @@ def main() -> None:
     """Train, save aside, verify what was saved, and only then put it in place."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint; an older one is replaced")
-    parser.add_argument("--steps", type=int, default=800, help="steps of the first training")
+    parser.add_argument("--steps", type=int, default=600, help="steps of the first training")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
