@@ -194,7 +194,7 @@ class Client(threading.Thread):
         )
 
 
-QUICK = [("dies", 0), ("dies", 3), ("stops", 2)]  # `-m soak` runs the others
+QUICK = [("dies", 1), ("stops", 2)]  # `-m soak` runs the others
 
 
 @pytest.mark.parametrize(
@@ -406,7 +406,7 @@ def test_a_raising_rank_is_named_and_the_gang_comes_back(
         gangs[-1].close()
 
 
-@pytest.mark.parametrize("cycles", [3, pytest.param(50, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("cycles", [2, pytest.param(50, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])])
 def test_starting_and_stopping_gangs_leaves_nothing(bundles: Any, checkpoint: Path, cycles: int) -> None:
     from actors.tensors.spec_reader import read_spec
 
