@@ -133,6 +133,17 @@ def assert_streams_at_once_equal_one_by_one(client: openai.OpenAI) -> None:
     assert together == [ask(client, prompt, stream=True, **limits) for prompt in prompts]
 
 
+def assert_readme_example_works(run: Serving) -> None:
+    """README's Python block, as a reader would run it, prints the trained answer."""
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert block and ":8000" in block[1]
+    program = block[1].replace(":8000", f":{run.port}")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    entries = yaml.safe_load((ROOT / "tests/demo/questions.yaml").read_text(encoding="utf-8"))
+    expected = [entry["answer"] for entry in entries if entry["question"] in program]
+    assert [done.stdout] == expected, done.stderr
+
+
 def assert_four_ranks(run: Serving) -> None:
     """/cluster lists them with layers, living pids and weight bytes, and nothing is held any more."""
     cluster = httpx.get(f"http://127.0.0.1:{run.port}/cluster", timeout=20).json()
@@ -176,6 +187,7 @@ def test_the_demo_serves_until_ctrl_c(tmp_path: Path, serving: list[Serving], ha
         assert_trained_answers(client)
         if ha_proxy == "0":
             assert_streams_at_once_equal_one_by_one(client)
+            assert_readme_example_works(run)
     assert_four_ranks(run)
     if ha_proxy == "1":
         addresses = [run.listening().get(port) for port in (run.port, *doors.values())]
