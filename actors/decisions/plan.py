@@ -28,6 +28,15 @@ class Plan:
         """Blocks that one sequence of `max_model_len` tokens holds."""
         return -(-self.max_model_len // self.block_size)
 
+    def check_num_blocks(self, num_blocks: int) -> None:
+        """Raises ValueError when a cache of so many blocks does not hold one sequence of full length."""
+        if num_blocks < (needed := self.num_blocks_for_longest):
+            raise ValueError(
+                f"cache.num_blocks: {num_blocks} blocks of {self.block_size} tokens do not hold one sequence of "
+                f"model.max_model_len {self.max_model_len}; it takes {needed}. Lower model.max_model_len, or raise "
+                "cache.num_blocks or cache.memory_share"
+            )
+
     def kv_bytes_per_block(self, rank: int) -> int:
         """Bytes that one block costs on a rank: keys and values of its layers and KV heads."""
         shard = self.shards[rank]

@@ -258,13 +258,6 @@ def _in_words(error: RayError, rank: int) -> str:
 
 
 def _num_blocks(config: Config, plan: Plan, loaded: list[Loaded]) -> int:
-    fits = [load.num_blocks_that_fit for load in loaded]
-    num_blocks = config.cache.num_blocks or min(fits)
-    needed = plan.num_blocks_for_longest
-    if num_blocks < needed:
-        raise ValueError(
-            f"cache.num_blocks: {num_blocks} blocks of {plan.block_size} tokens are fewer than the {needed} that one "
-            f"sequence of model.max_model_len = {plan.max_model_len} needs (rank {fits.index(min(fits))} has room for "
-            f"{min(fits)}); lower model.max_model_len, or raise cache.num_blocks or cache.memory_share"
-        )
+    num_blocks = config.cache.num_blocks or min(load.num_blocks_that_fit for load in loaded)
+    plan.check_num_blocks(num_blocks)
     return num_blocks

@@ -106,12 +106,7 @@ class Runner:
 
     def allocate_cache(self, num_blocks: int) -> None:
         """Allocate the KV cache. Raises ValueError when not even one full-length sequence would fit."""
-        needed = self.plan.num_blocks_for_longest
-        if num_blocks < needed:
-            raise ValueError(
-                f"cache.num_blocks: {num_blocks} blocks of {self.plan.block_size} tokens do not hold one sequence of "
-                f"model.max_model_len {self.plan.max_model_len}; it takes {needed}. Give it more memory or shorten it"
-            )
+        self.plan.check_num_blocks(num_blocks)
         assert self.model is not None, "load comes first"
         spec = self.plan.spec
         self.cache = KVCache(
