@@ -45,6 +45,31 @@ class Link(Protocol):
         """Fill a contiguous tensor, shaped and typed as the sender's. Raises TimeoutError or RuntimeError."""
 
 
+class PresentGroup:
+    """Stands for the stage group of the present epoch: layers keep it, and a new epoch changes what it stands for."""
+
+    def __init__(self, group: StageGroup) -> None:
+        self.group = group
+        self.size = group.size
+        self.shard = group.shard
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """As the group does."""
+        return self.group.all_reduce(tensor)
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """As the group does."""
+        return self.group.all_gather(tensor)
+
+    def abort(self) -> None:
+        """As the group does."""
+        self.group.abort()
+
+    def close(self) -> None:
+        """As the group does."""
+        self.group.close()
+
+
 class LoneShard:
     """The stage group of tensor_parallel_size 1: nothing to exchange."""
 

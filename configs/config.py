@@ -26,7 +26,10 @@ class ParallelConfig(Group):
 
     tensor_parallel_size: int = Field(default=1, ge=1, le=1024)
     pipeline_parallel_size: int = Field(default=1, ge=1, le=1024)
-    tp_plan: Literal["auto"] = "auto"  # the model's own plan
+    # The model's own plan, or rules with Transformers' patterns and styles: {"layers.*.mlp.up_proj": "colwise"}
+    tp_plan: Literal["auto"] | dict[str, str] = "auto"
+    tp_plan_mode: Literal["amend", "replace"] = "amend"  # what such rules do to the model's own
+    allow_replication: bool = False  # let every shard hold large matrices whole that no rule cuts
     layers_per_stage: tuple[Annotated[int, Strict(), Field(ge=1)], ...] | None = Field(  # None: dealt by cost
         default=None,
         strict=False,  # YAML has lists, no tuples

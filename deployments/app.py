@@ -11,7 +11,7 @@ from ray import serve
 from ray.serve import Application
 from ray.util.placement_group import placement_group_table
 
-from actors.decisions.model_spec import Sizes, broken_constraints
+from actors.decisions.sizes import Sizes, broken_constraints
 from actors.tensors.source import local_folder
 from cluster.nodes import read_nodes, wait_for
 from cluster.placement import make_bundles, make_label_selectors, make_needs, resolve_device, resolve_strategy
@@ -87,7 +87,7 @@ def _check_model(config: Config, topology: Topology) -> None:
     """Refuse a local checkpoint that is not there or cannot be cut so. A hub id is looked at once it is downloaded."""
     folder = local_folder(config.model.source, config.model.revision)
     if folder is not None:
-        sizes = Sizes.of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        sizes = Sizes.guess(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         reasons = broken_constraints(sizes, topology) if sizes else []
         if reasons:
             raise ValueError("\n".join(reasons))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from actors.decisions.model_spec import ModelSpec
 from actors.decisions.shard_plan import ShardPlan, make_shard_plans
+from actors.decisions.tp_plan import with_tp_plan
 from cluster.topology import Topology
 from configs.config import Config
 
@@ -39,8 +40,8 @@ class Plan:
 
     def kv_bytes_per_block(self, rank: int) -> int:
         """Bytes that one block costs on a rank: keys and values of its layers and KV heads."""
-        shard = self.shards[rank]
-        return 2 * self.block_size * shard.num_layers * shard.num_kv_heads * self.spec.head_dim * self.spec.dtype_bytes
+        elements = sum(attention.cached_elements for attention in self.shards[rank].attentions)
+        return self.block_size * elements * self.spec.dtype_bytes
 
 
 def make_plan(config: Config, spec: ModelSpec) -> Plan:
@@ -59,6 +60,7 @@ def make_plan(config: Config, spec: ModelSpec) -> Plan:
             f"scheduler.max_num_batched_tokens: a step of {scheduler.max_num_batched_tokens} tokens cannot hold one "
             f"token for each of scheduler.max_num_seqs = {scheduler.max_num_seqs} sequences; use at least as many"
         )
+    spec = with_tp_plan(spec, parallel)
     num_lanes = scheduler.num_lanes or topology.pipeline_parallel_size
     return Plan(
         spec=spec,

@@ -1,27 +1,20 @@
-"""What each rank owns: its layers, heads, KV heads, ffn columns, vocabulary rows, and the slice of every tensor.
+"""What each rank owns: its layers, its heads of every attention, its vocabulary rows, and the slice of every tensor.
 
 The only home of the sharding rules. Model building, loader, KV cache, memory estimate and `/cluster` read it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from actors.decisions.model_spec import ModelSpec, Parameter, broken_constraints
+from actors.decisions.model_spec import AttentionSpec, ModelSpec, Parameter, cut_dim, dtype_bytes
+from actors.decisions.sizes import Sizes, broken_constraints
+from actors.decisions.styles import STYLES
 from actors.words.errors import UnsupportedModel
 from cluster.topology import Topology
 
 Interval = tuple[int, int]  # [first, end)
 
-# Dimension that a style cuts, for weights [out, in] and biases [out]; None: every rank holds it whole.
-_CUT_DIM: dict[str, int | None] = {
-    "colwise": 0,
-    "colwise_gather_output": 0,
-    "rowwise": 1,
-    "embedding_rowwise": 0,
-    "replicated_with_grad_allreduce": None,
-    "replicate": None,
-    "sequence_parallel": None,
-}
+_KV_PROJECTIONS = ("k_proj", "v_proj")  # in an attention, these have KV heads; all else that is cut has heads
 
 
 @dataclass(frozen=True)
@@ -29,9 +22,10 @@ class TensorSlice:
     """The part of one parameter that a rank holds: intervals by dimension, joined in order."""
 
     name: str  # in the model
-    key: str  # in the checkpoint (a tied head is read under the embedding's key)
+    key: str  # under which it is stored (a tied head: under the embedding's)
     full_shape: tuple[int, ...]
     intervals: tuple[tuple[Interval, ...], ...]  # one tuple of intervals a dimension
+    dtype: str
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -39,33 +33,26 @@ class TensorSlice:
         return tuple(sum(end - first for first, end in dim) for dim in self.intervals)
 
     @property
-    def numel(self) -> int:
-        """Elements on the rank."""
-        return Parameter(self.name, self.shape).numel
+    def num_bytes(self) -> int:
+        """Bytes on the rank."""
+        numel = 1
+        for size in self.shape:
+            numel *= size
+        return numel * dtype_bytes(self.dtype)
 
 
 @dataclass(frozen=True)
-class ShardPlan:
-    """What one rank owns. Intervals are [first, end) in the unsharded model's numbering."""
+class AttentionShard:
+    """One attention as a rank has it: which heads; intervals in the unsharded model's numbering."""
 
-    rank: int
-    stage: int
-    shard: int
-    layers: Interval
+    spec: AttentionSpec
     heads: Interval
     kv_heads: Interval
-    ffn_columns: Interval
-    vocab_rows: Interval
-    has_embedding: bool
-    has_head: bool
-    shares_tied_weight: bool  # the head uses this rank's own embedding tensor
-    tensors: tuple[TensorSlice, ...]
-    dtype_bytes: int
 
     @property
-    def num_layers(self) -> int:
-        """Layers on this rank."""
-        return self.layers[1] - self.layers[0]
+    def num_heads(self) -> int:
+        """Heads on this rank."""
+        return self.heads[1] - self.heads[0]
 
     @property
     def num_kv_heads(self) -> int:
@@ -73,9 +60,35 @@ class ShardPlan:
         return self.kv_heads[1] - self.kv_heads[0]
 
     @property
+    def cached_elements(self) -> int:
+        """Elements of the KV cache for one token."""
+        return self.num_kv_heads * (self.spec.key_dim + self.spec.value_dim)
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """What one rank owns."""
+
+    rank: int
+    stage: int
+    shard: int
+    layers: Interval
+    attentions: tuple[AttentionShard, ...]  # of its layers, in order
+    vocab_rows: Interval
+    has_embedding: bool
+    has_head: bool
+    shares_tied_weight: bool  # the head uses this rank's own embedding tensor
+    tensors: tuple[TensorSlice, ...] = ()
+
+    @property
+    def num_layers(self) -> int:
+        """Layers on this rank."""
+        return self.layers[1] - self.layers[0]
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of all tensors of this rank."""
-        return sum(tensor.numel for tensor in self.tensors) * self.dtype_bytes
+        return sum(tensor.num_bytes for tensor in self.tensors)
 
 
 def make_shard_plans(
@@ -83,12 +96,11 @@ def make_shard_plans(
 ) -> tuple[ShardPlan, ...]:
     """One plan a rank, in rank order.
 
-    Raises ValueError with every broken constraint, UnsupportedModel for unknown styles.
+    Raises ValueError with every broken constraint, UnsupportedModel for a tensor that cannot be cut as its style says.
     """
-    reasons = broken_constraints(spec, topology)
+    reasons = broken_constraints(Sizes.of(spec), topology)
     if reasons:
         raise ValueError("\n".join(reasons))
-    _check_styles(spec)
     cuts = _given_cut(spec, topology, layers_per_stage) if layers_per_stage else cut_by_cost(spec, topology)
     return tuple(_shard_plan(spec, topology, rank, cuts[topology.stage(rank)]) for rank in range(topology.num_ranks))
 
@@ -110,7 +122,7 @@ def cut_by_cost(spec: ModelSpec, topology: Topology) -> list[Interval]:
         layer = spec.layer_of(parameter.name)
         if layer is not None:
             layer_cost[layer] += parameter.numel
-        elif not parameter.name.startswith(spec.embedding_name + "."):
+        elif parameter.place == "last":
             tail_cost += parameter.numel
     if spec.tied_head:
         tail_cost += spec.vocab_size * spec.hidden_size
@@ -151,81 +163,122 @@ def _given_cut(spec: ModelSpec, topology: Topology, layers_per_stage: tuple[int,
     return list(pairwise(bounds))
 
 
-def _check_styles(spec: ModelSpec) -> None:
-    unknown = sorted({style for style in spec.styles.values() if style not in _CUT_DIM})
-    if unknown:
-        raise UnsupportedModel(
-            f"{spec.architecture}: its tensor-parallel plan uses {', '.join(unknown)}, which is not built yet; "
-            f"known styles: {', '.join(_CUT_DIM)}"
-        )
-
-
 def _shard_plan(spec: ModelSpec, topology: Topology, rank: int, layers: Interval) -> ShardPlan:
-    tp, shard = topology.tensor_parallel_size, topology.shard(rank)
     is_first, is_last = topology.is_first_stage(rank), topology.is_last_stage(rank)
-    kv_heads = split_evenly(spec.num_kv_heads, shard, tp)
-    if tp > spec.num_kv_heads:  # each KV head is held by tp / num_kv_heads shards, next to the queries that use it
-        kv_head = shard * spec.num_kv_heads // tp
-        kv_heads = (kv_head, kv_head + 1)
+    owned = [attention for layer in spec.layers[slice(*layers)] for attention in layer.attentions]
     plan = ShardPlan(
         rank=rank,
         stage=topology.stage(rank),
-        shard=shard,
+        shard=topology.shard(rank),
         layers=layers,
-        heads=split_evenly(spec.num_heads, shard, tp),
-        kv_heads=kv_heads,
-        ffn_columns=split_evenly(spec.ffn_size, shard, tp),
-        vocab_rows=split_evenly(spec.vocab_size, shard, tp),
+        attentions=tuple(_attention_shard(spec, topology, rank, attention) for attention in owned),
+        vocab_rows=split_evenly(spec.vocab_size, topology.shard(rank), topology.tensor_parallel_size),
         has_embedding=is_first,
         has_head=is_last,
         shares_tied_weight=spec.tied_head and is_first and is_last,
-        tensors=(),
-        dtype_bytes=spec.dtype_bytes,
     )
-    tensors = [_slice(spec, plan, parameter) for parameter in spec.parameters if _is_owned(spec, plan, parameter.name)]
+    cutter = _Cutter(spec, plan, topology.tensor_parallel_size)
+    tensors = [cutter.slice(parameter) for parameter in spec.parameters if _is_owned(spec, plan, parameter)]
     if spec.tied_head and is_last and not is_first:
-        head = Parameter(f"{spec.head_name}.weight", (spec.vocab_size, spec.hidden_size))
-        tensors.append(_slice(spec, plan, head, key=f"{spec.embedding_name}.weight"))
-    return ShardPlan(**{**plan.__dict__, "tensors": tuple(tensors)})
+        key = f"{spec.embedding_name}.weight"
+        embedding = next(parameter for parameter in spec.parameters if parameter.name == key)
+        tensors.append(replace(cutter.slice(replace(embedding, name=f"{spec.head_name}.weight")), key=key))
+    return replace(plan, tensors=tuple(tensors))
 
 
-def _is_owned(spec: ModelSpec, plan: ShardPlan, name: str) -> bool:
-    layer = spec.layer_of(name)
-    if layer is not None:
-        return plan.layers[0] <= layer < plan.layers[1]
-    if name.startswith(spec.embedding_name + "."):
-        return plan.has_embedding
-    return plan.has_head  # the final norm and the head
+def _attention_shard(spec: ModelSpec, topology: Topology, rank: int, attention: AttentionSpec) -> AttentionShard:
+    tp, shard = topology.tensor_parallel_size, topology.shard(rank)
+    if not spec.is_cut(attention):
+        return AttentionShard(attention, (0, attention.num_heads), (0, attention.num_kv_heads))
+    kv_heads = split_evenly(attention.num_kv_heads, shard, tp)
+    if tp > attention.num_kv_heads:  # each KV head is held by tp / num_kv_heads shards, next to the queries that use it
+        kv_head = shard * attention.num_kv_heads // tp
+        kv_heads = (kv_head, kv_head + 1)
+    return AttentionShard(attention, split_evenly(attention.num_heads, shard, tp), kv_heads)
 
 
-def _slice(spec: ModelSpec, plan: ShardPlan, parameter: Parameter, key: str | None = None) -> TensorSlice:
-    whole = tuple(((0, size),) for size in parameter.shape)
-    style = spec.style_of(parameter.name)
-    cut = _CUT_DIM[style] if style else None
-    if cut is None or cut >= len(parameter.shape):  # a rowwise bias is whole: added once, after the all-reduce
-        intervals = whole
-    else:
-        interval = _interval(spec, plan, parameter, parameter.shape[cut])
-        intervals = (*whole[:cut], (interval,), *whole[cut + 1 :])
-    return TensorSlice(parameter.name, key or parameter.name, parameter.shape, intervals)
+def _is_owned(spec: ModelSpec, plan: ShardPlan, parameter: Parameter) -> bool:
+    match parameter.place:
+        case "layer":
+            layer = spec.layer_of(parameter.name)
+            return layer is not None and plan.layers[0] <= layer < plan.layers[1]
+        case "first":
+            return plan.has_embedding
+        case "last":
+            return plan.has_head
+        case "all":
+            return True
 
 
-def _interval(spec: ModelSpec, plan: ShardPlan, parameter: Parameter, size: int) -> Interval:
-    """Which part of a cut dimension this rank holds, by the role of the module that the parameter belongs to."""
-    module = parameter.name.rpartition(".")[0]
-    units: dict[str, tuple[Interval, int]] = {
-        "q_proj": (plan.heads, spec.head_dim),
-        "o_proj": (plan.heads, spec.head_dim),
-        "k_proj": (plan.kv_heads, spec.head_dim),
-        "v_proj": (plan.kv_heads, spec.head_dim),
-        "gate_proj": (plan.ffn_columns, 1),
-        "up_proj": (plan.ffn_columns, 1),
-        "down_proj": (plan.ffn_columns, 1),
-        spec.head_name.rpartition(".")[2]: (plan.vocab_rows, 1),
-        spec.embedding_name.rpartition(".")[2]: (plan.vocab_rows, 1),
-    }
-    role = module.rpartition(".")[2]
-    if role not in units:
-        raise UnsupportedModel(f"{spec.architecture}: no rule says how {parameter.name} of {size} is split")
-    (first, end), unit = units[role]
-    return first * unit, end * unit
+@dataclass(frozen=True)
+class _Cutter:
+    """Cuts parameters for one rank."""
+
+    spec: ModelSpec
+    plan: ShardPlan
+    num_shards: int
+
+    def slice(self, parameter: Parameter) -> TensorSlice:
+        """By the style of the parameter."""
+        whole = tuple(((0, size),) for size in parameter.shape)
+        name = self.spec.style_of(parameter.name) or "replicate"
+        style = STYLES[name]
+        dim = None if style.cuts is None else cut_dim(style.cuts, parameter.shape)
+        intervals: tuple[tuple[Interval, ...], ...] = whole
+        if dim is not None:
+            size = parameter.shape[dim]
+            cut = (
+                self._qkv(parameter, size)
+                if name == "qkv_colwise"
+                else self._equal_pieces(parameter, size, style.pieces)
+            )
+            intervals = (*whole[:dim], cut, *whole[dim + 1 :])
+        return TensorSlice(parameter.name, parameter.name, parameter.shape, intervals, parameter.dtype)
+
+    def _equal_pieces(self, parameter: Parameter, size: int, pieces: int) -> tuple[Interval, ...]:
+        first, end = self._interval(parameter, size // pieces)
+        return tuple((piece + first, piece + end) for piece in range(0, size, size // pieces))
+
+    def _interval(self, parameter: Parameter, size: int) -> Interval:
+        """Which part of a cut dimension this rank holds, by what the dimension counts."""
+        if self.spec.is_vocabulary(parameter.name):
+            return self.plan.vocab_rows
+        shard = self._attention_of(parameter)
+        if shard is None:
+            return split_evenly(size, self.plan.shard, self.num_shards)
+        has_kv_heads = parameter.name.split(".")[-2] in _KV_PROJECTIONS
+        return self._heads(parameter, size, shard, has_kv_heads)
+
+    def _attention_of(self, parameter: Parameter) -> AttentionShard | None:
+        attention = self.spec.attention_of(parameter.name)
+        return next((shard for shard in self.plan.attentions if shard.spec == attention), None)
+
+    def _heads(self, parameter: Parameter, size: int, shard: AttentionShard, has_kv_heads: bool) -> Interval:
+        """Whole heads; where the attention is not cut its projections are still cut, and gathered."""
+        total = shard.spec.num_kv_heads if has_kv_heads else shard.spec.num_heads
+        if not self.spec.is_cut(shard.spec):
+            return split_evenly(size, self.plan.shard, self.num_shards)
+        if size % total:
+            raise UnsupportedModel(
+                f"{self.spec.architecture}: {parameter.name} has {size} rows or columns to cut, not a multiple of "
+                f"{total} heads; no rule says how they are dealt to shards"
+            )
+        first, end = shard.kv_heads if has_kv_heads else shard.heads
+        return first * size // total, end * size // total
+
+    def _qkv(self, parameter: Parameter, size: int) -> tuple[Interval, ...]:
+        """Query heads, then key heads, then value heads."""
+        shard = self._attention_of(parameter)
+        assert shard is not None
+        spec = shard.spec
+        parts = (
+            (shard.heads, spec.num_heads, spec.key_dim),
+            (shard.kv_heads, spec.num_kv_heads, spec.key_dim),
+            (shard.kv_heads, spec.num_kv_heads, spec.value_dim),
+        )
+        intervals, start = [], 0
+        for (first, end), count, width in parts:
+            intervals.append((start + first * width, start + end * width))
+            start += count * width
+        assert start == size, f"{parameter.name} has {size} rows, its heads {start}"
+        return tuple(intervals)

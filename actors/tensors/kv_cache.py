@@ -1,37 +1,45 @@
-"""Owns the paged KV cache of a rank: keys and values of its layers, in blocks, and how many blocks fit."""
+"""Owns the paged KV cache of a rank: keys and values of its attentions, in blocks, and how many blocks fit."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from actors.decisions.shard_plan import AttentionShard
+
 
 class KVCache:
-    """Keys and values, each [layers, num_blocks, block_size, kv_heads, head_dim], zeros at first."""
+    """Keys and values of each attention, [num_blocks, block_size, kv_heads, dimension], zeros at first."""
 
     def __init__(
         self,
-        num_layers: int,
+        attentions: Sequence[AttentionShard],
         num_blocks: int,
         block_size: int,
-        num_kv_heads: int,
-        head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (num_layers, num_blocks, block_size, num_kv_heads, head_dim)
+        def zeros(num_heads: int, dim: int) -> torch.Tensor:
+            return torch.zeros(num_blocks, block_size, num_heads, dim, dtype=dtype, device=device)
+
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = [zeros(shard.num_kv_heads, shard.spec.key_dim) for shard in attentions]
+        self.values = [zeros(shard.num_kv_heads, shard.spec.value_dim) for shard in attentions]
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes of the device's memory."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
     def clear(self, blocks: torch.Tensor) -> None:
-        """Zero some blocks (int64 [n]) in every layer.
+        """Zero some blocks (int64 [n]) of every attention.
 
         A masked position still enters attention, with weight 0, and 0 × NaN is NaN: what a request left in a block
         must not reach the next one that holds it.
         """
-        self.keys.index_fill_(1, blocks, 0)
-        self.values.index_fill_(1, blocks, 0)
+        for tensor in (*self.keys, *self.values):
+            tensor.index_fill_(0, blocks, 0)
 
 
 def available_bytes(device: torch.device) -> int:

@@ -65,6 +65,34 @@ class RowwiseLinear(ParallelLinear):
         return out if self.bias is None else out.add_(self.bias)
 
 
+class GatheredColwiseLinear(ColwiseLinear):
+    """Some rows of the weight, and then everybody's output."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - nn.Linear's name
+        """[*, in] → [*, out], the same on every shard."""
+        return gather_last(self.group, super().forward(input))
+
+
+class SplitInputRowwiseLinear(RowwiseLinear):
+    """Some columns of the weight, for an input that every shard has whole."""
+
+    columns: Interval
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - nn.Linear's name
+        """[*, in] → [*, out]."""
+        return super().forward(input[..., slice(*self.columns)])
+
+
+class ColwiseEmbedding(nn.Embedding):
+    """Some of the hidden size of every row, and then everybody's."""
+
+    group: StageGroup
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - nn.Embedding's name
+        """Ids [*] → [*, hidden]."""
+        return gather_last(self.group, super().forward(input))
+
+
 class VocabParallelEmbedding(nn.Embedding):
     """Some rows of the table: other shards' ids look up nothing, and the sum over the shards is whole."""
 
@@ -87,12 +115,22 @@ class VocabParallelEmbedding(nn.Embedding):
         return self.group.all_reduce(hidden.masked_fill_(is_elsewhere.unsqueeze(-1), 0))
 
 
+def gather_last(group: StageGroup, part: torch.Tensor) -> torch.Tensor:
+    """Every shard's part [*, n], equal in size → [*, n × shards], in shard order."""
+    return torch.cat(tuple(group.all_gather(part.contiguous())), dim=-1)
+
+
 class PassThrough(nn.Module):
     """Stands for a module of another stage: gives its first argument on, whatever else comes."""
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def __init__(self, num_outputs: int = 0) -> None:
+        """`num_outputs`: the length of the tuple that the module returned, 0 for a tensor alone."""
+        super().__init__()
+        self.num_outputs = num_outputs
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """[*] → the same."""
-        return hidden_states
+        return (hidden_states, *[None] * (self.num_outputs - 1)) if self.num_outputs else hidden_states
 
 
 class NoEmbedding(nn.Module):
@@ -100,11 +138,11 @@ class NoEmbedding(nn.Module):
 
     def __init__(self, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.zeros = torch.zeros(hidden_size, dtype=dtype, device=device)
+        self.weight = torch.zeros(hidden_size, dtype=dtype, device=device)  # some models ask its dtype and device
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids [*] → zeros [*, hidden], without memory."""
-        return self.zeros.expand(*ids.shape, -1)
+        return self.weight.expand(*ids.shape, -1)
 
 
 def rebase(module: nn.Module, base: type[Layer]) -> Layer:
@@ -113,29 +151,9 @@ def rebase(module: nn.Module, base: type[Layer]) -> Layer:
     A subclass that scales in `forward` around `super().forward` (Gemma's embedding) then scales around ours.
     """
     original = type(module)
-    plain = base.__mro__[2] if issubclass(base, ParallelLinear) else base.__mro__[1]
+    plain = nn.Linear if issubclass(base, nn.Linear) else nn.Embedding
     if not issubclass(original, plain):
         raise UnsupportedModel(f"{original.__name__} is no {plain.__name__}: no parallel layer stands for it")
     module.__class__ = base if original is plain else type(original.__name__, (original, base), {})
     assert isinstance(module, base)
     return module
-
-
-def parallelise(module: nn.Module, style: str, group: StageGroup, vocab_rows: Interval, is_head: bool) -> None:
-    """Give a module the parallel form that its style names. Raises UnsupportedModel for what is not built.
-
-    The head's logits stay cut by vocabulary: the sampler never needs the gather that `colwise_gather_output` names.
-    """
-    match style:
-        case "colwise":
-            rebase(module, ColwiseLinear).place(group, Dense())
-        case "colwise_gather_output" if is_head:
-            rebase(module, ColwiseLinear).place(group, Dense())
-        case "rowwise":
-            rebase(module, RowwiseLinear).place(group, Dense())
-        case "embedding_rowwise":
-            rebase(module, VocabParallelEmbedding).place(group, vocab_rows)
-        case "replicate" | "replicated_with_grad_allreduce" | "sequence_parallel":
-            pass  # every shard holds it whole
-        case _:
-            raise UnsupportedModel(f"no parallel layer is built for style {style} of {type(module).__name__}")

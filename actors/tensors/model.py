@@ -3,7 +3,7 @@
 T tokens of the step · H hidden size · Q rows of logits · V vocabulary rows of this shard.
 """
 
-from collections.abc import Iterable
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,38 +11,49 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from actors.decisions.model_spec import ModelSpec
-from actors.decisions.shard_plan import ShardPlan
+from actors.decisions.model_spec import ModelSpec, cut_dim, pattern_of
+from actors.decisions.plan import Plan
+from actors.decisions.shard_plan import Interval, ShardPlan, TensorSlice
+from actors.decisions.styles import STYLES
 from actors.tensors.attention import MODULE_ATTRIBUTE, CurrentStep, LayerAttention, StepAttention
 from actors.tensors.kv_cache import KVCache
-from actors.tensors.layers import NoEmbedding, ParallelLinear, PassThrough, VocabParallelEmbedding, parallelise
-from actors.tensors.skeleton import build_skeleton, read_config
-from actors.tensors.spec_reader import spec_of
-from actors.words.errors import UnsupportedModel
-from cluster.collectives import StageGroup
+from actors.tensors.layers import NoEmbedding, ParallelLinear, PassThrough
+from actors.tensors.names import CheckpointNames
+from actors.tensors.parallelise import parallelise
+from actors.tensors.rotary import fix_rotary
+from actors.tensors.skeleton import build_skeleton, config_digest, read_config
+from cluster.collectives import PresentGroup, StageGroup
 
 
 class StageModel:
     """The layers of one stage, as one shard holds them; on the last stage the model's own tail too."""
 
-    def __init__(self, spec: ModelSpec, shard: ShardPlan, skeleton: PreTrainedModel, is_first_stage: bool) -> None:
-        """`skeleton` is pruned and cut already; use `build`."""
+    def __init__(
+        self,
+        spec: ModelSpec,
+        shard: ShardPlan,
+        skeleton: PreTrainedModel,
+        names: CheckpointNames,
+        group: PresentGroup,
+    ) -> None:
+        """`skeleton` is pruned and cut already, and its layers exchange through `group`; use `build`."""
         self.spec = spec
         self.shard = shard
         self.module = skeleton
-        self.ignorable_keys = _ignorable_keys(skeleton)
+        self.names = names
+        self._group = group
         self._current = CurrentStep()
         self._state_1TH: torch.Tensor | None = None  # from the stage before
         self._output_1TH: torch.Tensor | None = None  # of the last owned layer
         first, end = shard.layers
-        if not is_first_stage:
+        if not shard.has_embedding:
             self._layer(first).register_forward_pre_hook(self._enter, with_kwargs=True)
         if not shard.has_head:
             self._layer(end - 1).register_forward_hook(self._leave)
 
-    def parameters(self) -> dict[str, torch.Tensor]:
-        """Every parameter of this rank by its name in the model; a tied head is not named twice."""
-        return dict(self.module.named_parameters())
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor of this rank that is loaded, by its name in the model; a tied head is not named twice."""
+        return {tensor.name: _find(self.module, tensor.name) for tensor in self.shard.tensors}
 
     def prepare(self) -> None:
         """Let every linear layer bring its tensors into the form it multiplies with; they hold their values now."""
@@ -52,18 +63,13 @@ class StageModel:
 
     def join(self, group: StageGroup) -> None:
         """Let the layers exchange through the group of a new epoch."""
-        for module in self.module.modules():
-            if isinstance(module, ParallelLinear | VocabParallelEmbedding):
-                module.group = group
+        self._group.group = group
 
     def attach(self, cache: KVCache) -> None:
-        """Give each owned layer its part of the cache; called again when the cache is allocated anew."""
-        first, end = self.shard.layers
-        for layer in range(first, end):
-            attention = LayerAttention(
-                cache.keys[layer - first], cache.values[layer - first], self.spec.layers[layer].window, self._current
-            )
-            setattr(self._attention_module(layer), MODULE_ATTRIBUTE, attention)
+        """Give each attention its part of the cache; called again when the cache is allocated anew."""
+        for shard, keys, values in zip(self.shard.attentions, cache.keys, cache.values, strict=True):
+            attention = LayerAttention(shard.spec, keys, values, self._current)
+            setattr(self.module.get_submodule(shard.spec.name), MODULE_ATTRIBUTE, attention)
 
     def forward(
         self,
@@ -98,8 +104,10 @@ class StageModel:
 
     def _enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         assert self._state_1TH is not None
-        assert args, "the hidden states come first"
-        return (self._state_1TH, *args[1:]), kwargs
+        if args:
+            return (self._state_1TH, *args[1:]), kwargs
+        assert "hidden_states" in kwargs
+        return args, {**kwargs, "hidden_states": self._state_1TH}
 
     def _leave(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._output_1TH = output[0] if isinstance(output, tuple) else output
@@ -108,30 +116,39 @@ class StageModel:
         module: nn.Module = self.module.get_submodule(f"{self.spec.layers_name}.{layer}")
         return module
 
-    def _attention_module(self, layer: int) -> nn.Module:
-        parts = self._layer(layer).modules()
-        found = [part for part in parts if getattr(part, "layer_idx", None) == layer and hasattr(part, "scaling")]
-        if len(found) != 1:
-            raise UnsupportedModel(f"{self.spec.architecture}: layer {layer} has {len(found)} attentions, not one")
-        return found[0]
 
-
-def build(
-    spec: ModelSpec, shard: ShardPlan, folder: Path, group: StageGroup, device: torch.device, is_first_stage: bool
-) -> StageModel:
-    """Build one rank's model with empty parameters on the device.
+def build(plan: Plan, rank: int, folder: Path, group: StageGroup, device: torch.device) -> StageModel:
+    """Build one rank's model with empty tensors on the device.
 
     Raises ValueError when the folder on this node describes another model than the plan was made for.
     """
+    spec, shard = plan.spec, plan.shards[rank]
+    if config_digest(folder) != spec.config_digest:
+        raise ValueError(f"model.source: {folder} on this node describes another model than the plan; copy it anew")
     dtype: torch.dtype = getattr(torch, spec.dtype)
     skeleton = build_skeleton(read_config(folder), dtype)
-    if spec_of(skeleton, spec.dtype) != spec:
-        raise ValueError(f"model.source: {folder} on this node describes another model than the plan; copy it anew")
+    fix_rotary(skeleton, plan.max_model_len)
+    names = CheckpointNames.of(skeleton)
     _prune(spec, shard, skeleton, dtype, device)
-    for name, style in _owned_styles(spec, skeleton):
-        parallelise(skeleton.get_submodule(name), style, group, shard.vocab_rows, name == spec.head_name)
-    _allocate(spec, shard, skeleton, dtype, device)
-    return StageModel(spec, shard, skeleton, is_first_stage)
+    present = PresentGroup(group)
+    cut = {tensor.name: tensor for tensor in shard.tensors}
+    for name, module in skeleton.named_modules():
+        style = spec.styles.get(pattern_of(name))
+        if style is not None and not isinstance(module, PassThrough | NoEmbedding):
+            interval = _interval(style, cut.get(f"{name}.weight"))
+            parallelise(module, style, present, interval, is_head=name == spec.head_name)
+    _localise_heads(spec, shard, skeleton)
+    _allocate(spec, shard, skeleton, device)
+    return StageModel(spec, shard, skeleton, names, present)
+
+
+def _interval(style: str, weight: TensorSlice | None) -> Interval:
+    """What a shard has of the dimension that a style cuts."""
+    cuts = STYLES[style].cuts
+    if weight is None or cuts is None:
+        return 0, 0
+    dim = cut_dim(cuts, weight.full_shape)
+    return (0, 0) if dim is None else (weight.intervals[dim][0][0], weight.intervals[dim][-1][1])
 
 
 def _prune(spec: ModelSpec, shard: ShardPlan, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -139,42 +156,52 @@ def _prune(spec: ModelSpec, shard: ShardPlan, model: nn.Module, dtype: torch.dty
     first, end = shard.layers
     for layer in range(spec.num_layers):
         if not first <= layer < end:
-            model.set_submodule(f"{spec.layers_name}.{layer}", PassThrough())
+            model.set_submodule(f"{spec.layers_name}.{layer}", PassThrough(spec.layer_outputs))
     owned = {tensor.name.rpartition(".")[0] for tensor in shard.tensors}
     if shard.shares_tied_weight:
         owned.add(spec.head_name)
-    for name in {parameter.name.rpartition(".")[0] for parameter in spec.parameters} | {spec.head_name}:
-        if spec.layer_of(name) is None and name not in owned:
+    outside = {parameter.name.rpartition(".")[0] for parameter in spec.parameters if parameter.place != "layer"}
+    for name in outside | {spec.head_name}:
+        if name not in owned:
             is_embedding = name == spec.embedding_name
             model.set_submodule(name, NoEmbedding(spec.hidden_size, dtype, device) if is_embedding else PassThrough())
 
 
-def _owned_styles(spec: ModelSpec, model: nn.Module) -> Iterable[tuple[str, str]]:
-    """Modules that hold parameters here and have a style in the plan."""
-    for name, module in model.named_modules():
-        style = spec.style_of(name)
-        if style is not None and next(module.parameters(recurse=False), None) is not None:
-            yield name, style
+def _localise_heads(spec: ModelSpec, shard: ShardPlan, model: nn.Module) -> None:
+    """A fused projection is taken apart by head counts of the module and its config: make them this shard's."""
+    for attention in shard.attentions:
+        module: Any = model.get_submodule(attention.spec.name)
+        if "qkv_colwise" in {
+            spec.styles.get(pattern_of(f"{attention.spec.name}.{name}")) for name, _ in module.named_children()
+        }:
+            module.config = copy.copy(module.config)
+            for owner in (module, module.config):
+                owner.num_attention_heads = owner.num_heads = attention.num_heads
+                owner.num_key_value_heads = attention.num_kv_heads
 
 
-def _allocate(spec: ModelSpec, shard: ShardPlan, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Replace every meta parameter by an empty one of the shard's shape; nothing stays on meta."""
+def _allocate(spec: ModelSpec, shard: ShardPlan, model: nn.Module, device: torch.device) -> None:
+    """Replace every tensor that is loaded by an empty one of the shard's shape; nothing stays on meta."""
     for tensor in shard.tensors:
         module_name, _, attribute = tensor.name.rpartition(".")
-        empty = torch.empty(tensor.shape, dtype=dtype, device=device)
-        setattr(model.get_submodule(module_name), attribute, nn.Parameter(empty, requires_grad=False))
+        module = model.get_submodule(module_name)
+        empty = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype), device=device)
+        is_buffer = attribute in dict(module.named_buffers(recurse=False))
+        setattr(module, attribute, empty if is_buffer else nn.Parameter(empty, requires_grad=False))
     if shard.shares_tied_weight:
         model.get_submodule(spec.head_name).weight = model.get_submodule(spec.embedding_name).weight
-    for module in model.modules():
+    loaded = {tensor.name for tensor in shard.tensors}
+    for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
+            if f"{prefix}.{name}" not in loaded:
+                setattr(module, name, buffer.to(device))
     names = {name for name, _ in model.named_parameters()}
-    assert names == {tensor.name for tensor in shard.tensors}, names ^ {tensor.name for tensor in shard.tensors}
+    assert names <= loaded, f"no slice is planned for {names - loaded}"
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
-def _ignorable_keys(model: PreTrainedModel) -> frozenset[str]:
-    """Patterns of checkpoint keys that Transformers drops for this model (regular expressions, searched)."""
-    patterns: set[str] = set(model._keys_to_ignore_on_load_unexpected or ())  # noqa: SLF001 - it has no public name
-    # Older checkpoints carry the rotary frequencies of every layer; Transformers drops them wherever it computes them
-    return frozenset(patterns | {r"rotary_emb\.inv_freq"})
+def _find(model: nn.Module, name: str) -> torch.Tensor:
+    module_name, _, attribute = name.rpartition(".")
+    tensor = getattr(model.get_submodule(module_name), attribute)
+    assert isinstance(tensor, torch.Tensor)
+    return tensor

@@ -72,9 +72,8 @@ class Runner:
         self.groups = groups
         self.sampler = Sampler(groups.stage, self.shard.vocab_rows, self.plan.spec.vocab_size)
         self.logprobs = LogprobReader(groups.stage, self.shard.vocab_rows, self.plan.spec.vocab_size)
-        first, end = self.shard.layers
-        windows = frozenset(layer.window for layer in self.plan.spec.layers[first:end])
-        visibility = VisibilityMaker(self.plan.block_size, windows, self.dtype, self.device)
+        sights = frozenset(attention.spec.sight for attention in self.shard.attentions)
+        visibility = VisibilityMaker(self.plan.block_size, sights, self.dtype, self.device)
         self._receiver = self._sender = None
         if self.plan.depth > 1 and groups.feedback is not None:
             self._receiver = FeedbackReceiver(groups.feedback, self.device) if self.is_first_stage else None
@@ -91,9 +90,10 @@ class Runner:
 
     def load(self, folder: Path, progress: Progress | None = None) -> LoadReport:
         """Build this rank's model and read its weights. Raises ValueError, UnsupportedModel or CheckpointError."""
-        self.model = build(self.plan.spec, self.shard, folder, self.groups.stage, self.device, self.is_first_stage)
-        parameters = self.model.parameters()
-        report = load_weights(folder, self.plan.spec, self.shard, parameters, self.model.ignorable_keys, progress)
+        self.model = build(self.plan, self.shard.rank, folder, self.groups.stage, self.device)
+        report = load_weights(
+            folder, self.plan.spec, self.shard, self.model.tensors(), self.model.names.ignorable, progress
+        )
         self.model.prepare()
         return report
 
@@ -108,16 +108,7 @@ class Runner:
         """Allocate the KV cache. Raises ValueError when not even one full-length sequence would fit."""
         self.plan.check_num_blocks(num_blocks)
         assert self.model is not None, "load comes first"
-        spec = self.plan.spec
-        self.cache = KVCache(
-            num_layers=self.shard.num_layers,
-            num_blocks=num_blocks,
-            block_size=self.plan.block_size,
-            num_kv_heads=self.shard.num_kv_heads,
-            head_dim=spec.head_dim,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        self.cache = KVCache(self.shard.attentions, num_blocks, self.plan.block_size, self.dtype, self.device)
         self.model.attach(self.cache)
 
     def warm_up(self) -> None:
@@ -192,7 +183,7 @@ class Runner:
         assert self.model is not None
         state = None
         if self.groups.previous is not None:
-            shape = (tensors.ids_T.shape[0], self.plan.spec.hidden_size)
+            shape = (tensors.ids_T.shape[0], *self.plan.spec.state_shape)
             state = torch.empty(shape, dtype=self.dtype, device=self.device)
             self.groups.previous.receive(state)
         return self.model.forward(tensors.ids_T, tensors.positions_T, tensors.logits_rows_Q, tensors.attention, state)

@@ -1,5 +1,6 @@
 """Builds the unsharded Transformers model as a skeleton: parameters on meta, buffers real."""
 
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -13,12 +14,6 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 
 from actors.tensors.attention import ATTENTION_NAME, paged_attention
 from actors.words.errors import UnsupportedModel
-
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-
-# Fixed once from the config. `dynamic` and `longrope` look at the largest position of the whole packed batch, so that
-# one long request would change the others.
-SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 _patch_lock = threading.Lock()
 
@@ -36,10 +31,6 @@ def read_config(folder: Path) -> PretrainedConfig:
     architecture = ", ".join(raw.get("architectures") or []) or "no architecture"
     if "auto_map" in raw:
         raise UnsupportedModel(f"{architecture}: {path} needs code from the checkpoint (auto_map), which is never run")
-    if architecture not in SUPPORTED_ARCHITECTURES:
-        raise UnsupportedModel(
-            f"{architecture} in {path} is not supported yet; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
-        )
     if raw.get("quantization_config"):
         raise UnsupportedModel(f"{architecture}: {path} names a quantization_config; use the unquantised checkpoint")
     try:
@@ -47,26 +38,36 @@ def read_config(folder: Path) -> PretrainedConfig:
     except (OSError, ValueError) as error:
         raise ValueError(f"model.source: {path} cannot be read by Transformers: {error}") from error
     assert isinstance(config, PretrainedConfig)
-    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-    if rope_type not in SUPPORTED_ROPE_TYPES:
-        raise UnsupportedModel(
-            f"{architecture}: rope_type {rope_type!r} in {path} depends on the longest sequence of a batch; "
-            f"supported: {', '.join(SUPPORTED_ROPE_TYPES)}"
-        )
     return config
+
+
+def config_digest(folder: Path) -> str:
+    """Tells apart configs that mean different models; who saved them, and how they are spelled, does not matter."""
+    raw: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
+    meant = {key: value for key, value in raw.items() if key not in ("transformers_version", "_name_or_path")}
+    return hashlib.sha256(json.dumps(meant, sort_keys=True).encode()).hexdigest()
+
+
+def build_model(
+    config: PretrainedConfig, dtype: torch.dtype, attention: str, experts: str | None = None
+) -> PreTrainedModel:
+    """The whole ForCausalLM in eval mode; `attention` and `experts` name implementations (None: Transformers' own)."""
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation=attention, experts_implementation=experts, dtype=dtype
+    )
+    assert isinstance(model, PreTrainedModel)
+    return model.eval()
 
 
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The whole ForCausalLM in eval mode, attention going through `paged_attention`.
 
     No memory is spent on parameters. Buffers (rotary frequencies) hold their real values, so that nothing has to be
-    recomputed. No mask function is registered: masks are then None, and the layer's window is honoured by us.
+    recomputed. No mask function is registered: masks are then None, and what a layer sees is up to us.
     """
     AttentionInterface.register(ATTENTION_NAME, paged_attention)
     with parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME, dtype=dtype)
-    assert isinstance(model, PreTrainedModel)
-    return model.eval()
+        return build_model(config, dtype, ATTENTION_NAME)
 
 
 @contextmanager

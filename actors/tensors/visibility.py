@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from actors.decisions.model_spec import Sight
 from actors.tensors.attention import DecodeGroup, PrefillTile, StepAttention, Visibility
 
 _TILE = 256  # queries of a prefill tile: its mask is [256, keys]
@@ -26,13 +27,11 @@ class Chunk:
 
 
 class VisibilityMaker:
-    """Knows the windows of a rank's layers, and makes masks in the dtype of its queries."""
+    """Knows the sights of a rank's attentions, and makes masks in the dtype of its queries."""
 
-    def __init__(
-        self, block_size: int, windows: frozenset[int | None], dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, block_size: int, sights: frozenset[Sight], dtype: torch.dtype, device: torch.device) -> None:
         self.block_size = block_size
-        self.windows = windows
+        self.sights = sights
         self.dtype = dtype
         self.device = device
 
@@ -41,25 +40,25 @@ class VisibilityMaker:
         slots = [self._slots(tables, chunk, chunk.start, chunk.end) for chunk in chunks]
         return StepAttention(
             slots_T=torch.cat(slots).to(self.device, non_blocking=True),
-            by_window={window: self._visibility(chunks, tables, window) for window in self.windows},
+            by_sight={sight: self._visibility(chunks, tables, sight) for sight in self.sights},
         )
 
-    def _visibility(self, chunks: list[Chunk], tables: torch.Tensor, window: int | None) -> Visibility:
+    def _visibility(self, chunks: list[Chunk], tables: torch.Tensor, sight: Sight) -> Visibility:
         rows = [chunk for chunk in chunks if chunk.num_tokens == 1]
         return Visibility(
-            groups=tuple(self._group(rows[first:end], tables, window) for first, end in self._similar(rows, window)),
+            groups=tuple(self._group(rows[first:end], tables, sight) for first, end in self._similar(rows, sight)),
             tiles=tuple(
-                self._tile(chunk, tables, first, min(first + _TILE, chunk.end), window)
+                self._tile(chunk, tables, first, min(first + _TILE, chunk.end), sight)
                 for chunk in chunks[len(rows) :]
                 for first in range(chunk.start, chunk.end, _TILE)
             ),
         )
 
-    def _similar(self, rows: list[Chunk], window: int | None) -> list[tuple[int, int]]:
+    def _similar(self, rows: list[Chunk], sight: Sight) -> list[tuple[int, int]]:
         """Cut rows into runs: within one, tables are at most twice as long as the shortest, and not too many keys."""
         runs, first, shortest = [], 0, 0
         for i, row in enumerate(rows):
-            num_blocks = row.start // self.block_size - _first_key(row.start, window) // self.block_size + 1
+            num_blocks = row.start // self.block_size - sight.first_key(row.start) // self.block_size + 1
             num_keys = (i + 1 - first) * num_blocks * self.block_size
             if i > first and (num_blocks > 2 * shortest or num_keys > _KEYS_AT_ONCE):
                 runs.append((first, i))
@@ -70,9 +69,9 @@ class VisibilityMaker:
             runs.append((first, len(rows)))
         return runs
 
-    def _group(self, rows: list[Chunk], tables: torch.Tensor, window: int | None) -> DecodeGroup:
+    def _group(self, rows: list[Chunk], tables: torch.Tensor, sight: Sight) -> DecodeGroup:
         positions_B1 = torch.tensor([[row.start] for row in rows])
-        first_keys_B1 = torch.tensor([[_first_key(row.start, window)] for row in rows])
+        first_keys_B1 = torch.tensor([[sight.first_key(row.start)] for row in rows])
         first_blocks_B1 = first_keys_B1 // self.block_size
         last_blocks_B1 = positions_B1 // self.block_size
         num_blocks = int((last_blocks_B1 - first_blocks_B1).max()) + 1
@@ -87,16 +86,13 @@ class VisibilityMaker:
             mask_B11K=self._mask(visible_BK)[:, None, None, :],
         )
 
-    def _tile(self, chunk: Chunk, tables: torch.Tensor, first: int, end: int, window: int | None) -> PrefillTile:
-        first_key = _first_key(first, window)
+    def _tile(self, chunk: Chunk, tables: torch.Tensor, first: int, end: int, sight: Sight) -> PrefillTile:
+        first_key = sight.first_key(first)
         mask = None
-        if first_key < first or (window is not None and end - first > window):
-            queries_T1 = torch.arange(first, end)[:, None]
+        if first_key < first or sight.first_key(end - 1) > first:
+            first_keys_T1 = torch.tensor([[sight.first_key(query)] for query in range(first, end)])
             keys_K = torch.arange(first_key, end)
-            visible_TK = keys_K <= queries_T1
-            if window is not None:
-                visible_TK &= keys_K > queries_T1 - window
-            mask = self._mask(visible_TK)
+            mask = self._mask((keys_K <= torch.arange(first, end)[:, None]) & (keys_K >= first_keys_T1))
         row = chunk.row + first - chunk.start
         slots_K = self._slots(tables, chunk, first_key, end).to(self.device, non_blocking=True)
         return PrefillTile(slice(row, row + end - first), slots_K, mask)
@@ -111,8 +107,3 @@ class VisibilityMaker:
         on_device = visible.to(self.device, non_blocking=True)
         mask = torch.zeros(on_device.shape, dtype=self.dtype, device=self.device)
         return mask.masked_fill_(~on_device, float("-inf"))
-
-
-def _first_key(position: int, window: int | None) -> int:
-    """The earliest position that a token sees: `window` counts itself."""
-    return 0 if window is None else max(0, position - window + 1)

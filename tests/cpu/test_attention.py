@@ -5,28 +5,42 @@ import random
 import pytest
 import torch
 
+from actors.decisions.model_spec import AttentionSpec, Sight
+from actors.decisions.shard_plan import AttentionShard
 from actors.tensors import visibility
 from actors.tensors.attention import CurrentStep, LayerAttention
 from actors.tensors.kv_cache import KVCache
 from actors.tensors.visibility import Chunk, VisibilityMaker
 
 CPU = torch.device("cpu")
-NUM_BLOCKS, KV_HEADS, GROUPS, DIM = 80, 2, 3, 8
+NUM_BLOCKS, KV_HEADS, GROUPS, DIM, VALUE_DIM = 80, 2, 3, 8, 6
 SCALING = 0.3
 
 
 def written_out(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, window: int | None
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    start: int,
+    spec: AttentionSpec,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Query [T, heads, D] at positions from `start` on; keys and values [K, KV heads, D] from 0 on → [T, heads, D]."""
+    """Query [T, heads, D] at positions from `start` on; keys and values [K, KV heads, *] from 0 on → [T, heads, *]."""
     keys, values = keys.repeat_interleave(GROUPS, 1), values.repeat_interleave(GROUPS, 1)
-    out = torch.empty_like(query)
+    out = query.new_empty(*query.shape[:2], values.shape[2])
+    window, chunk = spec.sight.window, spec.sight.chunk
     for token in range(query.shape[0]):
         position = start + token
         first = 0 if window is None else max(0, position + 1 - window)
+        while chunk is not None and first // chunk < position // chunk:
+            first += 1
         for head in range(query.shape[1]):
             scores = keys[first : position + 1, head] @ query[token, head] * SCALING
-            out[token, head] = scores.softmax(0) @ values[first : position + 1, head]
+            if spec.softcap is not None:
+                scores = spec.softcap * torch.tanh(scores / spec.softcap)
+            weights = scores.exp()
+            total = weights.sum() + (0 if sinks is None else sinks[head].exp())
+            out[token, head] = weights / total @ values[first : position + 1, head]
     return out
 
 
@@ -35,7 +49,7 @@ class Sequence:
         self.table, self.blocks = table, blocks
         self.query = torch.randn(length, KV_HEADS * GROUPS, DIM)
         self.keys = torch.randn(length, KV_HEADS, DIM)
-        self.values = torch.randn(length, KV_HEADS, DIM)
+        self.values = torch.randn(length, KV_HEADS, VALUE_DIM)
         self.done = 0
 
 
@@ -47,11 +61,16 @@ def test_random_worlds_equal_attention_written_out(seed: int, block_size: int, m
     world = random.Random(seed)
     monkeypatch.setattr(visibility, "_TILE", world.choice((1, 3, 256)))
     monkeypatch.setattr(visibility, "_KEYS_AT_ONCE", world.choice((1, 60, 1 << 17)))
-    windows = frozenset({None, world.choice((1, 2, 5, 100))})
-    cache = KVCache(1, NUM_BLOCKS * 8 // block_size, block_size, KV_HEADS, DIM, torch.float32, CPU)
-    cache.keys.fill_(float("nan"))  # what others left behind
-    cache.values.fill_(float("nan"))
-    maker = VisibilityMaker(block_size, windows, torch.float32, CPU)
+    specs = [
+        AttentionSpec("", KV_HEADS * GROUPS, KV_HEADS, DIM, VALUE_DIM, sight, softcap, has_sinks)
+        for sight in (Sight(), Sight(window=world.choice((1, 2, 5, 100))), Sight(chunk=world.choice((1, 3, 8))))
+        for softcap, has_sinks in ((None, False), (world.choice((None, 0.7)), world.random() < 0.5))
+    ]
+    shards = [AttentionShard(spec, (0, KV_HEADS * GROUPS), (0, KV_HEADS)) for spec in specs[:1]]
+    cache = KVCache(shards, NUM_BLOCKS * 8 // block_size, block_size, torch.float32, CPU)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.fill_(float("nan"))  # what others left behind
+    maker = VisibilityMaker(block_size, frozenset(spec.sight for spec in specs), torch.float32, CPU)
     free = list(range(cache.num_blocks))
     world.shuffle(free)
     lengths = [world.randint(1, 40) for _ in range(6)]
@@ -76,11 +95,12 @@ def test_random_worlds_equal_attention_written_out(seed: int, block_size: int, m
             torch.cat([getattr(s, name)[span] for s, span in zip(order, spans, strict=True)]).transpose(0, 1)
             for name in ("query", "keys", "values")
         )
-        for window in windows:
-            layer = LayerAttention(cache.keys[0], cache.values[0], window, current)
-            out = layer.attend(query, keys, values, SCALING)
+        for spec in specs:
+            layer = LayerAttention(spec, cache.keys[0], cache.values[0], current)
+            sinks = torch.randn(KV_HEADS * GROUPS) if spec.has_sinks else None
+            out = layer.attend(query, keys, values, SCALING, sinks)
             expected = [
-                written_out(s.query[span], s.keys, s.values, span.start, window)
+                written_out(s.query[span], s.keys, s.values, span.start, spec, sinks)
                 for s, span in zip(order, spans, strict=True)
             ]
             torch.testing.assert_close(out, torch.cat(expected), rtol=1e-5, atol=1e-5)
@@ -89,25 +109,25 @@ def test_random_worlds_equal_attention_written_out(seed: int, block_size: int, m
 
 
 def test_rows_of_similar_length_share_a_group_and_long_ones_do_not_pad_short_ones() -> None:
-    maker = VisibilityMaker(4, frozenset({None}), torch.float32, CPU)
+    maker = VisibilityMaker(4, frozenset({Sight()}), torch.float32, CPU)
     starts = [3, 4, 5, 40, 41, 500]
     chunks = [Chunk(i, i, start, 1) for i, start in enumerate(starts)]
     tables = torch.arange(6 * 200).view(6, 200)
-    groups = maker.of_step(chunks, tables).by_window[None].groups
+    groups = maker.of_step(chunks, tables).by_sight[Sight()].groups
     assert [(group.rows.start, group.rows.stop) for group in groups] == [(0, 3), (3, 5), (5, 6)]
     padded = sum(group.tables_BN.numel() for group in groups)
     assert padded <= 2 * sum(start // 4 + 1 for start in starts)
 
 
 def test_a_window_gathers_no_more_blocks_than_it_covers() -> None:
-    maker = VisibilityMaker(4, frozenset({6}), torch.float32, CPU)
-    groups = maker.of_step([Chunk(0, 0, 1001, 1)], torch.arange(300).view(1, 300)).by_window[6].groups
+    maker = VisibilityMaker(4, frozenset({Sight(6)}), torch.float32, CPU)
+    groups = maker.of_step([Chunk(0, 0, 1001, 1)], torch.arange(300).view(1, 300)).by_sight[Sight(6)].groups
     assert groups[0].tables_BN.tolist() == [[249, 250]]
     assert (groups[0].mask_B11K == 0).sum() == 6
 
 
 def test_padding_names_blocks_of_the_same_sequence_only() -> None:
-    maker = VisibilityMaker(4, frozenset({None}), torch.float32, CPU)
+    maker = VisibilityMaker(4, frozenset({Sight()}), torch.float32, CPU)
     tables = torch.tensor([[11, 12, 0, 0], [21, 22, 23, 24]])
-    [group] = maker.of_step([Chunk(0, 0, 7, 1), Chunk(1, 1, 15, 1)], tables).by_window[None].groups
+    [group] = maker.of_step([Chunk(0, 0, 7, 1), Chunk(1, 1, 15, 1)], tables).by_sight[Sight()].groups
     assert group.tables_BN.tolist() == [[11, 12, 12, 12], [21, 22, 23, 24]]

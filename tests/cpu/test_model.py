@@ -10,11 +10,14 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from actors.decisions.model_spec import LayerSpec
+from actors.decisions.model_spec import AttentionSpec
+from actors.decisions.shard_plan import AttentionShard
+from actors.decisions.sizes import Sizes
 from actors.tensors import source as source_module
 from actors.tensors.kv_cache import KVCache, available_bytes
-from actors.tensors.layers import RowwiseLinear, VocabParallelEmbedding, parallelise, rebase
+from actors.tensors.layers import RowwiseLinear, VocabParallelEmbedding, rebase
 from actors.tensors.model import build
+from actors.tensors.parallelise import parallelise
 from actors.tensors.runner import Runner
 from actors.tensors.skeleton import build_skeleton, read_config
 from actors.tensors.source import resolve_source
@@ -43,7 +46,8 @@ def copy(checkpoints: Callable[[str], Path], tmp_path: Path) -> Callable[..., Pa
         folder = Path(shutil.copytree(checkpoints(family), tmp_path / family))
         path = folder / "config.json"
         config = {**json.loads(path.read_text()), **keys}
-        path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+        dropped = {key for key, value in keys.items() if value is None}
+        path.write_text(json.dumps({key: value for key, value in config.items() if key not in dropped}))
         return folder
 
     return make
@@ -113,8 +117,14 @@ def test_wrong_sources_are_named(checkpoints: Callable[[str], Path], tmp_path: P
 
 def test_spec_of_llama(checkpoints: Callable[[str], Path]) -> None:
     spec = read_spec(checkpoints("llama"))
-    assert (spec.architecture, spec.hidden_size, spec.num_heads, spec.num_kv_heads) == ("LlamaForCausalLM", 64, 8, 4)
-    assert (spec.head_dim, spec.ffn_size, spec.vocab_size, spec.max_position) == (8, 96, 103, 128)
+    assert (spec.architecture, spec.hidden_size, spec.vocab_size, spec.max_position) == (
+        "LlamaForCausalLM",
+        64,
+        103,
+        128,
+    )
+    assert spec.attentions[5] == AttentionSpec("model.layers.5.self_attn", 8, 4, 8, 8)
+    assert Sizes.of(spec) == Sizes(7, frozenset({8}), frozenset({4}), frozenset({96}))
     assert (spec.dtype, spec.tied_head, spec.num_layers) == ("float32", False, 7)
     assert spec.style_of("model.layers.3.mlp.down_proj.weight") == "rowwise"
     assert spec.style_of("model.embed_tokens.weight") == "embedding_rowwise"
@@ -124,11 +134,13 @@ def test_spec_of_llama(checkpoints: Callable[[str], Path]) -> None:
 
 
 def test_windows_are_resolved_layer_by_layer(copy: Callable[..., Path], checkpoints: Callable[[str], Path]) -> None:
-    assert read_spec(checkpoints("llama")).layers == (LayerSpec(),) * 7
-    assert read_spec(checkpoints("mistral")).layers == (LayerSpec(5),) * 7
-    assert read_spec(checkpoints("qwen2")).layers == (LayerSpec(),) * 3 + (LayerSpec(6),) * 4
-    unused = copy("qwen3", sliding_window=9, use_sliding_window=False, layer_types=None)
-    assert read_spec(unused).layers == (LayerSpec(),) * 7
+    def windows(folder: Path) -> list[int | None]:
+        return [attention.sight.window for attention in read_spec(folder).attentions]
+
+    assert windows(checkpoints("llama")) == [None] * 7
+    assert windows(checkpoints("mistral")) == [5] * 7
+    assert windows(checkpoints("qwen2")) == [None] * 3 + [6] * 4
+    assert windows(copy("qwen3", sliding_window=9, use_sliding_window=False, layer_types=None)) == [None] * 7
 
 
 def test_dtype_is_config_json_s_unless_asked(copy: Callable[..., Path]) -> None:
@@ -144,22 +156,13 @@ def test_dtype_is_config_json_s_unless_asked(copy: Callable[..., Path]) -> None:
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"architectures": ["Gemma2ForCausalLM"]}, "Gemma2ForCausalLM .*not supported"),
-        ({"architectures": None}, "no architecture"),
         ({"auto_map": {"AutoModel": "code.Model"}}, "auto_map"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
     ],
 )
 def test_unsupported_models_are_named(copy: Callable[..., Path], keys: dict[str, Any], words: str) -> None:
     with pytest.raises(UnsupportedModel, match=words):
         read_spec(copy("llama", **keys))
-
-
-def test_a_layer_type_without_a_window_is_refused(copy: Callable[..., Path]) -> None:
-    kinds = ["sliding_attention"] * 7
-    with pytest.raises(UnsupportedModel, match="use_sliding_window"):
-        read_spec(copy("qwen3", layer_types=kinds, use_sliding_window=False))
 
 
 def test_an_unreadable_config_is_named(tmp_path: Path) -> None:
@@ -183,8 +186,8 @@ def test_the_skeleton_has_meta_parameters_and_real_buffers(checkpoints: Callable
 def test_a_rank_holds_its_part_and_nothing_else(plan_of: Any, checkpoints: Callable[[str], Path]) -> None:
     plan = plan_of("qwen2", 2, 3)
     for shard in plan.shards:
-        stage = build(plan.spec, shard, checkpoints("qwen2"), LoneShard(), CPU, shard.stage == 0)
-        parameters = stage.parameters()
+        stage = build(plan, shard.rank, checkpoints("qwen2"), LoneShard(), CPU)
+        parameters = stage.tensors()
         assert sum(parameter.nbytes for parameter in parameters.values()) == shard.weight_bytes
         assert len(stage.module.get_submodule("model.layers")) == 7
         assert ("model.embed_tokens.weight" in parameters) == (shard.stage == 0)
@@ -193,7 +196,7 @@ def test_a_rank_holds_its_part_and_nothing_else(plan_of: Any, checkpoints: Calla
 
 def test_a_tied_head_is_the_embedding_s_tensor(plan_of: Any, checkpoints: Callable[[str], Path]) -> None:
     plan = plan_of("llama_tied")
-    module = build(plan.spec, plan.shards[0], checkpoints("llama_tied"), LoneShard(), CPU, True).module
+    module = build(plan, 0, checkpoints("llama_tied"), LoneShard(), CPU).module
     assert module.get_parameter("lm_head.weight") is module.get_parameter("model.embed_tokens.weight")
 
 
@@ -221,7 +224,7 @@ def test_a_subclass_keeps_its_own_arithmetic() -> None:
     embedding = ScaledEmbedding(4, 2)
     ids = torch.tensor([[2, 0, 3]])
     expected = embedding(ids)
-    parallelise(embedding, "embedding_rowwise", Halves(), (2, 4), is_head=False)
+    parallelise(embedding, "embedding_rowwise", Halves(), (2, 4))
     embedding.weight = nn.Parameter(embedding.weight[2:4])
     assert isinstance(embedding, VocabParallelEmbedding)
     assert torch.equal(embedding(ids)[0, [0, 2]], expected[0, [0, 2]])
@@ -238,16 +241,12 @@ def test_a_rowwise_bias_is_added_once() -> None:
     linear = nn.Linear(4, 3)
     x = torch.randn(5, 4)
     expected = 2 * x @ linear.weight.T + linear.bias
-    parallelise(linear, "rowwise", Twice(), (0, 0), is_head=False)
+    parallelise(linear, "rowwise", Twice(), (0, 0))
     assert isinstance(linear, RowwiseLinear)
     torch.testing.assert_close(linear(x), expected)
 
 
-def test_styles_that_are_not_built_are_refused() -> None:
-    with pytest.raises(UnsupportedModel, match="packed_colwise"):
-        parallelise(nn.Linear(2, 2), "packed_colwise", LoneShard(), (0, 0), is_head=False)
-    with pytest.raises(UnsupportedModel, match="colwise_gather_output"):
-        parallelise(nn.Linear(2, 2), "colwise_gather_output", LoneShard(), (0, 0), is_head=False)
+def test_a_module_that_is_no_linear_layer_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match="Conv1d"):
         rebase(nn.Conv1d(2, 2, 1), RowwiseLinear)
 
@@ -276,8 +275,8 @@ def ids_of(runner: Runner, batch: StepBatch) -> list[list[int]]:
 def test_what_another_request_left_in_a_block_reaches_nobody(runner: Runner) -> None:
     first = ids_of(runner, step([Entry(1, 0, [5, 6, 7], [3], True)], opened=(1,)))
     assert runner.cache is not None
-    runner.cache.keys.fill_(float("nan"))
-    runner.cache.values.fill_(float("nan"))
+    for tensor in (*runner.cache.keys, *runner.cache.values):
+        tensor.fill_(float("nan"))
     prefill = step([Entry(2, 0, [5, 6, 7], [3], True)], opened=(2,), closed=(1,))
     assert ids_of(runner, prefill) == first
     decode = ids_of(runner, step([Entry(2, 3, first[0], [], True)]))
@@ -339,7 +338,7 @@ def test_memory_is_shared_fairly(runner: Runner) -> None:
     assert 0.3 * free < alone * per_block < 0.7 * free
     assert 0.2 * alone < among_four < 0.3 * alone
     assert runner.cache is not None
-    assert runner.cache.keys.nbytes + runner.cache.values.nbytes == 40 * per_block
+    assert runner.cache.num_bytes == 40 * per_block
 
 
 def test_a_cache_too_small_for_one_sequence_is_refused(runner: Runner) -> None:
@@ -348,13 +347,14 @@ def test_a_cache_too_small_for_one_sequence_is_refused(runner: Runner) -> None:
 
 
 def test_clearing_touches_only_the_named_blocks() -> None:
-    cache = KVCache(2, 4, 3, 1, 2, torch.float32, CPU)
-    cache.keys.fill_(1)
-    cache.values.fill_(1)
+    shards = [AttentionShard(AttentionSpec("", 1, 1, 2, 3), (0, 1), (0, 1))] * 2
+    cache = KVCache(shards, 4, 3, torch.float32, CPU)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.fill_(1)
     cache.clear(torch.tensor([2, 0]))
-    for tensor in (cache.keys, cache.values):
-        assert tensor[:, [0, 2]].eq(0).all()
-        assert tensor[:, [1, 3]].eq(1).all()
+    for tensor in (*cache.keys, *cache.values):
+        assert tensor[[0, 2]].eq(0).all()
+        assert tensor[[1, 3]].eq(1).all()
 
 
 def test_unknown_keys_of_a_transformers_config_do_not_matter(copy: Callable[..., Path]) -> None:

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from actors.decisions.model_spec import LayerSpec, ModelSpec, Parameter, valid_tensor_parallel_sizes
+from actors.decisions.model_spec import AttentionSpec, LayerSpec, ModelSpec, Parameter
 from actors.decisions.shard_plan import cut_by_cost, make_shard_plans, split_evenly
+from actors.decisions.sizes import Sizes, valid_tensor_parallel_sizes
 from actors.words.errors import UnsupportedModel
 from cluster.topology import Topology
 
@@ -44,20 +45,27 @@ def make_spec(
     shapes["model.norm.weight"] = (hidden,)
     if not tied:
         shapes["lm_head.weight"] = (vocab, hidden)
+
+    def parameter(name: str, shape: tuple[int, ...]) -> Parameter:
+        outside = "first" if "embed" in name else "last"
+        return Parameter(name, shape, "bfloat16", "layer" if "layers" in name else outside)
+
     return ModelSpec(
         architecture="TestForCausalLM",
+        model_type="test",
+        config_digest="",
+        state_shape=(hidden,),
         hidden_size=hidden,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=dim,
-        ffn_size=ffn,
         vocab_size=vocab,
         max_position=128,
         dtype="bfloat16",
-        tied_head=tied,
-        layers=(LayerSpec(),) * num_layers,
-        parameters=tuple(Parameter(name, shape) for name, shape in shapes.items()),
+        layers=tuple(
+            LayerSpec((AttentionSpec(f"model.layers.{layer}.self_attn", heads, kv_heads, dim, dim),))
+            for layer in range(num_layers)
+        ),
+        parameters=tuple(parameter(name, shape) for name, shape in shapes.items()),
         styles=STYLES,
+        tied_head=tied,
     )
 
 
@@ -88,10 +96,11 @@ def test_every_element_is_owned_as_often_as_the_rules_say(tp: int, pp: int, kv_h
 @pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
 def test_each_query_head_lies_beside_its_kv_head(tp: int, kv_heads: int) -> None:
     spec = make_spec(kv_heads=kv_heads)
-    group = spec.num_heads // kv_heads
+    group = spec.attentions[0].num_heads // kv_heads
     for plan in make_shard_plans(spec, Topology(tp, 1)):
-        needed = {head // group for head in range(*plan.heads)}
-        assert needed == set(range(*plan.kv_heads))
+        for attention in plan.attentions:
+            needed = {head // group for head in range(*attention.heads)}
+            assert needed == set(range(*attention.kv_heads))
 
 
 def test_weight_bytes_count_what_the_rank_holds() -> None:
@@ -176,20 +185,14 @@ def test_valid_sizes_are_those_that_are_not_refused() -> None:
         except ValueError:
             continue
         accepted.append(tp)
-    assert accepted == valid_tensor_parallel_sizes(spec)
+    assert accepted == valid_tensor_parallel_sizes(Sizes.of(spec))
 
 
-def test_an_unknown_style_is_refused_by_name() -> None:
-    spec = replace(make_spec(), styles={**STYLES, "model.layers.*.mlp.up_proj": "packed_colwise"})
-    with pytest.raises(UnsupportedModel, match="packed_colwise"):
-        make_shard_plans(spec, Topology(2, 1))
-
-
-def test_a_cut_parameter_without_a_rule_is_refused_by_name() -> None:
+def test_an_attention_s_tensor_that_no_rule_deals_is_refused_by_name() -> None:
     spec = make_spec()
-    other = Parameter("model.layers.0.mlp.router.weight", (4, 16))
+    other = Parameter("model.layers.0.self_attn.mixer.weight", (9, 16), "bfloat16", "layer")
     spec = replace(
-        spec, parameters=(*spec.parameters, other), styles={**STYLES, "model.layers.*.mlp.router": "colwise"}
+        spec, parameters=(*spec.parameters, other), styles={**STYLES, "model.layers.*.self_attn.mixer": "colwise"}
     )
-    with pytest.raises(UnsupportedModel, match="router"):
+    with pytest.raises(UnsupportedModel, match="mixer"):
         make_shard_plans(spec, Topology(2, 1))

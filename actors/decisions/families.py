@@ -1,0 +1,24 @@
+"""What is known of each family beside its own plan: better cuts than the shipped ones, and what is refused, and why."""
+
+# Where the shipped plan leaves something whole on every shard that can be cut: patterns inside a layer → style.
+_ATTENTION = {
+    "self_attn.q_proj": "colwise",
+    "self_attn.k_proj": "colwise",
+    "self_attn.v_proj": "colwise",
+    "self_attn.o_proj": "rowwise",
+}
+_FUSED_FFN = {"mlp.gate_up_proj": "packed_colwise", "mlp.down_proj": "rowwise"}
+_FUSED_QKV = {"self_attn.qkv_proj": "qkv_colwise", "self_attn.o_proj": "rowwise"}
+_BETTER: dict[str, dict[str, str]] = {
+    "phi3": _FUSED_QKV | _FUSED_FFN,
+    "glm": _FUSED_FFN,
+    "glm4": _FUSED_FFN,
+}
+
+
+def amended_styles(
+    model_type: str, styles: dict[str, str], layers_name: str, embedding_name: str, head_name: str
+) -> dict[str, str]:
+    """The plan of a model (pattern → style) with our better cuts, and with embedding and head cut by vocabulary."""
+    better = {f"{layers_name}.*.{pattern}": style for pattern, style in _BETTER.get(model_type, {}).items()}
+    return {**styles, embedding_name: "embedding_rowwise", head_name: "colwise_gather_output", **better}

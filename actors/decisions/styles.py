@@ -1,0 +1,34 @@
+"""The tensor-parallel styles, as Transformers names them: how each cuts a tensor, and what that means here."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a style cuts the weights [..., out, in] of a module."""
+
+    meaning: str
+    cuts: Literal["rows", "columns"] | None = None  # rows: the second last dimension (biases too); columns: the last
+    pieces: int = 1  # a fused tensor is so many tensors one after the other, each cut alike
+
+
+STYLES = {
+    "colwise": Style("each shard computes some of the outputs; nothing is exchanged", "rows"),
+    "colwise_gather_output": Style("as colwise, then every shard gets all outputs; a head's logits stay cut", "rows"),
+    "rowwise": Style("each shard has some of the inputs; the outputs are summed over the shards", "columns"),
+    "rowwise_split_input": Style("as rowwise, from inputs that every shard has whole", "columns"),
+    "embedding_rowwise": Style("each shard has some of the vocabulary; the rows found are summed", "rows"),
+    "embedding_colwise": Style("each shard has some of the hidden size, then every shard gets all of it", "columns"),
+    "packed_colwise": Style("colwise for two matrices in one tensor, such as gate and up", "rows", 2),
+    "packed_rowwise": Style("the same where the tensor is stored [in, out]", "columns", 2),
+    "qkv_colwise": Style("colwise for query, key and value in one tensor, cut at whole heads", "rows"),
+    "moe_tp_experts": Style("on the experts' module: its output is summed over the shards"),
+    "moe_identity_expert": Style("on an expert that gives its input back: each shard gives its share of the sum"),
+    "all_reduce": Style("the module's output is summed over the shards"),
+    "replicate": Style("every shard holds it whole"),
+    "sequence_parallel": Style("every shard holds it whole: shards have all tokens here, so nothing is exchanged"),
+    "replicated_with_grad_allreduce": Style("every shard holds it whole; the all-reduce is for training only"),
+    "mla_kv_a_proj": Style("every shard holds it whole: the latent that all heads share"),
+    "local_params": Style("on a module whose own parameters are cut by their own entries"),
+}
