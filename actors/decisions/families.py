@@ -7,12 +7,37 @@ _ATTENTION = {
     "self_attn.v_proj": "colwise",
     "self_attn.o_proj": "rowwise",
 }
+_LATENT_ATTENTION = {
+    "self_attn.q_proj": "colwise",
+    "self_attn.q_b_proj": "colwise",
+    "self_attn.kv_b_proj": "colwise",
+    "self_attn.o_proj": "rowwise",
+}
 _FUSED_FFN = {"mlp.gate_up_proj": "packed_colwise", "mlp.down_proj": "rowwise"}
 _FUSED_QKV = {"self_attn.qkv_proj": "qkv_colwise", "self_attn.o_proj": "rowwise"}
+_NORMS_BY_HEAD = {"self_attn.q_norm.weight": "colwise", "self_attn.k_norm.weight": "colwise"}
+_WIDE_NORMS = {"self_attn.q_norm": "norm_colwise", "self_attn.k_norm": "norm_colwise"}
 _BETTER: dict[str, dict[str, str]] = {
-    "phi3": _FUSED_QKV | _FUSED_FFN,
+    "afmoe": _ATTENTION | {"self_attn.gate_proj": "colwise"},
+    "axk1": _LATENT_ATTENTION,
+    "cohere": _NORMS_BY_HEAD,
+    "deepseek_v3": _LATENT_ATTENTION,
+    "flint": _ATTENTION | {"self_attn.sinks": "colwise"},
+    "flex_olmo": _ATTENTION | _WIDE_NORMS,
     "glm": _FUSED_FFN,
     "glm4": _FUSED_FFN,
+    "granitemoe": _ATTENTION,
+    "granitemoehybrid": _ATTENTION,
+    "granitemoeshared": _ATTENTION,
+    "hunyuan_v1_moe": _ATTENTION,
+    "minimax_m2": _ATTENTION | _WIDE_NORMS,
+    "minimax_m3_vl_text": _ATTENTION,
+    "olmo2": _ATTENTION | _WIDE_NORMS,
+    "olmo3": _ATTENTION | _WIDE_NORMS,
+    "olmoe": _ATTENTION | _WIDE_NORMS,
+    "phi3": _FUSED_QKV | _FUSED_FFN,
+    "phimoe": _ATTENTION,
+    "youtu": _LATENT_ATTENTION,
 }
 
 

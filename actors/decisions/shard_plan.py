@@ -14,7 +14,7 @@ from cluster.topology import Topology
 
 Interval = tuple[int, int]  # [first, end)
 
-_KV_PROJECTIONS = ("k_proj", "v_proj")  # in an attention, these have KV heads; all else that is cut has heads
+_OF_KV_HEADS = ("k_proj", "v_proj", "k_norm")  # in an attention; all else that is cut has a part for every head
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ class _Cutter:
         shard = self._attention_of(parameter)
         if shard is None:
             return split_evenly(size, self.plan.shard, self.num_shards)
-        has_kv_heads = parameter.name.split(".")[-2] in _KV_PROJECTIONS
+        has_kv_heads = parameter.name.split(".")[-2] in _OF_KV_HEADS
         return self._heads(parameter, size, shard, has_kv_heads)
 
     def _attention_of(self, parameter: Parameter) -> AttentionShard | None:

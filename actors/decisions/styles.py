@@ -23,6 +23,7 @@ STYLES = {
     "packed_colwise": Style("colwise for two matrices in one tensor, such as gate and up", "rows", 2),
     "packed_rowwise": Style("the same where the tensor is stored [in, out]", "columns", 2),
     "qkv_colwise": Style("colwise for query, key and value in one tensor, cut at whole heads", "rows"),
+    "norm_colwise": Style("a root-mean-square norm over what all shards have together; each has some of it", "rows"),
     "moe_tp_experts": Style("on the experts' module: its output is summed over the shards"),
     "moe_identity_expert": Style("on an expert that gives its input back: each shard gives its share of the sum"),
     "all_reduce": Style("the module's output is summed over the shards"),

@@ -22,7 +22,7 @@ def with_tp_plan(spec: ModelSpec, parallel: ParallelConfig) -> ModelSpec:
     asked = {} if parallel.tp_plan == "auto" else _named(parallel.tp_plan, spec)
     _check_own(spec)
     kept = {} if asked and parallel.tp_plan_mode == "replace" else spec.styles
-    spec = replace(spec, styles={**kept, **asked})
+    spec = replace(spec, styles={**kept, **asked, **_of_vocabulary(spec, asked)})
     _check_sums(spec, asked)
     if parallel.tensor_parallel_size > 1 and not parallel.allow_replication:
         _refuse_large(spec)
@@ -45,6 +45,15 @@ def _named(asked: Mapping[str, str], spec: ModelSpec) -> dict[str, str]:
             )
         rules[full] = style
     return rules
+
+
+def _of_vocabulary(spec: ModelSpec, asked: Mapping[str, str]) -> dict[str, str]:
+    """Embedding and head are always cut by vocabulary: sampling works on each shard's part of the logits."""
+    fixed = {spec.embedding_name: "embedding_rowwise", spec.head_name: "colwise_gather_output"}
+    for name, style in fixed.items():
+        if asked.get(name, style) not in (style, "colwise" if name == spec.head_name else style):
+            raise ValueError(f"{_KEY}: {name!r} is always {style} here, not {asked[name]}; leave it out")
+    return fixed
 
 
 def _prefixes(name: str) -> list[str]:
@@ -94,12 +103,11 @@ def _refuse_large(spec: ModelSpec) -> None:
         layer = spec.layer_of(parameter.name)
         if layer is not None:
             totals[layer] = totals.get(layer, 0) + parameter.numel
-    whole = {
-        pattern_of(parameter.name) for parameter in spec.parameters if _is_large_and_whole(spec, parameter, totals)
-    }
+    large = [parameter.name for parameter in spec.parameters if _is_large_and_whole(spec, parameter, totals)]
+    whole = {pattern_of(name).removesuffix(".weight") for name in large}
     if whole:
         raise ValueError(
-            f"{_KEY}: no rule cuts {', '.join(sorted(whole))} of {spec.architecture}, so that every shard would hold it "
+            f"{_KEY}: no rule cuts {', '.join(sorted(whole))} of {spec.architecture}: every shard would hold it "
             "whole; name a style for it in parallel.tp_plan (replicate to say that this is meant), or set "
             "parallel.allow_replication"
         )

@@ -93,6 +93,30 @@ class ColwiseEmbedding(nn.Embedding):
         return gather_last(self.group, super().forward(input))
 
 
+class ColwiseRMSNorm(nn.Module):
+    """A root-mean-square norm over the heads of all shards, of which this one has some."""
+
+    weight: torch.Tensor  # [n on this shard]
+    group: StageGroup
+    eps: float
+
+    @classmethod
+    def place(cls, module: nn.Module, group: StageGroup) -> None:
+        """Put it in a norm's place. Raises UnsupportedModel for a norm of another kind."""
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        if eps is None or {name for name, _ in module.named_parameters()} != {"weight"}:
+            raise UnsupportedModel(f"{type(module).__name__} is no root-mean-square norm; it cannot be cut")
+        module.__class__ = cls
+        module.group, module.eps = group, eps  # type: ignore[assignment]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[*, n] → [*, n]. Where shards have the same heads, all heads are had as often: the mean stays what it is."""
+        wide = x.float()
+        squares = self.group.all_reduce(wide.pow(2).sum(-1, keepdim=True))
+        mean = squares / (x.shape[-1] * self.group.size)
+        return (self.weight * (wide * torch.rsqrt(mean + self.eps))).to(x.dtype)
+
+
 class VocabParallelEmbedding(nn.Embedding):
     """Some rows of the table: other shards' ids look up nothing, and the sum over the shards is whole."""
 

@@ -16,10 +16,12 @@ from actors.decisions.plan import Plan
 from actors.decisions.shard_plan import Interval, ShardPlan, TensorSlice
 from actors.decisions.styles import STYLES
 from actors.tensors.attention import MODULE_ATTRIBUTE, CurrentStep, LayerAttention, StepAttention
+from actors.tensors.checkpoint import Sources, find_sources
+from actors.tensors.conversion import Conversions
 from actors.tensors.kv_cache import KVCache
 from actors.tensors.layers import NoEmbedding, ParallelLinear, PassThrough
-from actors.tensors.names import CheckpointNames
 from actors.tensors.parallelise import parallelise
+from actors.tensors.past import PackedPast
 from actors.tensors.rotary import fix_rotary
 from actors.tensors.skeleton import build_skeleton, config_digest, read_config
 from cluster.collectives import PresentGroup, StageGroup
@@ -33,14 +35,14 @@ class StageModel:
         spec: ModelSpec,
         shard: ShardPlan,
         skeleton: PreTrainedModel,
-        names: CheckpointNames,
+        sources: Sources,
         group: PresentGroup,
     ) -> None:
         """`skeleton` is pruned and cut already, and its layers exchange through `group`; use `build`."""
         self.spec = spec
         self.shard = shard
         self.module = skeleton
-        self.names = names
+        self.sources = sources
         self._group = group
         self._current = CurrentStep()
         self._state_1TH: torch.Tensor | None = None  # from the stage before
@@ -89,6 +91,7 @@ class StageModel:
         arguments: dict[str, Any] = {
             "input_ids": ids_T.unsqueeze(0),
             "position_ids": positions_T.unsqueeze(0),
+            "past_key_values": PackedPast(positions_T),
             "use_cache": False,
         }
         try:
@@ -120,7 +123,8 @@ class StageModel:
 def build(plan: Plan, rank: int, folder: Path, group: StageGroup, device: torch.device) -> StageModel:
     """Build one rank's model with empty tensors on the device.
 
-    Raises ValueError when the folder on this node describes another model than the plan was made for.
+    Raises ValueError when the folder on this node describes another model than the plan was made for, CheckpointError
+    when its files do not hold what this rank needs.
     """
     spec, shard = plan.spec, plan.shards[rank]
     if config_digest(folder) != spec.config_digest:
@@ -128,7 +132,7 @@ def build(plan: Plan, rank: int, folder: Path, group: StageGroup, device: torch.
     dtype: torch.dtype = getattr(torch, spec.dtype)
     skeleton = build_skeleton(read_config(folder), dtype)
     fix_rotary(skeleton, plan.max_model_len)
-    names = CheckpointNames.of(skeleton)
+    sources = find_sources(folder, spec, shard, Conversions(skeleton))  # of the whole model: before it is pruned
     _prune(spec, shard, skeleton, dtype, device)
     present = PresentGroup(group)
     cut = {tensor.name: tensor for tensor in shard.tensors}
@@ -139,7 +143,7 @@ def build(plan: Plan, rank: int, folder: Path, group: StageGroup, device: torch.
             parallelise(module, style, present, interval, is_head=name == spec.head_name)
     _localise_heads(spec, shard, skeleton)
     _allocate(spec, shard, skeleton, device)
-    return StageModel(spec, shard, skeleton, names, present)
+    return StageModel(spec, shard, skeleton, sources, present)
 
 
 def _interval(style: str, weight: TensorSlice | None) -> Interval:
@@ -195,6 +199,9 @@ def _allocate(spec: ModelSpec, shard: ShardPlan, model: nn.Module, device: torch
         for name, buffer in module.named_buffers(recurse=False):
             if f"{prefix}.{name}" not in loaded:
                 setattr(module, name, buffer.to(device))
+    for name in spec.unused:
+        module_name, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module_name), attribute, None)
     names = {name for name, _ in model.named_parameters()}
     assert names <= loaded, f"no slice is planned for {names - loaded}"
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))

@@ -11,6 +11,7 @@ from actors.decisions.styles import STYLES
 from actors.tensors.layers import (
     ColwiseEmbedding,
     ColwiseLinear,
+    ColwiseRMSNorm,
     Dense,
     GatheredColwiseLinear,
     ParallelLinear,
@@ -49,6 +50,8 @@ def parallelise(module: nn.Module, style: str, group: StageGroup, interval: Inte
             rebase(module, VocabParallelEmbedding).place(group, interval)
         case "embedding_colwise":
             rebase(module, ColwiseEmbedding).group = group
+        case "norm_colwise":
+            ColwiseRMSNorm.place(module, group)
         case "moe_tp_experts" | "all_reduce":
             _after(module, lambda output: group.all_reduce(output.contiguous()))
         case "moe_identity_expert":

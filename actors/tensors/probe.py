@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.moe import ExpertsInterface
 
 from actors.decisions.model_spec import Sight
+from actors.tensors.past import ProbedPast
 from actors.tensors.sight_reader import MaskFunction, read_sight
 from actors.words.errors import UnsupportedModel
 
@@ -54,7 +55,7 @@ class Trace:
 
 
 class Probe:
-    """Runs a model that was built by `on_shapes` and records."""
+    """Runs a model that is `on_shapes` and records."""
 
     def __init__(self, model: PreTrainedModel, layers_name: str, max_position: int) -> None:
         self.trace = Trace()
@@ -73,12 +74,14 @@ class Probe:
         ids = torch.zeros(1, _NUM_TOKENS, dtype=torch.int64)
         arguments: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "use_cache": False}
         arguments["position_ids"] = torch.arange(_NUM_TOKENS).unsqueeze(0)
+        past = ProbedPast()
         try:
             with torch.inference_mode():
-                self._model(input_ids=ids, **arguments)
+                self._model(input_ids=ids, past_key_values=past, **arguments)
         except UnsupportedModel:
             raise
         except Exception as error:
+            self._refuse_state(past)
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             raise UnsupportedModel(
                 f"{type(self._model).__name__}: its forward cannot be followed on shapes alone ({reason})"
@@ -86,7 +89,16 @@ class Probe:
         finally:
             for hook in hooks:
                 hook.remove()
+        self._refuse_state(past)
         return self.trace
+
+    def _refuse_state(self, past: ProbedPast) -> None:
+        if past.wanted:
+            raise UnsupportedModel(
+                f"{type(self._model).__name__} keeps more from token to token than keys and values "
+                f"(its cache is asked for {', '.join(sorted(past.wanted))}), such as recurrent states or shared keys; "
+                "that is not built"
+            )
 
     def _hooks(self, name: str, module: nn.Module) -> Iterator[Any]:
         parent, _, last = name.rpartition(".")
@@ -162,12 +174,23 @@ class Probe:
         return f"{type(self._model).__name__}: {type(module).__name__}"
 
 
-@contextmanager
-def on_shapes() -> Iterator[None]:
-    """While it lasts, tensors have shapes and no memory: build the model to probe in it, and probe it."""
-    AttentionInterface.register(PROBE_NAME, _unprobed)  # a model asks whether its implementation is known
+def register_probe() -> None:
+    """Make PROBE_NAME known, so that a model can be built with it."""
+    AttentionInterface.register(PROBE_NAME, _unprobed)
     ExpertsInterface.register(PROBE_NAME, _experts)
+
+
+@contextmanager
+def on_shapes(model: PreTrainedModel) -> Iterator[None]:
+    """While it lasts, tensors have shapes and no memory; the model's parameters, on meta until then, become such."""
     with FakeTensorMode(allow_non_fake_inputs=True):
+        known: dict[int, nn.Parameter] = {}  # tied ones stay one
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if id(parameter) not in known:
+                    shape = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    known[id(parameter)] = nn.Parameter(shape, requires_grad=False)
+                setattr(module, name, known[id(parameter)])
         yield
 
 

@@ -91,9 +91,7 @@ class Runner:
     def load(self, folder: Path, progress: Progress | None = None) -> LoadReport:
         """Build this rank's model and read its weights. Raises ValueError, UnsupportedModel or CheckpointError."""
         self.model = build(self.plan, self.shard.rank, folder, self.groups.stage, self.device)
-        report = load_weights(
-            folder, self.plan.spec, self.shard, self.model.tensors(), self.model.names.ignorable, progress
-        )
+        report = load_weights(self.model.sources, self.model.tensors(), progress)
         self.model.prepare()
         return report
 

@@ -2,14 +2,16 @@
 
 import hashlib
 import json
+import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from actors.tensors.attention import ATTENTION_NAME, paged_attention
@@ -83,6 +85,23 @@ def parameters_on_meta() -> Iterator[None]:
 
         nn.Module.register_parameter = register_on_meta  # type: ignore[assignment,method-assign]
         try:
-            yield
+            with _LargeOnMeta():
+                yield
         finally:
             nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Sends large tensors to the meta device where they are made: some models fill weights that nobody will read."""
+
+    _FACTORIES = frozenset({torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand})
+    _LARGE = 1 << 20  # elements; buffers are smaller, and are computed
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        size = args[0] if args and isinstance(args[0], Sequence) else args
+        if func in self._FACTORIES and math.prod(size) > self._LARGE:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)

@@ -9,9 +9,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from actors.decisions.families import amended_styles
 from actors.decisions.model_spec import DTYPES, AttentionSpec, LayerSpec, ModelSpec, Parameter, Place
-from actors.tensors.probe import PROBE_NAME, Probe, on_shapes
+from actors.tensors.probe import PROBE_NAME, Probe, on_shapes, register_probe
 from actors.tensors.rotary import fix_rotary
-from actors.tensors.skeleton import build_model, config_digest, read_config
+from actors.tensors.skeleton import build_model, config_digest, parameters_on_meta, read_config
 from actors.words.errors import UnsupportedModel
 
 
@@ -22,8 +22,10 @@ def read_spec(folder: Path, dtype: str = "auto") -> ModelSpec:
     """
     config = read_config(folder)
     resolved = resolve_dtype(config, dtype)
-    with on_shapes():
+    register_probe()
+    with parameters_on_meta():
         model = build_model(config, getattr(torch, resolved), PROBE_NAME, PROBE_NAME)
+    with on_shapes(model):
         return _Reader(model, resolved, config_digest(folder)).spec()
 
 
@@ -73,6 +75,7 @@ class _Reader:
             parameters=tuple(self._parameters(f"{head_name}.weight" if tied else None)),
             styles=self._styles(embedding_name, head_name),
             tied_head=tied,
+            unused=frozenset(name for name in self.model.state_dict() if self._place(name) is None),
             layer_outputs=self._only(self.trace.layer_outputs, "kinds of layer outputs"),
             embedding_name=embedding_name,
             layers_name=self.layers_name,

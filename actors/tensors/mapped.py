@@ -1,0 +1,78 @@
+"""A safetensors file mapped into memory: parts are copied straight from the page cache, and the disk is asked ahead."""
+
+import itertools
+import math
+import mmap
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from actors.tensors.lazy import Box, Read
+from actors.tensors.stored import StoredTensor
+from actors.words.errors import CheckpointError
+
+_AHEAD_BYTES = 64 * 1024 * 1024  # on their way from the disk while something is copied
+
+
+class MappedFile:
+    """One file. Ranks of a node that read the same bytes read them from the disk once: all copy from the page cache."""
+
+    def __init__(self, file: Path) -> None:
+        try:
+            with file.open("rb") as stream:
+                self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+                self._descriptor = os.dup(stream.fileno())
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
+
+    def close(self) -> None:
+        """The map itself goes with the last tensor."""
+        os.close(self._descriptor)
+
+    def tensor(self, stored: StoredTensor) -> torch.Tensor:
+        """The whole of a stored tensor, without a copy."""
+        numel = math.prod(stored.shape)
+        if numel == 0:
+            return torch.empty(stored.shape, dtype=stored.dtype)
+        return torch.frombuffer(self._map, dtype=stored.dtype, count=numel, offset=stored.offset).view(stored.shape)
+
+    def fetch(self, first: int, end: int) -> None:
+        """Ask the kernel to read a range of bytes, without waiting."""
+        os.posix_fadvise(self._descriptor, first, end - first, os.POSIX_FADV_WILLNEED)
+
+
+def copied(reads: Iterable[Read]) -> Iterator[int]:
+    """Do all reads, in the order of the files; after each, the bytes that it filled."""
+    ordered = sorted(reads, key=lambda read: (read.stored.file, byte_range(read)))
+    for file, of_file in itertools.groupby(ordered, key=lambda read: read.stored.file):
+        batch = list(of_file)
+        mapped = MappedFile(file)
+        try:
+            fetched = 0  # of the batch
+            for read in batch:
+                here = byte_range(read)[1]
+                while fetched < len(batch) and byte_range(batch[fetched])[0] < here + _AHEAD_BYTES:
+                    mapped.fetch(*byte_range(batch[fetched]))
+                    fetched += 1
+                read.target.copy_(mapped.tensor(read.stored)[as_slices(read.box)])
+                yield read.target.nbytes
+        finally:
+            mapped.close()
+
+
+def as_slices(box: Box) -> tuple[slice, ...]:
+    """For indexing."""
+    return tuple(slice(first, end) for first, end in box)
+
+
+def byte_range(read: Read) -> tuple[int, int]:
+    """[first, end) of the bytes of the file between which a read lies."""
+    if any(first >= end for first, end in read.box):
+        return read.stored.offset, read.stored.offset
+    first = last = 0
+    for (start, end), size in zip(read.box, read.stored.shape, strict=True):
+        first, last = first * size + start, last * size + end - 1
+    itemsize = read.stored.dtype.itemsize
+    return read.stored.offset + first * itemsize, read.stored.offset + (last + 1) * itemsize

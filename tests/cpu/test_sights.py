@@ -1,0 +1,58 @@
+"""What tokens see is read off Transformers' own mask functions, and what is neither window nor chunk is refused."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import masking_utils as masks
+
+from actors.decisions.model_spec import Sight
+from actors.tensors.sight_reader import read_sight
+from actors.words.errors import UnsupportedModel
+
+
+@pytest.mark.parametrize("max_position", [40, 4096, 10_000_000])
+@pytest.mark.parametrize("size", [1, 2, 6, 37])
+def test_windows_and_chunks_are_told_apart(size: int, max_position: int) -> None:
+    padding = torch.zeros(1, dtype=torch.int64)
+    assert read_sight(masks.sliding_window_causal_mask_function(size), max_position) == Sight(window=size)
+    expected = Sight(chunk=size) if size > 1 else Sight(window=1)  # a chunk of one is a window of one
+    assert read_sight(masks.chunked_causal_mask_function(size, padding), max_position) == expected
+
+
+@pytest.mark.parametrize("size", [8192, 1024, 131_072])
+def test_large_ones_too(size: int) -> None:
+    padding = torch.zeros(1, dtype=torch.int64)
+    assert read_sight(masks.sliding_window_causal_mask_function(size), 10_485_760) == Sight(window=size)
+    assert read_sight(masks.chunked_causal_mask_function(size, padding), 10_485_760) == Sight(chunk=size)
+
+
+def test_what_is_wider_than_the_model_is_everything() -> None:
+    assert read_sight(masks.causal_mask_function, 100) == Sight()
+    assert read_sight(masks.sliding_window_causal_mask_function(100), 100) == Sight()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        masks.bidirectional_mask_function,
+        lambda b, h, q, k: (k <= q) & (k % 2 == 0),
+        lambda b, h, q, k: (k <= q) & (k >= q // 2),
+        lambda b, h, q, k: (k <= q) & ((k > q - 5) | (k < 2)),
+    ],
+)
+def test_other_patterns_are_refused(function: Any) -> None:
+    with pytest.raises(UnsupportedModel, match="no rule covers"):
+        read_sight(function, 200)
+
+
+@pytest.mark.parametrize("sight", [Sight(), Sight(window=5), Sight(chunk=4), Sight(5, 4)])
+def test_first_key_is_the_earliest_that_is_seen(sight: Sight) -> None:
+    for position in range(30):
+        seen = [
+            key
+            for key in range(position + 1)
+            if (sight.window is None or key > position - sight.window)
+            and (sight.chunk is None or key // sight.chunk == position // sight.chunk)
+        ]
+        assert sight.first_key(position) == min(seen)
