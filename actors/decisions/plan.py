@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
+from actors.decisions.families import NO_PIPELINE
 from actors.decisions.model_spec import ModelSpec
 from actors.decisions.shard_plan import ShardPlan, make_shard_plans
 from actors.decisions.tp_plan import with_tp_plan
+from actors.words.errors import UnsupportedModel
 from cluster.topology import Topology
 from configs.config import Config
 
@@ -59,6 +61,11 @@ def make_plan(config: Config, spec: ModelSpec) -> Plan:
         raise ValueError(
             f"scheduler.max_num_batched_tokens: a step of {scheduler.max_num_batched_tokens} tokens cannot hold one "
             f"token for each of scheduler.max_num_seqs = {scheduler.max_num_seqs} sequences; use at least as many"
+        )
+    if topology.pipeline_parallel_size > 1 and spec.architecture in NO_PIPELINE:
+        raise UnsupportedModel(
+            f"parallel.pipeline_parallel_size: {spec.architecture} cannot be cut into stages: "
+            f"{NO_PIPELINE[spec.architecture]}; use 1"
         )
     spec = with_tp_plan(spec, parallel)
     num_lanes = scheduler.num_lanes or topology.pipeline_parallel_size

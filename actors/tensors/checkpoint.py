@@ -87,13 +87,13 @@ def _check(tensor: TensorSlice, source: Lazy | Computed, groups: Mapping[str, Gr
     if isinstance(source, Computed):
         return
     made_of = groups[tensor.key].keys if tensor.key in groups else tensor.key
+    if not made_of.endswith(tensor.key):
+        made_of += f" make {tensor.key}, which"
     if tuple(source.shape) != tensor.full_shape:
-        raise CheckpointError(
-            f"{made_of}: {tensor.key} is {list(source.shape)}, but config.json asks for {list(tensor.full_shape)}"
-        )
+        raise CheckpointError(f"{made_of} is {list(source.shape)}, but config.json asks for {list(tensor.full_shape)}")
     wanted: torch.dtype = getattr(torch, tensor.dtype)
     if source.dtype.is_floating_point != wanted.is_floating_point:
-        raise CheckpointError(f"{made_of}: {tensor.key} is stored as {source.dtype}, but the model holds {wanted}")
+        raise CheckpointError(f"{made_of} is stored as {source.dtype}, but the model holds {wanted}")
 
 
 def load_weights(sources: Sources, tensors: Mapping[str, torch.Tensor], progress: Progress | None = None) -> LoadReport:

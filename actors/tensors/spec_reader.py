@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from actors.decisions.families import amended_styles
+from actors.decisions.families import TESTED, amended_styles
 from actors.decisions.model_spec import DTYPES, AttentionSpec, LayerSpec, ModelSpec, Parameter, Place
 from actors.tensors.probe import PROBE_NAME, Probe, on_shapes, register_probe
 from actors.tensors.rotary import fix_rotary
@@ -15,18 +15,28 @@ from actors.tensors.skeleton import build_model, config_digest, parameters_on_me
 from actors.words.errors import UnsupportedModel
 
 
-def read_spec(folder: Path, dtype: str = "auto") -> ModelSpec:
+def read_spec(folder: Path, dtype: str = "auto", only_tested: bool = True) -> ModelSpec:
     """What the model in a folder is. `dtype` is config.model.dtype; "auto" takes config.json's.
 
-    Raises UnsupportedModel or ValueError, each with the file and the remedy.
+    Raises UnsupportedModel or ValueError, each with the file and the remedy. A family that nobody has shown to be right
+    is refused, unless `only_tested` is False: that is how it is shown.
     """
     config = read_config(folder)
     resolved = resolve_dtype(config, dtype)
     register_probe()
-    with parameters_on_meta():
-        model = build_model(config, getattr(torch, resolved), PROBE_NAME, PROBE_NAME)
+    try:
+        with parameters_on_meta():
+            model = build_model(config, getattr(torch, resolved), PROBE_NAME, PROBE_NAME)
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        raise UnsupportedModel(f"{folder / 'config.json'}: Transformers does not build it: {error}") from error
     with on_shapes(model):
-        return _Reader(model, resolved, config_digest(folder)).spec()
+        spec = _Reader(model, resolved, config_digest(folder)).spec()
+    if only_tested and spec.architecture not in TESTED:
+        raise UnsupportedModel(
+            f"{spec.architecture} in {folder / 'config.json'} has not been shown to be served right, so it is not; "
+            f"supported are {', '.join(sorted(TESTED))}"
+        )
+    return spec
 
 
 def resolve_dtype(config: PretrainedConfig, dtype: str) -> str:

@@ -4,9 +4,9 @@ Groups of processes have their own tests; here only what each rank computes is i
 """
 
 import queue
-import random
 import threading
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from typing import Any
 import torch
 
 from actors.decisions.plan import Plan
+from actors.decisions.scheduler import SchedulerSettings
+from actors.remote.engine import Engine
 from actors.tensors.batch import StepTensors
 from actors.tensors.runner import Runner
-from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
+from actors.words.messages import Event, Request, SamplingParams, StepBatch, StepResult
 
 CPU = torch.device("cpu")
 WAIT_S = 20.0
@@ -136,32 +138,72 @@ class ThreadGang:
                 shared.barrier.abort()
             raise
 
-    def generate(
-        self, prompts: Iterable[list[int]], num_new: int, seed: int = 0
-    ) -> list[tuple[list[int], torch.Tensor]]:
-        """All prompts in one batch, in chunks of random size → (new ids, their logits [new, vocabulary]) of each."""
-        chance, known = random.Random(seed), [list(prompt) for prompt in prompts]
-        free, blocks, done = list(range(self.num_blocks)), [0] * len(known), [0] * len(known)
-        ends = [len(ids) + num_new for ids in known]
-        logits: list[list[torch.Tensor]] = [[] for _ in known]
-        opened = [NewSequence(seq, GREEDY, []) for seq in range(len(known))]
-        while any(len(ids) < end for ids, end in zip(known, ends, strict=True)):
-            entries = []
-            for seq, ids in enumerate(known):
-                if len(ids) == ends[seq]:
-                    continue
-                count = min(len(ids) - done[seq], chance.choice((1, 3, 9, 100)))
-                end = done[seq] + count
-                fresh = -(-end // self.plan.block_size) - blocks[seq]
-                blocks[seq] += fresh
-                taken = [free.pop(chance.randrange(len(free))) for _ in range(fresh)]
-                entries.append(Entry(seq, done[seq], ids[done[seq] : end], taken, sample=end == len(ids)))
-                done[seq] = end
-            step = StepBatch(0, 0, 0, opened, [], entries)
-            opened = []
-            token_ids, rows = self.execute(step)
-            sampling = [entry.seq for entry in entries if entry.sample]
-            for seq, new_ids, row in zip(sampling, token_ids, rows, strict=True):
-                known[seq] += new_ids
-                logits[seq].append(row)
-        return [(ids[-num_new:], torch.stack(rows)) for ids, rows in zip(known, logits, strict=True)]
+
+class ThreadExecutor:
+    """Lets an engine drive a gang of threads: a step is executed where it is submitted. Remembers the logits."""
+
+    def __init__(self, gang: ThreadGang) -> None:
+        self.gang = gang
+        self.logits: dict[int, list[torch.Tensor]] = {}  # by sequence: of every id that was sampled
+        self._results: deque[StepResult] = deque()
+        self._changed = threading.Condition()
+        self._woken = False
+
+    def submit(self, step: StepBatch) -> None:
+        if step.entries:
+            token_ids, logits = self.gang.execute(step)
+            for entry, row in zip([entry for entry in step.entries if entry.sample], logits, strict=True):
+                self.logits.setdefault(entry.seq, []).append(row)
+            with self._changed:
+                self._results.append(StepResult(step.epoch, step.step, token_ids))
+                self._changed.notify_all()
+
+    def wait(self, timeout_s: float | None = None) -> list[StepResult]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._results or self._woken, timeout_s)
+            self._woken = False
+            results = list(self._results)
+            self._results.clear()
+            return results
+
+    def wake(self) -> None:
+        with self._changed:
+            self._woken = True
+            self._changed.notify_all()
+
+    def close(self) -> None: ...
+
+
+def serve(gang: ThreadGang, prompts: list[list[int]], num_new: int) -> list[tuple[list[int], torch.Tensor]]:
+    """All prompts at once through an engine, in chunks → (new ids, their logits [new, vocabulary]) of each."""
+    plan, executor = gang.plan, ThreadExecutor(gang)
+    ids: dict[str, list[int]] = {str(number): [] for number in range(len(prompts))}
+    ended, waiting = threading.Event(), set(ids)
+    errors: list[str] = []
+
+    def take(events: list[Event]) -> None:
+        for event in events:
+            ids[event.request_id] += event.token_ids
+            if event.finish_reason:
+                errors.extend([event.error] if event.error else [])
+                waiting.discard(event.request_id)
+        if not waiting:
+            ended.set()
+
+    settings = SchedulerSettings(
+        num_blocks=gang.num_blocks,
+        block_size=plan.block_size,
+        max_num_seqs=len(prompts),
+        max_num_batched_tokens=9,
+        num_lanes=plan.num_lanes,
+        depth=plan.depth,
+    )
+    engine = Engine(executor, settings, take)
+    engine.start()
+    for number, prompt in enumerate(prompts):
+        engine.add(Request(str(number), prompt, num_new, GREEDY))
+    assert ended.wait(WAIT_S), f"requests {waiting} did not end"
+    engine.close()
+    assert not errors, errors
+    rows = [torch.stack(executor.logits[seq]) for seq in sorted(executor.logits)]
+    return list(zip(ids.values(), rows, strict=True))
