@@ -85,6 +85,7 @@ class ModelSpec:
     parameters: tuple[Parameter, ...]  # the tied head's weight is not among them
     styles: dict[str, str] = field(hash=False)  # pattern as Transformers names it, `*` for a layer's number → style
     tied_head: bool  # the head uses the embedding's weight
+    experts_per_token: int | None = None  # of a mixture of experts
     unused: frozenset[str] = frozenset()  # tensors of the checkpoint that text needs not, such as an image encoder's
     layer_outputs: int = 0  # a layer returns a tuple of so many; 0: the hidden states alone
     embedding_name: str = "model.embed_tokens"

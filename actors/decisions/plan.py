@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from actors.decisions.families import NO_PIPELINE
 from actors.decisions.model_spec import ModelSpec
-from actors.decisions.shard_plan import ShardPlan, make_shard_plans
+from actors.decisions.shard_plan import ShardPlan, check_given_cut, make_shard_plans
+from actors.decisions.sizes import Sizes, broken_constraints
 from actors.decisions.tp_plan import with_tp_plan
 from actors.words.errors import UnsupportedModel
 from cluster.topology import Topology
@@ -47,33 +48,19 @@ class Plan:
 
 
 def make_plan(config: Config, spec: ModelSpec) -> Plan:
-    """Raises ValueError (field, reason, what would work) or UnsupportedModel."""
-    parallel = config.parallel
+    """Raises ValueError (fields, reasons, what would work, a line each) or UnsupportedModel."""
+    parallel, scheduler = config.parallel, config.scheduler
     topology = Topology(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
-    max_model_len = config.model.max_model_len or spec.max_position
-    if max_model_len > spec.max_position:
-        raise ValueError(
-            f"model.max_model_len: {max_model_len} tokens, but the model knows positions up to {spec.max_position}; "
-            f"use at most {spec.max_position}"
-        )
-    scheduler = config.scheduler
-    if scheduler.max_num_batched_tokens < scheduler.max_num_seqs:
-        raise ValueError(
-            f"scheduler.max_num_batched_tokens: a step of {scheduler.max_num_batched_tokens} tokens cannot hold one "
-            f"token for each of scheduler.max_num_seqs = {scheduler.max_num_seqs} sequences; use at least as many"
-        )
-    if topology.pipeline_parallel_size > 1 and spec.architecture in NO_PIPELINE:
-        raise UnsupportedModel(
-            f"parallel.pipeline_parallel_size: {spec.architecture} cannot be cut into stages: "
-            f"{NO_PIPELINE[spec.architecture]}; use 1"
-        )
+    problems = _problems(config, spec, topology)
+    if problems:
+        raise ValueError("\n".join(problems))
     spec = with_tp_plan(spec, parallel)
     num_lanes = scheduler.num_lanes or topology.pipeline_parallel_size
-    return Plan(
+    plan = Plan(
         spec=spec,
         topology=topology,
         shards=make_shard_plans(spec, topology, parallel.layers_per_stage),
-        max_model_len=max_model_len,
+        max_model_len=config.model.max_model_len or spec.max_position,
         block_size=config.cache.block_size,
         max_num_seqs=scheduler.max_num_seqs,
         max_num_batched_tokens=scheduler.max_num_batched_tokens,
@@ -82,3 +69,39 @@ def make_plan(config: Config, spec: ModelSpec) -> Plan:
         depth=scheduler.depth or (2 if num_lanes == 1 else 1),
         prefix_cache=config.cache.prefix_cache,
     )
+    if config.cache.num_blocks is not None:
+        plan.check_num_blocks(config.cache.num_blocks)
+    return plan
+
+
+def _problems(config: Config, spec: ModelSpec, topology: Topology) -> list[str]:
+    """Everything that is wrong, all at once."""
+    problems, scheduler = [], config.scheduler
+    max_model_len = config.model.max_model_len or spec.max_position
+    if max_model_len > spec.max_position:
+        problems.append(
+            f"model.max_model_len: {max_model_len} tokens, but the model knows positions up to {spec.max_position}; "
+            f"use at most {spec.max_position}"
+        )
+    if scheduler.max_num_batched_tokens < scheduler.max_num_seqs:
+        problems.append(
+            f"scheduler.max_num_batched_tokens: a step of {scheduler.max_num_batched_tokens} tokens cannot hold one "
+            f"token for each of scheduler.max_num_seqs = {scheduler.max_num_seqs} sequences; use at least as many"
+        )
+    if topology.pipeline_parallel_size > 1 and spec.architecture in NO_PIPELINE:
+        problems.append(
+            f"parallel.pipeline_parallel_size: {spec.architecture} cannot be cut into stages: "
+            f"{NO_PIPELINE[spec.architecture]}; use 1"
+        )
+    try:
+        spec = with_tp_plan(spec, config.parallel)
+    except UnsupportedModel:
+        raise
+    except ValueError as error:
+        problems.append(str(error))
+    problems += broken_constraints(Sizes.of(spec), topology)
+    try:
+        check_given_cut(spec, topology, config.parallel.layers_per_stage)
+    except ValueError as error:
+        problems.append(str(error))
+    return problems

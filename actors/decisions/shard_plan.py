@@ -149,7 +149,10 @@ def cut_by_cost(spec: ModelSpec, topology: Topology) -> list[Interval]:
     return list(pairwise(bounds))
 
 
-def _given_cut(spec: ModelSpec, topology: Topology, layers_per_stage: tuple[int, ...]) -> list[Interval]:
+def check_given_cut(spec: ModelSpec, topology: Topology, layers_per_stage: tuple[int, ...] | None) -> None:
+    """Raises ValueError when the config deals the layers in a way that cannot be."""
+    if layers_per_stage is None:
+        return
     if (
         len(layers_per_stage) != topology.pipeline_parallel_size
         or sum(layers_per_stage) != spec.num_layers
@@ -159,6 +162,10 @@ def _given_cut(spec: ModelSpec, topology: Topology, layers_per_stage: tuple[int,
             f"parallel.layers_per_stage: {list(layers_per_stage)} does not deal {spec.num_layers} layers to "
             f"{topology.pipeline_parallel_size} stages of at least one layer; leave it out to have them dealt by cost"
         )
+
+
+def _given_cut(spec: ModelSpec, topology: Topology, layers_per_stage: tuple[int, ...]) -> list[Interval]:
+    check_given_cut(spec, topology, layers_per_stage)
     bounds = [sum(layers_per_stage[:stage]) for stage in range(len(layers_per_stage) + 1)]
     return list(pairwise(bounds))
 

@@ -57,7 +57,7 @@ def broken_constraints(sizes: Sizes, topology: Topology) -> list[str]:
     reasons += [
         f"{key}: {kv_heads} KV heads cannot be split or replicated {tp} ways; {works}"
         for kv_heads in sorted(sizes.kv_heads)
-        if not reasons and not _can_share(kv_heads, tp)
+        if not _can_share(kv_heads, tp)
     ]
     reasons += [
         f"{key}: {columns} ffn columns are not divisible by {tp}; {works}"

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 
 from configs.files import PROJECT_ROOT
 
@@ -36,6 +36,37 @@ def local_folder(source: str, revision: str | None = None) -> Path | None:
     if source.startswith(("/", ".", "~")) or source.count("/") > 1:
         raise ValueError(f"model.source: there is no folder {folder}; name one that exists, or a hub id like org/name")
     return None
+
+
+def architecture_folder(source: str, revision: str | None = None) -> tuple[Path, bool]:
+    """A folder whose config.json says what the model is, and whether that is the public value shipped with us.
+
+    Enough to plan with: weights need not be there, and nothing is downloaded. Raises ValueError like `resolve_source`.
+    """
+    folder = (PROJECT_ROOT / Path(source).expanduser()).resolve()
+    if (folder / "config.json").is_file():
+        return folder, False
+    if folder.exists() or source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        raise ValueError(
+            f"model.source: {folder} holds no config.json; name a folder that does, or a hub id like org/name"
+        )
+    cached = try_to_load_from_cache(source, "config.json", revision=revision)
+    if isinstance(cached, str):
+        return Path(cached).parent, False
+    shipped = PROJECT_ROOT / "configs" / "architectures" / source.replace("/", "--")
+    if (shipped / "config.json").is_file():
+        return shipped, True
+    raise ValueError(
+        f"model.source: {source} is neither a folder with a config.json, nor in the local cache, nor among the "
+        f"architectures that are shipped ({', '.join(shipped_architectures())}); download its config.json into a "
+        "folder, and name that"
+    )
+
+
+def shipped_architectures() -> list[str]:
+    """Hub ids that can be planned for offline."""
+    folders = sorted((PROJECT_ROOT / "configs" / "architectures").iterdir())
+    return [folder.name.replace("--", "/") for folder in folders]
 
 
 def _snapshot(source: str, revision: str | None) -> Path:

@@ -85,6 +85,7 @@ class _Reader:
             parameters=tuple(self._parameters(f"{head_name}.weight" if tied else None)),
             styles=self._styles(embedding_name, head_name),
             tied_head=tied,
+            experts_per_token=self._experts_per_token(),
             unused=frozenset(name for name in self.model.state_dict() if self._place(name) is None),
             layer_outputs=self._only(self.trace.layer_outputs, "kinds of layer outputs"),
             embedding_name=embedding_name,
@@ -95,6 +96,19 @@ class _Reader:
     def _styles(self, embedding_name: str, head_name: str) -> dict[str, str]:
         own = dict(self.model.tp_plan)
         return amended_styles(self.config.model_type, own, self.layers_name, embedding_name, head_name)
+
+    def _experts_per_token(self) -> int | None:
+        """For estimates only: families call it by many names."""
+        names = (
+            "num_experts_per_tok",
+            "moe_topk",
+            "moe_k",
+            "num_experts_per_token",
+            "top_k_experts",
+            "experts_per_token",
+        )
+        found = [getattr(self.config, name, None) for name in names]
+        return next((count for count in found if isinstance(count, int)), None)
 
     def _largest_list(self) -> str:
         """The layers: of all module lists the one with most parameters."""

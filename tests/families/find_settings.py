@@ -27,10 +27,33 @@ IDS = torch.tensor([[5, 17, 3, 88, 41, 9, 17, 60, 2, 31, 77, 54, 8, 19, 90, 33, 
 GIVEN: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("given.json").read_text())
 
 # Nothing of a forward pass depends on these, or they choose another model than the one that is served.
-LEFT_ALONE = tuple(
-    "dropout use_cache output_ return_dict initializer _std loss aux jitter tie_word is_decoder is_encoder "
-    "cross_attention chunk_size_feed pretraining_tp mtp nextn _eps quant is_causal bidirectional is_first torchscript "
-    "scale_fmt num_ _id".split()
+LEFT_ALONE = (
+    "dropout",
+    "use_cache",
+    "output_",
+    "return_dict",
+    "initializer",
+    "_std",
+    "loss",
+    "aux",
+    "jitter",
+    "tie_word",
+    "is_decoder",
+    "is_encoder",
+    "cross_attention",
+    "chunk_size_feed",
+    "pretraining_tp",
+    "mtp",
+    "nextn",
+    "_eps",
+    "quant",
+    "is_causal",
+    "bidirectional",
+    "is_first",
+    "torchscript",
+    "scale_fmt",
+    "num_",
+    "_id",
 )
 CAPS = {"clip_qkv": 0.8, "softcap": 3.0, "logit_cap": 3.0, "clamp": 0.9, "limit": 0.9}
 

@@ -27,9 +27,9 @@ def table(outcomes: dict[str, Outcome]) -> str:
     lines = [
         "# Families",
         "",
-        f"Every causal family of Transformers {transformers.__version__} that has a tensor-parallel plan, on a tiny",
-        "random checkpoint with no setting left neutral: fp32 logits within 1e-4 of Transformers' own, and equal greedy",
-        "ids, with several requests in one batch. Multi-modal checkpoints are served for text alone. Written by",
+        f"Every causal family of Transformers {transformers.__version__} that has a tensor-parallel plan, on a",
+        "tiny random checkpoint with no setting left neutral: fp32 logits within 1e-4 of Transformers' own, and equal",
+        "greedy ids, with several requests in one batch. Multi-modal checkpoints are served for text alone. Written by",
         "`python tests/families/support.py`, and held against what `pytest -m soak tests/families` sees.",
         "",
         f"{counts['right']} right, {counts['refused']} refused, {counts['wrong']} wrong.",

@@ -1,0 +1,20 @@
+"""The command `stagemesh`; `python -m deployments.cli` is the same."""
+
+import argparse
+import sys
+
+from deployments import plan_command
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one sub-command; its exit code."""
+    parser = argparse.ArgumentParser(prog="stagemesh", description="Serve large models on Ray, in shards and stages.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    plan_command.add_to(commands)
+    options = parser.parse_args(argv)
+    code: int = options.run(options)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""Broken checkpoints, one of each kind: refused at once, with the file and the tensor, before a byte of data is read."""
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from actors.tensors.model import build
+from actors.words.errors import CheckpointError
+from cluster.collectives import LoneShard
+
+pytestmark = pytest.mark.timeout(10)
+
+NORM = "model.layers.2.input_layernorm.weight"
+INDEX = "model.safetensors.index.json"
+
+
+class Folder:
+    """A checkpoint to break."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.weight_map: dict[str, str] = json.loads((path / INDEX).read_text())["weight_map"]
+        self.file = path / self.weight_map[NORM]
+
+    def index(self, text: str | None = None, **changes: str | None) -> None:
+        weight_map = {key: name for key, name in {**self.weight_map, **changes}.items() if name is not None}
+        (self.path / INDEX).write_text(text if text is not None else json.dumps({"weight_map": weight_map}))
+
+    def tensors(self, **changes: torch.Tensor | None) -> None:
+        tensors = {**load_file(self.file), **changes}
+        save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, self.file)
+
+    def header(self, change: Callable[[dict[str, Any]], Any], encode: Callable[[Any], str] = json.dumps) -> None:
+        """Rewrite the header of the file; the data stays."""
+        raw = self.file.read_bytes()
+        [length] = struct.unpack("<Q", raw[:8])
+        header = json.loads(raw[8 : 8 + length])
+        changed = encode(change(header) or header).encode()
+        self.file.write_bytes(struct.pack("<Q", len(changed)) + changed + raw[8 + length :])
+
+
+def entry(**keys: Any) -> Callable[[dict[str, Any]], None]:
+    """Change the norm's entry of a header."""
+    return lambda header: header[NORM].update(keys)
+
+
+def swap_offsets(header: dict[str, Any]) -> None:
+    first, second = list(header)[-2:]
+    header[first]["data_offsets"], header[second]["data_offsets"] = ([0, 4], [2, 6])
+
+
+def twice(header: dict[str, Any]) -> str:
+    text = json.dumps(header)
+    return text[:-1] + f', "{NORM}": {json.dumps(header[NORM])}}}'
+
+
+BREAKS: dict[str, tuple[Callable[[Folder], Any], str]] = {
+    "truncated by a byte": (lambda f: f.file.write_bytes(f.file.read_bytes()[:-1]), "its header promises"),
+    "truncated in the header": (lambda f: f.file.write_bytes(f.file.read_bytes()[:40]), "header would take"),
+    "truncated to nothing": (lambda f: f.file.write_bytes(b""), "truncated or no safetensors"),
+    "longer than promised": (lambda f: f.file.write_bytes(f.file.read_bytes() + b"\0"), "its header promises"),
+    "another format": (lambda f: f.file.write_bytes(b"PK\3\4" + b"\0" * 5000), "truncated or no safetensors"),
+    "missing file": (lambda f: f.file.unlink(), "is missing, though"),
+    "missing tensor": (lambda f: (f.tensors(**{NORM: None}), f.index(**{NORM: None})), f"holds no tensor {NORM}"),
+    "tensor gone from its file": (lambda f: f.tensors(**{NORM: None}), f"holds no tensor {NORM}, though"),
+    "wrong shape": (lambda f: f.tensors(**{NORM: torch.ones(32)}), rf"{NORM} is \[32\], .* asks for \[64\]"),
+    "wrong number of dimensions": (lambda f: f.tensors(**{NORM: torch.ones(8, 8)}), rf"{NORM} is \[8, 8\]"),
+    "float8": (lambda f: f.tensors(**{NORM: torch.ones(64).to(torch.float8_e4m3fn)}), f"{NORM} is stored as F8"),
+    "integers": (lambda f: f.tensors(**{NORM: torch.ones(64, dtype=torch.int32)}), f"{NORM} is stored as torch.int32"),
+    "extra tensor": (
+        lambda f: (f.tensors(extra=torch.ones(1)), f.index(extra=f.file.name)),
+        "holds extra, which LlamaForCausalLM has no place for",
+    ),
+    "tensor beside the index": (lambda f: f.tensors(extra=torch.ones(1)), "holds extra, which .* does not say"),
+    "index is no JSON": (lambda f: f.index("{"), "is not an index"),
+    "index is a list": (lambda f: f.index("[]"), "is not an index"),
+    "index without a map": (lambda f: f.index('{"weight_map": 3}'), "is not an index"),
+    "index nested deeply": (lambda f: f.index("[" * 100_000), "is not an index"),
+    "index leads elsewhere": (lambda f: f.index(**{NORM: "../../etc/passwd"}), "no safetensors file beside it"),
+    "index names a pickle": (lambda f: f.index(**{NORM: "pytorch_model.bin"}), "no safetensors file beside it"),
+    "index names another file": (
+        lambda f: f.index(**{NORM: next(name for name in f.weight_map.values() if name != f.file.name)}),
+        f"holds no tensor {NORM}",
+    ),
+    "header of exabytes": (lambda f: f.file.write_bytes(struct.pack("<Q", 1 << 60) + b"{}"), "header would take"),
+    "header nested deeply": (lambda f: f.header(dict, lambda _: "[" * 90_000), "truncated or no safetensors"),
+    "header with a key twice": (lambda f: f.header(dict, twice), f"{NORM} is there twice"),
+    "negative offset": (lambda f: f.header(entry(data_offsets=[-4, 252])), "are not sizes"),
+    "offsets past the end": (lambda f: f.header(entry(data_offsets=[1 << 50, (1 << 50) + 256])), "starts at byte"),
+    "offsets that overlap": (lambda f: f.header(swap_offsets), "does not take the 4 bytes|starts at byte"),
+    "shape of petabytes": (lambda f: f.header(entry(shape=[1 << 40, 1 << 20])), "does not take the"),
+    "shape of words": (lambda f: f.header(entry(shape=["many"])), "are not sizes"),
+    "shape that is short": (lambda f: f.header(entry(shape=[63])), r"shape \[63\] .* does not take the 256 bytes"),
+    "entry that is a number": (lambda f: f.header(lambda header: {**header, NORM: 3}), "truncated or no safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_broken_checkpoint_is_refused(
+    plan_of: Any, checkpoints: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    folder = Folder(Path(shutil.copytree(checkpoints("llama"), tmp_path / "model")))
+    breaks, words = BREAKS[name]
+    breaks(folder)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        build(plan_of("llama"), 0, folder.path, LoneShard(), torch.device("cpu"))
+    said = str(caught.value)
+    assert str(folder.path) in said, "no file is named"
+    assert len(said) < 700
+
+
+def test_what_is_not_broken_is_built(plan_of: Any, checkpoints: Callable[[str], Path]) -> None:
+    build(plan_of("llama"), 0, checkpoints("llama"), LoneShard(), torch.device("cpu"))
+    assert len(BREAKS) >= 25

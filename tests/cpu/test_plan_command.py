@@ -1,0 +1,180 @@
+"""`stagemesh plan`: its numbers are those of the ranks, of the public models, and of arithmetic by hand."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from actors.decisions.accelerators import ACCELERATORS
+from actors.decisions.estimate import ALL_REDUCE_S, Estimate, kv_bytes_per_token
+from actors.decisions.plan import Plan, make_plan
+from actors.tensors.kv_cache import KVCache
+from actors.tensors.model import build
+from actors.tensors.source import architecture_folder, shipped_architectures
+from actors.tensors.spec_reader import read_spec
+from cluster.collectives import LoneShard
+from configs.config import Config
+from deployments import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+BILLIONS = {
+    "Qwen/Qwen3-32B": 32.762,
+    "google/gemma-2-27b-it": 27.227,
+    "meta-llama/Llama-3.1-405B-Instruct": 405.853,
+    "meta-llama/Llama-3.1-8B-Instruct": 8.030,
+    "meta-llama/Llama-3.3-70B-Instruct": 70.554,
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": 46.703,
+}
+
+
+def asked(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    cli.main(["plan", *arguments, "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def planned(source: str, tp: int, pp: int, **groups: Any) -> Plan:
+    parallel = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp}
+    config = Config.model_validate({"model": {"source": source}, "parallel": parallel, **groups})
+    return make_plan(config, read_spec(architecture_folder(source)[0]))
+
+
+def test_a_405b_model_is_planned_to_the_byte_as_a_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "deployments.cli", "plan", "configs/llama405b_tp8_pp4.yaml", "--json"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=90, check=True)
+    said = json.loads(done.stdout)
+    assert len(said["ranks"]) == 32
+    assert said["planned_weight_bytes"] == sum(rank["weight_bytes"] for rank in said["ranks"])
+    # Norms are on every shard: 126 layers have two, and there is one after them
+    copies = 7 * (2 * 126 + 1) * 16384 * 2
+    assert said["planned_weight_bytes"] == said["bf16_weight_bytes"] + copies
+    assert [rank["layers"] for rank in said["ranks"][::8]] == [[0, 31], [31, 63], [63, 95], [95, 126]]
+    assert said["problems"] == []
+
+
+@pytest.mark.parametrize("source", sorted(BILLIONS))
+def test_shipped_architectures_are_the_public_ones(source: str) -> None:
+    assert shipped_architectures() == sorted(BILLIONS, key=lambda name: name.replace("/", "--"))
+    spec = read_spec(architecture_folder(source)[0])
+    assert sum(parameter.numel for parameter in spec.parameters) / 1e9 == pytest.approx(BILLIONS[source], abs=1e-3)
+
+
+def test_memory_of_the_llamas(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"8B": (16.06, 32.12), "70B": (141.11, 282.21), "405B": (811.71, 1623.41)}
+    for name, (half, single) in sizes.items():
+        source = next(source for source in BILLIONS if f"-{name}-" in source)
+        said = asked(capsys, source)
+        assert said["bf16_weight_bytes"] / 1e9 == pytest.approx(half, abs=0.01)
+        assert said["fp32_weight_bytes"] / 1e9 == pytest.approx(single, abs=0.01)
+
+
+def test_70b_in_shards_and_stages(capsys: pytest.CaptureFixture[str]) -> None:
+    source = "meta-llama/Llama-3.3-70B-Instruct"
+    for tp, gigabytes in ((2, 70.6), (4, 35.3), (8, 17.6)):
+        said = asked(capsys, source, "--tp", str(tp))
+        assert said["ranks"][0]["weight_bytes"] / 1e9 == pytest.approx(gigabytes, abs=0.1)
+        assert said["all_reduces_per_step"] == 161
+    said = asked(capsys, "configs/llama70b_tp8_pp4.yaml")
+    assert [rank["layers"] for rank in said["ranks"][::8]] == [[0, 20], [20, 40], [40, 60], [60, 80]]
+    assert (said["kv_bytes_per_token"], said["hop_bytes_per_token"]) == (80 * 8 * 2 * 128 * 2, 8192 * 2)
+    by_cost = asked(capsys, "configs/llama70b_tp8_pp4.yaml", "--pp", "4")
+    assert sum(end - first for first, end in (rank["layers"] for rank in by_cost["ranks"][::8])) == 80
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_preset_fits_where_it_says(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines()), default=0) <= 100 or str(ROOT) in text
+    assert "Layouts on h100-80gb" in text
+
+
+@pytest.mark.parametrize(("family", "tp", "pp"), [("llama_tied", 2, 2), ("mistral", 4, 1), ("qwen3", 1, 3)])
+def test_planned_bytes_are_measured_bytes(
+    plan_of: Any, checkpoints: Callable[[str], Path], family: str, tp: int, pp: int
+) -> None:
+    plan = plan_of(family, tp, pp)
+    for rank, shard in enumerate(plan.shards):
+        stage = build(plan, rank, checkpoints(family), LoneShard(), torch.device("cpu"))
+        assert sum(tensor.nbytes for tensor in stage.tensors().values()) == shard.weight_bytes
+        cache = KVCache(shard.attentions, 7, plan.block_size, torch.float32, torch.device("cpu"))
+        assert cache.num_bytes == 7 * plan.kv_bytes_per_block(rank)
+        assert kv_bytes_per_token(plan, rank) * plan.block_size == plan.kv_bytes_per_block(rank)
+
+
+def test_the_roofline_is_what_arithmetic_says() -> None:
+    plan = planned("meta-llama/Llama-3.1-8B-Instruct", 2, 1)
+    h100 = ACCELERATORS["h100-80gb"]
+    estimate = Estimate(plan, h100, 0.8)
+    spec = plan.spec
+    lookup = spec.vocab_size * spec.hidden_size * 2 / 2
+    read = plan.shards[0].weight_bytes - lookup + 1000 * kv_bytes_per_token(plan, 0)
+    sent = 2 * (1 / 2) * spec.hidden_size * 2
+    expected = read / h100.memory_bytes_per_s + 65 * (ALL_REDUCE_S + sent / h100.link_bytes_per_s)
+    assert estimate.decode(1, 1000).ms_per_token == pytest.approx(expected * 1e3, rel=1e-6)
+    assert estimate.decode(1, 1000).tokens_per_s == pytest.approx(1 / expected, rel=1e-6)
+    assert estimate.decode(1, 1000).limited_by == "memory bandwidth"
+    memory = estimate.memory(0)
+    left = h100.memory_bytes - 1_500_000_000 - memory.weight_bytes - memory.activation_bytes
+    assert memory.num_blocks == int(left * 0.8) // plan.kv_bytes_per_block(0)
+
+
+def test_experts_are_read_as_often_as_they_are_hit() -> None:
+    estimate = Estimate(planned("mistralai/Mixtral-8x7B-Instruct-v0.1", 2, 1), ACCELERATORS["h200"], 0.8)
+    alone, many = estimate.decode(1, 1), estimate.decode(64, 1)
+    assert alone.ms_per_token < 0.4 * many.ms_per_token, "one token uses two of eight experts"
+
+
+def test_latent_attention_says_what_its_cache_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import DeepseekV3Config
+
+    DeepseekV3Config(architectures=["DeepseekV3ForCausalLM"], dtype="bfloat16").save_pretrained(tmp_path)
+    said = asked(capsys, str(tmp_path), "--tp", "8", "--pp", "2", "--gpu", "h200")
+    assert said["kv_bytes_per_token"] == 61 * 128 * (192 + 128) * 2
+    assert said["latent_kv_bytes_per_token"] == 61 * (512 + 64) * 2
+    cli.main(["plan", str(tmp_path), "--tp", "8", "--pp", "2"])
+    assert "the latent would take 70.27 kB a token" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_said_with_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "meta-llama/Llama-3.3-70B-Instruct", "--gpu", "a100-40gb"]) == 1
+    said = capsys.readouterr().out
+    assert "rank 0 needs 14" in said
+    assert "use more shards or stages" in said
+    assert "yes" in said, "some layout fits"
+
+
+def test_everything_that_is_wrong_is_said_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "configs" / "llama70b_tp8_pp4.yaml").read_text()
+    for old, new in (("max_model_len: 131072", "max_model_len: 999999"), ("[20, 20, 20, 20]", "[20, 20]"),
+                     ("tensor_parallel_size: 8", "tensor_parallel_size: 6"), ("tokens: 8192", "tokens: 8")):  # fmt: skip
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "wrong.yaml").write_text(text)
+    assert cli.main(["plan", str(tmp_path / "wrong.yaml")]) == 1
+    said = capsys.readouterr().err
+    for field in ("model.max_model_len", "parallel.tensor_parallel_size: 64 attention heads", "8 KV heads",
+                  "28672 ffn columns", "parallel.layers_per_stage", "scheduler.max_num_batched_tokens"):  # fmt: skip
+        assert field in said, said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nobody/nothing"], "model.source: nobody/nothing is neither .* shipped"),
+        (["/nowhere/at/all"], "model.source: /nowhere/at/all holds no config.json"),
+        (["configs/nothing.yaml"], "cannot be read"),
+        (["meta-llama/Llama-3.1-8B-Instruct", "--tp", "3"], "32 attention heads are not divisible by 3; .* 1, 2, 4, 8"),
+    ],
+)
+def test_mistakes_are_named(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", *arguments]) == 1
+    said = capsys.readouterr().err
+    assert re.search(words, said, re.DOTALL), said
