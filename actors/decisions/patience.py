@@ -52,4 +52,4 @@ class StepClock:
             return None
         if self._seconds_per_token is None:
             return self._head_since + self._first_s
-        return self._head_since + _FLOOR_S + _FACTOR * self._seconds_per_token * self._in_flight[0][2]
+        return self._head_since + max(_FLOOR_S, _FACTOR * self._seconds_per_token * self._in_flight[0][2])

@@ -1,4 +1,4 @@
-"""Broken checkpoints, one of each kind: refused at once, with the file and the tensor, before a byte of data is read."""
+"""Broken checkpoints, one of each kind: refused at once, with file and tensor, before a byte of data is read."""
 
 import json
 import shutil

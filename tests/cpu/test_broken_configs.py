@@ -14,6 +14,8 @@ pytestmark = pytest.mark.timeout(10)
 ROOT = Path(__file__).resolve().parents[2]
 PRESET = (ROOT / "configs" / "llama70b_tp8_pp4.yaml").read_text()
 
+STAGES = "pipeline_parallel_size: 4"
+
 # (what stands in a preset, what is put in its place) → what is said
 BREAKS = {
     "no such file": (None, "cannot be read .*name a Serve config file"),
@@ -31,22 +33,22 @@ BREAKS = {
     "a word for a number": (("max_model_len: 131072", "max_model_len: long"), "model.max_model_len: "),
     "a length beyond the model": (("max_model_len: 131072", "max_model_len: 131073"), "use at most 131072"),
     "no shards": (("tensor_parallel_size: 8", "tensor_parallel_size: 0"), "parallel.tensor_parallel_size: "),
-    "a fraction of a shard": (("tensor_parallel_size: 8", "tensor_parallel_size: 1.5"), "parallel.tensor_parallel_size"),
+    "a fraction of a shard": (("tensor_parallel_size: 8", "tensor_parallel_size: 1.5"), "tensor_parallel_size: "),
     "more shards than heads": (("tensor_parallel_size: 8", "tensor_parallel_size: 128"), "would work: 1, 2, 4, 8, 16"),
-    "heads not divisible": (("tensor_parallel_size: 8", "tensor_parallel_size: 5"), "64 attention heads .*divisible by 5"),
+    "heads not divisible": (("tensor_parallel_size: 8", "tensor_parallel_size: 5"), "64 attention heads .*by 5"),
     "more stages than layers": (("pipeline_parallel_size: 4", "pipeline_parallel_size: 81"), "at most 80 would work"),
     "a cut that is short": (("[20, 20, 20, 20]", "[20, 20, 20]"), "parallel.layers_per_stage: .*80 layers to 4 stages"),
     "a stage without layers": (("[20, 20, 20, 20]", "[40, 40, 0, 0]"), "parallel.layers_per_stage"),
     "an unknown style": (
-        ("pipeline_parallel_size: 4", "pipeline_parallel_size: 4\n        tp_plan: {layers.*.mlp.up_proj: columns}"),
+        (STAGES, STAGES + "\n        tp_plan: {layers.*.mlp.up_proj: columns}"),
         "'columns' is no style; styles are colwise",
     ),
     "a rule for nothing": (
-        ("pipeline_parallel_size: 4", "pipeline_parallel_size: 4\n        tp_plan: {layers.*.mlp.w1: colwise}"),
+        (STAGES, STAGES + "\n        tp_plan: {layers.*.mlp.w1: colwise}"),
         r"'layers.\*.mlp.w1' matches no module",
     ),
     "a rule that does not fit": (
-        ("pipeline_parallel_size: 4", "pipeline_parallel_size: 4\n        tp_plan: {layers.*.self_attn.q_proj: replicate}"),
+        (STAGES, STAGES + "\n        tp_plan: {layers.*.self_attn.q_proj: replicate}"),
         "q_proj and .*o_proj do not fit",
     ),
     "a memory share above one": (("memory_share: 0.85", "memory_share: 1.5"), "cache.memory_share"),

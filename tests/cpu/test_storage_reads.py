@@ -1,4 +1,4 @@
-"""What loading takes from storage, counted by the kernel: a node reads its own bytes once, whatever its shards share."""
+"""What loading takes from storage, counted by the kernel: a node reads its own bytes, and reads them once."""
 
 import os
 import random

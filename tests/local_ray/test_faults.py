@@ -3,9 +3,11 @@
 import contextlib
 import json
 import os
+import random
 import re
 import signal
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -250,11 +252,7 @@ def test_no_rank_outlives_its_replica(app: App, stopped: int | None) -> None:
     until(lambda: len(client.lines) > 3)
     if stopped is not None:
         os.kill(pids[stopped], signal.SIGSTOP)
-    (replica,) = [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::ServeReplica:faults")
-    ]
+    replica = replica_of(app)
     replica.kill()
     until(lambda: not any(map(is_alive, pids)), within_s=10)
     client.join(60)
@@ -265,6 +263,61 @@ def test_no_rank_outlives_its_replica(app: App, stopped: int | None) -> None:
     assert app.answer() == app.golden
     until(lambda: len(reserved()) == len(groups), within_s=10)
     assert not reserved() & groups
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(500, marks=[pytest.mark.soak, pytest.mark.timeout(600)])])
+def test_clients_that_disconnect_leave_nothing(app: App, count: int) -> None:
+    """At random moments: queued, in the middle of a prompt, while decoding, with n = 4, streamed and plain."""
+    chance = random.Random(count)
+    fds_before = replica_of(app).num_fds()
+    seen = {"waiting": 0, "running": 0}
+    threads: list[threading.Thread] = []
+    for _ in range(count):
+        body = {
+            "model": "tiny",
+            "prompt": [chance.randrange(256) for _ in range(chance.choice((4, 60, 800)))],
+            "max_tokens": 200,
+            "ignore_eos": True,
+            "stream": chance.random() < 0.7,
+            "n": chance.choice((1, 1, 4)),
+            "seed": 1,
+        }
+        threads.append(threading.Thread(target=leave_early, args=(app, body, chance.expovariate(4))))
+        threads[-1].start()
+        if len(threads) % 20 == 0:
+            state = app.cluster()["requests"]
+            seen = {name: max(most, state[name]) for name, most in seen.items()}
+        time.sleep(chance.expovariate(60))
+    for thread in threads:
+        thread.join(60)
+    until(lambda: (app.cluster()["requests"], app.cluster()["kv_blocks"]["used"]) == (IDLE, 0), within_s=2.0)
+    assert min(seen.values()) > 0, f"nobody was queued, or nobody ran: {seen}"
+    assert app.answer() == app.golden
+    until(lambda: replica_of(app).num_fds() <= fds_before + 2, within_s=10)
+
+
+IDLE = {"running": 0, "waiting": 0}
+
+
+def leave_early(app: App, body: dict[str, Any], after_s: float) -> None:
+    """Send a request, and after a while reset the connection under it."""
+    host, _, port = app.url.removeprefix("http://").partition(":")
+    content = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        time.sleep(after_s)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # no farewell
+
+
+def replica_of(app: App) -> psutil.Process:
+    """The process that serves HTTP."""
+    (replica,) = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::ServeReplica:faults")
+    ]
+    return replica
 
 
 def reserved() -> set[str]:
@@ -329,45 +382,60 @@ class Listener:
     def __init__(self) -> None:
         self.ids: dict[str, list[int]] = {}
         self.ends: dict[str, tuple[str | None, str | None]] = {}
+        self.gained_at = 0.0  # when an id came last
+        self.failed_at = 0.0  # when an error came last
 
     def __call__(self, events: list[Event]) -> None:
         for event in events:
             self.ids.setdefault(event.request_id, []).extend(event.token_ids)
+            if event.token_ids:
+                self.gained_at = time.monotonic()
             if event.finish_reason:
                 assert event.request_id not in self.ends
                 self.ends[event.request_id] = event.finish_reason, event.error
+                if event.error:
+                    self.failed_at = time.monotonic()
 
 
-def raising_gang(rank_by_epoch: dict[int, int]) -> type[Gang]:
-    """A gang in which one rank raises in its tenth step, in the given epochs."""
+def faulty_gang(fault: str, rank_by_epoch: dict[int, int]) -> type[Gang]:
+    """A gang in which one rank raises in its tenth step, or stays in it and goes on to say that it lives."""
 
-    class RaisingActor(RankActor):
+    class FaultyActor(RankActor):
         def call(self, method: str, *args: Any) -> Any:
             if method == "join" and rank_by_epoch.get(args[0].epoch) == self._rank_number:
                 self._steps_left = 10
             if method == "serve" and hasattr(self, "_steps_left"):
                 runner = self._rank._runner
                 assert runner is not None
-                self._execute, runner.execute = runner.execute, self._raise_soon  # type: ignore[method-assign]
+                self._execute, runner.execute = runner.execute, self._fail_soon  # type: ignore[method-assign]
             return super().call(method, *args)
 
-        def _raise_soon(self, step: Any) -> Any:
+        def _fail_soon(self, step: Any) -> Any:
             self._steps_left -= 1
+            if not self._steps_left and fault == "hangs":
+                time.sleep(600)
             if not self._steps_left:
                 raise ArithmeticError("a fault that a test has put in")
             return self._execute(step)
 
-    class RaisingGang(Gang):
-        actor_class = RaisingActor
+    class FaultyGang(Gang):
+        actor_class = FaultyActor
 
-    return RaisingGang
+    return FaultyGang
+
+
+WORDS = {
+    "raises": r"rank {rank} failed at step \d+: ArithmeticError: a fault that a test has put in",
+    "hangs": r".*step \d+.*",
+}
 
 
 @pytest.mark.parametrize("ranks", [(1,), pytest.param((0, 1, 2, 3), marks=pytest.mark.soak)])
-def test_a_raising_rank_is_named_and_the_gang_comes_back(
-    bundles: Any, checkpoint: Path, ranks: tuple[int, ...]
+@pytest.mark.parametrize("fault", ["raises", "hangs"])
+def test_a_rank_that_raises_or_hangs_is_noticed_and_the_gang_comes_back(
+    bundles: Any, checkpoint: Path, fault: str, ranks: tuple[int, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without Serve: an exception cannot be put into a rank from outside."""
+    """Without Serve: neither can be put into a rank from outside."""
     from actors.tensors.spec_reader import read_spec
 
     config = Config.model_validate(arguments(checkpoint, 2, 2))
@@ -377,30 +445,34 @@ def test_a_raising_rank_is_named_and_the_gang_comes_back(
     def make(epoch: int) -> EngineChannel:
         if gangs:
             gangs[-1].close(patience_s=0)
-        gangs.append(raising_gang(dict(enumerate(ranks)))(config, Topology(2, 2), bundles, "cpu", epoch))
+        gangs.append(faulty_gang(fault, dict(enumerate(ranks)))(config, Topology(2, 2), bundles, "cpu", epoch))
         gangs[-1].start(plan)
         return gangs[-1].executor
 
     listener = Listener()
     engine = Engine(make(0), SchedulerSettings(512, 16, 8, 64, 2), listener, make)
     engine.start()
+    noticed_s = []
     try:
         for epoch, rank in enumerate(ranks):
             for number in range(4):
                 engine.add(Request(f"{epoch}-{number}", [5, 6, 7 + number], 400, SamplingParams(0.0)))
             until(lambda epoch=epoch: sum(name.startswith(f"{epoch}-") for name in listener.ends) == 4, within_s=20)
+            noticed_s.append(listener.failed_at - listener.gained_at)
             assert {end for name, end in listener.ends.items() if name.startswith(f"{epoch}-")} == {
                 ("error", engine.failure)
             }
-            assert re.fullmatch(
-                rf"rank {rank} failed at step \d+: ArithmeticError: a fault that a test has put in", engine.failure
-            )
+            assert re.fullmatch(WORDS[fault].format(rank=rank), engine.failure), engine.failure
             until(lambda epoch=epoch: (engine.snapshot().state, engine.snapshot().epoch) == ("ready", epoch + 1))
         engine.add(Request("sound", [5, 6, 7], 50, SamplingParams(0.0)))
         until(lambda: "sound" in listener.ends)
         assert listener.ends["sound"] == ("length", None)
         assert len(listener.ids["sound"]) == 50
         assert listener.ids["sound"][: len(listener.ids["0-0"])] == listener.ids["0-0"]
+        with capsys.disabled():
+            told = ", ".join(f"rank {rank} {seconds:.2f}" for rank, seconds in zip(ranks, noticed_s, strict=True))
+            print(f"\n{fault}: seconds from the last id to the error: {told}")
+        assert max(noticed_s) < 3.0
     finally:
         engine.close()
         gangs[-1].close()
