@@ -189,3 +189,9 @@ def test_mistakes_are_named(arguments: list[str], words: str, capsys: pytest.Cap
     assert cli.main(["plan", *arguments]) == 1
     said = capsys.readouterr().err
     assert re.search(words, said, re.DOTALL), said
+
+
+def test_the_readme_shows_what_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "configs/mixtral8x7b_tp2.yaml"]) == 0
+    shown = f"```\n$ stagemesh plan configs/mixtral8x7b_tp2.yaml\n{capsys.readouterr().out.rstrip()}\n```"
+    assert shown in (ROOT / "README.md").read_text(), "README.md shows another plan"

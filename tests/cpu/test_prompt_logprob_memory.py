@@ -1,7 +1,6 @@
 """Log-probabilities of a prompt take memory for 256 of its ids at a time, however long the prompt is."""
 
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -131,4 +130,4 @@ def test_the_peak_does_not_grow_with_the_prompt(runner: Runner, capsys: pytest.C
         print(f"\npeak of echo with logprobs: {shown}; logits of one step {one_step / 1e6:.0f} MB")
     assert max(rows) == BOUND_ROWS
     assert peaks[8000] < 8 * one_step < 8000 * VOCAB * 4
-    assert peaks[8000] < 2 * peaks[1000]
+    assert peaks[8000] < 1.5 * peaks[4000]
