@@ -8,9 +8,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers.core_model_loading import Chunk, Concatenate, Interleave, MergeModulelist, Split, Transpose
+from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    Interleave,
+    MergeModulelist,
+    Split,
+    Transpose,
+    WeightConverter,
+)
 
-from actors.tensors.checkpoint import boxes
+from actors.decisions.shard_plan import ShardPlan, TensorSlice
+from actors.tensors.checkpoint import Sources, boxes, load_weights
+from actors.tensors.conversion import Computed, Conversions, Group
 from actors.tensors.lazy import Lazy, Leaf, NotLazyError
 from actors.tensors.mapped import byte_range, copied
 from actors.tensors.stored import read_header
@@ -84,6 +94,8 @@ def test_chains_of_operations_are_followed_backwards(seed: int, tmp_path: Path) 
 class Model:
     """What Split asks for."""
 
+    config = None
+
     def get_parameter(self, name: str) -> torch.Tensor:
         return torch.empty({"q": 8, "k": 4, "v": 4}[name], 6)
 
@@ -129,3 +141,19 @@ def test_what_is_not_understood_backwards_says_so(tmp_path: Path) -> None:
         torch.flip(leaf, [0])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="cannot be stacked"):
         torch.stack([leaf, leaf.transpose(0, 1)])  # type: ignore[list-item]
+
+
+def test_what_is_not_understood_backwards_is_converted_whole(tmp_path: Path) -> None:
+    stored = [leaf.stored for leaf in saved([torch.arange(48.0).view(8, 6)], tmp_path)]
+    conversions = Conversions.__new__(Conversions)
+    conversions.shapes = Model()  # type: ignore[assignment]
+    group = Group("b.weight", WeightConverter("a", "b", operations=[Interleave(0)]), {"a": stored})
+    sources = conversions.sources({"b.weight": group}, {"b.weight"})
+    assert isinstance(sources["b.weight"], Computed)
+    tensor = TensorSlice("b.weight", "b.weight", (8, 6), (((2, 5),), ((1, 2), (4, 6))), "float32")
+    shard = ShardPlan(0, 0, 0, (0, 1), (), (0, 0), True, True, False, (tensor,))
+    target = torch.zeros(3, 3)
+    report = load_weights(Sources(shard, sources, conversions, None), {"b.weight": target})
+    whole = Interleave(0).convert({"a": [torch.arange(48.0).view(8, 6)]}, ["a"], ["b"])["b"]
+    assert torch.equal(target, part(whole, tensor.intervals))
+    assert (report.computed, report.bytes_copied) == (("b.weight",), 36)

@@ -63,13 +63,20 @@ def outcome_of(model_type: str, folder: Path, layouts: tuple[tuple[int, int], ..
     return Outcome("right", spec.architecture, layouts, ", ".join(sorted(styles)))
 
 
-def serve_in(layout: tuple[int, int], folder: Path, spec: ModelSpec, references: list[Reference]) -> str:
+def serve_in(
+    layout: tuple[int, int], folder: Path, spec: ModelSpec, references: list[Reference], **parallel: Any
+) -> str:
     """What is wrong with a layout; nothing when its logits and ids are Transformers' own."""
     tp, pp = layout
     config = Config.model_validate(
         {
             "model": {"source": str(folder), "max_model_len": 64},
-            "parallel": {"tensor_parallel_size": tp, "pipeline_parallel_size": pp, "allow_replication": True},
+            "parallel": {
+                "tensor_parallel_size": tp,
+                "pipeline_parallel_size": pp,
+                "allow_replication": True,
+                **parallel,
+            },
             "cache": {"block_size": 4},
         }
     )

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from find_settings import families
-from outcome import SETTINGS, make_config, make_model, outcome_of, save
+from outcome import PROMPT_LENGTHS, SETTINGS, make_config, make_model, outcome_of, reference, save, serve_in
 from safetensors.torch import load_file
 
 from actors.decisions.families import TESTED
@@ -96,6 +97,59 @@ def test_what_nobody_has_shown_to_be_right_is_refused_by_name(tmp_path: Path) ->
     save(make_model(GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=101)), tmp_path)
     with pytest.raises(UnsupportedModel, match="GPT2LMHeadModel"):
         read_spec(tmp_path)
+
+
+# Rules of one's own: each leaves the numbers as they are, and puts the work elsewhere
+RULES: dict[str, dict[str, str]] = {
+    "ffn whole": dict.fromkeys(
+        ("layers.*.mlp.gate_proj", "layers.*.mlp.up_proj", "layers.*.mlp.down_proj"), "replicate"
+    ),
+    "attention gathered": {
+        "model.layers.*.self_attn.q_proj": "colwise_gather_output",
+        "model.layers.*.self_attn.k_proj": "colwise_gather_output",
+        "model.layers.*.self_attn.v_proj": "colwise_gather_output",
+        "model.layers.*.self_attn.o_proj": "rowwise_split_input",
+    },
+    "norms for sequences": {"layers.*.input_layernorm": "sequence_parallel"},
+}
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_rules_of_one_s_own_change_no_number(rules: str, tmp_path: Path) -> None:
+    save(make_model(make_config("llama", SETTINGS["llama"])), tmp_path)
+    spec, references = read_spec(tmp_path), [reference(tmp_path, length) for length in PROMPT_LENGTHS]
+    for layout in ((2, 1), (2, 2)):
+        assert not serve_in(layout, tmp_path, spec, references, tp_plan=RULES[rules])
+
+
+@pytest.mark.parametrize(("original", "lengths"), [(64, (4, 23)), (16, (20, 23))])
+def test_rotary_factors_are_chosen_once(original: int, lengths: tuple[int, ...], tmp_path: Path) -> None:
+    """Up to the original length, and for prompts beyond it, they are those that Transformers takes."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 300.0,
+        "short_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5],
+        "long_factor": [4.0, 5.0, 6.0, 7.0, 8.0, 9.0],
+        "original_max_position_embeddings": original,
+        "partial_rotary_factor": 1.0,
+    }
+    changes = {"rope_parameters": rope, "head_dim": None, "hidden_size": 48}
+    save(make_model(make_config("phi3", {**SETTINGS["phi3"], **changes})), tmp_path)
+    references = [reference(tmp_path, length) for length in lengths]
+    assert not serve_in((2, 2), tmp_path, read_spec(tmp_path), references)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_dtypes_are_those_that_transformers_loads(family: str, tmp_path: Path) -> None:
+    """Also of what stays in float32 when the rest is bfloat16."""
+    save(make_model(make_config(family, SETTINGS[family])), tmp_path)
+    try:
+        spec = read_spec(tmp_path, "bfloat16")
+    except UnsupportedModel:
+        return
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
+    ours = {parameter.name: parameter.dtype for parameter in spec.parameters}
+    assert ours == {name: str(loaded[name].dtype).removeprefix("torch.") for name in ours}
 
 
 @pytest.mark.parametrize("family", [param for param in ALL if param.values[0] != "jamba"])
