@@ -160,7 +160,7 @@ class _Reader:
                 continue
             dtype = str(tensor.dtype).removeprefix("torch.")
             if tensor.is_floating_point():
-                dtype = next((kept[pattern] for pattern in kept if pattern in name), self.dtype)
+                dtype = next((kept[pattern] for pattern in kept if pattern in name), dtype)
             found.append(Parameter(name, tuple(tensor.shape), dtype, place))
         return found
 
