@@ -148,7 +148,7 @@ def _compute(source: Computed, conversions: Conversions) -> torch.Tensor:
     group = source.group
     whole: dict[str, list[torch.Tensor]] = {}
     for pattern, of_pattern in group.stored.items():
-        files = [MappedFile(stored.file) for stored in of_pattern]
+        files = [MappedFile(stored.file, stored.offset) for stored in of_pattern]
         whole[pattern] = [file.tensor(stored) for file, stored in zip(files, of_pattern, strict=True)]
         for file in files:
             file.close()

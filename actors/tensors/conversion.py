@@ -23,6 +23,9 @@ from actors.tensors.lazy import Lazy, Leaf, NotLazyError
 from actors.tensors.stored import StoredTensor
 from actors.words.errors import CheckpointError
 
+# What Transformers' conversions raise for tensors that do not fit each other
+_WRONG_TENSORS = (ValueError, RuntimeError, IndexError, KeyError, TypeError, AttributeError, StopIteration)
+
 # Older checkpoints carry the rotary frequencies of every layer; Transformers drops them wherever it computes them
 _ALWAYS_IGNORED = r"rotary_emb\.inv_freq"
 
@@ -113,9 +116,9 @@ class Conversions:
                 continue
             converter = None if pattern is None else self._by_pattern[pattern]
             group = groups.setdefault(target, Group(target, converter))
+            if group.converter is not converter or (converter is None and group.stored):
+                raise CheckpointError(f"{group.keys} and {key} are both stored for {target}; one of them must go")
             group.stored[pattern or key].append(stored[key])
-            if group.converter is None and len(group.stored) > 1:
-                raise CheckpointError(f"{group.keys} are two tensors for {target}; one of them must go")
         return groups, leftovers
 
     def _target(self, key: str) -> tuple[str, str | None]:
@@ -137,7 +140,7 @@ class Conversions:
                 made: dict[str, Any] = group.convert(leaves, self.shapes)
             except NotLazyError:
                 made = self._on_meta(group)
-            except (ValueError, RuntimeError, IndexError, KeyError) as error:
+            except _WRONG_TENSORS as error:
                 raise CheckpointError(f"{group.keys} do not make {group.first_target}: {error}") from error
             found |= {name: source for name, source in made.items() if name in wanted}
         return found
@@ -150,5 +153,5 @@ class Conversions:
         }
         try:
             return {name: Computed(group, name) for name in group.convert(empty, self.shapes)}
-        except (ValueError, RuntimeError, IndexError, KeyError) as error:
+        except _WRONG_TENSORS as error:
             raise CheckpointError(f"{group.keys} do not make {group.first_target}: {error}") from error

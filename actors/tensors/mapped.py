@@ -13,15 +13,19 @@ from actors.tensors.lazy import Box, Read
 from actors.tensors.stored import StoredTensor
 from actors.words.errors import CheckpointError
 
+_PIECE_BYTES = 1024 * 1024  # asked for at once
 _AHEAD_BYTES = 64 * 1024 * 1024  # on their way from the disk while something is copied
 
 
 class MappedFile:
     """One file. Ranks of a node that read the same bytes read them from the disk once: all copy from the page cache."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, num_bytes: int) -> None:
+        """`num_bytes`: how far it is going to be read."""
         try:
             with file.open("rb") as stream:
+                if os.fstat(stream.fileno()).st_size < num_bytes:
+                    raise CheckpointError(f"{file} has become shorter since its header was read; download it again")
                 self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
                 self._descriptor = os.dup(stream.fileno())
         except OSError as error:
@@ -39,8 +43,9 @@ class MappedFile:
         return torch.frombuffer(self._map, dtype=stored.dtype, count=numel, offset=stored.offset).view(stored.shape)
 
     def fetch(self, first: int, end: int) -> None:
-        """Ask the kernel to read a range of bytes, without waiting."""
-        os.posix_fadvise(self._descriptor, first, end - first, os.POSIX_FADV_WILLNEED)
+        """Ask the kernel to read a range of bytes, without waiting; in pieces, as it cuts short what is long."""
+        for start in range(first, end, _PIECE_BYTES):
+            os.posix_fadvise(self._descriptor, start, min(_PIECE_BYTES, end - start), os.POSIX_FADV_WILLNEED)
 
 
 def copied(reads: Iterable[Read]) -> Iterator[int]:
@@ -48,14 +53,15 @@ def copied(reads: Iterable[Read]) -> Iterator[int]:
     ordered = sorted(reads, key=lambda read: (read.stored.file, byte_range(read)))
     for file, of_file in itertools.groupby(ordered, key=lambda read: read.stored.file):
         batch = list(of_file)
-        mapped = MappedFile(file)
+        mapped = MappedFile(file, max(byte_range(read)[1] for read in batch))
         try:
-            fetched = 0  # of the batch
+            fetched, asked = 0, 0  # reads of the batch that are asked for; the end of what is
             for read in batch:
-                here = byte_range(read)[1]
-                while fetched < len(batch) and byte_range(batch[fetched])[0] < here + _AHEAD_BYTES:
-                    mapped.fetch(*byte_range(batch[fetched]))
-                    fetched += 1
+                until = byte_range(read)[1] + _AHEAD_BYTES
+                while fetched < len(batch) and byte_range(batch[fetched])[0] < until:
+                    first, end = byte_range(batch[fetched])
+                    mapped.fetch(max(first, asked), end)
+                    fetched, asked = fetched + 1, max(asked, end)
                 read.target.copy_(mapped.tensor(read.stored)[as_slices(read.box)])
                 yield read.target.nbytes
         finally:

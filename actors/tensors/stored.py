@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from actors.words.errors import CheckpointError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_MAX_DIMS = 64  # torch's own limit; with the next, what a header asks to be multiplied out stays small
+_MAX_SIZE = 2**63 - 1
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -120,10 +123,14 @@ def _entry(file: Path, key: str, entry: dict[str, Any], start: int) -> StoredTen
     """One entry of a header. Raises CheckpointError when shape, dtype and range of bytes do not agree."""
     shape, (first, last) = entry["shape"], entry["data_offsets"]
     are_sizes = all(
-        isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in (*shape, first, last)
+        isinstance(size, int) and not isinstance(size, bool) and 0 <= size <= _MAX_SIZE
+        for size in (*shape, first, last)
     )
-    if not are_sizes:
-        raise CheckpointError(f"{file}: shape {shape} and data_offsets {[first, last]} of {key} are not sizes")
+    if not are_sizes or len(shape) > _MAX_DIMS:
+        raise CheckpointError(
+            f"{file}: shape and data_offsets of {key[:200]} are not sizes of at most {_MAX_DIMS} dimensions; "
+            "download it again"
+        )
     stored = StoredTensor(file, key, tuple(shape), str(entry["dtype"]), start + first)
     known = _DTYPES.get(stored.stored_dtype)
     if known is not None and math.prod(shape) * known.itemsize != last - first:
@@ -137,8 +144,8 @@ def _entry(file: Path, key: str, entry: dict[str, Any], start: int) -> StoredTen
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)} is there twice")
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"{key[:200]} is there twice")
     return made
 
 

@@ -56,6 +56,13 @@ def swap_offsets(header: dict[str, Any]) -> None:
     header[first]["data_offsets"], header[second]["data_offsets"] = ([0, 4], [2, 6])
 
 
+def crowd(header: dict[str, Any]) -> None:
+    """Tens of thousands of keys; the last one overlaps."""
+    for number in range(50_000):
+        header[f"x{number}"] = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header["y"] = {"dtype": "F32", "shape": [1], "data_offsets": [2, 6]}
+
+
 def twice(header: dict[str, Any]) -> str:
     text = json.dumps(header)
     return text[:-1] + f', "{NORM}": {json.dumps(header[NORM])}}}'
@@ -92,6 +99,8 @@ BREAKS: dict[str, tuple[Callable[[Folder], Any], str]] = {
     "header of exabytes": (lambda f: f.file.write_bytes(struct.pack("<Q", 1 << 60) + b"{}"), "header would take"),
     "header nested deeply": (lambda f: f.header(dict, lambda _: "[" * 90_000), "truncated or no safetensors"),
     "header with a key twice": (lambda f: f.header(dict, twice), f"{NORM} is there twice"),
+    "header of many keys": (lambda f: f.header(crowd), "starts at byte"),
+    "shape of many dimensions": (lambda f: f.header(entry(shape=[10**300] * 2000)), "are not sizes|does not take"),
     "negative offset": (lambda f: f.header(entry(data_offsets=[-4, 252])), "are not sizes"),
     "offsets past the end": (lambda f: f.header(entry(data_offsets=[1 << 50, (1 << 50) + 256])), "starts at byte"),
     "offsets that overlap": (lambda f: f.header(swap_offsets), "does not take the 4 bytes|starts at byte"),

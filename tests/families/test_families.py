@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from find_settings import families
 from outcome import PROMPT_LENGTHS, SETTINGS, make_config, make_model, outcome_of, reference, save, serve_in
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from actors.decisions.families import TESTED
 from actors.decisions.plan import make_plan
@@ -24,7 +24,7 @@ from actors.tensors.conversion import Conversions
 from actors.tensors.mapped import as_slices
 from actors.tensors.skeleton import build_skeleton, read_config
 from actors.tensors.spec_reader import read_spec
-from actors.words.errors import UnsupportedModel
+from actors.words.errors import CheckpointError, UnsupportedModel
 from configs.config import Config
 
 pytestmark = pytest.mark.timeout(120)
@@ -196,3 +196,18 @@ def test_checkpoints_have_the_names_that_users_have_on_disk(tmp_path: Path) -> N
     save(make_model(make_config("mixtral", SETTINGS["mixtral"])), tmp_path)
     keys = {key for file in tmp_path.glob("*.safetensors") for key in load_file(file)}
     assert "model.layers.0.block_sparse_moe.experts.3.w1.weight" in keys
+
+
+def test_experts_that_are_stored_twice_are_refused(tmp_path: Path) -> None:
+    """Apart, as users have them, and once more fused: one of the two would be silently left out."""
+    model = make_model(make_config("mixtral", SETTINGS["mixtral"]))
+    save(model, tmp_path)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    tensors = {key: tensor for file in tmp_path.glob("*.safetensors") for key, tensor in load_file(file).items()}
+    for file in (*tmp_path.glob("*.safetensors"), tmp_path / "model.safetensors.index.json"):
+        file.unlink()
+    save_file({**tensors, name: model.state_dict()[name] + 1}, tmp_path / "model.safetensors")
+    spec = read_spec(tmp_path)
+    plan = make_plan(Config.model_validate({"model": {"source": str(tmp_path)}}), spec)
+    with pytest.raises(CheckpointError, match="are both stored for model.layers.0.mlp.experts.gate_up_proj"):
+        find_sources(tmp_path, spec, plan.shards[0], Conversions(build_skeleton(read_config(tmp_path), torch.float32)))
