@@ -209,5 +209,5 @@ def test_experts_that_are_stored_twice_are_refused(tmp_path: Path) -> None:
     save_file({**tensors, name: model.state_dict()[name] + 1}, tmp_path / "model.safetensors")
     spec = read_spec(tmp_path)
     plan = make_plan(Config.model_validate({"model": {"source": str(tmp_path)}}), spec)
-    with pytest.raises(CheckpointError, match="are both stored for model.layers.0.mlp.experts.gate_up_proj"):
+    with pytest.raises(CheckpointError, match=r"are both stored for model\.layers\.0\.mlp\.experts\.gate_up_proj"):
         find_sources(tmp_path, spec, plan.shards[0], Conversions(build_skeleton(read_config(tmp_path), torch.float32)))
