@@ -84,6 +84,7 @@ def arguments(checkpoint: Path, tensor_parallel_size: int, pipeline_parallel_siz
         },
         "device": "cpu",
         "cache": {"num_blocks": 512},
+        "scheduler": {"max_num_seqs": 12},
         "placement": {"cpus_per_rank": 0.25, "cpus_per_replica": 0.5},
     }
 
@@ -284,7 +285,7 @@ def test_clients_that_disconnect_leave_nothing(app: App, count: int) -> None:
         }
         threads.append(threading.Thread(target=leave_early, args=(app, body, chance.expovariate(4))))
         threads[-1].start()
-        if len(threads) % 20 == 0:
+        if len(threads) % 4 == 0:
             state = app.cluster()["requests"]
             seen = {name: max(most, state[name]) for name, most in seen.items()}
         time.sleep(chance.expovariate(60))
