@@ -13,12 +13,18 @@ _LATENT_ATTENTION = {
     "self_attn.kv_b_proj": "colwise",
     "self_attn.o_proj": "rowwise",
 }
+_FFN = {"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}
+_SHARED_EXPERTS = {
+    "mlp.shared_experts.gate_proj": "colwise",
+    "mlp.shared_experts.up_proj": "colwise",
+    "mlp.shared_experts.down_proj": "rowwise",
+}
 _FUSED_FFN = {"mlp.gate_up_proj": "packed_colwise", "mlp.down_proj": "rowwise"}
 _FUSED_QKV = {"self_attn.qkv_proj": "qkv_colwise", "self_attn.o_proj": "rowwise"}
 _NORMS_BY_HEAD = {"self_attn.q_norm.weight": "colwise", "self_attn.k_norm.weight": "colwise"}
 _WIDE_NORMS = {"self_attn.q_norm": "norm_colwise", "self_attn.k_norm": "norm_colwise"}
 _BETTER: dict[str, dict[str, str]] = {
-    "afmoe": _ATTENTION | {"self_attn.gate_proj": "colwise"},
+    "afmoe": _ATTENTION | {"self_attn.gate_proj": "colwise"} | _FFN | _SHARED_EXPERTS,
     "axk1": _LATENT_ATTENTION,
     "cohere": _NORMS_BY_HEAD,
     "deepseek_v3": _LATENT_ATTENTION,

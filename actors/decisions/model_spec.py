@@ -87,6 +87,7 @@ class ModelSpec:
     tied_head: bool  # the head uses the embedding's weight
     experts_per_token: int | None = None  # of a mixture of experts
     unused: frozenset[str] = frozenset()  # tensors of the checkpoint that text needs not, such as an image encoder's
+    exchanges_more: bool = False  # layers get more from earlier ones than the hidden states: no stage can hand that on
     layer_outputs: int = 0  # a layer returns a tuple of so many; 0: the hidden states alone
     embedding_name: str = "model.embed_tokens"
     layers_name: str = "model.layers"

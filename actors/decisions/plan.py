@@ -88,10 +88,12 @@ def _problems(config: Config, spec: ModelSpec, topology: Topology) -> list[str]:
             f"scheduler.max_num_batched_tokens: a step of {scheduler.max_num_batched_tokens} tokens cannot hold one "
             f"token for each of scheduler.max_num_seqs = {scheduler.max_num_seqs} sequences; use at least as many"
         )
-    if topology.pipeline_parallel_size > 1 and spec.architecture in NO_PIPELINE:
+    kept_whole = NO_PIPELINE.get(spec.architecture)
+    if spec.exchanges_more:
+        kept_whole = "its layers get more from earlier ones than the hidden states"
+    if topology.pipeline_parallel_size > 1 and kept_whole:
         problems.append(
-            f"parallel.pipeline_parallel_size: {spec.architecture} cannot be cut into stages: "
-            f"{NO_PIPELINE[spec.architecture]}; use 1"
+            f"parallel.pipeline_parallel_size: {spec.architecture} cannot be cut into stages: {kept_whole}; use 1"
         )
     try:
         spec = with_tp_plan(spec, config.parallel)

@@ -87,6 +87,7 @@ class _Reader:
             tied_head=tied,
             experts_per_token=self._experts_per_token(),
             unused=frozenset(name for name in self.model.state_dict() if self._place(name) is None),
+            exchanges_more=self.trace.exchanges_more,
             layer_outputs=self._only(self.trace.layer_outputs, "kinds of layer outputs"),
             embedding_name=embedding_name,
             layers_name=self.layers_name,
