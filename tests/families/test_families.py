@@ -187,7 +187,10 @@ def test_shards_gathered_are_the_original(family: str, tmp_path: Path) -> None:
 
 def wider(family: str) -> dict[str, Any]:
     """Eight heads, so that there is something to deal to eight shards."""
-    if family in ("gemma3", "helium", "jais2", "llama4", "longcat_flash") or "num_attention_heads" in SETTINGS[family]:
+    if (
+        family in ("dots3_note_text", "gemma3", "helium", "jais2", "llama4", "longcat_flash")
+        or "num_attention_heads" in SETTINGS[family]
+    ):
         return {}
     return {"num_attention_heads": 8} if not {"num_key_value_heads"} & set(SETTINGS[family]) else {}
 
