@@ -35,6 +35,39 @@ class Dense:
         return nn.functional.linear(x, weight, bias)
 
 
+class Packed:
+    """On CPU: the weight in the order in which oneDNN reads it, once and for all; the original is let go."""
+
+    @staticmethod
+    def suits(layer: nn.Linear) -> bool:
+        """Whether a layer's weight may be kept so: its own forward is ours, and nobody else uses the weight."""
+        weight = layer.weight
+        return (
+            weight.device.type == "cpu"
+            and weight.dtype in (torch.float32, torch.bfloat16)
+            and weight.numel() > 0
+            and type(layer).__module__ == __name__
+            and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+        )
+
+    def prepare(self, layer: nn.Module) -> None:
+        """Pack, and leave a weight of no elements: its dtype and device may still be asked."""
+        weight = layer.weight
+        assert isinstance(weight, torch.Tensor)
+        self._num_outputs = weight.shape[0]
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())  # noqa: SLF001 - it has no public name
+        layer.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
+
+    def multiply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """[*, in] → [*, out]."""
+        if x.numel() == 0:
+            return x.new_empty(*x.shape[:-1], self._num_outputs)
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(  # noqa: SLF001
+            x.contiguous(), self._packed, bias, "none", [], ""
+        )
+        return product
+
+
 class ParallelLinear(nn.Linear):
     """A linear layer of which this rank holds a part."""
 

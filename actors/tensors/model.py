@@ -19,7 +19,7 @@ from actors.tensors.attention import MODULE_ATTRIBUTE, CurrentStep, LayerAttenti
 from actors.tensors.checkpoint import Sources, find_sources
 from actors.tensors.conversion import Conversions
 from actors.tensors.kv_cache import KVCache
-from actors.tensors.layers import NoEmbedding, ParallelLinear, PassThrough
+from actors.tensors.layers import NoEmbedding, Packed, ParallelLinear, PassThrough
 from actors.tensors.parallelise import parallelise
 from actors.tensors.past import PackedPast
 from actors.tensors.rotary import fix_rotary
@@ -59,8 +59,12 @@ class StageModel:
 
     def prepare(self) -> None:
         """Let every linear layer bring its tensors into the form it multiplies with; they hold their values now."""
-        for module in self.module.modules():
+        shared = {f"{self.spec.embedding_name}.weight", f"{self.spec.head_name}.weight"}
+        shared = shared if self.shard.shares_tied_weight else set()
+        for name, module in self.module.named_modules():
             if isinstance(module, ParallelLinear):
+                if f"{name}.weight" not in shared and Packed.suits(module):
+                    module.method = Packed()
                 module.method.prepare(module)
 
     def join(self, group: StageGroup) -> None:

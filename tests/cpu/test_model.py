@@ -15,7 +15,7 @@ from actors.decisions.shard_plan import AttentionShard
 from actors.decisions.sizes import Sizes
 from actors.tensors import source as source_module
 from actors.tensors.kv_cache import KVCache, available_bytes
-from actors.tensors.layers import RowwiseLinear, VocabParallelEmbedding, rebase
+from actors.tensors.layers import Dense, Packed, RowwiseLinear, VocabParallelEmbedding, rebase
 from actors.tensors.model import build
 from actors.tensors.parallelise import parallelise
 from actors.tensors.runner import Runner
@@ -244,6 +244,20 @@ def test_a_rowwise_bias_is_added_once() -> None:
     parallelise(linear, "rowwise", Twice(), (0, 0))
     assert isinstance(linear, RowwiseLinear)
     torch.testing.assert_close(linear(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_rows", [0, 1, 5, 40])
+def test_a_packed_weight_multiplies_as_before(dtype: torch.dtype, num_rows: int) -> None:
+    linear = rebase(nn.Linear(24, 10, dtype=dtype), RowwiseLinear).place(LoneShard(), Dense())
+    x = torch.randn(num_rows, 2, 48, dtype=dtype)[..., ::2]
+    with torch.inference_mode():
+        expected = linear(x)
+        assert Packed.suits(linear)
+        linear.method = Packed()
+        linear.method.prepare(linear)
+        assert linear.weight.numel() == 0
+        torch.testing.assert_close(linear(x), expected)
 
 
 def test_a_module_that_is_no_linear_layer_is_refused() -> None:
