@@ -21,6 +21,7 @@ from deployments.plan_report import Report, layouts, report, shortfalls
 from deployments.plan_text import as_text
 
 _DEFAULT_GPU = "h100-80gb"
+_DEFAULT_CONTEXT = 2048  # tokens
 
 
 def add_to(commands: Any) -> None:
@@ -28,9 +29,13 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser("plan", help="what goes where, how much memory it takes, how fast it can be")
     parser.add_argument("config", help="a Serve config file, for example configs/demo.yaml, or a hub id or folder")
     parser.add_argument("--gpu", default=_DEFAULT_GPU, choices=list(ACCELERATORS), help=f"default: {_DEFAULT_GPU}")
-    parser.add_argument("--tp", type=int, help="instead of parallel.tensor_parallel_size")
-    parser.add_argument("--pp", type=int, help="instead of parallel.pipeline_parallel_size")
-    parser.add_argument("--context", type=int, default=2048, help="tokens of each sequence in the estimate of speed")
+    parser.add_argument("--tp", type=_count, help="instead of parallel.tensor_parallel_size")
+    parser.add_argument("--pp", type=_count, help="instead of parallel.pipeline_parallel_size")
+    parser.add_argument(
+        "--context",
+        type=_count,
+        help=f"tokens of each sequence in the estimate of speed; default: {_DEFAULT_CONTEXT}, or what the model takes",
+    )
     parser.add_argument("--json", action="store_true", help="everything, for programs")
     parser.set_defaults(run=run)
 
@@ -49,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     return 1 if found.problems else 0
 
 
-def plan_report(config: Config, gpu: str, context: int) -> Report:
+def plan_report(config: Config, gpu: str, context: int | None = None) -> Report:
     """The plan of a config on an accelerator. Raises ValueError with every problem, or UnsupportedModel."""
     from actors.decisions.plan import make_plan  # the model is built to be read: torch is imported only here
     from actors.tensors.source import architecture_folder
@@ -58,6 +63,9 @@ def plan_report(config: Config, gpu: str, context: int) -> Report:
     folder, is_shipped = architecture_folder(config.model.source, config.model.revision)
     spec = read_spec(folder, config.model.dtype)
     plan = make_plan(config, spec)
+    if context is not None and context > plan.max_model_len:
+        raise ValueError(f"--context: {context} tokens, but model.max_model_len is {plan.max_model_len}; ask for fewer")
+    context = context or min(_DEFAULT_CONTEXT, plan.max_model_len)
     source = "the public values that are shipped" if is_shipped else str(folder / "config.json")
     found = report(config, plan, ACCELERATORS[gpu], context, source)
     return dataclasses.replace(
@@ -79,6 +87,13 @@ def _config(options: argparse.Namespace) -> Config:
     if given:
         parallel["layers_per_stage"] = None
     return Config.model_validate({**config.model_dump(), "parallel": parallel})
+
+
+def _count(text: str) -> int:
+    """A number on the command line that must be at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
+    return int(text)
 
 
 def _say_problems(problems: list[str], is_unsupported: bool, as_json: bool) -> int:

@@ -91,10 +91,10 @@ class Report:
 
 def report(config: Config, plan: Plan, accelerator: Accelerator, context: int, source: str) -> Report:
     """Of one plan."""
-    estimate = Estimate(plan, accelerator, config.cache.memory_share)
+    estimate = _estimate(config, plan, accelerator)
     spec, ranks = plan.spec, range(plan.topology.num_ranks)
     parameters = sum(parameter.numel for parameter in spec.parameters)
-    num_blocks = config.cache.num_blocks or estimate.num_blocks
+    num_blocks = estimate.num_blocks
     return Report(
         architecture=spec.architecture,
         source=source,
@@ -125,6 +125,10 @@ def report(config: Config, plan: Plan, accelerator: Accelerator, context: int, s
     )
 
 
+def _estimate(config: Config, plan: Plan, accelerator: Accelerator) -> Estimate:
+    return Estimate(plan, accelerator, config.cache.memory_share, config.cache.num_blocks)
+
+
 def _row(plan: Plan, estimate: Estimate, rank: int) -> RankRow:
     shard = plan.shards[rank]
     first, end = shard.vocab_rows
@@ -146,7 +150,7 @@ def _row(plan: Plan, estimate: Estimate, rank: int) -> RankRow:
 
 def shortfalls(config: Config, plan: Plan, accelerator: Accelerator) -> tuple[str, ...]:
     """Why the plan does not fit into the accelerator's memory; nothing when it does."""
-    estimate = Estimate(plan, accelerator, config.cache.memory_share)
+    estimate = _estimate(config, plan, accelerator)
     memories = [estimate.memory(rank) for rank in range(plan.topology.num_ranks)]
     problems = []
     fullest = max(range(len(memories)), key=lambda rank: memories[rank].weight_bytes)
@@ -162,21 +166,25 @@ def shortfalls(config: Config, plan: Plan, accelerator: Accelerator) -> tuple[st
             f"model.max_model_len: {plan.max_model_len} tokens do not fit: the cache holds {tokens}; lower it, raise "
             "cache.memory_share, or use more shards or stages"
         )
-    elif config.cache.num_blocks is not None and config.cache.num_blocks > estimate.num_blocks:
+    elif config.cache.num_blocks is not None and config.cache.num_blocks > estimate.num_blocks_that_fit:
         problems.append(
-            f"cache.num_blocks: {config.cache.num_blocks} blocks do not fit; {estimate.num_blocks} do on a "
+            f"cache.num_blocks: {config.cache.num_blocks} blocks do not fit; {estimate.num_blocks_that_fit} do on a "
             f"{accelerator.name}"
         )
     return tuple(problems)
 
 
 def layouts(config: Config, spec: ModelSpec, accelerator: Accelerator, context: int) -> tuple[Layout, ...]:
-    """Every valid TP × PP of as many GPUs as asked for, and the fewest that would do; the fastest at batch 64 first."""
+    """Every valid TP × PP of as many GPUs as asked for, and the fewest that would do; the fastest at batch 64 first.
+
+    More GPUs than a node has come as whole nodes.
+    """
     asked = config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size
     by_gpus: dict[int, list[Topology]] = {}
     for tp in valid_tensor_parallel_sizes(Sizes.of(spec)):
         for pp in range(1, min(spec.num_layers, _MOST_STAGES) + 1):
-            if tp <= _GPUS_OF_A_NODE and tp * pp <= max(asked, _GPUS_OF_A_NODE):
+            is_whole = tp * pp <= _GPUS_OF_A_NODE or tp * pp % _GPUS_OF_A_NODE == 0 or tp * pp == asked
+            if tp <= _GPUS_OF_A_NODE and is_whole:
                 by_gpus.setdefault(tp * pp, []).append(Topology(tp, pp))
     weight_bytes = sum(parameter.numel for parameter in spec.parameters) * spec.dtype_bytes
     found: list[Layout] = []
@@ -204,7 +212,7 @@ def _layout(
         plan = make_plan(Config.model_validate(parts), spec)
     except ValueError:
         return []
-    estimate = Estimate(plan, accelerator, config.cache.memory_share)
+    estimate = _estimate(config, plan, accelerator)
     longest = min(plan.max_model_len, estimate.num_blocks * plan.block_size)
     speeds = tuple(estimate.decode(batch, context) for batch in BATCHES)
     return [

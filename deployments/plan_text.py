@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
+from actors.decisions.estimate import Speed
 from deployments.plan_report import RankRow, Report
 
 _FEW = 8  # ranks that are listed one by one
@@ -110,7 +111,12 @@ def _exchange(report: Report) -> list[str]:
 def _speed(report: Report) -> list[str]:
     rows = [("  batch", "ms a token", "tokens/s", "limited by")]
     rows += [
-        (f"  {one.batch}", f"{one.ms_per_token:.2f}", f"{one.tokens_per_s:.0f}", one.limited_by)
+        (
+            f"  {one.batch}",
+            _or_dash(one, f"{one.ms_per_token:.2f}"),
+            _or_dash(one, f"{one.tokens_per_s:.0f}"),
+            _limit(one),
+        )
         for one in report.decode
     ]
     return [
@@ -130,12 +136,22 @@ def _layouts(report: Report) -> list[str]:
             str(one.gpus),
             "yes" if one.fits else "no",
             str(one.longest_context),
-            f"{one.speeds[0].ms_per_token:.2f}",
-            f"{one.speeds[-1].tokens_per_s:.0f}",
+            _or_dash(one.speeds[0], f"{one.speeds[0].ms_per_token:.2f}"),
+            _or_dash(one.speeds[-1], f"{one.speeds[-1].tokens_per_s:.0f}"),
         )
         for one in report.layouts
     ]
     return [f"Layouts on {report.accelerator}: the best a GPU first", *_aligned(rows)]
+
+
+def _or_dash(speed: Speed, number: str) -> str:
+    return number if speed.running else "-"
+
+
+def _limit(speed: Speed) -> str:
+    if not 0 < speed.running < speed.batch:
+        return speed.limited_by
+    return f"{speed.limited_by}, {speed.running} at a time"
 
 
 def size(num_bytes: int) -> str:

@@ -91,7 +91,11 @@ class Reply(Protocol):
         """Comes before the first chunk of an answer; may be empty."""
 
     def chunk(self, piece: Piece) -> bytes:
-        """The text of a piece and, in a chunk of its own, why the answer ended; may be empty."""
+        """The text of a piece and, in a chunk of its own, why the answer ended.
+
+        New tokens whose text is held back (half a character, the beginning of a stop string) show as an empty text:
+        clients see that the answer goes on, and time tokens, not characters.
+        """
 
     def usage_chunk(self, usage: Usage) -> bytes:
         """The last chunk when the client asked for the usage."""
@@ -148,7 +152,7 @@ class CompletionReply(_OpenAIReply):
     def chunk(self, piece: Piece) -> bytes:
         """See Reply."""
         chunk = b""
-        if piece.text or piece.scored:
+        if piece.text or piece.scored or not piece.finish_reason:
             chunk += self._event([_TextChoice(piece.index, piece.text, None, self._logprobs(piece))])
         if piece.finish_reason:
             chunk += self._event([_TextChoice(piece.index, "", piece.finish_reason)])
@@ -182,7 +186,7 @@ class ChatReply(_OpenAIReply):
     def chunk(self, piece: Piece) -> bytes:
         """See Reply."""
         chunk = b""
-        if piece.text or piece.scored:
+        if piece.text or piece.scored or not piece.finish_reason:
             delta = _Message(content=piece.text)
             chunk += self._event([_DeltaChoice(piece.index, delta, logprobs=self._logprobs(piece))])
         if piece.finish_reason:

@@ -35,6 +35,7 @@ class Speed:
     ms_per_token: float  # from one token of a sequence to its next
     tokens_per_s: float  # of all sequences together
     limited_by: str
+    running: int  # sequences that the cache and the scheduler let run at a time: at most the batch, 0 where none fits
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,14 @@ class Memory:
 class Estimate:
     """A plan on an accelerator."""
 
-    def __init__(self, plan: Plan, accelerator: Accelerator, memory_share: float) -> None:
+    def __init__(
+        self, plan: Plan, accelerator: Accelerator, memory_share: float, num_blocks: int | None = None
+    ) -> None:
+        """`num_blocks`: as the config fixes it; None where the memory decides."""
         self.plan = plan
         self.accelerator = accelerator
         self.memory_share = memory_share
+        self.num_blocks_asked = num_blocks
 
     def memory(self, rank: int) -> Memory:
         """As `Runner.num_blocks_that_fit` divides it."""
@@ -68,19 +73,31 @@ class Estimate:
     def activation_bytes(self, rank: int) -> int:
         """Of the largest step: four hidden states, one layer's widest projections, and logits in float32."""
         plan, shard = self.plan, self.plan.shards[rank]
-        widest = max((tensor.shape[0] for tensor in shard.tensors if self._is_in_layer(tensor)), default=0)
+        widest = max((self._width(tensor) for tensor in shard.tensors if self._is_in_layer(tensor)), default=0)
         hidden = plan.max_num_batched_tokens * (4 * plan.spec.hidden_size + 2 * widest) * plan.spec.dtype_bytes
         logits = plan.max_num_seqs * (shard.vocab_rows[1] - shard.vocab_rows[0]) * 4 if shard.has_head else 0
         return hidden + 2 * logits
 
+    def _width(self, tensor: TensorSlice) -> int:
+        """Elements that a tensor makes of one token: stacked experts as many as are chosen."""
+        if self._is_stacked(tensor):
+            assert self.plan.spec.experts_per_token is not None
+            return max(tensor.shape[1:]) * self.plan.spec.experts_per_token
+        return tensor.shape[0]
+
+    @cached_property
+    def num_blocks_that_fit(self) -> int:
+        """As many as the fullest rank holds."""
+        return min(self.memory(rank).num_blocks for rank in range(self.plan.topology.num_ranks))
+
     @property
     def num_blocks(self) -> int:
-        """Blocks of the gang: as many as fit on its fullest rank."""
-        return min(self.memory(rank).num_blocks for rank in range(self.plan.topology.num_ranks))
+        """Blocks of the gang."""
+        return self.num_blocks_asked or self.num_blocks_that_fit
 
     def fits(self) -> bool:
         """Whether one sequence of full length can be served."""
-        return self.num_blocks >= self.plan.num_blocks_for_longest
+        return self.num_blocks_that_fit >= max(self.plan.num_blocks_for_longest, self.num_blocks_asked or 0)
 
     @cached_property
     def all_reduces(self) -> int:
@@ -108,25 +125,30 @@ class Estimate:
         return numel * self.plan.spec.dtype_bytes
 
     def decode(self, batch: int, context: int) -> Speed:
-        """One token for each of `batch` sequences of `context` tokens."""
+        """One token for each of `batch` sequences of `context` tokens, or for as many of them as may run at a time."""
         num_stages = self.plan.topology.pipeline_parallel_size
-        lane = max(1, batch // num_stages)
+        room = min(self.plan.max_num_seqs, self.num_blocks // -(-context // self.plan.block_size))
+        running = min(batch, room) if self.fits() else 0
+        if not running:
+            return Speed(batch, 0.0, 0.0, "does not fit", 0)
+        lane = -(-running // num_stages)  # the fullest
         stages = [self._stage_s(stage, lane, lane * context) for stage in range(num_stages)]
         seconds = sum(sum(parts.values()) for parts in stages)
         totals = {name: sum(parts[name] for parts in stages) for name in stages[0]}
-        in_flight = min(batch, lane * num_stages)
         slowest = max(sum(parts.values()) for parts in stages)
-        rate = min(in_flight / seconds, lane / slowest)
-        return Speed(batch, seconds * 1e3, rate, max(totals, key=lambda name: totals[name]))
+        rate = running / max(seconds, -(-running // lane) * slowest)
+        limit = max(totals, key=lambda name: totals[name])
+        return Speed(batch, seconds * 1e3, rate, limit, running)
 
     def prefill_tokens_per_s(self) -> float:
         """Of long prompts, in steps of max_num_batched_tokens, through the slowest stage."""
         tokens = self.plan.max_num_batched_tokens
         num_stages = self.plan.topology.pipeline_parallel_size
-        return tokens / max(sum(self._stage_s(stage, tokens, tokens).values()) for stage in range(num_stages))
+        pairs = tokens * (tokens + 1) // 2  # each token attends to those before it and to itself
+        return tokens / max(sum(self._stage_s(stage, tokens, tokens, pairs).values()) for stage in range(num_stages))
 
-    def _stage_s(self, stage: int, tokens: int, cached_tokens: int) -> dict[str, float]:
-        """Seconds of one step in one stage, by what takes them."""
+    def _stage_s(self, stage: int, tokens: int, cached_tokens: int, pairs: int | None = None) -> dict[str, float]:
+        """Seconds of one step in one stage, by what takes them; `pairs` of query and key, None: one a cached token."""
         topology, device = self.plan.topology, self.accelerator
         shard = self.plan.shards[topology.rank(stage, 0)]
         weight_bytes, active_elements = 0.0, 0.0
@@ -138,7 +160,7 @@ class Estimate:
         elements = sum(attention.cached_elements for attention in shard.attentions)
         cache_bytes = cached_tokens * elements * self.plan.spec.dtype_bytes
         heads = sum(one.num_heads * (one.spec.key_dim + one.spec.value_dim) for one in shard.attentions)
-        flop = 2 * tokens * active_elements + 2 * cached_tokens * heads
+        flop = 2 * tokens * active_elements + 2 * (cached_tokens if pairs is None else pairs) * heads
         memory_s = (weight_bytes + cache_bytes) / device.memory_bytes_per_s
         compute_s = flop / device.bf16_flop_per_s
         size = topology.tensor_parallel_size
@@ -155,10 +177,16 @@ class Estimate:
 
     def _use_of_experts(self, tensor: TensorSlice, tokens: int) -> tuple[float, float]:
         """(share of a tensor that a step reads, share that one token uses): less than all for stacked experts."""
-        if len(tensor.full_shape) < 3 or self.plan.spec.experts_per_token is None or not self._is_in_layer(tensor):
+        if not self._is_stacked(tensor):
             return 1.0, 1.0
+        assert self.plan.spec.experts_per_token is not None
         used = self.plan.spec.experts_per_token / tensor.full_shape[0]
         return 1 - (1 - used) ** tokens, used
+
+    def _is_stacked(self, tensor: TensorSlice) -> bool:
+        """Whether a tensor holds several experts, of which a token uses some."""
+        has_experts = self.plan.spec.experts_per_token is not None and self._is_in_layer(tensor)
+        return has_experts and len(tensor.full_shape) == 3
 
     def _is_in_layer(self, tensor: TensorSlice) -> bool:
         return self.plan.spec.layer_of(tensor.name) is not None

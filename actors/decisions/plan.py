@@ -1,5 +1,6 @@
 """The plan of one replica: what follows from the config and the model, frozen; the object that runs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from actors.decisions.families import NO_PIPELINE
@@ -34,12 +35,7 @@ class Plan:
 
     def check_num_blocks(self, num_blocks: int) -> None:
         """Raises ValueError when a cache of so many blocks does not hold one sequence of full length."""
-        if num_blocks < (needed := self.num_blocks_for_longest):
-            raise ValueError(
-                f"cache.num_blocks: {num_blocks} blocks of {self.block_size} tokens do not hold one sequence of "
-                f"model.max_model_len {self.max_model_len}; it takes {needed}. Lower model.max_model_len, or raise "
-                "cache.num_blocks or cache.memory_share"
-            )
+        _check_num_blocks(num_blocks, self.max_model_len, self.block_size)
 
     def kv_bytes_per_block(self, rank: int) -> int:
         """Bytes that one block costs on a rank: keys and values of its layers and KV heads."""
@@ -56,7 +52,7 @@ def make_plan(config: Config, spec: ModelSpec) -> Plan:
         raise ValueError("\n".join(problems))
     spec = with_tp_plan(spec, parallel)
     num_lanes = scheduler.num_lanes or topology.pipeline_parallel_size
-    plan = Plan(
+    return Plan(
         spec=spec,
         topology=topology,
         shards=make_shard_plans(spec, topology, parallel.layers_per_stage),
@@ -69,9 +65,15 @@ def make_plan(config: Config, spec: ModelSpec) -> Plan:
         depth=scheduler.depth or (2 if num_lanes == 1 else 1),
         prefix_cache=config.cache.prefix_cache,
     )
-    if config.cache.num_blocks is not None:
-        plan.check_num_blocks(config.cache.num_blocks)
-    return plan
+
+
+def _check_num_blocks(num_blocks: int, max_model_len: int, block_size: int) -> None:
+    if num_blocks < (needed := -(-max_model_len // block_size)):
+        raise ValueError(
+            f"cache.num_blocks: {num_blocks} blocks of {block_size} tokens do not hold one sequence of "
+            f"model.max_model_len {max_model_len}; it takes {needed}. Lower model.max_model_len, or raise "
+            "cache.num_blocks or cache.memory_share"
+        )
 
 
 def _problems(config: Config, spec: ModelSpec, topology: Topology) -> list[str]:
@@ -83,6 +85,8 @@ def _problems(config: Config, spec: ModelSpec, topology: Topology) -> list[str]:
             f"model.max_model_len: {max_model_len} tokens, but the model knows positions up to {spec.max_position}; "
             f"use at most {spec.max_position}"
         )
+    if config.cache.num_blocks is not None:
+        problems += _said(_check_num_blocks, config.cache.num_blocks, max_model_len, config.cache.block_size)
     if scheduler.max_num_batched_tokens < scheduler.max_num_seqs:
         problems.append(
             f"scheduler.max_num_batched_tokens: a step of {scheduler.max_num_batched_tokens} tokens cannot hold one "
@@ -102,8 +106,13 @@ def _problems(config: Config, spec: ModelSpec, topology: Topology) -> list[str]:
     except ValueError as error:
         problems.append(str(error))
     problems += broken_constraints(Sizes.of(spec), topology)
+    return problems + _said(check_given_cut, spec, topology, config.parallel.layers_per_stage)
+
+
+def _said(check: Callable[..., None], *arguments: object) -> list[str]:
+    """What a check raises, as words."""
     try:
-        check_given_cut(spec, topology, config.parallel.layers_per_stage)
+        check(*arguments)
     except ValueError as error:
-        problems.append(str(error))
-    return problems
+        return [str(error)]
+    return []

@@ -195,3 +195,77 @@ def test_the_readme_shows_what_is_said(capsys: pytest.CaptureFixture[str]) -> No
     assert cli.main(["plan", "configs/mixtral8x7b_tp2.yaml"]) == 0
     shown = f"```\n$ stagemesh plan configs/mixtral8x7b_tp2.yaml\n{capsys.readouterr().out.rstrip()}\n```"
     assert shown in (ROOT / "README.md").read_text(), "README.md shows another plan"
+
+
+def test_a_bare_405b_finds_the_whole_nodes_that_hold_it(capsys: pytest.CaptureFixture[str]) -> None:
+    said = asked(capsys, "meta-llama/Llama-3.1-405B-Instruct")
+    fitting = [one for one in said["layouts"] if one["fits"]]
+    assert {one["gpus"] for one in fitting} == {16}
+    assert (8, 2) in {(one["tensor_parallel_size"], one["pipeline_parallel_size"]) for one in fitting}
+    assert len(said["problems"]) == 1
+    assert all(speed["running"] == 0 and speed["tokens_per_s"] == 0 for speed in said["decode"])
+
+
+def test_a_batch_that_the_cache_cannot_hold_is_not_given_a_rate_of_its_own() -> None:
+    plan = planned("meta-llama/Llama-3.1-8B-Instruct", 1, 1, model={"source": "8b", "max_model_len": 4096})
+    narrow = Estimate(plan, ACCELERATORS["h100-80gb"], 0.8, num_blocks=300)
+    assert narrow.decode(64, 1600).running == 3
+    assert narrow.decode(64, 1600).tokens_per_s == narrow.decode(3, 1600).tokens_per_s
+    assert narrow.decode(1, 4801).running == 0
+
+
+def test_uneven_lanes_count_every_sequence() -> None:
+    estimate = Estimate(planned("meta-llama/Llama-3.1-8B-Instruct", 1, 3), ACCELERATORS["h200"], 0.8)
+    eight, nine = estimate.decode(8, 1000), estimate.decode(9, 1000)
+    assert eight.ms_per_token == nine.ms_per_token, "the fullest lane has three sequences either way"
+    assert eight.tokens_per_s == pytest.approx(nine.tokens_per_s * 8 / 9)
+
+
+def test_attention_to_a_prompt_grows_with_its_square() -> None:
+    def prefill(tokens: int) -> float:
+        groups = {"scheduler": {"max_num_batched_tokens": tokens}}
+        return Estimate(planned("Qwen/Qwen3-32B", 1, 1, **groups), ACCELERATORS["b200"], 0.8).prefill_tokens_per_s()
+
+    spec = planned("Qwen/Qwen3-32B", 1, 1).spec
+    heads = sum(one.num_heads * (one.key_dim + one.value_dim) for one in spec.attentions)
+    more = 1 / prefill(32768) - 1 / prefill(8192)  # seconds a token
+    assert more * ACCELERATORS["b200"].bf16_flop_per_s == pytest.approx(heads * (32768 - 8192), rel=1e-3)
+
+
+def test_chosen_experts_count_in_the_activations() -> None:
+    mixtral = Estimate(planned("mistralai/Mixtral-8x7B-Instruct-v0.1", 1, 1), ACCELERATORS["h200"], 0.8)
+    plan = mixtral.plan
+    hidden = plan.max_num_batched_tokens * (4 * 4096 + 2 * (2 * 2 * 14336)) * 2
+    assert mixtral.activation_bytes(0) == hidden + 2 * plan.max_num_seqs * 32000 * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [(["--tp", "0"], "--tp"), (["--pp", "-1"], "--pp"), (["--context", "0"], "--context"), (["--tp", "x"], "--tp")],
+)
+def test_a_wrong_count_is_named_by_its_option(
+    arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", "configs/demo.yaml", *arguments])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert f"argument {named}: " in said
+    assert "at least 1" in said
+
+
+def test_a_context_beyond_the_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "configs/demo.yaml", "--context", "513"]) == 1
+    assert "--context: 513 tokens, but model.max_model_len is 512" in capsys.readouterr().err
+
+
+def test_a_small_cache_is_named_beside_what_else_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "configs/demo.yaml").read_text()
+    wrong = text.replace("num_blocks: 256", "num_blocks: 3").replace(
+        "tensor_parallel_size: 2", "tensor_parallel_size: 3"
+    )
+    (tmp_path / "wrong.yaml").write_text(wrong)
+    assert cli.main(["plan", str(tmp_path / "wrong.yaml")]) == 1
+    said = capsys.readouterr().err
+    assert "cache.num_blocks: 3 blocks" in said
+    assert "tensor_parallel_size" in said
