@@ -1,5 +1,6 @@
 """What ranks say to each other in tensors: the interfaces, the same for NCCL, gloo and shared memory."""
 
+import time
 from typing import Protocol
 
 import torch
@@ -52,14 +53,26 @@ class PresentGroup:
         self.group = group
         self.size = group.size
         self.shard = group.shard
+        self._seconds = 0.0
+
+    def take_seconds(self) -> float:
+        """How long the layers' operations took since the last call; on a GPU only their launch."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """As the group does."""
-        return self.group.all_reduce(tensor)
+        began = time.perf_counter()
+        result = self.group.all_reduce(tensor)
+        self._seconds += time.perf_counter() - began
+        return result
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """As the group does."""
-        return self.group.all_gather(tensor)
+        began = time.perf_counter()
+        result = self.group.all_gather(tensor)
+        self._seconds += time.perf_counter() - began
+        return result
 
     def abort(self) -> None:
         """As the group does."""

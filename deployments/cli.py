@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from deployments import plan_command
+from deployments import plan_command, profile_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -11,6 +11,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="stagemesh", description="Serve large models on Ray, in shards and stages.")
     commands = parser.add_subparsers(dest="command", required=True)
     plan_command.add_to(commands)
+    profile_command.add_to(commands)
     options = parser.parse_args(argv)
     code: int = options.run(options)
     return code

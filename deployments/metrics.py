@@ -1,13 +1,15 @@
 """Metrics: what the engine counts and what clients wait for, as Prometheus reads it. Names begin with stagemesh_."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from actors.decisions.stats import REQUEST_SECONDS, Histogram
+from actors.decisions.step_clock import PHASES
 from actors.remote.engine import Engine, EngineState
+from actors.remote.meeting import RankInfo
 
 # Seconds; the same bounds as other engines have, so that dashboards can show them side by side.
 FIRST_TOKEN_SECONDS = (
@@ -62,7 +64,10 @@ class Stopwatch:
 class Metrics:
     """All metrics of one replica, in a registry of its own. Numbers are read when they are asked for."""
 
-    def __init__(self, engine: Engine, latencies: Latencies, model: str) -> None:
+    def __init__(
+        self, engine: Engine, latencies: Latencies, model: str, ranks: Callable[[], Sequence[RankInfo]]
+    ) -> None:
+        self._ranks = ranks
         self._engine = engine
         self._latencies = latencies
         self._model = model
@@ -123,6 +128,16 @@ class Metrics:
         for reason, count in stats.num_finished.items():
             finished.add_metric([self._model, reason], count)
         yield finished
+        yield self._rank_seconds()
+
+    def _rank_seconds(self) -> Metric:
+        labels = ["model_name", "rank", "stage", "shard", "phase"]
+        words = "Where the time of a rank goes, since it joined its gang: " + "; ".join(map(": ".join, PHASES.items()))
+        counter = CounterMetricFamily("stagemesh_rank_seconds", words, labels=labels)
+        for info in self._ranks():
+            for phase, seconds in info.seconds.items():
+                counter.add_metric([self._model, str(info.rank), str(info.stage), str(info.shard), phase], seconds)
+        return counter
 
     def _histograms(self) -> Iterator[Metric]:
         stats, latencies = self._engine.stats, self._latencies

@@ -14,7 +14,8 @@ from ray.util.placement_group import PlacementGroup
 from actors.decisions.plan import Plan, make_plan
 from actors.decisions.scheduler import SchedulerSettings
 from actors.remote.engine import Engine
-from actors.remote.gang import Gang, RankInfo
+from actors.remote.gang import Gang
+from actors.remote.meeting import RankInfo
 from actors.words.executor import Executor
 from cluster.topology import Topology
 from configs.config import Config

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from actors.remote.engine import Engine
+from actors.remote.meeting import RankInfo
 from actors.words.messages import Request
 from cluster.topology import Topology
 from deployments.admission import Admission
@@ -50,9 +51,9 @@ class Service:
         text: Text,
         identity: Identity,
         limits: Limits,
-        ranks: Callable[[], Sequence[object]],
+        ranks: Callable[[], Sequence[RankInfo]],
     ) -> None:
-        """The engine delivers to `outbox`; `ranks` gives an encodable object a rank, as `/cluster` shows them."""
+        """The engine delivers to `outbox`; `ranks` gives what `/cluster` shows of each."""
         self.engine = engine
         self.identity = identity
         self.limits = limits
@@ -61,7 +62,7 @@ class Service:
         self.text = text
         self._outbox = outbox
         self._latencies = Latencies()
-        self.metrics = Metrics(engine, self._latencies, identity.model)
+        self.metrics = Metrics(engine, self._latencies, identity.model, ranks)
 
     @property
     def is_ready(self) -> bool:

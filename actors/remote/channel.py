@@ -72,6 +72,7 @@ class EngineChannel:
         self.epoch = epoch
         self._clock = StepClock(first_step_s)
         self.last_heartbeat: dict[int, tuple[float, int]] = {}  # rank → (monotonic seconds, step)
+        self.seconds: dict[int, dict[str, float]] = {}  # rank → by phase; see StepClock
         self._context = zmq.Context()
         self._allowlist = _Allowlist()
         self._authenticator = ThreadAuthenticator(self._context)
@@ -229,7 +230,7 @@ class EngineChannel:
                 self._clock.completed(time.monotonic())
                 results.append(message)
             case Heartbeat():
-                self.last_heartbeat[rank] = (time.monotonic(), message.step)
+                self.last_heartbeat[rank], self.seconds[rank] = (time.monotonic(), message.step), message.seconds
             case RankFailure():
                 self._reports.append(f"rank {rank} failed at step {message.step}: {message.error}")
 
@@ -241,8 +242,8 @@ class RankChannel:
         self.rank = rank
         self.epoch = epoch
         self.step = -1  # last step begun
-        self._address = address
-        self._keys = keys
+        self.seconds: dict[str, float] = {}  # by phase; whoever executes the steps puts its clock's here
+        self._address, self._keys = address, keys
         self._context = zmq.Context()
         self._socket = self._connect(_identity(rank))
         self._stop = threading.Event()
@@ -277,7 +278,7 @@ class RankChannel:
         socket = self._connect(_identity(self.rank) + b"-heartbeat")
         while not self._stop.wait(HEARTBEAT_S):
             with contextlib.suppress(zmq.Again):  # nobody takes it: the engine is gone, or does not know this rank
-                self._send(socket, Heartbeat(self.epoch, self.rank, self.step))
+                self._send(socket, Heartbeat(self.epoch, self.rank, self.step, self.seconds))
         socket.close()
 
     def _connect(self, identity: bytes) -> "zmq.Socket[bytes]":

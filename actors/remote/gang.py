@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.decisions.plan import Plan
 from actors.remote.channel import EngineChannel
-from actors.remote.meeting import Assignment, Loaded, Meeting
+from actors.remote.meeting import Assignment, Loaded, Meeting, RankInfo
 from actors.words.errors import GangFailure
 from cluster.devices import own_cuda_index
 from cluster.topology import Topology
@@ -37,21 +37,6 @@ class Hello:
     pid: int
     address: str  # of its node
     device: str  # cpu, or cuda:<index>
-
-
-@dataclasses.dataclass(frozen=True)
-class RankInfo:
-    """What `/cluster` says of a rank."""
-
-    rank: int
-    stage: int
-    shard: int
-    node: str
-    pid: int
-    device: str
-    layers: tuple[int, int]  # [first, end)
-    weight_bytes: int
-    heartbeat_age_s: float
 
 
 class RankActor:
@@ -133,7 +118,11 @@ class Gang:
         """The ranks as they stand now. Any thread."""
         now, heard = time.monotonic(), self.executor.last_heartbeat
         return [
-            RankInfo(**{**info.__dict__, "heartbeat_age_s": round(now - heard[info.rank][0], 3)})
+            dataclasses.replace(
+                info,
+                heartbeat_age_s=round(now - heard[info.rank][0], 3),
+                seconds=self.executor.seconds.get(info.rank, {}),
+            )
             for info in self._ranks
         ]
 

@@ -1,6 +1,6 @@
 """What gang and rank tell each other while a gang comes together; plain data, so that the gang needs no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from actors.decisions.plan import Plan
 from actors.remote.channel import ChannelAddress
@@ -36,3 +36,19 @@ class Loaded:
     weight_bytes: int
     seconds: float
     num_blocks_that_fit: int
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """What `/cluster` says of a rank."""
+
+    rank: int
+    stage: int
+    shard: int
+    node: str
+    pid: int
+    device: str
+    layers: tuple[int, int]  # [first, end)
+    weight_bytes: int
+    heartbeat_age_s: float
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase, since it joined; see StepClock

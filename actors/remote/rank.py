@@ -72,13 +72,17 @@ class Rank:
     def serve(self) -> None:
         """Execute steps until the engine says Shutdown. Errors are reported, end the neighbours' wait, are raised."""
         assert self._runner is not None and self._channel is not None and self._groups is not None, "serve before load"
+        clock = self._runner.clock
+        self._channel.seconds = clock.seconds
         is_answering = self.assignment.rank == self.assignment.plan.topology.answering_rank
         try:
             while isinstance(message := self._channel.receive(), StepBatch):
+                clock.lap("idle")
                 sampled = self._runner.execute(message)
                 if is_answering and message.entries:
                     assert sampled is not None, "the last stage samples"
                     self._channel.answer(StepResult(message.epoch, message.step, **vars(sampled)))
+                clock.lap("sample")
         except BaseException as error:
             self._channel.report(error)
             self._groups.abort()

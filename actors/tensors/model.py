@@ -71,6 +71,10 @@ class StageModel:
         """Let the layers exchange through the group of a new epoch."""
         self._group.group = group
 
+    def take_exchange_s(self) -> float:
+        """Seconds that the layers spent with the other shards since the last call."""
+        return self._group.take_seconds()
+
     def attach(self, cache: KVCache) -> None:
         """Give each attention its part of the cache; called again when the cache is allocated anew."""
         for shard, keys, values in zip(self.shard.attentions, cache.keys, cache.values, strict=True):

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from actors.decisions.plan import Plan
+from actors.decisions.step_clock import StepClock
 from actors.tensors.batch import SequenceTable, StepTensors
 from actors.tensors.checkpoint import LoadReport, Progress, load_weights
 from actors.tensors.feedback import FeedbackReceiver, FeedbackSender
@@ -70,6 +71,7 @@ class Runner:
     def join(self, groups: Groups) -> None:
         """Take the neighbours of a new epoch: rows and sends of the old one are forgotten, weights and cache stay."""
         self.groups = groups
+        self.clock = StepClock()
         self.sampler = Sampler(groups.stage, self.shard.vocab_rows, self.plan.spec.vocab_size)
         self.logprobs = LogprobReader(groups.stage, self.shard.vocab_rows, self.plan.spec.vocab_size)
         sights = frozenset(attention.spec.sight for attention in self.shard.attentions)
@@ -120,6 +122,7 @@ class Runner:
         self.execute(StepBatch(epoch=0, step=-2, lane=0, opened=opened, closed=[], entries=[prefill]))
         self.execute(StepBatch(epoch=0, step=-1, lane=0, opened=[], closed=[], entries=[decode]))
         self.execute(StepBatch(epoch=0, step=-1, lane=0, opened=[], closed=[_WARM_UP_SEQ], entries=[]))
+        self.clock = StepClock()  # what came before is no step
 
     @torch.inference_mode()
     def execute(self, step: StepBatch) -> Sampled | None:
@@ -137,8 +140,11 @@ class Runner:
         tensors = self.table.tensors(step)
         output = self.forward(tensors)
         if self.groups.next is None:
-            return self._sample(step, tensors, output)
+            sampled = self._sample(step, tensors, output)
+            self.clock.lap("sample")
+            return sampled
         self._send(self.groups.next, step.lane, output)
+        self.clock.lap("send")
         if self._receiver is not None:
             self._receiver.expect(step, tensors.sampled)
         return None
@@ -183,8 +189,14 @@ class Runner:
         if self.groups.previous is not None:
             shape = (tensors.ids_T.shape[0], *self.plan.spec.state_shape)
             state = torch.empty(shape, dtype=self.dtype, device=self.device)
+            self.clock.lap("compute")
             self.groups.previous.receive(state)
-        return self.model.forward(tensors.ids_T, tensors.positions_T, tensors.logits_rows_Q, tensors.attention, state)
+            self.clock.lap("receive")
+        model = self.model
+        output = model.forward(tensors.ids_T, tensors.positions_T, tensors.logits_rows_Q, tensors.attention, state)
+        self.clock.within("exchange", model.take_exchange_s())
+        self.clock.lap("compute")
+        return output
 
     def _send(self, link: Link, lane: int, hidden_TH: torch.Tensor) -> None:
         """Start a send; its buffer is kept until the same lane sends again."""

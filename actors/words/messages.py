@@ -121,6 +121,7 @@ class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag=True):
     epoch: int
     rank: int
     step: int  # last step begun
+    seconds: dict[str, float] = {}  # by phase, since it joined; see StepClock
 
 
 class RankFailure(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from actors.decisions.scheduler import Scheduler, SchedulerSettings
 from actors.decisions.stats import Histogram, Stats
 from actors.remote.fake_executor import FakeExecutor
+from actors.remote.meeting import RankInfo
 from actors.words.errors import GangFailure
 from actors.words.messages import Request, SamplingParams
 from deployments.metrics import FIRST_TOKEN_SECONDS, INTER_TOKEN_SECONDS, Latencies, Stopwatch
@@ -155,3 +156,10 @@ def test_a_stopwatch_measures_what_a_client_waits_for():
 @pytest.mark.parametrize("bounds", [FIRST_TOKEN_SECONDS, INTER_TOKEN_SECONDS])
 def test_bounds_ascend(bounds):
     assert list(bounds) == sorted(set(bounds))
+
+
+def test_the_seconds_of_the_ranks_are_told_by_phase(make_world):
+    info = RankInfo(3, 1, 1, "node", 7, "cpu", (0, 2), 100, 0.5, {"idle": 1.5, "compute": 2.0})
+    samples = scrape(make_world(ranks=lambda: [info]))
+    assert samples["rank_seconds_total", "compute", "3", "1", "1"] == 2.0
+    assert samples["rank_seconds_total", "idle", "3", "1", "1"] == 1.5

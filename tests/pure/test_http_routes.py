@@ -1,12 +1,16 @@
 """Plain requests against the app: what is answered, and what is refused with which words."""
 
 import asyncio
+import dataclasses
 import json
 
 import pytest
 
+from actors.remote.meeting import RankInfo
+
 COMPLETION = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 4, "temperature": 0}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "temperature": 0}
+RANK = RankInfo(0, 0, 0, "node", 7, "cpu", (0, 2), 100, 0.5, {"idle": 1.5, "compute": 2.0})
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 
 
@@ -307,7 +311,7 @@ def test_errors_give_the_place_back(make_world, error_of):
 
 
 def test_health_ready_version_and_cluster(make_world, error_of):
-    world = make_world(ranks=lambda: [{"rank": 0, "layers": [0, 2]}])
+    world = make_world(ranks=lambda: [RANK])
     assert world.get("/health").status_code == 200
     assert world.get("/ready").status_code == 200
     assert world.get("/version").json() == {"version": "0.1.0"}
@@ -317,7 +321,7 @@ def test_health_ready_version_and_cluster(make_world, error_of):
         "state": "ready",
         "epoch": 0,
         "topology": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
-        "ranks": [{"rank": 0, "layers": [0, 2]}],
+        "ranks": [{**dataclasses.asdict(RANK), "layers": [0, 2]}],
         "kv_blocks": {"total": 256, "used": 0, "cached": 0},
         "requests": {"running": 0, "waiting": 0},
     }
