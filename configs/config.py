@@ -51,7 +51,7 @@ class SchedulerConfig(Group):
     max_num_seqs: int = Field(default=64, ge=1)  # sequences that hold blocks at the same time
     max_num_batched_tokens: int = Field(default=2048, ge=1)  # tokens of one step
     num_lanes: int | None = Field(default=None, ge=1)  # None: one a stage
-    depth: int | None = Field(default=None, ge=1, le=4)  # steps in flight of one lane; None: 2 for one lane, else 1
+    depth: int | None = Field(default=None, ge=1, le=4)  # steps in flight of one lane; None: 2
 
 
 class AdmissionConfig(Group):

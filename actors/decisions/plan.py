@@ -61,8 +61,10 @@ def make_plan(config: Config, spec: ModelSpec) -> Plan:
         max_num_seqs=scheduler.max_num_seqs,
         max_num_batched_tokens=scheduler.max_num_batched_tokens,
         num_lanes=num_lanes,
-        # A second step in flight hides host time where one lane would wait for it; more lanes hide it by themselves.
-        depth=scheduler.depth or (2 if num_lanes == 1 else 1),
+        # A second step in flight hides the way to the engine and back: over two stages as many lanes alone leave the
+        # first one idle for a seventh of the time (12 to 17 % fewer tokens, CPU, 8 and 32 sequences); a third lane
+        # hides it too, but makes every step smaller.
+        depth=scheduler.depth or 2,
         prefix_cache=config.cache.prefix_cache,
     )
 
