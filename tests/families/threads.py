@@ -3,6 +3,7 @@
 Groups of processes have their own tests; here only what each rank computes is in question.
 """
 
+import dataclasses
 import queue
 import threading
 from collections import deque
@@ -95,9 +96,10 @@ class RecordingRunner(Runner):
 
 
 class ThreadGang:
-    """All ranks of a plan (of depth 1), loaded from a folder."""
+    """All ranks of a plan, loaded from a folder; one step of a lane in flight: threads have no feedback link."""
 
     def __init__(self, plan: Plan, folder: Path, num_blocks: int) -> None:
+        plan = dataclasses.replace(plan, depth=1)
         topology = plan.topology
         tp, pp = topology.tensor_parallel_size, topology.pipeline_parallel_size
         self.plan, self.num_blocks = plan, num_blocks
@@ -196,7 +198,7 @@ def serve(gang: ThreadGang, prompts: list[list[int]], num_new: int) -> list[tupl
         max_num_seqs=len(prompts),
         max_num_batched_tokens=9,
         num_lanes=plan.num_lanes,
-        depth=plan.depth,
+        depth=1,
     )
     engine = Engine(executor, settings, take)
     engine.start()
