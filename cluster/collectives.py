@@ -6,15 +6,27 @@ from typing import Protocol
 import torch
 
 
+class NeighbourLost(RuntimeError):
+    """Another rank left, was aborted, or could not be reached: whatever happened, it happened there."""
+
+
+class NeighbourLate(NeighbourLost, TimeoutError):
+    """Another rank did not come in time."""
+
+
 class StageGroup(Protocol):
     """The shards of one stage (tensor-parallel group). Every shard calls the same operations in the same order.
 
-    Results have the same bits on every shard. Each operation raises TimeoutError when a neighbour does not come in
-    time, and RuntimeError once the group was aborted.
+    Results have the same bits on every shard. Each operation raises NeighbourLate when a neighbour does not come in
+    time, and NeighbourLost once the group was aborted.
     """
 
     size: int
     shard: int
+
+    @property
+    def num_operations(self) -> int:
+        """Operations begun so far."""
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the shards; any shape, contiguous; in place where possible; returns the result."""
@@ -23,7 +35,7 @@ class StageGroup(Protocol):
         """Equal shapes [*] from every shard → [size, *], in shard order."""
 
     def abort(self) -> None:
-        """Make every shard that waits, now or later, leave with RuntimeError. Any thread may call it."""
+        """Make every shard that waits, now or later, leave with NeighbourLost. Any thread may call it."""
 
     def close(self) -> None:
         """Release what the group holds. May be called twice."""
@@ -54,6 +66,11 @@ class PresentGroup:
         self.size = group.size
         self.shard = group.shard
         self._seconds = 0.0
+
+    @property
+    def num_operations(self) -> int:
+        """As the group counts."""
+        return self.group.num_operations
 
     def take_seconds(self) -> float:
         """How long the layers' operations took since the last call; on a GPU only their launch."""
@@ -88,6 +105,7 @@ class LoneShard:
 
     size = 1
     shard = 0
+    num_operations = 0
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor itself."""

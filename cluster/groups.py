@@ -13,6 +13,7 @@ from cluster.process_group import ProcessGroup, TorchLink, TorchStage
 from cluster.rendezvous import EpochStore, pin_nccl
 from cluster.shared_memory import SharedMemoryStage, share_memory
 from cluster.socket_link import connect_links
+from cluster.symmetric_memory import with_symmetric_memory
 from cluster.topology import Topology
 
 logger = logging.getLogger(__name__)
@@ -20,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 class _Held(Protocol):
     """What a rank must let go of when the epoch ends."""
+
+    @property
+    def num_operations(self) -> int: ...
 
     def abort(self) -> None: ...
 
@@ -36,6 +40,11 @@ class Groups:
     feedback: Link | None  # what the last stage sampled, to the same shard of the first; None on the others, and alone
     control: ProcessGroup  # every rank, CPU tensors
     held: list[_Held] = field(repr=False)
+
+    @property
+    def num_operations(self) -> int:
+        """Collectives and hops begun so far; shards of a stage begin the same ones. Any thread may ask."""
+        return sum(group.num_operations for group in self.held)
 
     def abort(self) -> None:
         """Make every operation of this rank, now or later, end with RuntimeError. Any thread may call it."""
@@ -115,7 +124,10 @@ def _join_stage(member: _Member, use_shared_memory: bool) -> StageGroup:
         mapping = share_memory(member.store, stage, size, shard)
         if mapping is not None:
             return SharedMemoryStage(mapping, size, shard, member.timeout_s)
-    return TorchStage(member.group(f"stage{stage}", topology.stage_ranks(stage), member.device))
+    group = TorchStage(member.group(f"stage{stage}", topology.stage_ranks(stage), member.device))
+    if member.device.type == "cuda":
+        return with_symmetric_memory(group, member.store, stage, member.device)
+    return group
 
 
 def _join_links(member: _Member, held: list[_Held]) -> tuple[Link | None, Link | None, Link | None]:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 
 import ray
 
-# Not public, but the only source of what is free node by node: ray.nodes() has totals, and
-# ray.available_resources() one sum over the cluster.
+# Not public, but the only source of what is free node by node (ray.nodes() has totals, ray.available_resources() one
+# sum over the cluster) and of which nodes are being drained.
 from ray._private.state import available_resources_per_node
+from ray._private.state import state as cluster_state
 
 from cluster.placement import InfeasiblePlacement, Strategy, Verdict, check
 from cluster.resources import NodeFree, StageNeed
@@ -42,6 +43,11 @@ def read_nodes() -> list[NodeFree]:
             )
         )
     return sorted(nodes, key=lambda node: (not node.alive, node.name, node.node_id))
+
+
+def draining_nodes() -> dict[str, float]:
+    """Node id → when it will be gone, in seconds since 1970 (0: nobody says when), of all nodes that are drained."""
+    return {node: deadline_ms / 1000 for node, deadline_ms in cluster_state.get_draining_nodes().items()}
 
 
 def wait_for(

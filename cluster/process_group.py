@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOptions  # type: ignore[attr-defined]
 
+from cluster.collectives import NeighbourLate, NeighbourLost
 from cluster.rendezvous import EpochStore
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class ProcessGroup:
         self.member = members.index(rank)
         self.device = device
         self.timeout_s = timeout_s
+        self.num_operations = 0  # begun so far
         self.aborted = threading.Event()
         # Construction blocks inside torch until all members are there: meet first, where waiting can be given up.
         store.roll_call(f"{name}/members", self.member, self.size)
@@ -88,11 +90,11 @@ class ProcessGroup:
                 return
             except RuntimeError as error:
                 if self.aborted.is_set():
-                    raise RuntimeError(f"{self.name}: aborted") from None
+                    raise NeighbourLost(f"{self.name}: aborted") from None
                 if "timed out" not in str(error).lower():
-                    raise RuntimeError(f"{self.name}: {error}") from error
+                    raise NeighbourLost(f"{self.name}: {error}") from error
                 if work.is_completed() or time.monotonic() > deadline:
-                    raise TimeoutError(f"{self.name}: not done within {self.timeout_s:g} s") from None
+                    raise NeighbourLate(f"{self.name}: not done within {self.timeout_s:g} s") from None
 
     def abort(self) -> None:
         """Make who waits, now or later, leave with RuntimeError. Any thread may call it."""
@@ -115,7 +117,8 @@ class ProcessGroup:
 
     def _backend_in_use(self) -> Any:
         if self._backend is None or self.aborted.is_set():
-            raise RuntimeError(f"{self.name}: {'closed' if self._backend is None else 'aborted'}")
+            raise NeighbourLost(f"{self.name}: {'closed' if self._backend is None else 'aborted'}")
+        self.num_operations += 1
         return self._backend
 
 
@@ -126,6 +129,11 @@ class TorchStage:
         self.size = group.size
         self.shard = group.member
         self._group = group
+
+    @property
+    def num_operations(self) -> int:
+        """Begun so far."""
+        return self._group.num_operations
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the shards, in place; on CPU, bfloat16 and float16 are summed in float32."""
@@ -167,6 +175,11 @@ class TorchLink:
 
     def __init__(self, group: ProcessGroup) -> None:
         self._group = group
+
+    @property
+    def num_operations(self) -> int:
+        """Hops begun so far."""
+        return self._group.num_operations
 
     def send(self, tensor: torch.Tensor) -> TorchSending:
         """Start to send a contiguous tensor and return at once."""

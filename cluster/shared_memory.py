@@ -8,7 +8,6 @@ stores in order and loads in order, so who sees the flag sees the data; elsewher
 The memory is anonymous (memfd): it has no name in /dev/shm, needs no room there, and is gone with its last user.
 """
 
-import ctypes
 import logging
 import mmap
 import os
@@ -20,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from cluster import exchange
+from cluster.collectives import NeighbourLate, NeighbourLost
 from cluster.rendezvous import EpochStore
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ _NUM_HEAD_LINES = 2  # abort flag; token
 _MEMORY_NAME = "stagemesh"
 _MOST_VIEWS = 256  # shapes whose views are kept: prompts have many lengths, decoding few batch sizes
 
-_SPINS = 200  # looks at a flag before the core is offered to others
+_NUM_LOOKS = 500  # at a flag, before the core is offered to others: some 20 microseconds
 _YIELD_S = 0.002  # how long the core is offered before sleeping begins
 _SLEEP_S = (0.00005, 0.0005)  # shortest and longest sleep
 
@@ -56,22 +57,36 @@ class SharedMemoryStage:
         self._data = torch.frombuffer(mapping, dtype=torch.uint8, offset=_head_bytes(size), count=data_bytes).view(
             2, size, BUFFER_BYTES
         )
-        self._begin = self._data.data_ptr()
+        self._buffers = self._data.data_ptr()
+        self._flags = self._buffers - _head_bytes(size) + _NUM_HEAD_LINES * _LINE_BYTES
         self._views: dict[tuple[torch.Size, torch.dtype], list[list[torch.Tensor]]] = {}
         self._op = 0
         self._out_of_use: str | None = None  # why no operation may follow
 
+    @property
+    def num_operations(self) -> int:
+        """Begun so far."""
+        return self._op
+
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the shards in shard order, in place; bfloat16 and float16 are summed in float32."""
         nbytes = tensor.nbytes
+        like = exchange.LIKE.get(tensor.dtype) if self.size > 1 else None
         for piece in _pieces(tensor, nbytes):
-            _sum_shards(self._exchange(0, piece, nbytes), piece)
+            shown = self._exchange(0, piece, nbytes)
+            if like is None:
+                _sum_shards(self._views_of(piece), piece)
+            else:
+                exchange.sum_shards(shown, BUFFER_BYTES, self.size, piece.data_ptr(), piece.numel(), like)
         return tensor
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """[*] of every shard → [size, *]."""
         nbytes = tensor.nbytes
-        gathered = [torch.stack(self._exchange(1, piece, nbytes)) for piece in _pieces(tensor, nbytes)]
+        gathered = []
+        for piece in _pieces(tensor, nbytes):
+            self._exchange(1, piece, nbytes)
+            gathered.append(torch.stack(self._views_of(piece)))
         whole = gathered[0] if len(gathered) == 1 else torch.cat(gathered, dim=1)
         return whole.view(self.size, *tensor.shape)
 
@@ -86,32 +101,34 @@ class SharedMemoryStage:
         self._data = torch.empty(0)
         self._words = memoryview(bytearray(8)).cast("q")
 
-    def _exchange(self, kind: int, piece: torch.Tensor, message_bytes: int) -> list[torch.Tensor]:
-        """Show a piece [*] to all shards and see theirs → size × [*], valid until the next operation."""
+    def _exchange(self, kind: int, piece: torch.Tensor, message_bytes: int) -> int:
+        """Show a piece [*] to all shards → the address of what shard 0 shows, valid until the next operation."""
         words = self._words
         if self._out_of_use or words[0]:
-            raise RuntimeError(f"stage group: {self._out_of_use or _aborted(words)}")
+            raise NeighbourLost(f"stage group: {self._out_of_use or _aborted(words)}")
         self._op += 1
-        parity = self._op & 1
-        # A plain copy of bytes: a quarter of what copy_ costs for small tensors.
-        ctypes.memmove(self._begin + (parity * self.size + self.shard) * BUFFER_BYTES, piece.data_ptr(), piece.nbytes)
+        op, size, shard = self._op, self.size, self.shard
+        shown = self._buffers + (op & 1) * size * BUFFER_BYTES
+        own = shown + shard * BUFFER_BYTES
         descriptor = (message_bytes * len(_DTYPES) + _DTYPE_CODE[piece.dtype]) * len(_KINDS) + kind
-        line = (_NUM_HEAD_LINES + self.shard) * _WORDS
-        words[line + 1 + parity] = descriptor
-        words[line] = self._op  # last: it says that the rest is there
-        self._wait(words, self._op)
-        for shard in range(self.size):
-            theirs = words[(_NUM_HEAD_LINES + shard) * _WORDS + 1 + parity]
-            if theirs != descriptor:
-                self._out_of_use = (
-                    f"operation {self._op} differs: shard {self.shard} called {_operation(descriptor)}, "
-                    f"shard {shard} {_operation(theirs)}"
-                )
-                raise RuntimeError(f"stage group: {self._out_of_use}")
-        return self._shown(piece.shape, piece.dtype)[parity]
+        who = exchange.meet(
+            self._flags, _WORDS, shard, size, op, descriptor, piece.data_ptr(), own, piece.nbytes, _NUM_LOOKS
+        )
+        if who == exchange.LATE:
+            self._wait(words, op)
+            who = exchange.meet(self._flags, _WORDS, shard, size, op, descriptor, own, own, 0, 0)
+        if who != exchange.HERE:
+            theirs = words[(_NUM_HEAD_LINES + who) * _WORDS + 1 + (op & 1)]
+            self._out_of_use = (
+                f"operation {op} differs: shard {shard} called {_operation(descriptor)}, "
+                f"shard {who} {_operation(theirs)}"
+            )
+            raise RuntimeError(f"stage group: {self._out_of_use}")
+        return shown
 
-    def _shown(self, shape: torch.Size, dtype: torch.dtype) -> list[list[torch.Tensor]]:
-        """[parity][shard] → what the shard shows, as [*]. Kept, because making a view costs as much as a small sum."""
+    def _views_of(self, piece: torch.Tensor) -> list[torch.Tensor]:
+        """What each shard shows in this operation, as [*]. Kept: making a view costs as much as a small sum."""
+        shape, dtype = piece.shape, piece.dtype
         views = self._views.get((shape, dtype))
         if views is None:
             if len(self._views) >= _MOST_VIEWS:
@@ -119,16 +136,12 @@ class SharedMemoryStage:
             nbytes = shape.numel() * dtype.itemsize
             views = [[shard[:nbytes].view(dtype).view(shape) for shard in buffers] for buffers in self._data]
             self._views[shape, dtype] = views
-        return views
+        return views[self._op & 1]
 
     def _wait(self, words: memoryview, op: int) -> None:
-        """Return once every flag is at least `op`: look often, then offer the core, then sleep."""
-        flags = range(_NUM_HEAD_LINES * _WORDS, (_NUM_HEAD_LINES + self.size) * _WORDS, _WORDS)
-        for flag in flags:
-            for _ in range(_SPINS):
-                if words[flag] >= op:
-                    break
-            else:
+        """Return once every flag is at least `op`: offer the core, then sleep."""
+        for flag in range(_NUM_HEAD_LINES * _WORDS, (_NUM_HEAD_LINES + self.size) * _WORDS, _WORDS):
+            if words[flag] < op:
                 self._wait_patiently(words, flag, op)
 
     def _wait_patiently(self, words: memoryview, flag: int, op: int) -> None:
@@ -136,10 +149,10 @@ class SharedMemoryStage:
         sleep_s = _SLEEP_S[0]
         while words[flag] < op:
             if words[0]:
-                raise RuntimeError(f"stage group: {_aborted(words)}")
+                raise NeighbourLost(f"stage group: {_aborted(words)}")
             waited_s = time.monotonic() - began
             if waited_s > self.timeout_s:
-                raise TimeoutError(self._behind(words, op))
+                raise NeighbourLate(self._behind(words, op))
             if waited_s < _YIELD_S:
                 os.sched_yield()
             else:

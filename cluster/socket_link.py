@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from cluster.collectives import NeighbourLate, NeighbourLost
 from cluster.rendezvous import EpochStore
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class SocketSending:
     def wait(self) -> None:
         """Block until the buffer may be used again. Raises TimeoutError or RuntimeError."""
         if not self._done.wait(self._link.timeout_s):
-            raise TimeoutError(f"{self._link.name}: a send did not end within {self._link.timeout_s:g} s")
+            raise NeighbourLate(f"{self._link.name}: a send did not end within {self._link.timeout_s:g} s")
         if self._error is not None:
             raise self._error
 
@@ -66,6 +67,11 @@ class SocketLink:
         self._backlog = 0  # sends that the thread has not finished; those after them queue behind
         self._queue: queue.SimpleQueue[SocketSending | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+
+    @property
+    def num_operations(self) -> int:
+        """Hops sent, or received in whole."""
+        return self._num_hops
 
     def send(self, tensor: torch.Tensor) -> SocketSending:
         """Start to send a contiguous tensor and return at once. Raises RuntimeError when the link is down."""
@@ -145,10 +151,10 @@ class SocketLink:
 
     def _failure(self, error: OSError) -> Exception:
         if self._aborted:
-            return RuntimeError(f"{self.name}: aborted")
+            return NeighbourLost(f"{self.name}: aborted")
         if isinstance(error, TimeoutError):
-            return TimeoutError(f"{self.name}: no byte moved for {self.timeout_s:g} s")
-        return RuntimeError(f"{self.name}: {error}")
+            return NeighbourLate(f"{self.name}: no byte moved for {self.timeout_s:g} s")
+        return NeighbourLost(f"{self.name}: {error}")
 
 
 def connect_links(

@@ -58,7 +58,7 @@ class AdmissionConfig(Group):
     """What is let in; everything above is answered 503 before it costs anything."""
 
     max_requests: int = Field(default=256, ge=1)  # running and waiting together
-    max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)
+    max_body_bytes: int = Field(default=1024 * 1024, ge=1024)  # a MiB of ids takes 20 ms to read, of the one event loop
 
 
 class PlacementConfig(Group):
@@ -76,6 +76,18 @@ class TimeoutConfig(Group):
 
     start_s: float = Field(default=900.0, gt=0)  # from actors asked for to gang ready
     collective_s: float = Field(default=60.0, gt=0)  # one collective or one hop between stages
+    request_s: float = Field(default=600.0, gt=0)  # one request, from its arrival to its end; clients may ask for less
+    drain_s: float = Field(default=30.0, ge=0)  # for what runs when a replica has to stop, or a stage's node is drained
+
+
+class RecoveryConfig(Group):
+    """What happens when a rank is lost."""
+
+    # rejoin: the others keep process and weights; restart_all: all start again, as they also do when rejoining fails
+    mode: Literal["rejoin", "restart_all"] = "rejoin"
+    warm_spares: int = Field(default=0, ge=0, le=8)  # processes of each stage that wait, without weights, to take over
+    clean_s: float = Field(default=3.0, gt=0)  # a rank that has not left the lost epoch by then is ended
+    wait_s: float = Field(default=300.0, gt=0)  # for processes in place of those lost, and for a lost node to be back
 
 
 class Config(Group):
@@ -89,6 +101,7 @@ class Config(Group):
     admission: AdmissionConfig = AdmissionConfig()
     placement: PlacementConfig = PlacementConfig()
     timeouts: TimeoutConfig = TimeoutConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
 
     @property
     def served_name(self) -> str:

@@ -1,5 +1,6 @@
 """Admission: how many sequences are let in at once; what is above is refused before it costs anything."""
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,12 @@ class Admission:
     def __init__(self, max_requests: int) -> None:
         self.max_requests = max_requests
         self.num_admitted = 0
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
+
+    async def wait_until_idle(self) -> None:
+        """Returns when nobody is admitted any more."""
+        await self._is_idle.wait()
 
     @contextmanager
     def reserve(self, count: int) -> Iterator[None]:
@@ -33,7 +40,10 @@ class Admission:
                 retry_after_s=RETRY_AFTER_S,
             )
         self.num_admitted += count
+        self._is_idle.clear()
         try:
             yield
         finally:
             self.num_admitted -= count
+            if not self.num_admitted:
+                self._is_idle.set()

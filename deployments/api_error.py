@@ -40,6 +40,8 @@ class ApiError(Exception):
         headers = [(b"content-type", b"application/json")]
         if self.retry_after_s is not None:
             headers.append((b"retry-after", str(self.retry_after_s).encode()))
+        if self.status == 504:
+            headers.append((b"x-should-retry", b"false"))  # OpenAI's clients would send the same twice more
         return headers
 
 

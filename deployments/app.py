@@ -3,23 +3,27 @@
 Free of torch and Transformers until the replica starts: what is short is said seconds after Ray is up.
 """
 
+import asyncio
 import json
+import time
+from functools import partial
 from typing import Any
 
 import ray
 from ray import serve
 from ray.serve import Application
-from ray.util.placement_group import placement_group_table
+from ray.util.placement_group import PlacementGroup, placement_group_table
 
 from actors.decisions.sizes import Sizes, broken_constraints
 from actors.tensors.source import local_folder
-from cluster.nodes import read_nodes, wait_for
+from cluster.nodes import draining_nodes, read_nodes, wait_for
 from cluster.placement import make_bundles, make_label_selectors, make_needs, resolve_device, resolve_strategy
 from cluster.topology import Topology
 from configs.config import Config
 from configs.files import parse_args
 
 _DEPLOYMENT = "LLMReplica"
+_ENDING_S = 10.0  # for a replica with nothing left to do, after the time that it has for that
 _NUM_PROBES = 64  # requests beside the admitted ones that must never wait in Serve's queue: health, ready, refusals
 
 
@@ -28,24 +32,39 @@ _NUM_PROBES = 64  # requests beside the admitted ones that must never wait in Se
 class LLMReplica:
     """The thin Serve shell around a Replica."""
 
-    def __init__(self, config: Config, device: str) -> None:
-        """Returns when the gang serves; what it raises fails the deployment with its message."""
+    async def __init__(self, config: Config, device: str) -> None:  # type: ignore[misc] # Serve awaits it
+        """Returns when the gang serves; what it raises fails the deployment with its message.
+
+        Loading takes minutes, so it happens in a thread: Serve may run its own loop here (see serve_command.py).
+        """
+        from deployments.drain import Drain
         from deployments.replica import Replica
 
         placement = ray.util.get_current_placement_group()
         assert placement is not None, "Serve makes the placement group that the builder asks for"
-        self._replica = Replica(config, device, placement)
+        self._replica = await asyncio.to_thread(Replica, config, device, placement)
+        service, drain_s = self._replica.app.state.service, config.timeouts.drain_s
+        self._drain = Drain(service, drain_s, give_up=service.engine.close)
+        self._drain.watch(partial(_leaving_node, placement, drain_s))
 
     def __serve_build_asgi_app__(self) -> Any:
         """The HTTP app; Serve asks for it after the constructor."""
         return self._replica.app
 
     def check_health(self) -> None:
-        """Raises when the gang cannot come back: Serve then replaces the replica."""
+        """Raises when the gang cannot come back, or has to go: Serve then replaces the replica."""
         self._replica.check_health()
+        if self._drain.reason:
+            raise RuntimeError(self._drain.reason)
+
+    async def drain(self) -> None:
+        """Take nothing more; returns when what runs has ended. Serve's own stop waits too, but refuses nobody."""
+        await self._drain.finish()
 
     def __del__(self) -> None:
         """Serve's last call: end engine and gang."""
+        if hasattr(self, "_drain"):
+            self._drain.stop_watching()
         if hasattr(self, "_replica"):
             self._replica.close()
 
@@ -73,8 +92,20 @@ def build_app(args: dict[str, Any]) -> Application:
         health_check_period_s=2,
         health_check_timeout_s=10,
         graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=config.timeouts.drain_s + _ENDING_S,
     )
     return replica.bind(config, device)
+
+
+def _leaving_node(placement: PlacementGroup, drain_s: float) -> str | None:
+    from deployments.drain import leaving_node
+
+    draining = draining_nodes()
+    if not draining:
+        return None
+    stages = placement_group_table(placement)["bundles_to_node_id"].values()
+    own = ray.get_runtime_context().get_node_id()
+    return leaving_node(own, set(stages), draining, time.time(), drain_s)
 
 
 def _is_deployed() -> bool:

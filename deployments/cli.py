@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from deployments import plan_command, profile_command
+from deployments import bench_command, plan_command, profile_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -12,6 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     plan_command.add_to(commands)
     profile_command.add_to(commands)
+    bench_command.add_to(commands)
     options = parser.parse_args(argv)
     code: int = options.run(options)
     return code

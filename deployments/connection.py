@@ -1,6 +1,7 @@
 """Connection: one HTTP exchange; what was sent so far, and whether the client is still there."""
 
 import asyncio
+import time
 from collections.abc import Coroutine
 
 from starlette.requests import Request
@@ -9,6 +10,9 @@ from starlette.types import Receive, Send
 from deployments.api_error import ApiError
 
 Headers = list[tuple[bytes, bytes]]
+
+BODY_S = 30.0  # from a request's arrival to the last byte of its body
+GRACE_S = 5.0  # after a request's deadline: then a client that does not read what it is told is left
 
 
 class ClientGoneError(Exception):
@@ -43,12 +47,16 @@ class Connection:
         except ClientGoneError:
             pass
 
-    async def run(self, work: Coroutine[None, None, None]) -> None:
-        """Carry out `work`, and cancel it when the client leaves. Returns when the work has cleaned up."""
+    async def run(self, work: Coroutine[None, None, None], deadline: float) -> None:
+        """Carry out `work`, which is to end by `deadline` (monotonic seconds), and cancel it when the client leaves.
+
+        Returns when the work has cleaned up.
+        """
         task = asyncio.ensure_future(work)
         departure = asyncio.ensure_future(self._departure())
         try:
-            await asyncio.wait({task, departure}, return_when=asyncio.FIRST_COMPLETED)
+            left_s = deadline + GRACE_S - time.monotonic()
+            await asyncio.wait({task, departure}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for future in (task, departure):
                 future.cancel()
@@ -68,17 +76,21 @@ class Connection:
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The raw body. Raises ApiError (415 for what is not JSON, 413 above the limit) and ClientDisconnect."""
+    """The raw body. Raises ApiError (415: no JSON, 413: above the limit, 408: too slow) and ClientDisconnect."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "the body must be JSON; send the header Content-Type: application/json")
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced[:20]) > max_bytes:
         raise _too_large(max_bytes)
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise _too_large(max_bytes)
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > max_bytes:
+                    raise _too_large(max_bytes)
+    except TimeoutError:
+        raise ApiError(408, f"the body was not complete after {BODY_S:g} s; send it faster") from None
     return bytes(body)
 
 

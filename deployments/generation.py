@@ -1,5 +1,6 @@
 """Generation: the answers of one HTTP request, from the engine's events to pieces of text."""
 
+import time
 from dataclasses import dataclass
 
 from actors.remote.engine import Engine
@@ -12,6 +13,7 @@ from deployments.responses import Piece, Usage
 from deployments.transcript import Transcript
 
 NOT_READY_RETRY_AFTER_S = 5
+PING_S = 5.0  # between two signs of life while the gang recovers; proxies drop what is silent for 30 s or more
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,15 @@ class Answer:
 class Generation:
     """All answers of one HTTP request."""
 
-    def __init__(self, engine: Engine, outbox: Outbox, answers: list[Answer], num_prompt_tokens: int) -> None:
-        """`num_prompt_tokens`: of all prompts, each counted once however many answers it gets."""
+    def __init__(
+        self, engine: Engine, outbox: Outbox, answers: list[Answer], num_prompt_tokens: int, deadline: float
+    ) -> None:
+        """`num_prompt_tokens`: of all prompts, each counted once however many answers it gets.
+
+        `deadline`: that of the answers' requests, in monotonic seconds.
+        """
         self._engine = engine
+        self._deadline = deadline
         self._outbox = outbox
         self._answers = {answer.request.request_id: answer for answer in answers}
         self._num_prompt_tokens = num_prompt_tokens
@@ -104,14 +112,30 @@ class Generation:
                 self._engine.finish(request_id)
 
     async def take(self) -> list[Piece]:
-        """Wait for news and return all of it, at most one piece an answer. Raises ApiError when the engine failed."""
+        """Wait for news and return all of it, at most one piece an answer; none when it is time for a sign of life.
+
+        Raises ApiError when the engine failed, or the deadline has passed.
+        """
         pieces: list[Piece] = []
         while not pieces:
-            pieces = [piece for event in await self._mailbox.take() if (piece := self._read(event))]
+            events = await self._mailbox.take(self._patience_s())
+            if events is None and time.monotonic() >= self._deadline:
+                raise too_late()  # the engine's thread is busy with the recovery; it hears of it later
+            if events is None:
+                break
+            pieces = [piece for event in events if (piece := self._read(event))]
         return pieces
+
+    def _patience_s(self) -> float | None:
+        """None, and so no timer, but while the gang recovers."""
+        if self._engine.state != "recovering":
+            return None
+        return min(PING_S, max(0.0, self._deadline - time.monotonic()))
 
     def _read(self, event: Event) -> Piece | None:
         answer = self._answers[event.request_id]
+        if event.finish_reason == "timeout":
+            raise too_late()
         if event.finish_reason in ("error", "abort"):
             raise _failed(event)
         piece = answer.push(event)
@@ -123,10 +147,26 @@ class Generation:
 
 
 def _failed(event: Event) -> ApiError:
-    """The engine gave a request up, because it could not go on or was told to stop: nothing that a client did."""
+    """The engine gave a request up: for what computing it does, or because it could not go on or was told to stop."""
     reason = public_text(event.error or "the request was aborted")
     message = f"the engine could not finish this request: {reason}"
+    if event.code == "numerical_error":
+        return ApiError(500, message, code="numerical_error")
+    if event.code == "ends_ranks":
+        return ApiError(500, message, code="engine_failure")
     return ApiError(503, message, code="engine_failure", retry_after_s=NOT_READY_RETRY_AFTER_S)
+
+
+def too_late() -> ApiError:
+    """The deadline has passed."""
+    message = "the request was not finished in time; ask for fewer tokens, or for more time where `timeout` was sent"
+    return ApiError(504, message, code="timeout")
+
+
+def draining() -> ApiError:
+    """What runs is finished, nothing more is taken."""
+    message = "the server is about to stop and takes no more requests; try again later"
+    return ApiError(503, message, code="server_draining", retry_after_s=NOT_READY_RETRY_AFTER_S)
 
 
 def not_ready() -> ApiError:

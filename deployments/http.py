@@ -1,6 +1,7 @@
 """The routes: a Starlette app over a Service. Every error is an OpenAI error object; no timer delays a token."""
 
 import logging
+import time
 import traceback
 
 import msgspec
@@ -13,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from deployments.api_error import ApiError
 from deployments.connection import ClientGoneError, Connection, Headers, read_body
-from deployments.generation import Generation, not_ready
+from deployments.generation import Generation, draining, not_ready
 from deployments.metrics import CONTENT_TYPE
 from deployments.requests import ChatBody, CompletionBody, GenerationBody
 from deployments.responses import DONE, ChatReply, CompletionReply, Piece, Reply
@@ -29,6 +30,7 @@ STREAM_HEADERS: Headers = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would hold chunks back
 ]
+PING = b": ping\n\n"  # a comment of server-sent events: clients skip it, and see that the connection lives
 
 
 def build_app(service: Service) -> Starlette:
@@ -51,6 +53,7 @@ def build_app(service: Service) -> Starlette:
         exception_handlers={HTTPException: _http_error, ApiError: _api_error, Exception: _internal_error},
     )
     app.router.redirect_slashes = False  # a redirect would be no OpenAI object
+    app.state.service = service
     return app
 
 
@@ -66,11 +69,12 @@ class GenerationRoute:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; whatever happens ends it in the engine and gives its place back."""
-        connection = Connection(receive, send)
+        connection, arrived = Connection(receive, send), time.monotonic()
         try:
             raw = await read_body(Request(scope, receive), self._service.limits.max_body_bytes)
             body = parse_body(raw, self._kind)
-            await connection.run(self._answer(body, connection))
+            deadline = self._service.deadline(body, arrived)
+            await connection.run(self._answer(body, connection, deadline), deadline)
         except (ClientGoneError, ClientDisconnect):
             pass
         except ApiError as error:
@@ -79,10 +83,10 @@ class GenerationRoute:
             log_unexpected(error)
             await connection.fail(internal_error())
 
-    async def _answer(self, body: GenerationBody, connection: Connection) -> None:
+    async def _answer(self, body: GenerationBody, connection: Connection, deadline: float) -> None:
         token_texts = None if body.num_logprobs is None else self._service.text.token_texts
         reply = self._reply(body.model, body.include_usage, token_texts)
-        async with self._service.generate(body) as generation:
+        async with self._service.generate(body, deadline) as generation:
             if body.stream:
                 await _stream(generation, reply, connection, body.include_usage)
             else:
@@ -90,19 +94,25 @@ class GenerationRoute:
 
 
 async def _stream(generation: Generation, reply: Reply, connection: Connection, include_usage: bool) -> None:
-    """Send each piece as soon as it is there. The response starts with the first: an error before it has a status."""
-    is_last = False
+    """Send each piece as soon as it is there. The response starts with the first: an error before it has a status.
+
+    A gang that recovers makes it start earlier, with a ping: an error after that is an event, as in any stream that has
+    begun. The other choice would be silence, which proxies take for a dead server, so that the status would be theirs.
+    """
+    opening, is_last = b"".join(map(reply.opening, range(generation.num_answers))), False
     while not is_last:
         pieces = await generation.take()
-        chunk = b"".join(map(reply.chunk, pieces))
         if not connection.has_started:
             await connection.start(200, STREAM_HEADERS)
-            chunk = b"".join(map(reply.opening, range(generation.num_answers))) + chunk
+        if not pieces:
+            await connection.write(PING)
+            continue
+        chunk = opening + b"".join(map(reply.chunk, pieces))
+        opening = b""
         is_last = generation.is_finished
         if is_last:
             chunk += (reply.usage_chunk(generation.usage) if include_usage else b"") + DONE
-        if chunk:
-            await connection.write(chunk, is_last=is_last)
+        await connection.write(chunk, is_last=is_last)
 
 
 async def _respond(generation: Generation, reply: Reply, connection: Connection) -> None:
@@ -136,6 +146,8 @@ class Pages:
 
     async def ready(self, request: Request) -> Response:
         """GET /ready: the gang serves, or 503."""
+        if self._service.is_draining:
+            raise draining()
         if not self._service.is_ready:
             raise not_ready()
         return _json({"status": "ready"})
@@ -152,7 +164,7 @@ class Pages:
             {
                 "model": identity.model,
                 "replica": identity.replica,
-                "state": engine.state,
+                "state": "draining" if self._service.is_draining else engine.state,
                 "epoch": engine.epoch,
                 "topology": {
                     "tensor_parallel_size": topology.tensor_parallel_size,

@@ -1,13 +1,14 @@
 """Metrics: what the engine counts and what clients wait for, as Prometheus reads it. Names begin with stagemesh_."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from actors.decisions.stats import REQUEST_SECONDS, Histogram
-from actors.decisions.step_clock import PHASES
+from actors.decisions.phase_clock import PHASES
+from actors.decisions.stats import RECOVERY_PHASES, REQUEST_SECONDS, Histogram
 from actors.remote.engine import Engine, EngineState
 from actors.remote.meeting import RankInfo
 
@@ -116,19 +117,29 @@ class Metrics:
             ("prefix_cache_hits", "Prompt tokens found there", stats.num_prompt_cached),
             ("preemptions", "Times that a sequence gave up its KV blocks to an older one", stats.num_preemptions),
             ("steps", "Steps given to the gang", stats.num_steps),
-            ("gang_rebuilds", "Epochs that ended with a failure of the gang", self._engine.snapshot().epoch),
+            (
+                "requests_replayed",
+                "Times that a running sequence was computed again in another epoch",
+                stats.num_replayed,
+            ),
+            ("tokens_replayed", "Tokens that were computed again so", stats.num_replayed_tokens),
         ]
         for name, words, value in counters:
             counter = CounterMetricFamily(f"stagemesh_{name}", words, labels=["model_name"])
             counter.add_metric([self._model], value)
             yield counter
-        finished = CounterMetricFamily(
-            "stagemesh_requests_finished", "Sequences that ended, by why", labels=["model_name", "finished_reason"]
-        )
-        for reason, count in stats.num_finished.items():
-            finished.add_metric([self._model, reason], count)
-        yield finished
+        words = "Sequences that ended, by why"
+        yield self._labelled("requests_finished", words, "finished_reason", stats.num_finished)
+        phases = "; ".join(map(": ".join, RECOVERY_PHASES.items()))
+        yield self._labelled("gang_rebuilds", "Epochs that ended with a failure, by why", "cause", stats.num_rebuilds)
+        yield self._labelled("recovery_seconds", f"What coming back took: {phases}", "phase", stats.recovery_s)
         yield self._rank_seconds()
+
+    def _labelled(self, name: str, words: str, label: str, values: Mapping[Any, float]) -> Metric:
+        counter = CounterMetricFamily(f"stagemesh_{name}", words, labels=["model_name", label])
+        for value, count in values.items():
+            counter.add_metric([self._model, value], count)
+        return counter
 
     def _rank_seconds(self) -> Metric:
         labels = ["model_name", "rank", "stage", "shard", "phase"]

@@ -1,7 +1,8 @@
 """The outbox: carries events from the engine's thread to the coroutines that wait for them.
 
 One wake-up of the event loop a step, however many requests the step had. What a slow reader has not taken yet is
-merged into one event a request, so that nothing queues up behind it.
+merged into one event a request, so that nothing queues up behind it. No events at all mean that the engine's state
+changed: whoever waits gets to look at it.
 """
 
 import asyncio
@@ -35,9 +36,20 @@ class Mailbox:
         )
         self._has_mail.set()
 
-    async def take(self) -> list[Event]:
-        """Wait until there is something, then take all of it: at most one event a request."""
-        await self._has_mail.wait()
+    def poke(self) -> None:
+        """End the wait of `take`, though there may be nothing."""
+        self._has_mail.set()
+
+    async def take(self, patience_s: float | None = None) -> list[Event] | None:
+        """Wait until there is something, then take all of it: at most one event a request; none after a `poke`.
+
+        None when `patience_s` is over; without it no timer is set.
+        """
+        try:
+            async with asyncio.timeout(patience_s):
+                await self._has_mail.wait()
+        except TimeoutError:
+            return None
         self._has_mail.clear()
         pending, self._pending = self._pending, {}
         return list(pending.values())
@@ -64,15 +76,18 @@ class Outbox:
         self._mailboxes.pop(request_id, None)
 
     def deliver(self, events: list[Event]) -> None:
-        """Called in the engine's thread with all events of a step; never blocks."""
-        if self._loop is None or not events:
-            return  # nobody has ever asked for anything, or there is nothing to tell
+        """Called in the engine's thread with all events of a step, or none for a new state; never blocks."""
+        if self._loop is None:
+            return  # nobody has ever asked for anything
         try:
             self._loop.call_soon_threadsafe(self._hand_over, events)
         except RuntimeError:  # the loop is closed; that must not end the engine
             logger.warning("%d events dropped: the HTTP side is gone", len(events))
 
     def _hand_over(self, events: list[Event]) -> None:
+        if not events:
+            for waiting in self._mailboxes.values():
+                waiting.poke()
         for event in events:
             mailbox = self._mailboxes.get(event.request_id)
             if mailbox is not None:

@@ -29,11 +29,11 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser("plan", help="what goes where, how much memory it takes, how fast it can be")
     parser.add_argument("config", help="a Serve config file, for example configs/demo.yaml, or a hub id or folder")
     parser.add_argument("--gpu", default=_DEFAULT_GPU, choices=list(ACCELERATORS), help=f"default: {_DEFAULT_GPU}")
-    parser.add_argument("--tp", type=_count, help="instead of parallel.tensor_parallel_size")
-    parser.add_argument("--pp", type=_count, help="instead of parallel.pipeline_parallel_size")
+    parser.add_argument("--tp", type=count, help="instead of parallel.tensor_parallel_size")
+    parser.add_argument("--pp", type=count, help="instead of parallel.pipeline_parallel_size")
     parser.add_argument(
         "--context",
-        type=_count,
+        type=count,
         help=f"tokens of each sequence in the estimate of speed; default: {_DEFAULT_CONTEXT}, or what the model takes",
     )
     parser.add_argument("--json", action="store_true", help="everything, for programs")
@@ -43,7 +43,7 @@ def add_to(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the plan, or everything that keeps it from being one."""
     try:
-        config = _config(options)
+        config = config_of(options.config, options.tp, options.pp)
         found = plan_report(config, options.gpu, options.context)
     except ValueError as error:  # UnsupportedModel and CheckpointError are ValueErrors
         return _say_problems(str(error).splitlines(), isinstance(error, UnsupportedModel), options.json)
@@ -75,13 +75,13 @@ def plan_report(config: Config, gpu: str, context: int | None = None) -> Report:
     )
 
 
-def _config(options: argparse.Namespace) -> Config:
-    """A config file, or defaults around a model; the layout of the command line goes first."""
-    is_file = options.config.endswith((".yaml", ".yml"))
-    config = (
-        read_config(Path(options.config)) if is_file else Config.model_validate({"model": {"source": options.config}})
-    )
-    sizes = {"tensor_parallel_size": options.tp, "pipeline_parallel_size": options.pp}
+def config_of(
+    target: str, tensor_parallel_size: int | None = None, pipeline_parallel_size: int | None = None
+) -> Config:
+    """A config file, or defaults around a model (folder or hub id); a layout that is given goes first."""
+    is_file = target.endswith((".yaml", ".yml"))
+    config = read_config(Path(target)) if is_file else Config.model_validate({"model": {"source": target}})
+    sizes = {"tensor_parallel_size": tensor_parallel_size, "pipeline_parallel_size": pipeline_parallel_size}
     given = {name: size for name, size in sizes.items() if size is not None}
     parallel = {**config.parallel.model_dump(), **given}
     if given:
@@ -89,7 +89,7 @@ def _config(options: argparse.Namespace) -> Config:
     return Config.model_validate({**config.model_dump(), "parallel": parallel})
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     """A number on the command line that must be at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")

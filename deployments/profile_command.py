@@ -15,9 +15,9 @@ import urllib.request
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from actors.decisions.step_clock import PHASES, bubble_ratio
+from actors.decisions.patience import HEARTBEAT_S  # what a server knows of its ranks is up to so old
+from actors.decisions.phase_clock import BUBBLE, PHASES, bubble_ratio
 
-_HEARTBEAT_S = 1.0  # what a server knows of its ranks is up to so old
 _TIMEOUT_S = 10.0
 
 
@@ -81,7 +81,7 @@ def profiles(before: dict[str, Any], after: dict[str, Any]) -> list[RankProfile]
         total = sum(spent.values())
         if total <= 0:
             raise ValueError(
-                f"rank {first['rank']} has told nothing new; watch for longer than its heartbeat of {_HEARTBEAT_S:g} s"
+                f"rank {first['rank']} has told nothing new; watch for longer than its heartbeat of {HEARTBEAT_S:g} s"
             )
         shares = {phase: seconds / total for phase, seconds in spent.items()}
         found.append(RankProfile(first["rank"], first["stage"], first["shard"], shares, bubble_ratio(spent)))
@@ -94,7 +94,7 @@ def _text(found: list[RankProfile]) -> str:
         shares = "  ".join(f"{one.shares[phase]:8.1%}" for phase in PHASES)
         rows.append(f"{one.rank:4}  {one.stage:5}  {one.shard:5}  {shares}  {one.bubble_ratio:8.1%}")
     legend = [f"  {phase:<9} {words}" for phase, words in PHASES.items()]
-    legend.append("  bubble    idle, receive and send: time in which a stage has nothing to compute")
+    legend.append(f"  bubble    {' + '.join(BUBBLE)}: the stage has nothing to compute")
     return "\n".join([*rows, "", *legend]) + "\n"
 
 
@@ -103,6 +103,6 @@ def _seconds(text: str) -> float:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
-    if not 2 * _HEARTBEAT_S <= seconds <= 3600:
-        raise argparse.ArgumentTypeError(f"{text}: give from {2 * _HEARTBEAT_S:g} to 3600 seconds")
+    if not 2 * HEARTBEAT_S <= seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"{text}: give from {2 * HEARTBEAT_S:g} to 3600 seconds")
     return seconds

@@ -1,10 +1,10 @@
 """One replica: reads the model, starts its gang and its engine, and wires them to the HTTP app."""
 
+import gc
 import logging
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -16,7 +16,6 @@ from actors.decisions.scheduler import SchedulerSettings
 from actors.remote.engine import Engine
 from actors.remote.gang import Gang
 from actors.remote.meeting import RankInfo
-from actors.words.executor import Executor
 from cluster.topology import Topology
 from configs.config import Config
 from deployments.outbox import Outbox
@@ -32,27 +31,18 @@ class Replica:
         _log_to_stdout()
         parallel = config.parallel
         topology = Topology(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
-        self._make_gang = partial(Gang, config, topology, placement, device)
-        self._gang = self._make_gang(epoch=0)
+        self._gang = Gang(config, topology, placement, device)
         try:
-            self._plan, app_of = _read_model(config)  # while the ranks' processes start
-            self._gang.start(self._plan)
+            plan, app_of = _read_model(config)  # while the ranks' processes start
+            self._gang.start(plan)
         except BaseException:
             self._gang.close()
             raise
-        self._num_blocks = self._gang.num_blocks  # of every later epoch too: the scheduler counts on it
-        settings = SchedulerSettings(
-            num_blocks=self._num_blocks,
-            block_size=self._plan.block_size,
-            max_num_seqs=self._plan.max_num_seqs,
-            max_num_batched_tokens=self._plan.max_num_batched_tokens,
-            num_lanes=self._plan.num_lanes,
-            depth=self._plan.depth,
-            prefix_cache=self._plan.prefix_cache,
-        )
+        settings = settings_of(plan, self._gang.num_blocks)
         outbox = Outbox()
-        self._engine = Engine(self._gang.executor, settings, outbox.deliver, self._revive)
-        self.app = app_of(self._engine, outbox, self._ranks)
+        self._engine = Engine(self._gang.executor, settings, outbox.deliver, self._gang.revive)
+        self.app = app_of(self._engine, outbox, self._gang.ranks)
+        calm_collector()
         self._engine.start()
         logger.info("serving %s on %d ranks", config.served_name, topology.num_ranks)
 
@@ -61,20 +51,31 @@ class Replica:
         if self._engine.snapshot().state == "failed":
             raise RuntimeError(f"the gang is lost: {self._engine.failure}")
 
-    def _ranks(self) -> list[RankInfo]:
-        return self._gang.ranks()  # of the present epoch
-
-    def _revive(self, epoch: int) -> Executor:
-        """A gang of a new epoch in the same bundles, with a cache of the same size. Called in the engine's thread."""
-        self._gang.close(patience_s=0)  # survivors may wait inside a collective for whoever is gone
-        self._gang = self._make_gang(epoch=epoch)
-        self._gang.start(self._plan, self._num_blocks)
-        return self._gang.executor
-
     def close(self) -> None:
         """End requests, engine and gang. May be called twice."""
+        self._gang.give_up()
         self._engine.close()
         self._gang.close()
+
+
+def calm_collector() -> None:
+    """Keep the garbage collector from what stays, and from looking after every few steps: each look holds up a step."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
+
+
+def settings_of(plan: Plan, num_blocks: int) -> SchedulerSettings:
+    """The limits of a gang: the plan's, and the cache that its ranks have."""
+    return SchedulerSettings(
+        num_blocks=num_blocks,
+        block_size=plan.block_size,
+        max_num_seqs=plan.max_num_seqs,
+        max_num_batched_tokens=plan.max_num_batched_tokens,
+        num_lanes=plan.num_lanes,
+        depth=plan.depth,
+        prefix_cache=plan.prefix_cache,
+    )
 
 
 def _read_model(config: Config) -> tuple[Plan, Any]:
@@ -102,6 +103,7 @@ def _read_model(config: Config) -> tuple[Plan, Any]:
             vocab_size=plan.spec.vocab_size,
             max_requests=config.admission.max_requests,
             max_body_bytes=config.admission.max_body_bytes,
+            request_s=config.timeouts.request_s,
         )
         return build_app(Service(engine, outbox, text, identity, limits, ranks))
 

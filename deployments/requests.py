@@ -45,6 +45,7 @@ class GenerationBody(SamplingBody):
         default_factory=list
     )
     ignore_eos: bool = False
+    timeout: float | None = Field(default=None, gt=0)  # seconds from arrival to the end; LiteLLM's name
     stream: bool = False
     stream_options: StreamOptions | None = None
 

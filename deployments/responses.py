@@ -153,7 +153,8 @@ class CompletionReply(_OpenAIReply):
         """See Reply."""
         chunk = b""
         if piece.text or piece.scored or not piece.finish_reason:
-            chunk += self._event([_TextChoice(piece.index, piece.text, None, self._logprobs(piece))])
+            logprobs = self._logprobs(piece) if piece.scored else None
+            chunk += self._event([_TextChoice(piece.index, piece.text, None, logprobs)])
         if piece.finish_reason:
             chunk += self._event([_TextChoice(piece.index, "", piece.finish_reason)])
         return chunk
@@ -187,8 +188,8 @@ class ChatReply(_OpenAIReply):
         """See Reply."""
         chunk = b""
         if piece.text or piece.scored or not piece.finish_reason:
-            delta = _Message(content=piece.text)
-            chunk += self._event([_DeltaChoice(piece.index, delta, logprobs=self._logprobs(piece))])
+            logprobs = self._logprobs(piece) if piece.scored else None
+            chunk += self._event([_DeltaChoice(piece.index, _Message(content=piece.text), logprobs=logprobs)])
         if piece.finish_reason:
             chunk += self._event([_DeltaChoice(piece.index, _Message(), piece.finish_reason)])
         return chunk

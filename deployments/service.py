@@ -1,5 +1,6 @@
 """The service: what the routes need of a replica, and how a parsed body becomes requests of the engine."""
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -12,7 +13,7 @@ from actors.words.messages import Request
 from cluster.topology import Topology
 from deployments.admission import Admission
 from deployments.api_error import ApiError
-from deployments.generation import Answer, Echo, Generation
+from deployments.generation import Answer, Echo, Generation, draining, too_late
 from deployments.metrics import Latencies, Metrics, Stopwatch
 from deployments.outbox import Outbox
 from deployments.prompts import Prompt
@@ -28,6 +29,7 @@ class Limits:
     vocab_size: int  # width of the logits: ids below it exist
     max_requests: int
     max_body_bytes: int
+    request_s: float  # from a request's arrival to the end of its answer
 
 
 @dataclass(frozen=True)
@@ -60,22 +62,26 @@ class Service:
         self.ranks = ranks
         self.admission = Admission(limits.max_requests)
         self.text = text
+        self.is_draining = False  # what runs is finished, nothing more is taken; may be set from any thread
         self._outbox = outbox
         self._latencies = Latencies()
         self.metrics = Metrics(engine, self._latencies, identity.model, ranks)
 
     @property
     def is_ready(self) -> bool:
-        """Whether the gang serves."""
-        return self.engine.snapshot().state == "ready"
+        """Whether requests are taken and served at once."""
+        return self.engine.state == "ready" and not self.is_draining
 
     @asynccontextmanager
-    async def generate(self, body: GenerationBody) -> AsyncIterator[Generation]:
+    async def generate(self, body: GenerationBody, deadline: float) -> AsyncIterator[Generation]:
         """Let a request in, start it, and when the block is left end what still runs and give its places back.
 
-        Raises ApiError: 404 for another model, 400 for a prompt that cannot be served, 503 when full or not serving.
+        Raises ApiError: 404 for another model, 400 for a prompt that cannot be served, 503 when full or not serving,
+        504 when it is late before it began.
         """
         began = time.monotonic()
+        if self.is_draining:
+            raise draining()
         self.check_model(body.model)
         self.check_ids("logit_bias", list(body.logit_bias))
         self.check_ids("stop_token_ids", body.stop_token_ids)
@@ -83,13 +89,13 @@ class Service:
         with self.admission.reserve(len(prompts) * body.n):
             answers: list[Answer] = []
             num_prompt_tokens = 0
-            for prompt, prompt_ids in zip(prompts, await self.text.encode(prompts), strict=True):
+            for prompt, prompt_ids in zip(prompts, await self._encode(prompts, deadline), strict=True):
                 self._check_prompt(body, prompt_ids)
                 num_prompt_tokens += len(prompt_ids)
                 for choice in range(body.n):
-                    request = self._request(body, prompt_ids, choice)
+                    request = self._request(body, prompt_ids, choice, deadline)
                     answers.append(self._answer(body, prompt, request, len(answers), began))
-            generation = Generation(self.engine, self._outbox, answers, num_prompt_tokens)
+            generation = Generation(self.engine, self._outbox, answers, num_prompt_tokens, deadline)
             try:
                 generation.start()
                 yield generation
@@ -102,7 +108,22 @@ class Service:
             message = f"model: there is no such model here; this server has {self.identity.model}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    def _request(self, body: GenerationBody, prompt_ids: list[int], choice: int) -> Request:
+    def deadline(self, body: GenerationBody, arrived: float) -> float:
+        """When a request that arrived then must have ended, in monotonic seconds. Raises ApiError (400)."""
+        limit_s = self.limits.request_s
+        if body.timeout is not None and body.timeout > limit_s:
+            message = f"timeout: {body.timeout:g} s is more than this server gives; send at most {limit_s:g}"
+            raise ApiError(400, message, param="timeout")
+        return arrived + (limit_s if body.timeout is None else body.timeout)
+
+    async def _encode(self, prompts: list[Prompt], deadline: float) -> list[list[int]]:
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                return await self.text.encode(prompts)
+        except TimeoutError:
+            raise too_late() from None
+
+    def _request(self, body: GenerationBody, prompt_ids: list[int], choice: int, deadline: float) -> Request:
         eos_ids = frozenset() if body.ignore_eos else self.text.eos_token_ids
         return Request(
             request_id=uuid.uuid4().hex,
@@ -110,6 +131,7 @@ class Service:
             max_tokens=self._max_tokens(body, len(prompt_ids)),
             sampling=body.sampling(choice, self.limits.vocab_size),
             stop_token_ids=eos_ids.union(body.stop_token_ids),
+            deadline=deadline,
         )
 
     def _answer(self, body: GenerationBody, prompt: Prompt, request: Request, index: int, began: float) -> Answer:

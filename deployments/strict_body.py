@@ -1,6 +1,7 @@
 """Strict bodies: raw bytes become a pydantic model, or an ApiError that names the first wrong field and the remedy."""
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -8,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError, mod
 from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
 from deployments.api_error import ApiError, shown
+
+MAX_CONTAINERS = 10_000  # lists and objects of one body: each takes microseconds to read, and the event loop waits
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)  # possessive, and unending ones match: linear
 
 
 def wrong(code: str, message: str, **context: object) -> PydanticCustomError:
@@ -48,6 +52,8 @@ AnyBody = TypeVar("AnyBody", bound=Body)
 
 def parse_body(raw: bytes, kind: type[AnyBody]) -> AnyBody:
     """Raises ApiError (400) that names the first wrong field and the remedy."""
+    if _num_openers(raw) > MAX_CONTAINERS and _num_openers(_STRING.sub(b"", raw)) > MAX_CONTAINERS:
+        raise ApiError(400, f"the body has more than {MAX_CONTAINERS} lists and objects; send several requests")
     try:
         data: Any = from_json(raw, allow_inf_nan=False)  # unlike json.loads: bounded depth, no NaN, no lone surrogates
     except ValueError as error:
@@ -57,6 +63,10 @@ def parse_body(raw: bytes, kind: type[AnyBody]) -> AnyBody:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise _as_api_error(first) from None
+
+
+def _num_openers(raw: bytes) -> int:
+    return raw.count(b"[") + raw.count(b"{")
 
 
 _OWN_WORDS: dict[str, Callable[[ErrorDetails], str]] = {

@@ -7,20 +7,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer
 
-from deployments.api_error import ApiError, public_text
+from deployments.api_error import ApiError
+from deployments.chat_template import ChatTemplate
 from deployments.prompts import Conversation, Prompt
 from deployments.token_text import TokenTexts
 from deployments.transcript import Decoder, Transcript
 
-MAX_RENDERED_CHARS = 16 * 1024 * 1024  # of what a chat template may write
 INLINE_CHARS = 4096  # of a request's prompts together; more of it is tokenized in a thread, as it takes milliseconds
 
 
 class Text:
-    """Used in the event loop's thread; long texts take a thread of their own, one after the other."""
+    """Used in the event loop's thread; long texts and conversations take a thread of their own, one after the other."""
 
     def __init__(self, tokenizer: Any, eos_token_ids: frozenset[int] = frozenset()) -> None:
         """`tokenizer` is one of Transformers'; `eos_token_ids` end an answer beside the tokenizer's own."""
@@ -33,13 +32,20 @@ class Text:
         self.eos_token_ids = frozenset(eos_token_ids | own_eos)
         self._special_ids = frozenset(id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special)
         self.token_texts = self._token_texts()
+        self._template = _chat_template(tokenizer)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
     @classmethod
     def load(cls, folder: str | Path) -> "Text":
-        """The tokenizer of a checkpoint folder. Raises ValueError or OSError when it cannot be read."""
+        """The tokenizer of a checkpoint folder.
+
+        Raises ValueError or OSError when it cannot be read, or when its chat template does not end.
+        """
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-        return cls(tokenizer, _eos_token_ids(Path(folder)))
+        text = cls(tokenizer, _eos_token_ids(Path(folder)))
+        if text._template is not None:
+            text._template.check()
+        return text
 
     async def encode(self, prompts: list[Prompt], add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of prompts, as the tokenizer and for messages the chat template make them; ids pass as they are.
@@ -48,7 +54,8 @@ class Text:
         refuses the messages.
         """
         encode = partial(self._encode, add_special_tokens=add_special_tokens)
-        if sum(map(_num_chars, prompts)) <= INLINE_CHARS and self._backend is not None:
+        is_short = sum(map(_num_chars, prompts)) <= INLINE_CHARS and self._backend is not None
+        if is_short and not any(isinstance(prompt, Conversation) for prompt in prompts):
             return list(map(encode, prompts))
         loop = asyncio.get_running_loop()
         return [await loop.run_in_executor(self._thread, encode, prompt) for prompt in prompts]
@@ -59,6 +66,11 @@ class Text:
             return self._decode(token_ids, skip_special_tokens=False)
         decode = partial(self._decode, token_ids, skip_special_tokens=False)
         return await asyncio.get_running_loop().run_in_executor(self._thread, decode)
+
+    def close(self) -> None:
+        """End what runs for it beside this process. May be called twice."""
+        if self._template is not None:
+            self._template.close()
 
     def transcript(self, stops: list[str], min_tokens: int = 0) -> Transcript:
         """Turns one sequence's ids into text."""
@@ -79,24 +91,9 @@ class Text:
         return ids
 
     def _render(self, conversation: Conversation) -> str:
-        template = self._tokenizer.chat_template
-        if template is None:
+        if self._template is None:
             raise ApiError(400, "messages: this model has no chat template; use /v1/completions", param="messages")
-        messages = conversation.messages
-        if "developer" not in str(template):  # the newer name of the system role, which such a template would drop
-            messages = [{**m, "role": "system" if m["role"] == "developer" else m["role"]} for m in messages]
-        try:
-            text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # noqa: BLE001 - the template is a program of the model's, and the messages are its input
-            reason = public_text(str(error)) if isinstance(error, TemplateError) else "it failed on them"
-            message = f"messages: the model's chat template refuses them: {reason[:200]}"
-            raise ApiError(400, message, param="messages") from None
-        if len(text) > MAX_RENDERED_CHARS:
-            message = (
-                f"messages: the chat template makes {len(text)} characters of them; send at most {MAX_RENDERED_CHARS}"
-            )
-            raise ApiError(400, message, param="messages", code="context_length_exceeded")
-        return text
+        return self._template.render(conversation.messages)
 
     def _decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         if self._backend is None:
@@ -113,6 +110,14 @@ class Text:
         decoder = self._backend.decoder
         is_byte_level = decoder is not None and b'"ByteLevel"' in decoder.__getstate__()  # its JSON
         return TokenTexts(decode, self._backend.id_to_token, is_byte_level, before)
+
+
+def _chat_template(tokenizer: Any) -> ChatTemplate | None:
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError:  # none, or several and none of them the default
+        return None
+    return ChatTemplate(template, tokenizer.special_tokens_map)
 
 
 def _num_chars(prompt: Prompt) -> int:

@@ -36,6 +36,11 @@ class BlockPool:
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
 
     @property
+    def num_blocks(self) -> int:
+        """All blocks."""
+        return len(self._holders)
+
+    @property
     def num_available(self) -> int:
         """Blocks that can be handed out now: free ones, and cached ones that would be given up."""
         return len(self._free) + len(self._cached)
@@ -90,6 +95,12 @@ class BlockPool:
         if name not in self._block_of and block not in self._hash_of:
             self._block_of[name] = block
             self._hash_of[block] = name
+
+    def unname(self, block: int) -> None:
+        """Say that a held block's contents are worth nothing to others."""
+        name = self._hash_of.pop(block, None)
+        if name is not None:
+            del self._block_of[name]
 
     def check(self, tables: Iterable[list[int]]) -> None:
         """Compare the account with the tables of all live sequences. Raises IntegrityError with the numbers."""

@@ -96,7 +96,7 @@ class Estimate:
         return self.num_blocks_asked or self.num_blocks_that_fit
 
     def fits(self) -> bool:
-        """Whether one sequence of full length can be served."""
+        """Whether a sequence of full length and the blocks that the config asks for have room."""
         return self.num_blocks_that_fit >= max(self.plan.num_blocks_for_longest, self.num_blocks_asked or 0)
 
     @cached_property

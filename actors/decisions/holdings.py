@@ -15,6 +15,14 @@ class Holdings:
         """Blocks that hold so many tokens."""
         return -(-num_tokens // self.pool.block_size)
 
+    def check_length(self, num_tokens: int) -> None:
+        """Raises ValueError for a sequence of prompt and generated tokens that the whole cache could not hold."""
+        if (need := self.num_blocks(num_tokens)) > self.pool.num_blocks:
+            raise ValueError(
+                f"{num_tokens} tokens (prompt and max_tokens) need {need} KV blocks, the cache has "
+                f"{self.pool.num_blocks}; shorten the prompt, lower max_tokens, or raise cache.num_blocks"
+            )
+
     def reuse_prefix(self, sequence: Sequence) -> list[int]:
         """Take the cached blocks of the longest known prefix → the ids they hold; at least one is left to compute."""
         if self._reuses_prefixes and not sequence.blocks and not sequence.wants_prompt_logprobs:
@@ -25,6 +33,8 @@ class Holdings:
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Blocks for the first `num_tokens` positions; False, and nothing taken, when there are too few."""
+        if num_tokens <= len(sequence.blocks) * self.pool.block_size:
+            return True
         blocks = self.pool.allocate(max(0, self.num_blocks(num_tokens) - len(sequence.blocks)))
         if blocks is None:
             return False
@@ -36,10 +46,17 @@ class Holdings:
         if not self._reuses_prefixes:
             return
         num_full = min(sequence.num_scheduled, len(sequence.ids)) // self.pool.block_size
+        if num_full == sequence.num_named:
+            return
         hashes = sequence.full_hashes(self.pool.block_size)
         for index in range(sequence.num_named, num_full):
             self.pool.name(sequence.blocks[index], hashes[index])
         sequence.num_named = num_full
+
+    def disown(self, sequence: Sequence) -> None:
+        """What its blocks hold is not to be shared: nobody finds them by their names any more."""
+        for block in sequence.blocks:
+            self.pool.unname(block)
 
     def release(self, sequence: Sequence) -> None:
         """Give everything back; what is named stays known until its block is needed."""

@@ -1,9 +1,11 @@
 """The lanes of the pipeline: which sequence is in which, dealt by cost and handed over when lanes drift apart."""
 
 from bisect import insort
+from collections import deque
 from dataclasses import dataclass, field
 
 from actors.decisions.sequence import Sequence
+from actors.words.messages import Entry
 
 
 @dataclass(eq=False)
@@ -19,6 +21,42 @@ class Lane:
     def cost(self) -> float:
         """What a step of this lane is expected to take, in decode entries."""
         return sum(_cost(sequence) for sequence in self.sequences)
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A step that was submitted and whose result is not here."""
+
+    step: int
+    lane: Lane
+    entries: list[tuple[Sequence, Entry]]
+
+    def is_only_of(self, sequence: Sequence) -> bool:
+        """Whether nobody else is in it."""
+        return all(other is sequence for other, _ in self.entries)
+
+    @property
+    def places(self) -> dict[str, int]:
+        """Its requests, and where each stands when it has got past this step; see Quarantine."""
+        return {sequence.request.request_id: sequence.place_after(entry) for sequence, entry in self.entries}
+
+
+class Flights(deque[Flight]):
+    """The steps in flight, oldest first; those that landed last are remembered."""
+
+    def __init__(self, num_remembered: int) -> None:
+        super().__init__()
+        self._landed: deque[Flight] = deque(maxlen=num_remembered)
+
+    def land(self) -> Flight:
+        """The result of the oldest is here."""
+        self._landed.append(self.popleft())
+        return self._landed[-1]
+
+    @property
+    def places(self) -> dict[int, dict[str, int]]:
+        """Of each step its requests and their places. A rank may fail over one whose result its neighbours told."""
+        return {flight.step: flight.places for flight in (*self._landed, *self)}
 
 
 class Lanes:
@@ -37,9 +75,25 @@ class Lanes:
         """How many run."""
         return sum(len(lane.sequences) for lane in self._lanes)
 
-    def in_turn(self) -> list[Lane]:
-        """Lanes in the order in which they may submit: the one whose last step is longest ago first."""
-        return sorted(self._lanes, key=lambda lane: lane.last_step)
+    @property
+    def suspect(self) -> Sequence | None:
+        """The oldest sequence that must run alone, if there is one."""
+        return min((sequence for sequence in self.sequences if sequence.is_suspect), key=age, default=None)
+
+    @property
+    def num_decoding(self) -> int:
+        """How many of those that run have their prompt behind them."""
+        return sum(not sequence.is_prefilling for lane in self._lanes for sequence in lane.sequences)
+
+    def in_turn(self, alone: Sequence | None = None) -> list[Lane]:
+        """Lanes that have something, in the order in which they may submit, or one's lane.
+
+        The one whose last step is longest ago is first, and where it cannot submit yet, it is waited for: of two steps
+        of one lane in a row the second would stand at the first stage until the first has passed the last.
+        """
+        if alone is not None and alone.lane is not None:
+            return [self._lanes[alone.lane]]
+        return sorted((lane for lane in self._lanes if lane.sequences), key=lambda lane: lane.last_step)
 
     def deal(self, sequence: Sequence) -> None:
         """Put a sequence into the cheapest lane."""

@@ -40,6 +40,14 @@ class StepClock:
         self._seconds_per_token = rate if known is None else max(rate, 0.95 * known + 0.05 * rate)
         self._head_since = now
 
+    def begin_epoch(self) -> None:
+        """What is in flight will not end; what steps take stays known."""
+        self._in_flight.clear()
+
+    def stalled_s(self, now: float) -> float:
+        """For how long no step has ended though one should; 0 while nothing is in flight."""
+        return now - self._head_since if self._in_flight else 0.0
+
     @property
     def oldest(self) -> int | None:
         """The step that is due next."""

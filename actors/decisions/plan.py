@@ -31,7 +31,7 @@ class Plan:
     @property
     def num_blocks_for_longest(self) -> int:
         """Blocks that one sequence of `max_model_len` tokens holds."""
-        return -(-self.max_model_len // self.block_size)
+        return _num_blocks_for(self.max_model_len, self.block_size)
 
     def check_num_blocks(self, num_blocks: int) -> None:
         """Raises ValueError when a cache of so many blocks does not hold one sequence of full length."""
@@ -61,16 +61,19 @@ def make_plan(config: Config, spec: ModelSpec) -> Plan:
         max_num_seqs=scheduler.max_num_seqs,
         max_num_batched_tokens=scheduler.max_num_batched_tokens,
         num_lanes=num_lanes,
-        # A second step in flight hides the way to the engine and back: over two stages as many lanes alone leave the
-        # first one idle for a seventh of the time (12 to 17 % fewer tokens, CPU, 8 and 32 sequences); a third lane
-        # hides it too, but makes every step smaller.
+        # A second step in flight hides the way to the engine and back. A lane more than there are stages would hide it
+        # too, but makes every step smaller: the weights are read more often for the same tokens.
         depth=scheduler.depth or 2,
         prefix_cache=config.cache.prefix_cache,
     )
 
 
+def _num_blocks_for(num_tokens: int, block_size: int) -> int:
+    return -(-num_tokens // block_size)
+
+
 def _check_num_blocks(num_blocks: int, max_model_len: int, block_size: int) -> None:
-    if num_blocks < (needed := -(-max_model_len // block_size)):
+    if num_blocks < (needed := _num_blocks_for(max_model_len, block_size)):
         raise ValueError(
             f"cache.num_blocks: {num_blocks} blocks of {block_size} tokens do not hold one sequence of "
             f"model.max_model_len {max_model_len}; it takes {needed}. Lower model.max_model_len, or raise "

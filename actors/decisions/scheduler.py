@@ -4,18 +4,29 @@ Pure: requests in, steps out, results in, events out. Every stage executes steps
 block that is released here may be handed out again at once: whatever still uses it runs earlier.
 """
 
-from bisect import insort
-from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import msgspec
 
 from actors.decisions.blocks import BlockCounts, BlockPool
 from actors.decisions.holdings import Holdings
-from actors.decisions.lanes import Lane, Lanes, age
+from actors.decisions.lanes import Flight, Flights, Lane, Lanes, age
+from actors.decisions.pace import PrefillPace
 from actors.decisions.sequence import Sequence
 from actors.decisions.stats import Stats
-from actors.words.messages import Entry, Event, FinishReason, NewSequence, Request, StepBatch, StepResult, TokenLogprobs
+from actors.decisions.waiting import Waiting
+from actors.words.messages import (
+    NOT_A_NUMBER,
+    Entry,
+    ErrorCode,
+    Event,
+    FinishReason,
+    NewSequence,
+    Request,
+    StepBatch,
+    StepResult,
+)  # fmt: skip
 
 _PROMPT_LOGPROBS_CHUNK = 256  # ids of a step whose logprobs are asked: bounds the logits [ids, vocabulary rows]
 
@@ -33,13 +44,6 @@ class SchedulerSettings:
     prefix_cache: bool = True
 
 
-@dataclass(frozen=True)
-class _Flight:
-    step: int
-    lane: Lane
-    entries: list[tuple[Sequence, Entry]]
-
-
 class Scheduler:
     """All live sequences of one gang, where they stand, and what the ranks have been asked for."""
 
@@ -48,57 +52,89 @@ class Scheduler:
         self.settings = settings
         self.epoch = epoch
         self.stats = stats or Stats()
-        self._holdings = Holdings(BlockPool(settings.num_blocks, settings.block_size), settings.prefix_cache)
-        self._lanes = Lanes(settings.num_lanes)
         self._live: dict[str, Sequence] = {}
-        self._waiting: list[Sequence] = []  # oldest first
-        self._closing: list[int] = []  # rows that the ranks may drop
-        self._flights: deque[_Flight] = deque()
         self._next_seq = 0
         self._next_step = 0
+        self._pace = PrefillPace(settings.num_lanes)
+        self._forget_ranks()
+
+    def _forget_ranks(self) -> None:
+        settings = self.settings
+        self._holdings = Holdings(BlockPool(settings.num_blocks, settings.block_size), settings.prefix_cache)
+        self._lanes = Lanes(settings.num_lanes)
+        self._waiting = Waiting()
+        self._closing: list[int] = []  # rows that the ranks may drop
+        self._flights = Flights(settings.num_lanes * settings.depth)
         self._seen = -1
+        self._pace.forget_flights()
+
+    def begin_epoch(self) -> dict[int, dict[str, int]]:
+        """The ranks have lost all that they held: everything live waits, to be computed again from its ids.
+
+        Returns, of the steps that ranks may have died of, the requests and their places; see Quarantine.
+        """
+        places = self._flights.places
+        self.epoch += 1
+        self._forget_ranks()
+        for sequence in self._live.values():
+            if sequence.is_open or sequence.num_generated:
+                self.stats.num_replayed += 1
+                self.stats.num_replayed_tokens += len(sequence.ids)
+            sequence.start_over()
+            self._waiting.add(sequence)
+        return places
+
+    def suspect(self, suspects: Mapping[str, int]) -> None:
+        """These run alone until they have more ids than so many; all others do not."""
+        for request_id, sequence in self._live.items():
+            sequence.suspect_until = suspects.get(request_id, -1)
+
+    def fail(self, request_id: str, error: str, code: ErrorCode) -> Event:
+        """End a live request with an error."""
+        return self._retire(self._live[request_id], "error", error, code)
 
     def add(self, request: Request, salt: str = "") -> None:
         """Queue a request. Raises ValueError for one that can never run: its id is taken, or the cache is too small."""
-        longest = len(request.prompt_ids) + request.max_tokens
         if request.request_id in self._live:
             raise ValueError(f"request id {request.request_id} is already running")
-        if (need := self._holdings.num_blocks(longest)) > self.settings.num_blocks:
-            raise ValueError(
-                f"{longest} tokens (prompt and max_tokens) need {need} KV blocks, the cache has "
-                f"{self.settings.num_blocks}; shorten the prompt, lower max_tokens, or raise cache.num_blocks"
-            )
+        self._holdings.check_length(len(request.prompt_ids) + request.max_tokens)
         sequence = Sequence(self._next_seq, request, salt, waiting_since=self.stats.clock())
         self._next_seq += 1
         self._live[request.request_id] = sequence
-        insort(self._waiting, sequence, key=age)
+        self._waiting.add(sequence)
 
-    def finish(self, request_id: str, at_token: int | None = None) -> Event | None:
-        """End a request from outside: cut after `at_token` generated ids ("stop"), or aborted. None when it is gone."""
+    def finish(self, request_id: str, at_token: int | None = None, reason: FinishReason = "abort") -> Event | None:
+        """From outside: cut after `at_token` generated ids ("stop"), or for `reason`; None if it is gone."""
         sequence = self._live.get(request_id)
         if sequence is None:
             return None
-        return self._retire(sequence, "abort" if at_token is None else "stop")
+        return self._retire(sequence, reason if at_token is None else "stop")
 
     def next_step(self) -> StepBatch | None:
         """The next step to submit, or None when every lane is busy or has nothing to do."""
-        self._deal()
-        for lane in self._lanes.in_turn():
-            if lane.sequences and lane.num_in_flight < self.settings.depth:
+        self._waiting.deal(self._lanes, self._holdings, self.settings.max_num_seqs)
+        alone = self._lanes.suspect
+        if alone is not None and not all(flight.is_only_of(alone) for flight in self._flights):
+            return None
+        for lane in self._lanes.in_turn(alone):
+            if lane.num_in_flight >= self.settings.depth:
+                break
+            if alone is None:
                 self._lanes.hand_over(lane)
-                step = self._build(lane)
-                if step.entries:
-                    return self._launch(lane, step)
+            step = self._build(lane, [alone] if alone else list(lane.sequences))
+            if step.entries:
+                return self._launch(lane, step)
         if self._closing and not self._flights:  # idle: let the ranks forget what has ended
             return self._number(StepBatch(self.epoch, 0, 0, [], self._take_closing(), []))
         return None
 
     def complete(self, result: StepResult) -> list[Event]:
         """Take the result of the oldest step in flight."""
-        flight = self._flights.popleft()
+        flight = self._flights.land()
         assert flight.step == result.step, f"result of step {result.step} while step {flight.step} was due"
         flight.lane.num_in_flight -= 1
         self._seen = result.step
+        self._pace.completed(self.stats.clock())
         events = []
         sampled = zip(result.token_ids, result.logprobs or [[]] * len(result.token_ids), strict=True)
         prompt_logprobs = iter(result.prompt_logprobs)
@@ -107,17 +143,21 @@ class Scheduler:
             ids, logprobs = next(sampled) if entry.sample else ([], [])
             sequence.num_pending -= entry.sample
             if sequence.finish_reason is None:
-                told = _untold(sequence, entry, told)
+                told = sequence.take_untold(entry, told)
                 event = self._append(sequence, entry, ids)
                 if event.token_ids or event.finish_reason or told:
-                    events.append(
-                        msgspec.structs.replace(event, logprobs=logprobs[: len(event.token_ids)], prompt_logprobs=told)
-                    )
+                    logprobs = logprobs[: len(event.token_ids)]
+                    events.append(msgspec.structs.replace(event, logprobs=logprobs, prompt_logprobs=told))
         return events
 
     def fail_all(self, error: str) -> list[Event]:
         """End every live request with an error event."""
-        return [self._retire(sequence, "error", error) for sequence in list(self._live.values())]
+        return [self.fail(request_id, error, "gang_lost") for request_id in list(self._live)]
+
+    @property
+    def num_ids(self) -> dict[str, int]:
+        """Prompt and generated, of every live request."""
+        return {request_id: len(sequence.ids) for request_id, sequence in self._live.items()}
 
     def counts(self) -> BlockCounts:
         """The block account."""
@@ -143,52 +183,26 @@ class Scheduler:
         """Steps submitted whose results are not here."""
         return len(self._flights)
 
-    @property
-    def num_preemptions(self) -> int:
-        """Times that a sequence gave its blocks back to an older one."""
-        return self.stats.num_preemptions
-
     def check(self) -> None:
         """Hold the block account against the tables. Raises IntegrityError with the numbers."""
         self._holdings.pool.check(sequence.blocks for sequence in self._live.values())
 
-    # -- into lanes ----------------------------------------------------------------------------------------------
-
-    def _deal(self) -> None:
-        """Deal waiting sequences to the cheapest lanes, oldest first, while there is room for their known ids."""
-        unopened = (sequence for sequence in self._lanes.sequences if not sequence.is_open)
-        promised = sum(self._holdings.num_blocks(len(seq.ids) + 1) for seq in unopened)
-        running = self.num_running
-        while self._waiting and running < self.settings.max_num_seqs:
-            head = self._waiting[0]
-            need = min(self._holdings.num_blocks(len(head.ids) + 1), self.settings.num_blocks)
-            if head.num_pending or promised + need > self._holdings.pool.num_available:
-                return
-            self._lanes.deal(self._waiting.pop(0))
-            promised += need
-            running += 1
-
-    # -- into a step ---------------------------------------------------------------------------------------------
-
-    def _build(self, lane: Lane) -> StepBatch:
+    def _build(self, lane: Lane, sequences: list[Sequence]) -> StepBatch:
         """Oldest first: one token for each sequence that decodes, chunks of prompts in what is left of the budget."""
         step = StepBatch(self.epoch, 0, lane.index, [], [], [])
-        budget = self.settings.max_num_batched_tokens
-        decoding = [seq for seq in lane.sequences if not seq.is_prefilling and self._can_decode(seq)]
-        for_prefill = budget - len(decoding)
-        for sequence in list(lane.sequences):
+        budget, depth = self.settings.max_num_batched_tokens, self.settings.depth
+        decoding = [seq for seq in sequences if not seq.is_prefilling and seq.can_decode(depth)]
+        num_prefilling = sum(sequence.is_prefilling for sequence in sequences)
+        num_decoding = self._lanes.num_decoding if num_prefilling else 0
+        for_prefill = self._pace.prefill_tokens(num_prefilling, num_decoding, budget - len(decoding))
+        for sequence in sequences:
             if sequence.lane != lane.index:
                 continue  # preempted by an older one
             if sequence.is_prefilling:
                 for_prefill -= self._take(sequence, for_prefill, step)
-            elif self._can_decode(sequence) and budget > 0:
+            elif sequence.can_decode(depth) and budget > 0:
                 budget -= self._take(sequence, 1, step)
         return step
-
-    def _can_decode(self, sequence: Sequence) -> bool:
-        return sequence.wants_token and (
-            sequence.num_unscheduled == 1 or 0 < sequence.num_pending < self.settings.depth
-        )
 
     def _take(self, sequence: Sequence, limit: int, step: StepBatch) -> int:
         """Add up to `limit` tokens of a sequence to a step; returns how many."""
@@ -234,44 +248,36 @@ class Scheduler:
         step.closed.extend(self._take_closing())
         step = self._number(step)
         self.stats.launched(step)
+        self._pace.launched(step, self.stats.clock())
         lane.num_in_flight += 1
         lane.last_step = step.step
-        self._flights.append(_Flight(step.step, lane, [(by_seq[entry.seq], entry) for entry in step.entries]))
+        self._flights.append(Flight(step.step, lane, [(by_seq[entry.seq], entry) for entry in step.entries]))
         return step
 
     def _number(self, step: StepBatch) -> StepBatch:
         number, self._next_step = self._next_step, self._next_step + 1
         return StepBatch(step.epoch, number, step.lane, step.opened, step.closed, step.entries, self._seen)
 
-    # -- out of lanes --------------------------------------------------------------------------------------------
-
     def _append(self, sequence: Sequence, entry: Entry, ids: list[int]) -> Event:
         """Take what an entry's result brings: the ids up to a stop id, and the end where it is one."""
-        request, accepted = sequence.request, 0
-        reason: FinishReason | None = None
-        for token in ids:
-            accepted += 1
-            sequence.ids.append(token)
-            if token in request.stop_token_ids and sequence.num_generated > request.sampling.min_tokens:
-                reason = "stop"
-                break
-        is_prompt_done = entry.start + (len(entry.ids) or 1) >= len(request.prompt_ids)
-        if reason is None and is_prompt_done and sequence.num_generated >= request.max_tokens:
-            reason = "length"
-        self.stats.num_generated += accepted
-        event = Event(request.request_id, ids[:accepted])
+        if NOT_A_NUMBER in ids:
+            self._holdings.disown(sequence)
+            return self._retire(sequence, "error", "the model's logits are not finite", "numerical_error")
+        accepted, reason = sequence.accept(entry, ids)
+        self.stats.num_generated += len(accepted)
+        event = Event(sequence.request.request_id, accepted)
         return event if reason is None else self._retire(sequence, reason, event=event)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take back its blocks; it waits, keeps its ids, and is computed again from them (as after a lost gang)."""
         self._close(sequence)
-        sequence.num_preemptions += 1
         self.stats.num_preemptions += 1
-        insort(self._waiting, sequence, key=age)
+        self._waiting.add(sequence)
 
     def _retire(
-        self, sequence: Sequence, reason: FinishReason, error: str | None = None, event: Event | None = None
-    ) -> Event:
+        self, sequence: Sequence, reason: FinishReason, error: str | None = None, code: ErrorCode | None = None,
+        event: Event | None = None,
+    ) -> Event:  # fmt: skip
         sequence.finish_reason = reason
         self.stats.num_finished[reason] += 1
         del self._live[sequence.request.request_id]
@@ -279,7 +285,7 @@ class Scheduler:
             self._waiting.remove(sequence)
         self._close(sequence)
         event = event or Event(sequence.request.request_id, [])
-        return msgspec.structs.replace(event, finish_reason=reason, error=error)
+        return msgspec.structs.replace(event, finish_reason=reason, error=error, code=code)
 
     def _close(self, sequence: Sequence) -> None:
         self._lanes.take_out(sequence)
@@ -291,10 +297,3 @@ class Scheduler:
     def _take_closing(self) -> list[int]:
         closing, self._closing = self._closing, []
         return closing
-
-
-def _untold(sequence: Sequence, entry: Entry, told: list[TokenLogprobs]) -> list[TokenLogprobs]:
-    """Of an entry's prompt logprobs (of positions start + 1 on) those that no earlier computation told."""
-    untold = told[sequence.num_prompt_logprobs - entry.start :] if told else []
-    sequence.num_prompt_logprobs += len(untold)
-    return untold

@@ -60,6 +60,11 @@ class AttentionShard:
         return self.kv_heads[1] - self.kv_heads[0]
 
     @property
+    def local_spec(self) -> AttentionSpec:
+        """The attention as this rank computes it: with its own numbers of heads."""
+        return replace(self.spec, num_heads=self.num_heads, num_kv_heads=self.num_kv_heads)
+
+    @property
     def cached_elements(self) -> int:
         """Elements of the KV cache for one token."""
         return self.num_kv_heads * (self.spec.key_dim + self.spec.value_dim)

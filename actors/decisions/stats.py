@@ -7,9 +7,23 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable
 from collections.abc import Sequence as Numbers
+from typing import get_args
 
 from actors.decisions.sequence import Sequence
+from actors.words.errors import Cause
 from actors.words.messages import FinishReason, StepBatch
+
+# What coming back from a lost gang takes, in order.
+RECOVERY_PHASES = {
+    "detect": "from the last sign of progress to the verdict",
+    "fence": "ending the old epoch: survivors leave it and prove to be clean",
+    "start": "processes in place of those that are gone",
+    "join": "groups and channel of the new epoch",
+    "load": "weights of the ranks that have none",
+    "warm": "cache, and the first shapes",
+    "replay": "computing what ran again, up to its next ids",
+}
+CAUSES: tuple[Cause, ...] = ("killed", "crashed", "failed", "hung", "silent", "books")
 
 # Seconds; the buckets that dashboards of other engines use for requests as a whole.
 REQUEST_SECONDS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
@@ -35,14 +49,18 @@ class Stats:
     """The counters of one engine, over all its epochs."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """`clock` gives seconds; no decision depends on it."""
+        """`clock` gives seconds."""
         self.clock = clock
         self.num_prompt = 0  # tokens of requests that have begun to run, all looked up in the prefix cache
         self.num_prompt_cached = 0  # those of them that were there
         self.num_generated = 0  # tokens
         self.num_preemptions = 0
         self.num_steps = 0
-        self.num_finished: dict[FinishReason, int] = {"stop": 0, "length": 0, "abort": 0, "error": 0}
+        self.num_replayed = 0  # times that a running request was computed again in another epoch
+        self.num_replayed_tokens = 0
+        self.num_rebuilds: dict[Cause, int] = dict.fromkeys(CAUSES, 0)
+        self.recovery_s = dict.fromkeys(RECOVERY_PHASES, 0.0)
+        self.num_finished: dict[FinishReason, int] = dict.fromkeys(get_args(FinishReason), 0)
         self.queue_s = Histogram(REQUEST_SECONDS)  # from the engine's hearing of a request to its first step
         self.step_tokens = Histogram(STEP_TOKENS)
 

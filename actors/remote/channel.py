@@ -1,4 +1,4 @@
-"""The step channel: ZeroMQ ROUTER/DEALER with CURVE, msgpack structs, and an allowlist of keys for each epoch.
+"""The engine's end of the step channel: ZeroMQ with CURVE, msgpack structs, an allowlist of keys for each epoch.
 
 Every process makes its own key pair; only public keys travel, through Ray. Whoever is not on the allowlist (a stranger,
 a rank of an old epoch) fails the handshake, and what a rank says is held against the rank that its key stands for.
@@ -10,22 +10,31 @@ import os
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import NoReturn
 
 import msgspec
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from actors.decisions.patience import HEARTBEAT_S, LOADING_SILENCE_S, SILENCE_S, StepClock, silent_ranks
-from actors.words.errors import GangFailure
-from actors.words.messages import FromRank, Heartbeat, RankFailure, Shutdown, StepBatch, StepResult, ToRank
+from actors.decisions.culprit import Complaint, Standing, of_complaints, of_deaths, of_hang, of_silence
+from actors.decisions.patience import HEARTBEAT_S, LOADING_SILENCE_S, SILENCE_S, StepClock
+from actors.words.errors import GangFailure, Verdict
+from actors.words.messages import (
+    Check,
+    Fence,
+    FromRank,
+    Heartbeat,
+    RankFailure,
+    Shutdown,
+    StepBatch,
+    StepResult,
+    ToRank,
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
 _MAX_MESSAGE_BYTES = 256 * 1024 * 1024
 _BLAME_S = 0.25  # whoever lost its neighbour often speaks before it is known that the neighbour died
-_ENCODER = msgspec.msgpack.Encoder()
-_TO_RANK: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
+ENCODER = msgspec.msgpack.Encoder()
 _FROM_RANK: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(FromRank)
 
 
@@ -62,17 +71,19 @@ class _Allowlist:
 
 
 class EngineChannel:
-    """The engine's end; an Executor. One thread uses it, except for `wake` and `fail`."""
+    """An Executor over ranks. One thread uses it, except for `wake` and `fail`."""
 
-    def __init__(self, host: str, epoch: int, first_step_s: float = 60.0) -> None:
+    def __init__(self, host: str, epoch: int, clock: StepClock | None = None, num_shards: int = 1) -> None:
         """Binds to `host` (the node's own address), on a port that the system chooses.
 
-        `first_step_s`: patience with a step while none has shown yet what steps take.
+        `clock` knows from earlier epochs what steps take; `num_shards` of a stage.
         """
         self.epoch = epoch
-        self._clock = StepClock(first_step_s)
-        self.last_heartbeat: dict[int, tuple[float, int]] = {}  # rank → (monotonic seconds, step)
-        self.seconds: dict[int, dict[str, float]] = {}  # rank → by phase; see StepClock
+        self.clock = clock or StepClock(60.0)
+        self.clock.begin_epoch()
+        self._num_shards = num_shards
+        self.standings: dict[int, Standing] = {}  # by rank, of those that were heard
+        self.seconds: dict[int, dict[str, float]] = {}  # rank → by phase; see PhaseClock
         self._context = zmq.Context()
         self._allowlist = _Allowlist()
         self._authenticator = ThreadAuthenticator(self._context)
@@ -92,8 +103,8 @@ class EngineChannel:
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._wakeup, zmq.POLLIN)
-        self._failure: str | None = None
-        self._reports: list[str] = []  # what failing ranks said
+        self._deaths: list[Complaint] = []
+        self._reports: list[Complaint] = []  # what failing ranks said
         self._is_closed = False
         self._lock = threading.Lock()  # over it: `wake` must not write to a descriptor that is another's by now
 
@@ -105,12 +116,11 @@ class EngineChannel:
         """Block until every admitted rank was heard on this channel. Raises GangFailure."""
         deadline = time.monotonic() + timeout_s
         expected = set(self._allowlist.rank_of.values())
-        while missing := expected - set(self.last_heartbeat):
+        while missing := expected - set(self.standings):
             if time.monotonic() > deadline:
                 raise GangFailure(f"ranks {sorted(missing)} did not reach the step channel within {timeout_s:.0f} s")
             self._poll(0.2)
-            if self._reports:
-                self._raise_reports()
+            self._raise_reports()
 
     def check_loading(self) -> None:
         """Raises GangFailure for a rank that fell silent while the gang starts: no step is there that could be late."""
@@ -120,19 +130,18 @@ class EngineChannel:
     def submit(self, step: StepBatch) -> None:
         """See Executor."""
         if step.entries:
-            self._clock.submitted(step.step, sum(len(entry.ids) or 1 for entry in step.entries), time.monotonic())
-        self._broadcast(_ENCODER.encode(step))
+            self.clock.submitted(step.step, sum(len(entry.ids) or 1 for entry in step.entries), time.monotonic())
+        self._broadcast(step)
 
     def wait(self, timeout_s: float | None = None) -> list[StepResult]:
         """See Executor."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             began = time.monotonic()
-            ends = [end for end in (deadline, self._clock.deadline) if end is not None]
+            ends = [end for end in (deadline, self.clock.deadline) if end is not None]
             left_s = max(0.0, min([began + HEARTBEAT_S, *ends]) - began)
             results, was_woken = self._poll(left_s)  # a result ends it at once; heartbeats end it now and then anyway
-            if self._reports:
-                self._raise_reports()
+            self._raise_reports()
             if results:
                 return results
             now = time.monotonic()
@@ -141,15 +150,26 @@ class EngineChannel:
             if was_woken or (deadline is not None and now >= deadline):
                 return []
 
+    def check(self) -> None:
+        """See Executor."""
+        self._broadcast(Check(self.epoch))
+
+    def fence(self) -> None:
+        """Tell all ranks that the epoch is over, wherever they are; who cannot hear it is dealt with by others."""
+        for name, message in ((b"-side", Fence(self.epoch)), (b"", Shutdown(self.epoch))):
+            with contextlib.suppress(GangFailure):
+                self._broadcast(message, name)
+
     def wake(self) -> None:
         """See Executor."""
         with self._lock:
             if not self._is_closed:
                 os.eventfd_write(self._wakeup, 1)
 
-    def fail(self, reason: str) -> None:
-        """Make `wait` raise GangFailure: somebody knows that a rank is gone. Any thread; the first reason counts."""
-        self._failure = self._failure or reason
+    def fail(self, reason: str, rank: int, is_death: bool = True) -> None:
+        """Make `wait` raise GangFailure: somebody knows that a rank is gone. Any thread."""
+        at = self.standings.get(rank, Standing(0.0))
+        (self._deaths if is_death else self._reports).append(Complaint(rank, at.step, reason, at.op))
         self.wake()
 
     def close(self) -> None:
@@ -159,43 +179,39 @@ class EngineChannel:
                 return
             self._is_closed = True
         with contextlib.suppress(GangFailure):  # a rank that is gone needs no telling
-            self._broadcast(_ENCODER.encode(Shutdown(self.epoch)))
+            self._broadcast(Shutdown(self.epoch))
         self._socket.close()
         self._authenticator.stop()
         self._context.term()
         os.close(self._wakeup)
 
     def _check_heard(self, now: float, patience_s: float) -> None:
-        if silent := silent_ranks({rank: heard for rank, (heard, _) in self.last_heartbeat.items()}, now, patience_s):
-            raise GangFailure(f"nothing is heard from rank {', '.join(map(str, silent))}: dead, stopped or cut off")
+        if verdict := of_silence(self.standings, now, patience_s):
+            raise _failure(verdict)
 
-    def _raise_reports(self) -> NoReturn:
-        """Raises GangFailure: with the word of whoever calls `fail` within a moment, else with the first report."""
-        deadline = time.monotonic() + _BLAME_S
-        while (left_s := deadline - time.monotonic()) > 0:
-            self._poll(left_s)
-        raise GangFailure(self._reports[0])
+    def _raise_reports(self) -> None:
+        """Raises GangFailure if a rank has failed; of those who say so within a moment the one furthest behind."""
+        if self._reports:
+            deadline = time.monotonic() + _BLAME_S
+            while (left_s := deadline - time.monotonic()) > 0:
+                self._poll(left_s)
+            raise _failure(of_complaints(self._reports, self._num_shards))
 
     def _check_silence(self, now: float) -> None:
         """Raises GangFailure for a rank that is not heard any more, or a step that takes far too long."""
         self._check_heard(now, SILENCE_S)
-        if self._clock.deadline is not None and now > self._clock.deadline:
-            begun = {rank: step for rank, (_, step) in self.last_heartbeat.items()}
-            behind = min(begun, key=lambda rank: begun[rank])
-            raise GangFailure(
-                f"step {self._clock.oldest} takes far longer than steps do; "
-                f"rank {behind} is furthest behind, at step {begun[behind]}"
-            )
+        if self.clock.oldest is not None and self.clock.deadline is not None and now > self.clock.deadline:
+            raise _failure(of_hang(self.clock.oldest, self.standings, self._num_shards, now))
 
-    def _broadcast(self, payload: bytes) -> None:
-        unreachable = []
+    def _broadcast(self, message: ToRank, name: bytes = b"") -> None:
+        payload, unreachable = ENCODER.encode(message), []
         for rank in self._allowlist.rank_of.values():
             try:
-                self._socket.send_multipart([_identity(rank), payload], copy=False)
+                self._socket.send_multipart([identity(rank) + name, payload], copy=False)
             except zmq.ZMQError as error:
-                unreachable.append(f"rank {rank}: {error}")
+                unreachable.append(Complaint(rank, -1, f"the step channel lost rank {rank}: {error}"))
         if unreachable:
-            raise GangFailure("the step channel lost " + "; ".join(unreachable))
+            raise _failure(of_deaths(unreachable))
 
     def _poll(self, timeout_s: float | None) -> tuple[list[StepResult], bool]:
         """Wait once; returns results, and whether somebody called `wake`."""
@@ -203,8 +219,8 @@ class EngineChannel:
         was_woken = self._wakeup in events
         if was_woken:
             os.eventfd_read(self._wakeup)
-        if self._failure:
-            raise GangFailure(self._failure)
+        if self._deaths:
+            raise _failure(of_deaths(self._deaths))
         results: list[StepResult] = []
         while self._socket in events:
             try:
@@ -219,82 +235,27 @@ class EngineChannel:
         try:
             message = _FROM_RANK.decode(frames[-1].buffer)
         except msgspec.MsgspecError as error:
-            raise GangFailure(f"rank {rank} spoke nonsense on the step channel: {error}") from error
+            words = f"rank {rank} spoke nonsense on the step channel: {error}"
+            raise _failure(Verdict("silent", words, () if rank is None else (rank,))) from error
         if rank is None or message.epoch != self.epoch:
-            logger.warning(
-                "dropped a message of epoch %s from rank %s: this is epoch %s", message.epoch, rank, self.epoch
-            )
+            logger.warning("dropped a message of epoch %s from rank %s in epoch %s", message.epoch, rank, self.epoch)
             return
         match message:
             case StepResult():
-                self._clock.completed(time.monotonic())
+                self.clock.completed(time.monotonic())
                 results.append(message)
             case Heartbeat():
-                self.last_heartbeat[rank], self.seconds[rank] = (time.monotonic(), message.step), message.seconds
+                self.standings[rank] = Standing(time.monotonic(), message.step, message.op)
+                self.seconds[rank] = message.seconds
             case RankFailure():
-                self._reports.append(f"rank {rank} failed at step {message.step}: {message.error}")
+                words = f"rank {rank} failed at step {message.step}: {message.error}"
+                self._reports.append(Complaint(rank, message.step, words, message.op, message.is_echo))
 
 
-class RankChannel:
-    """A rank's end. One thread uses it; heartbeats go over a socket of their own, from a side thread."""
-
-    def __init__(self, address: ChannelAddress, keys: KeyPair, rank: int, epoch: int) -> None:
-        self.rank = rank
-        self.epoch = epoch
-        self.step = -1  # last step begun
-        self.seconds: dict[str, float] = {}  # by phase; whoever executes the steps puts its clock's here
-        self._address, self._keys = address, keys
-        self._context = zmq.Context()
-        self._socket = self._connect(_identity(rank))
-        self._stop = threading.Event()
-        self._beats = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-        self._send(self._socket, Heartbeat(epoch, rank, -1))
-        self._beats.start()
-
-    def receive(self) -> ToRank:
-        """Block until the engine says something."""
-        message = _TO_RANK.decode(self._socket.recv())
-        if isinstance(message, StepBatch):
-            self.step = message.step
-        return message
-
-    def answer(self, result: StepResult) -> None:
-        """Send a step's result."""
-        self._send(self._socket, result)
-
-    def report(self, error: BaseException) -> None:
-        """Say that this rank cannot go on; whoever listens."""
-        with contextlib.suppress(zmq.Again):
-            self._send(self._socket, RankFailure(self.epoch, self.rank, self.step, f"{type(error).__name__}: {error}"))
-
-    def close(self) -> None:
-        """Stop the heartbeat and leave."""
-        self._stop.set()
-        self._beats.join()
-        self._socket.close()
-        self._context.term()
-
-    def _beat(self) -> None:
-        socket = self._connect(_identity(self.rank) + b"-heartbeat")
-        while not self._stop.wait(HEARTBEAT_S):
-            with contextlib.suppress(zmq.Again):  # nobody takes it: the engine is gone, or does not know this rank
-                self._send(socket, Heartbeat(self.epoch, self.rank, self.step, self.seconds))
-        socket.close()
-
-    def _connect(self, identity: bytes) -> "zmq.Socket[bytes]":
-        socket = self._context.socket(zmq.DEALER)
-        socket.set(zmq.IDENTITY, identity)
-        socket.set(zmq.LINGER, 200)
-        socket.set(zmq.SNDTIMEO, 1000)
-        socket.curve_serverkey = self._address.public_key
-        socket.curve_publickey, socket.curve_secretkey = self._keys.public, self._keys.secret
-        socket.connect(self._address.endpoint)
-        return socket
-
-    @staticmethod
-    def _send(socket: "zmq.Socket[bytes]", message: FromRank) -> None:
-        socket.send(_ENCODER.encode(message))
-
-
-def _identity(rank: int) -> bytes:
+def identity(rank: int) -> bytes:
+    """By which the engine's socket finds a rank."""
     return b"rank-%d" % rank
+
+
+def _failure(verdict: Verdict) -> GangFailure:
+    return GangFailure(verdict.reason, verdict)

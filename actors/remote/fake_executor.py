@@ -47,6 +47,7 @@ class FakeExecutor:
         self.steps: list[StepBatch] = []
         self.failure: Exception | None = None
         self.is_closed = False
+        self.num_checks = 0
         self._rows: dict[int, _Row] = {}
         self._cache: dict[int, int] = {}  # slot → id
         self._done: deque[StepResult] = deque()
@@ -78,6 +79,10 @@ class FakeExecutor:
             results = list(self._ready)
             self._ready.clear()
             return results
+
+    def check(self) -> None:
+        """See Executor."""
+        self.num_checks += 1
 
     def wake(self) -> None:
         """See Executor."""

@@ -1,24 +1,25 @@
-"""The gang on Ray: starts the rank actors of one replica, brings them together, watches over them, ends them."""
+"""The gang on Ray: brings the ranks of one replica together, watches over them, and does so again when one is lost."""
 
-import dataclasses
 import logging
-import os
-import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group_table
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.decisions.culprit import LastWords, after_inquest
+from actors.decisions.patience import StepClock
 from actors.decisions.plan import Plan
 from actors.remote.channel import EngineChannel
-from actors.remote.meeting import Assignment, Loaded, Meeting, RankInfo
-from actors.words.errors import GangFailure
-from cluster.devices import own_cuda_index
+from actors.remote.crew import Crew, Hello, RankActor
+from actors.remote.meeting import Loaded, Meeting, RankInfo
+from actors.words.errors import GangFailure, GangLost, Verdict
+from actors.words.executor import Revival
 from cluster.topology import Topology
 from configs.config import Config
 
@@ -30,57 +31,8 @@ _FOLLOW_S = 0.5  # a death shows this soon after the errors that it causes; an e
 _STOP_S = 5.0  # ranks get this long to leave by themselves
 
 
-@dataclasses.dataclass(frozen=True)
-class Hello:
-    """What a rank's process says of itself once it is up."""
-
-    pid: int
-    address: str  # of its node
-    device: str  # cpu, or cuda:<index>
-
-
-class RankActor:
-    """The thin Ray shell around a Rank. It imports torch in all ranks at once, while the replica makes the plan."""
-
-    def __init__(self, rank: int, config: Config) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
-        import actors.remote.rank  # noqa: F401
-
-        self._rank_number = rank
-        self._config = config
-        gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
-        device = f"cuda:{own_cuda_index(gpus[0])}" if gpus else "cpu"
-        self._hello = Hello(os.getpid(), ray.util.get_node_ip_address(), device)
-
-    def hello(self) -> Hello:
-        """Returns once the process is up."""
-        return self._hello
-
-    def assign(self, plan: Plan) -> bytes:
-        """Become the rank of a plan; returns its public key."""
-        from actors.remote.rank import Rank
-
-        config = self._config
-        self._rank = Rank(
-            Assignment(
-                plan=plan,
-                rank=self._rank_number,
-                source=config.model.source,
-                revision=config.model.revision,
-                address=self._hello.address,
-                device=self._hello.device,
-                timeout_s=config.timeouts.collective_s,
-            )
-        )
-        return self._rank.public_key()
-
-    def call(self, method: str, *args: Any) -> Any:
-        """A method of the Rank."""
-        return getattr(self._rank, method)(*args)
-
-
 class Gang:
-    """All ranks of one replica. `start` makes them serve, `executor` drives them, `close` ends them."""
+    """All ranks of one replica. `start` makes them serve, `executor` drives them, `revive` begins another epoch."""
 
     actor_class = RankActor  # a test puts one in that fails
 
@@ -93,38 +45,64 @@ class Gang:
         self._config = config
         self._topology = topology
         self._placement = placement
-        self._deadline = time.monotonic() + config.timeouts.start_s
+        self._plan: Plan | None = None
         self._is_closing = False
         self._ranks: list[RankInfo] = []
         self._serving: list[Any] = []  # one reference a rank: resolved when its loop ends
-        self._actors = [self._create(rank, device) for rank in range(topology.num_ranks)]
-        self.executor = EngineChannel(ray.util.get_node_ip_address(), epoch, config.timeouts.collective_s)
+        self._phase_s: dict[str, float] = {}
+        self._buried: dict[int, Any] = {}  # by rank, references to what those that are gone have left
+        self._crew = Crew(config, topology, placement, device, self.actor_class)
+        self.executor = self._open_channel(StepClock(config.timeouts.collective_s))
 
     def start(self, plan: Plan, num_blocks: int | None = None) -> None:
-        """Bring the ranks together and wait until every one is ready. `num_blocks`: as an earlier epoch had, or chosen.
+        """Bring the ranks together and wait until every one is ready. `num_blocks`: of the cache, or chosen.
 
         Raises GangFailure, and as they are the errors that a user can mend: CheckpointError, UnsupportedModel,
         ValueError.
         """
+        self._plan = plan
         try:
-            self._assemble(plan, num_blocks)
+            self._assemble(plan, num_blocks, self._config.timeouts.start_s)
         except BaseException:
             self.close()
             raise
-        self._serving = self._call_all("serve")
-        threading.Thread(target=self._watch, name="gang-monitor", daemon=True).start()
+
+    def revive(self, epoch: int, verdict: Verdict, is_fresh: bool) -> Revival:
+        """Another epoch: survivors leave the old one and keep their weights, or, if `is_fresh`, all start anew.
+
+        Raises GangFailure; GangLost when processes do not start within recovery.wait_s.
+        """
+        assert self._plan is not None, "revive before start"
+        is_fresh = is_fresh or self._config.recovery.mode == "restart_all"
+        began = time.monotonic()
+        self._phase_s = {"detect": self.executor.clock.stalled_s(began)}
+        self.executor.fence()
+        dead = self._end_epoch(verdict, is_fresh)
+        self.executor.close()
+        self.epoch = epoch
+        self.executor = self._open_channel(self.executor.clock)
+        self._phase_s["fence"] = time.monotonic() - began
+        self._assemble(self._plan, self.num_blocks, self._config.recovery.wait_s)
+        verdict = self._inquire(verdict, dead)
+        logger.info("epoch %d serves; seconds by phase: %s", epoch, self._phase_s)
+        return Revival(self.executor, verdict, self._phase_s)
 
     def ranks(self) -> list[RankInfo]:
         """The ranks as they stand now. Any thread."""
-        now, heard = time.monotonic(), self.executor.last_heartbeat
+        now, executor = time.monotonic(), self.executor
+        standings, seconds = executor.standings, executor.seconds
         return [
-            dataclasses.replace(
+            replace(
                 info,
-                heartbeat_age_s=round(now - heard[info.rank][0], 3),
-                seconds=self.executor.seconds.get(info.rank, {}),
+                heartbeat_age_s=round(now - standings[info.rank].heard, 3) if info.rank in standings else None,
+                seconds=seconds.get(info.rank, {}),
             )
             for info in self._ranks
         ]
+
+    def give_up(self) -> None:
+        """Make whoever waits for the ranks stop waiting. Any thread."""
+        self._is_closing = True
 
     def close(self, patience_s: float = _STOP_S) -> None:
         """Let the ranks leave by themselves for `patience_s`, then end those that do not. May be called twice.
@@ -133,67 +111,110 @@ class Gang:
         """
         self._is_closing = True
         self.executor.close()
-        if self._serving and self._actors:
+        if self._serving:
             ray.wait(self._serving, num_returns=len(self._serving), timeout=patience_s)
-        for actor in self._actors:
-            ray.kill(actor)
-        self._actors = []
+        self._serving = []
+        self._crew.close()
 
-    def _create(self, rank: int, device: str) -> Any:
-        options: dict[str, Any] = {"num_cpus": self._config.placement.cpus_per_rank, "max_restarts": 0}
-        if device == "cuda":
-            # Each rank sees all GPUs of its node: hiding the others from it breaks NVLink paths (ray#61073).
-            variables = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-            options |= {"num_gpus": 1, "runtime_env": {"env_vars": variables}}
-        bundle = self._topology.stage(rank)
-        strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=bundle)
-        return ray.remote(self.actor_class).options(scheduling_strategy=strategy, **options).remote(rank, self._config)
+    def _open_channel(self, clock: StepClock) -> EngineChannel:
+        address = ray.util.get_node_ip_address()
+        return EngineChannel(address, self.epoch, clock, self._topology.tensor_parallel_size)
 
-    def _assemble(self, plan: Plan, num_blocks: int | None) -> None:
-        config, actors = self._config, self._actors
-        hellos: list[Hello] = self._gather([actor.hello.remote() for actor in actors], "started")
-        keys = self._gather([actor.assign.remote(plan) for actor in actors], "taken their part of the plan")
-        self.executor.admit(keys)
+    def _end_epoch(self, verdict: Verdict, is_fresh: bool) -> dict[int, str]:
+        """Replace who is gone, and who does not leave the old epoch cleanly and in time → who had died, in words."""
+        dead: dict[int, str] = {}
+        gone = set(range(self._topology.num_ranks)) if is_fresh else set[int]()
+        if verdict.cause == "silent":
+            gone |= set(verdict.ranks)
+        for rank in gone:
+            self._crew.replace(rank)
+        staying = {rank: actor for rank, actor in enumerate(self._crew.actors) if rank not in gone}
+        parting = {actor.call.remote("part", rank in verdict.ranks): rank for rank, actor in staying.items()}
+        deadline = time.monotonic() + self._config.recovery.clean_s
+        while parting:
+            left_s = deadline - time.monotonic()
+            done, _ = ray.wait(list(parting), num_returns=1, timeout=max(0.0, left_s))
+            for ref in done or list(parting):
+                rank = parting.pop(ref)
+                try:
+                    ray.get(ref, timeout=0)
+                    logger.info("rank %d has left epoch %d and stays", rank, self.epoch)
+                except (RayError, TimeoutError) as error:
+                    if isinstance(error, RayActorError):
+                        dead[rank] = _in_words(error, rank)
+                    logger.warning("rank %d does not stay: %s", rank, dead.get(rank) or repr(error).splitlines()[0])
+                    self._crew.replace(rank)
+        return dead
+
+    def _assemble(self, plan: Plan, num_blocks: int | None, start_s: float) -> None:
+        """Ranks that come from another epoch have weights and cache already, and say so at once."""
+        config, crew = self._config, self._crew
+        hellos: list[Hello] = self._phase("start", lambda: self._gather(crew.hellos, "started", start_s))
+        devices, self._buried = crew.heard(hellos), crew.bury()
+        self._phase("join", lambda: self._join(plan, hellos, devices))
+        bundle_nodes = placement_group_table(self._placement)["bundles_to_node_id"]
+        nodes = [bundle_nodes[self._topology.stage(rank)] for rank in range(len(hellos))]
+        ranks_on, share = Counter(nodes), config.cache.memory_share
+        loads = [
+            actor.call.remote("load", share, ranks_on[node]) for actor, node in zip(crew.actors, nodes, strict=True)
+        ]
+        loaded: list[Loaded] = self._phase("load", lambda: self._gather(loads, "loaded their weights"))
+        self.num_blocks = num_blocks or _num_blocks(config, plan, loaded)
+        self._phase("warm", lambda: self._gather(self._call_all("allocate", self.num_blocks), "warmed up"))
+        self._ranks = [
+            RankInfo(
+                shard.rank, shard.stage, shard.shard, node, hello.pid, device, shard.layers, load.weight_bytes, None,
+                load_s=load.seconds,
+            )
+            for shard, node, hello, device, load in zip(plan.shards, nodes, hellos, devices, loaded, strict=True)
+        ]  # fmt: skip
+        self._serving = self._call_all("serve")
+        watch = (self.executor, self._serving)
+        threading.Thread(target=self._watch, args=watch, name="gang-monitor", daemon=True).start()
+        crew.fill_spares()
+
+    def _join(self, plan: Plan, hellos: list[Hello], devices: list[str]) -> None:
+        actors = self._crew.actors
+        parts = [actor.assign.remote(plan, rank, devices[rank]) for rank, actor in enumerate(actors)]
+        self.executor.admit(self._gather(parts, "taken their part of the plan"))
         port = self._gather([actors[0].call.remote("host_store")], "opened the store")[0]
         meeting = Meeting(self.epoch, hellos[0].address, port, self.executor.address)
         self._gather(self._call_all("join", meeting), "joined their groups")
-        self.executor.wait_for_ranks(config.timeouts.collective_s)
-        bundle_nodes = placement_group_table(self._placement)["bundles_to_node_id"]
-        nodes = [bundle_nodes[self._topology.stage(rank)] for rank in range(len(actors))]
-        ranks_on = Counter(nodes)
-        share = config.cache.memory_share
-        loads = [actor.call.remote("load", share, ranks_on[node]) for actor, node in zip(actors, nodes, strict=True)]
-        loaded: list[Loaded] = self._gather(loads, "loaded their weights")
-        self.num_blocks = num_blocks or _num_blocks(config, plan, loaded)
-        self._gather(self._call_all("allocate", self.num_blocks), "warmed up")
-        self._ranks = [
-            RankInfo(
-                shard.rank,
-                shard.stage,
-                shard.shard,
-                node,
-                hello.pid,
-                hello.device,
-                shard.layers,
-                load.weight_bytes,
-                0.0,
-            )
-            for shard, node, hello, load in zip(plan.shards, nodes, hellos, loaded, strict=True)
-        ]
+        self.executor.wait_for_ranks(self._config.timeouts.collective_s)
+
+    def _inquire(self, verdict: Verdict, dead: dict[int, str]) -> Verdict:
+        """What those that are gone have left says more than what their neighbours noticed."""
+        left: dict[int, LastWords] = {}
+        for rank, ref in self._buried.items():
+            if words := _result(ref, rank):
+                left[rank] = words
+                if words.text:
+                    logger.error("rank %d, in step %d, left these words:\n%s", rank, words.step, words.text)
+        return after_inquest(verdict, dead, left)
 
     def _call_all(self, method: str, *args: Any) -> list[Any]:
-        return [actor.call.remote(method, *args) for actor in self._actors]
+        return [actor.call.remote(method, *args) for actor in self._crew.actors]
 
-    def _gather(self, refs: list[Any], what: str) -> list[Any]:
+    def _phase(self, name: str, work: Callable[[], Any]) -> Any:
+        began = time.monotonic()
+        result = work()
+        self._phase_s[name] = time.monotonic() - began
+        return result
+
+    def _gather(self, refs: list[Any], what: str, within_s: float | None = None) -> list[Any]:
         """Results of one call a rank; the first that fails ends the wait. Raises GangFailure or the rank's error."""
         started, pending = time.monotonic(), list(refs)
+        deadline = started + (within_s or self._config.timeouts.start_s)
         told = started
         while pending:
-            left_s = self._deadline - time.monotonic()
+            left_s = deadline - time.monotonic()
+            if self._is_closing:
+                raise GangLost("the gang is being closed")
             if left_s <= 0:
                 missing = [refs.index(ref) for ref in pending]
-                raise GangFailure(
-                    f"ranks {missing} have not {what} in time; look at their logs, or raise timeouts.start_s"
+                raise GangLost(
+                    f"ranks {missing} have not {what} in time; look at their logs, or raise timeouts.start_s, or "
+                    "recovery.wait_s where a lost node takes longer to come back"
                 )
             done, pending = ray.wait(pending, num_returns=1, timeout=min(_LOOK_S, left_s))
             for ref in done:
@@ -205,19 +226,20 @@ class Gang:
         logger.info("%s %s (%.1f s)", "all ranks have" if refs[1:] else "rank 0 has", what, time.monotonic() - started)
         return [_result(ref, rank) for rank, ref in enumerate(refs)]
 
-    def _watch(self) -> None:
-        """The end of a rank's loop ends the gang. A death is said at once; what only followed from one waits for it."""
-        pending, reasons, is_death = list(self._serving), list[str](), False
+    def _watch(self, executor: EngineChannel, serving: list[Any]) -> None:
+        """The end of a rank's loop ends the epoch. A death is said at once; what followed from one waits."""
+        pending, ends, is_death = list(serving), list[tuple[str, int]](), False
         while pending and not is_death and not self._is_closing:
-            done, pending = ray.wait(pending, num_returns=1, timeout=_FOLLOW_S if reasons else None)
+            done, pending = ray.wait(pending, num_returns=1, timeout=_FOLLOW_S if ends else None)
             if not done:
                 break
-            is_death, reason = _end_of_loop(done[0], self._serving.index(done[0]))
-            reasons.insert(0 if is_death else len(reasons), reason)
+            rank = serving.index(done[0])
+            is_death, reason = _end_of_loop(done[0], rank)
+            ends.insert(0 if is_death else len(ends), (reason, rank))
         if not is_death:
             time.sleep(_FOLLOW_S)  # its rank tells it first, and better
         if not self._is_closing:
-            self.executor.fail(reasons[0])
+            executor.fail(*ends[0], is_death)
 
 
 def _result(ref: Any, rank: int) -> Any:
@@ -233,10 +255,10 @@ def _result(ref: Any, rank: int) -> Any:
 def _end_of_loop(ref: Any, rank: int) -> tuple[bool, str]:
     """Whether the rank's process died, and the end in words."""
     try:
-        ray.get(ref)
+        said: str | None = ray.get(ref)
     except RayError as error:
         return isinstance(error, RayActorError), _in_words(error, rank)
-    return False, f"rank {rank} left its loop"
+    return False, f"rank {rank} failed: {said}" if said else f"rank {rank} left its loop"
 
 
 def _in_words(error: RayError, rank: int) -> str:

@@ -50,5 +50,6 @@ class RankInfo:
     device: str
     layers: tuple[int, int]  # [first, end)
     weight_bytes: int
-    heartbeat_age_s: float
-    seconds: dict[str, float] = field(default_factory=dict)  # by phase, since it joined; see StepClock
+    heartbeat_age_s: float | None  # None: not heard in this epoch yet
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase, since it joined; see PhaseClock
+    load_s: float = 0.0  # that reading its weights took

@@ -1,30 +1,45 @@
-"""One rank of a gang: joins its groups, loads its slices, executes steps in the channel's order until it is told."""
+"""One rank of a gang: joins its groups, loads its slices, executes steps in the channel's order until it is told.
 
+When an epoch ends it parts: groups and channel go, weights and cache stay for the next one.
+"""
+
+import faulthandler
+import gc
 import logging
+import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Callable
 
 import torch
 
-from actors.remote.channel import KeyPair, RankChannel
+from actors.remote.channel import KeyPair
 from actors.remote.meeting import Assignment, Loaded, Meeting
-from actors.tensors.runner import Runner
+from actors.remote.rank_channel import RankChannel
+from actors.tensors.device_runner import runner_type
+from actors.tensors.runner import Launched, Runner
 from actors.tensors.source import resolve_source
-from actors.words.messages import StepBatch, StepResult
+from actors.words.messages import Check, Shutdown, StepBatch, StepResult, ToRank
 from cluster.groups import Groups, join
-from cluster.rendezvous import host_store, join_store
+from cluster.rendezvous import JoinCancelled, host_store, join_store
 
 logger = logging.getLogger(__name__)
 
 _PROGRESS_S = 2.0
+_LOOK_S = 50e-6  # how often a rank whose steps are under way looks for a message, and for their ends
 
 
 class Rank:
     """Owns (stage, shard): its part of the model, its cache, its groups. A plain class; an actor wraps it."""
 
-    def __init__(self, assignment: Assignment) -> None:
+    def __init__(self, assignment: Assignment, enter_step: Callable[[int], None] = lambda step: None) -> None:
+        """`enter_step` is told each step that begins, and -1 when it has ended."""
         self.assignment = assignment
+        self._enter_step = enter_step
         self._keys = KeyPair.make()
+        self._is_over = threading.Event()  # the epoch that this rank is in, or on its way into
+        self._loaded: Loaded | None = None
         self._device = torch.device(assignment.device)
         if self._device.type == "cpu":
             torch.set_num_threads(1)  # ranks are the parallelism; two threads a rank would fight over the cores
@@ -34,62 +49,130 @@ class Rank:
         self._runner: Runner | None = None
         self._channel: RankChannel | None = None
 
-    def public_key(self) -> bytes:
-        """The key by which the engine knows this process."""
+    def new_key(self) -> bytes:
+        """Make a key pair for the next epoch → the public half, by which the engine knows this process."""
+        self._keys = KeyPair.make()
         return self._keys.public
 
     def host_store(self) -> int:
-        """Rank 0 only: hold the rendezvous store for this gang's life; returns its port."""
+        """Rank 0 only: hold the rendezvous store of the next epoch; returns its port."""
         self._store, port = host_store(self.assignment.address)
         return port
 
     def join(self, meeting: Meeting) -> None:
-        """Come together: store, process groups (warmed up), step channel. Raises TimeoutError."""
+        """Come together: step channel, store, process groups (warmed up). Raises TimeoutError or JoinCancelled."""
         this, started = self.assignment, time.monotonic()
-        store = join_store(meeting.store_address, meeting.store_port, meeting.epoch, this.timeout_s)
+        self._is_over = threading.Event()
+        self._channel = RankChannel(
+            meeting.channel, self._keys, this.rank, meeting.epoch, self._end_epoch, self._num_operations
+        )
+        store = join_store(meeting.store_address, meeting.store_port, meeting.epoch, this.timeout_s, self._is_over)
         self._groups = join(this.plan.topology, this.rank, store, self._device, this.address, this.timeout_s)
-        self._channel = RankChannel(meeting.channel, self._keys, this.rank, meeting.epoch)
+        if self._is_over.is_set():  # nobody could abort groups that were not there yet
+            raise JoinCancelled(f"epoch {meeting.epoch} was given up")
+        if self._runner is not None:
+            self._runner.join(self._groups)
         self._say("joined its groups in %.1f s", time.monotonic() - started)
 
+    def part(self, is_culprit: bool) -> None:
+        """Leave the epoch, and prove to be clean; a culprit's weights are looked at. Raises what speaks against it."""
+        if self._channel is not None:
+            self._channel.close()
+        if self._groups is not None:
+            self._groups.abort()
+            self._groups.close()
+        self._channel = self._groups = None
+        if self._runner is not None:
+            self._runner.part()
+            if is_culprit:
+                self._runner.check_weights()
+
     def load(self, memory_share: float, ranks_on_node: int) -> Loaded:
-        """Read this rank's slices. Raises CheckpointError, UnsupportedModel."""
+        """Read this rank's slices, once. Raises CheckpointError, UnsupportedModel."""
         assert self._groups is not None, "load before join"
+        if self._loaded is not None:
+            return self._loaded
         this = self.assignment
-        self._runner = Runner(this.plan, this.rank, self._groups, self._device)
+        self._runner = runner_type(self._device)(this.plan, this.rank, self._groups, self._device)
         folder = resolve_source(this.source, this.revision)
         report = self._runner.load(folder, self._progress())
         self._say("loaded %.1f MB in %.1f s", report.bytes_copied / 1e6, report.seconds)
         fits = self._runner.num_blocks_that_fit(memory_share, ranks_on_node)
-        return Loaded(this.plan.shards[this.rank].weight_bytes, report.seconds, fits)
+        self._loaded = Loaded(this.plan.shards[this.rank].weight_bytes, report.seconds, fits)
+        return self._loaded
 
     def allocate(self, num_blocks: int) -> None:
         """Make the KV cache and run the shapes it will meet once."""
         assert self._runner is not None, "allocate before load"
-        self._runner.allocate_cache(num_blocks)
+        if self._runner.cache is None or self._runner.cache.num_blocks != num_blocks:
+            self._runner.allocate_cache(num_blocks)
         self._runner.warm_up()
+        gc.collect()
+        gc.freeze()  # what is here stays: looking through it again would hold up a step, and so all ranks
         self._say("ready: %d KV blocks", num_blocks)
 
-    def serve(self) -> None:
-        """Execute steps until the engine says Shutdown. Errors are reported, end the neighbours' wait, are raised."""
+    def serve(self) -> str | None:
+        """Execute steps until the engine says Shutdown. An error is reported, aborts the groups, is returned."""
         assert self._runner is not None and self._channel is not None and self._groups is not None, "serve before load"
-        clock = self._runner.clock
+        clock, launched = self._runner.clock, deque[tuple[StepBatch, Launched]]()
         self._channel.seconds = clock.seconds
-        is_answering = self.assignment.rank == self.assignment.plan.topology.answering_rank
         try:
-            while isinstance(message := self._channel.receive(), StepBatch):
+            while not isinstance(message := self._next(launched), Shutdown):
+                if isinstance(message, Check):
+                    self._runner.check_weights()
+                if not isinstance(message, StepBatch):
+                    continue
                 clock.lap("idle")
-                sampled = self._runner.execute(message)
-                if is_answering and message.entries:
-                    assert sampled is not None, "the last stage samples"
-                    self._channel.answer(StepResult(message.epoch, message.step, **vars(sampled)))
+                self._enter_step(message.step)
+                launched.append((message, self._runner.launch(message)))
+                self._answer(launched)
+                if not launched:
+                    self._enter_step(-1)
                 clock.lap("sample")
         except BaseException as error:
+            if self._is_over.is_set():  # whatever it waited for was ended on purpose
+                return None
+            logger.exception("rank %d fails", self.assignment.rank)
             self._channel.report(error)
             self._groups.abort()
-            raise
+            return f"{type(error).__name__}: {error}"
         finally:
             self._channel.close()
         self._groups.close()
+        return None
+
+    def _end_epoch(self) -> None:
+        """In the channel's side thread: say where every thread stands, then end whatever the main thread waits for."""
+        logger.warning("epoch over; the stacks of this rank follow")
+        faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)  # names and lines only: no values, no prompt
+        self._is_over.set()
+        if self._groups is not None:
+            self._groups.abort()
+
+    def _num_operations(self) -> int:
+        groups = self._groups
+        return 0 if groups is None else groups.num_operations
+
+    def _next(self, launched: deque[tuple[StepBatch, Launched]]) -> ToRank:
+        """The next message; while none is here, steps that end are answered."""
+        assert self._runner is not None and self._channel is not None
+        if launched:
+            while launched and not self._channel.has_message():
+                time.sleep(_LOOK_S)
+                self._answer(launched)
+            self._runner.clock.lap("compute")  # the device's, while the host only looked on
+        return self._channel.receive()
+
+    def _answer(self, launched: deque[tuple[StepBatch, Launched]]) -> None:
+        """Send the results that are there, in the order of the steps; of ranks that do not answer, nobody waits."""
+        assert self._channel is not None
+        is_answering = self.assignment.rank == self.assignment.plan.topology.answering_rank
+        while launched and (not is_answering or launched[0][1].is_ready()):
+            message, step = launched.popleft()
+            if is_answering and message.entries:
+                sampled = step.take()
+                assert sampled is not None, "the last stage samples"
+                self._channel.answer(StepResult(message.epoch, message.step, **vars(sampled)))
 
     def _progress(self) -> Callable[[int, int], None]:
         """Says now and then how much is loaded."""

@@ -7,13 +7,17 @@ D dimension of a key (of a value: the attention's own) · S slots of the cache (
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from actors.decisions.model_spec import AttentionSpec, Sight
+from actors.tensors import dot_attention, kernels
+from actors.tensors.paged import PagedAttention, PagedRows
 
 ATTENTION_NAME = "stagemesh"  # free of the substrings that Transformers dispatches on (flash, sdpa, paged|, /)
 MODULE_ATTRIBUTE = "stagemesh_layer"  # where a model's attention module carries its LayerAttention
+_NO_SINKS = np.zeros(0, np.float32)
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,17 @@ class DecodeGroup:
     rows: slice  # of the step's tokens
     tables_BN: torch.Tensor  # int64; padded with a block of the same sequence
     mask_B11K: torch.Tensor  # additive, 0 or -inf, K = N × block size
+
+
+@dataclass(frozen=True)
+class CachedRows:
+    """Rows of one token each, of any length: a kernel reads their keys where they lie in the cache."""
+
+    rows: slice  # of the step's tokens
+    tables: "np.ndarray[Any, np.dtype[np.int64]]"  # [sequences, blocks]
+    places_B: "np.ndarray[Any, np.dtype[np.int64]]"  # each row's sequence in the tables
+    positions_B: "np.ndarray[Any, np.dtype[np.int64]]"  # of the last key that it sees
+    first_keys_B: "np.ndarray[Any, np.dtype[np.int64]]"  # and of the first
 
 
 @dataclass(frozen=True)
@@ -38,7 +53,7 @@ class PrefillTile:
 class Visibility:
     """Who sees what, for all attentions of one sight."""
 
-    groups: tuple[DecodeGroup, ...]
+    groups: tuple[DecodeGroup | CachedRows, ...]
     tiles: tuple[PrefillTile, ...]
 
 
@@ -48,6 +63,7 @@ class StepAttention:
 
     slots_T: torch.Tensor  # int64: where each token's key and value go
     by_sight: dict[Sight, Visibility]
+    rows: PagedRows | None = None  # for those attentions that read block tables themselves
 
 
 class CurrentStep:
@@ -59,6 +75,8 @@ class CurrentStep:
 class LayerAttention:
     """One attention's part of the cache, what it is, and the step that runs now."""
 
+    paged: PagedAttention | None = None  # what reads block tables itself, where the device has such a thing
+
     def __init__(
         self, spec: AttentionSpec, keys_NbHD: torch.Tensor, values_NbHD: torch.Tensor, current: CurrentStep
     ) -> None:
@@ -68,11 +86,8 @@ class LayerAttention:
         self.keys_SHD = keys_NbHD.flatten(0, 1)
         self.values_SHD = values_NbHD.flatten(0, 1)
         self.current = current
-        # 32 rows of 112 keys on one such core: 0.43 ms by torch's own attention, 0.24 ms multiplied; without: 1.4 and 8
-        self._multiplies_bf16 = (keys_NbHD.device.type, keys_NbHD.dtype) == (
-            "cpu",
-            torch.bfloat16,
-        ) and torch.cpu.get_capabilities().get("avx512_bf16", False)
+        has_dot = dot_attention.suits(keys_NbHD, values_NbHD)
+        self._attend_decode = dot_attention.attend_decode if has_dot else kernels.attend_decode
 
     def attend(
         self,
@@ -88,25 +103,53 @@ class LayerAttention:
         assert key.shape[0] == self.keys_SHD.shape[1], f"{key.shape[0]} KV heads, {self.keys_SHD.shape[1]} in the cache"
         self.keys_SHD.index_copy_(0, step.slots_T, key.transpose(0, 1))
         self.values_SHD.index_copy_(0, step.slots_T, value.transpose(0, 1))
-        query_THGD = query.transpose(0, 1).reshape(query.shape[1], key.shape[0], -1, query.shape[2])
-        out_THGD = query.new_empty(*query_THGD.shape[:3], value.shape[2])
-        scores = Scores(scaling, self.spec.softcap, None if sinks is None else sinks.view(key.shape[0], -1))
+        return self.attend_stored(query, scaling, sinks)
+
+    def attend_stored(self, query: torch.Tensor, scaling: float, sinks: torch.Tensor | None = None) -> torch.Tensor:
+        """Query [heads, T, D], once the step's keys and values are in the cache → [T, heads, value D]."""
+        step = self.current.attention
+        assert step is not None, "no step is set"
+        num_kv_heads, value_dim = self.values_SHD.shape[1:]
+        if step.rows is not None and self.paged is not None and self.paged.takes(step.rows):
+            return self.paged.attend(query.transpose(0, 1), self.keys_NbHD, self.values_NbHD, step.rows, scaling, sinks)
+        query_HGTD = query.view(num_kv_heads, -1, *query.shape[1:])
+        out_THGD = query.new_empty(query.shape[1], *query_HGTD.shape[:2], value_dim)
+        scores = Scores(scaling, self.spec.softcap, None if sinks is None else sinks.view(num_kv_heads, -1))
         visibility = step.by_sight[self.spec.sight]
         for group in visibility.groups:
-            out_THGD[group.rows] = self._decode(group, query_THGD[group.rows], scores)
+            if isinstance(group, CachedRows):
+                self._decode_cached(group, query[:, group.rows], scores, out_THGD[group.rows])
+            else:
+                query_BHGD = query_HGTD[:, :, group.rows].permute(2, 0, 1, 3)
+                out_THGD[group.rows] = self._decode(group, query_BHGD, scores)
         for tile in visibility.tiles:
-            out_THGD[tile.rows] = self._prefill(tile, query_THGD[tile.rows], scores)
+            out_THGD[tile.rows] = self._prefill(tile, query_HGTD[:, :, tile.rows], scores)
         return out_THGD.flatten(1, 2)
+
+    def _decode_cached(
+        self, group: CachedRows, query_hBD: torch.Tensor, scores: "Scores", out_BHGD: torch.Tensor
+    ) -> None:
+        """Query [heads, B, D]; fills `out_BHGD`, which is contiguous."""
+        if query_hBD.stride(2) != 1:
+            query_hBD = query_hBD.contiguous()
+        sinks = _NO_SINKS if scores.sinks_HG is None else scores.sinks_HG.float().flatten().numpy()
+        _, block_size, num_kv_heads, key_dim = self.keys_NbHD.shape
+        self._attend_decode(
+            (query_hBD.data_ptr(), self.keys_NbHD.data_ptr(), self.values_NbHD.data_ptr(), out_BHGD.data_ptr()),
+            (group.tables, group.places_B, group.positions_B, group.first_keys_B),
+            sinks,
+            (len(query_hBD), num_kv_heads, key_dim, out_BHGD.shape[3], block_size, query_hBD.element_size()),
+            (query_hBD.stride(1), query_hBD.stride(0)),
+            scores.scaling,
+            scores.softcap or 0.0,
+            kernels.LIKE[query_hBD.dtype],
+        )
 
     def _decode(self, group: DecodeGroup, query_BHGD: torch.Tensor, scores: "Scores") -> torch.Tensor:
         # A row's G queries to a KV head stand where a sequence's tokens usually stand: keys are read once for all of
         # them and never repeated.
         keys_BHKD = _gather(self.keys_NbHD, group.tables_BN)
         values_BHKD = _gather(self.values_NbHD, group.tables_BN)
-        if scores.are_plain and self._multiplies_bf16 and query_BHGD.shape[0] > 1:
-            # torch's own attention widens all it reads; the processor's bf16 products want each head's rows together
-            keys_BHKD, values_BHKD = keys_BHKD.contiguous(), values_BHKD.contiguous()
-            return scores.attend(query_BHGD, keys_BHKD, values_BHKD, group.mask_B11K)
         if scores.are_plain:
             return nn.functional.scaled_dot_product_attention(
                 query_BHGD, keys_BHKD, values_BHKD, group.mask_B11K, scale=scores.scaling
@@ -114,8 +157,7 @@ class LayerAttention:
         sinks_HG1 = None if scores.sinks_HG is None else scores.sinks_HG.unsqueeze(-1)
         return scores.attend(query_BHGD, keys_BHKD, values_BHKD, group.mask_B11K, sinks_HG1)
 
-    def _prefill(self, tile: PrefillTile, query_THGD: torch.Tensor, scores: "Scores") -> torch.Tensor:
-        query_HGTD = query_THGD.permute(1, 2, 0, 3)
+    def _prefill(self, tile: PrefillTile, query_HGTD: torch.Tensor, scores: "Scores") -> torch.Tensor:
         num_groups = query_HGTD.shape[1]
         keys_HKD = self.keys_SHD.index_select(0, tile.slots_K).transpose(0, 1)
         values_HKD = self.values_SHD.index_select(0, tile.slots_K).transpose(0, 1)

@@ -12,7 +12,8 @@ import torch
 from actors.tensors.attention import StepAttention
 from actors.tensors.edits import Draw
 from actors.tensors.sampler import Draws
-from actors.tensors.visibility import Chunk, VisibilityMaker
+from actors.tensors.transfer import to_device
+from actors.tensors.visibility import Chunk, VisibilityMaker, positions_of
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
 
 _ROWS_AT_FIRST = 8
@@ -95,16 +96,22 @@ class SequenceTable:
                 first = first_token[entry.seq]
                 logits_rows += range(first, first + len(prompts[-1].ids))
         return StepTensors(
-            ids_T=torch.tensor(ids).to(self.device, non_blocking=True),
-            positions_T=torch.cat([torch.arange(c.start, c.end) for c in chunks]).to(self.device, non_blocking=True),
+            ids_T=to_device(torch.tensor(ids), self.device),
+            positions_T=to_device(torch.from_numpy(positions_of(chunks)), self.device),
             attention=self.visibility.of_step(chunks, self._tables),
-            logits_rows_Q=torch.tensor(logits_rows, dtype=torch.int64).to(self.device, non_blocking=True),
+            logits_rows_Q=to_device(torch.tensor(logits_rows, dtype=torch.int64), self.device),
             sampled=tuple(self.rows[entry.seq] for entry in sampling),
-            draws=Draws.of([self._draw(entry) for entry in sampling], self.device),
+            draws=Draws.of([self.draw(entry) for entry in sampling], self.device),
             prompts=tuple(prompts),
         )
 
-    def _draw(self, entry: Entry) -> Draw:
+    @property
+    def tables(self) -> torch.Tensor:
+        """The blocks of every row, int64 [rows, blocks], on the host; behind a row's last one lies anything."""
+        return self._tables
+
+    def draw(self, entry: Entry) -> Draw:
+        """How an entry's next id is drawn."""
         row = self.rows[entry.seq]
         return Draw(row.sampling, entry.start + max(1, len(entry.ids)), row.ids, row.num_prompt)
 

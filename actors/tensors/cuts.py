@@ -16,6 +16,7 @@ import torch
 from actors.decisions.shard_plan import Interval
 from actors.tensors.edits import Draw
 from actors.tensors.standing import NOTHING, best_of_all, best_of_shard, lowest_with, scores_of
+from actors.tensors.transfer import to_device
 from cluster.collectives import StageGroup
 
 NUM_CANDIDATES = 256  # of each shard; nearly always they hold the nucleus
@@ -31,6 +32,7 @@ class Cuts:
     top_k_K1: torch.Tensor  # int64; _ALL where not asked
     top_p_K1: torch.Tensor  # float64; infinite where not asked
     log_min_p_K1: torch.Tensor  # float32; -inf where not asked
+    proven_with: int | None = None  # candidates that prove every row's threshold; None: that depends on the logits
 
     @classmethod
     def of(cls, draws: Sequence[Draw], device: torch.device) -> "Cuts | None":
@@ -45,7 +47,10 @@ class Cuts:
             torch.tensor([[params.top_p if params.top_p < 1 else infinity] for _, params in cut], dtype=torch.float64),
             torch.tensor([[params.min_p] for _, params in cut], dtype=torch.float32).log(),
         )
-        return cls(*(tensor.to(device, non_blocking=True) for tensor in on_host))
+        leaves_open = any(params.top_p < 1 and not params.top_k for _, params in cut)
+        proven_with = None if leaves_open else max(params.top_k for _, params in cut)
+        rows, top_k, top_p, log_min_p = (to_device(tensor, device) for tensor in on_host)
+        return cls(rows, top_k, top_p, log_min_p, proven_with)
 
     def subset(self, rows: torch.Tensor) -> "Cuts":
         """Some of the K."""
@@ -86,6 +91,8 @@ def cut_thresholds(
     log_total_K1 = gathered_PKC[:, :, -1:].contiguous().view(torch.float64).logsumexp(0)
     best_KC = best_of_all(gathered_PKC[:, :, :-1], best_KC.shape[1])
     thresholds_K1, is_proven_K = cuts.thresholds(best_KC, log_total_K1)
+    if cuts.proven_with is not None and cuts.proven_with <= best_KC.shape[1]:
+        return thresholds_K1  # known without asking the device
     open_rows = (~is_proven_K).nonzero()[:, 0]
     widest = -(-vocab_size // group.size)  # shards differ by one row at most, and a gather wants equal shapes
     for first in range(0, len(open_rows), _ROWS_AT_ONCE):

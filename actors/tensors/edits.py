@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from actors.tensors.transfer import to_device
 from actors.words.messages import SamplingParams
 
 
@@ -75,7 +76,7 @@ class Edits:
             torch.tensor([token_id for _, token_id, _ in biases], dtype=torch.int64),
             torch.tensor([bias for _, _, bias in biases], dtype=torch.float32),
         )
-        rows, repetition, presence, frequency, *of_biases = (tensor.to(device, non_blocking=True) for tensor in on_host)
+        rows, repetition, presence, frequency, *of_biases = (to_device(tensor, device) for tensor in on_host)
         return cls(rows, repetition, presence, frequency, _history([draw for _, draw in edited], device), *of_biases)
 
     def apply(self, logits_RV: torch.Tensor, first_id: int) -> torch.Tensor:
@@ -111,7 +112,7 @@ def _history(edited: list[Draw], device: torch.device) -> History | None:
     places_N = torch.arange(len(flat)) - (lengths.cumsum(0) - lengths)[rows_N]
     is_generated_N = places_N >= torch.tensor([draw.num_prompt for draw in edited])[rows_N]
     ids_N = torch.frombuffer(flat, dtype=torch.int64).clone()
-    return History(*(tensor.to(device, non_blocking=True) for tensor in (rows_N, ids_N, is_generated_N.float())))
+    return History(*(to_device(tensor, device) for tensor in (rows_N, ids_N, is_generated_N.float())))
 
 
 def _scattered(

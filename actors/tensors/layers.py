@@ -1,71 +1,21 @@
 """The parallel layers: plain tensors and one collective, put in place of a model's own by the style of its plan."""
 
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import nn
 
 from actors.decisions.shard_plan import Interval
+from actors.tensors.methods import LinearMethod, packing_of
 from actors.words.errors import UnsupportedModel
 from cluster.collectives import StageGroup
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
-class LinearMethod(Protocol):
-    """How a linear layer multiplies: it reads the tensors that the layer owns, in whatever form it keeps them."""
-
-    def prepare(self, layer: nn.Module) -> None:
-        """Called once, when the layer's tensors hold their values: pack or convert them."""
-
-    def multiply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """[*, in] → [*, out], plus the bias [out] if one is given. The result is the caller's to write to."""
-
-
-class Dense:
-    """One weight [out, in], as it is in the checkpoint."""
-
-    def prepare(self, layer: nn.Module) -> None:
-        """Nothing to pack."""
-
-    def multiply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """[*, in] → [*, out]."""
-        weight = layer.weight
-        assert isinstance(weight, torch.Tensor)
-        return nn.functional.linear(x, weight, bias)
-
-
-class Packed:
-    """On CPU: the weight in the order in which oneDNN reads it, once and for all; the original is let go."""
-
-    @staticmethod
-    def suits(layer: nn.Linear) -> bool:
-        """Whether a layer's weight may be kept so: its own forward is ours, and nobody else uses the weight."""
-        weight = layer.weight
-        return (
-            weight.device.type == "cpu"
-            and weight.dtype in (torch.float32, torch.bfloat16)
-            and weight.numel() > 0
-            and type(layer).__module__ == __name__
-            and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
-        )
-
-    def prepare(self, layer: nn.Module) -> None:
-        """Pack, and leave a weight of no elements: its dtype and device may still be asked."""
-        weight = layer.weight
-        assert isinstance(weight, torch.Tensor)
-        self._num_outputs = weight.shape[0]
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())  # noqa: SLF001 - it has no public name
-        layer.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
-
-    def multiply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """[*, in] → [*, out]."""
-        if x.numel() == 0:
-            return x.new_empty(*x.shape[:-1], self._num_outputs)
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(  # noqa: SLF001
-            x.contiguous(), self._packed, bias, "none", [], ""
-        )
-        return product
+def may_be_packed(layer: nn.Linear) -> bool:
+    """Whether its weight may be kept in another order: its forward is ours, and nobody else uses the weight."""
+    return type(layer).__module__ == __name__ and layer.weight.numel() > 0 and packing_of(layer.weight) is not None
 
 
 class ParallelLinear(nn.Linear):

@@ -18,8 +18,10 @@ from actors.decisions.styles import STYLES
 from actors.tensors.attention import MODULE_ATTRIBUTE, CurrentStep, LayerAttention, StepAttention
 from actors.tensors.checkpoint import Sources, find_sources
 from actors.tensors.conversion import Conversions
+from actors.tensors.fusions import fuse
 from actors.tensors.kv_cache import KVCache
-from actors.tensors.layers import NoEmbedding, Packed, ParallelLinear, PassThrough
+from actors.tensors.layers import NoEmbedding, ParallelLinear, PassThrough, may_be_packed
+from actors.tensors.methods import Dense, pack
 from actors.tensors.parallelise import parallelise
 from actors.tensors.past import PackedPast
 from actors.tensors.rotary import fix_rotary
@@ -45,6 +47,7 @@ class StageModel:
         self.sources = sources
         self._group = group
         self._current = CurrentStep()
+        self.attentions: list[LayerAttention] = []
         self._state_1TH: torch.Tensor | None = None  # from the stage before
         self._output_1TH: torch.Tensor | None = None  # of the last owned layer
         first, end = shard.layers
@@ -61,15 +64,28 @@ class StageModel:
         """Let every linear layer bring its tensors into the form it multiplies with; they hold their values now."""
         shared = {f"{self.spec.embedding_name}.weight", f"{self.spec.head_name}.weight"}
         shared = shared if self.shard.shares_tied_weight else set()
+        if next(self.module.parameters()).device.type == "cpu":
+            fuse(self.module)
         for name, module in self.module.named_modules():
-            if isinstance(module, ParallelLinear):
-                if f"{name}.weight" not in shared and Packed.suits(module):
-                    module.method = Packed()
-                module.method.prepare(module)
+            if isinstance(module, ParallelLinear) and isinstance(module.method, Dense):
+                if f"{name}.weight" not in shared and may_be_packed(module):
+                    module.method = pack(module)
+                else:
+                    module.method.prepare(module)
 
     def join(self, group: StageGroup) -> None:
         """Let the layers exchange through the group of a new epoch."""
         self._group.group = group
+
+    def is_finite(self) -> bool:
+        """Whether every weight is a number; reads all of them."""
+        tensors = [
+            tensor for tensor in (*self.module.parameters(), *self.module.buffers()) if tensor.is_floating_point()
+        ]
+        if not all(bool(tensor.sum(dtype=torch.float32).isfinite()) for tensor in tensors):
+            return False
+        linear = [module for module in self.module.modules() if isinstance(module, ParallelLinear)]
+        return all(module.method.is_finite(module) for module in linear)
 
     def take_exchange_s(self) -> float:
         """Seconds that the layers spent with the other shards since the last call."""
@@ -77,9 +93,12 @@ class StageModel:
 
     def attach(self, cache: KVCache) -> None:
         """Give each attention its part of the cache; called again when the cache is allocated anew."""
-        for shard, keys, values in zip(self.shard.attentions, cache.keys, cache.values, strict=True):
-            attention = LayerAttention(shard.spec, keys, values, self._current)
-            setattr(self.module.get_submodule(shard.spec.name), MODULE_ATTRIBUTE, attention)
+        self.attentions = [
+            LayerAttention(shard.spec, keys, values, self._current)
+            for shard, keys, values in zip(self.shard.attentions, cache.keys, cache.values, strict=True)
+        ]
+        for attention in self.attentions:
+            setattr(self.module.get_submodule(attention.spec.name), MODULE_ATTRIBUTE, attention)
 
     def forward(
         self,

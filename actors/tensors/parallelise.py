@@ -12,7 +12,6 @@ from actors.tensors.layers import (
     ColwiseEmbedding,
     ColwiseLinear,
     ColwiseRMSNorm,
-    Dense,
     GatheredColwiseLinear,
     ParallelLinear,
     RowwiseLinear,
@@ -20,6 +19,7 @@ from actors.tensors.layers import (
     VocabParallelEmbedding,
     rebase,
 )
+from actors.tensors.methods import Dense
 from cluster.collectives import StageGroup
 
 _LINEAR: dict[str, type[ParallelLinear]] = {

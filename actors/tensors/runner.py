@@ -8,15 +8,16 @@ from typing import Protocol
 
 import torch
 
+from actors.decisions.phase_clock import PhaseClock
 from actors.decisions.plan import Plan
-from actors.decisions.step_clock import StepClock
-from actors.tensors.batch import SequenceTable, StepTensors
+from actors.tensors.batch import Row, SequenceTable, StepTensors
 from actors.tensors.checkpoint import LoadReport, Progress, load_weights
 from actors.tensors.feedback import FeedbackReceiver, FeedbackSender
 from actors.tensors.kv_cache import KVCache, available_bytes
 from actors.tensors.logprobs import LogprobReader
 from actors.tensors.model import StageModel, build
 from actors.tensors.sampler import Sampler
+from actors.tensors.transfer import to_device
 from actors.tensors.visibility import VisibilityMaker
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch, TokenLogprobs
 from cluster.collectives import Link, Sending, StageGroup
@@ -55,6 +56,31 @@ class Sampled:
     prompt_logprobs: list[list[TokenLogprobs]]  # of the entries that want them
 
 
+class Launched(Protocol):
+    """A step that was launched, and what it brings."""
+
+    def is_ready(self) -> bool:
+        """Whether `take` would not wait."""
+
+    def take(self) -> Sampled | None:
+        """Wait → what the step brings, on every shard of the last stage; None on the others."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A step that has ended; see Launched."""
+
+    result: Sampled | None
+
+    def is_ready(self) -> bool:
+        """It is."""
+        return True
+
+    def take(self) -> Sampled | None:
+        """At once."""
+        return self.result
+
+
 class Runner:
     """One rank's computer. Steps are executed by one thread, in the order of the channel."""
 
@@ -71,11 +97,9 @@ class Runner:
     def join(self, groups: Groups) -> None:
         """Take the neighbours of a new epoch: rows and sends of the old one are forgotten, weights and cache stay."""
         self.groups = groups
-        self.clock = StepClock()
+        self.clock = PhaseClock()
         self.sampler = Sampler(groups.stage, self.shard.vocab_rows, self.plan.spec.vocab_size)
         self.logprobs = LogprobReader(groups.stage, self.shard.vocab_rows, self.plan.spec.vocab_size)
-        sights = frozenset(attention.spec.sight for attention in self.shard.attentions)
-        visibility = VisibilityMaker(self.plan.block_size, sights, self.dtype, self.device)
         self._receiver = self._sender = None
         if self.plan.depth > 1 and groups.feedback is not None:
             self._receiver = FeedbackReceiver(groups.feedback, self.device) if self.is_first_stage else None
@@ -83,12 +107,31 @@ class Runner:
         self.table = SequenceTable(
             self.plan.num_blocks_for_longest,
             self.plan.block_size,
-            visibility,
+            self._visibility(),
             knows_samples=self._receiver is not None or groups.next is None,
         )
         self._sendings: dict[int, tuple[Sending, torch.Tensor]] = {}  # by lane
         if self.model is not None:
             self.model.join(groups.stage)
+
+    def part(self) -> None:
+        """Let go of what belongs to the neighbours of the epoch that has ended. Raises when the device does not answer.
+
+        An error of a GPU stays with its process: whatever is asked of it next fails too.
+        """
+        self._sendings.clear()
+        self._receiver = self._sender = None
+        torch.ones(1, device=self.device).sum().item()
+
+    @torch.inference_mode()
+    def check_weights(self) -> None:
+        """Read all weights. Raises FloatingPointError when one is not finite."""
+        if self.model is not None and not self.model.is_finite():
+            raise FloatingPointError("weights are not finite any more")
+
+    def _visibility(self) -> VisibilityMaker:
+        sights = frozenset(attention.spec.sight for attention in self.shard.attentions)
+        return VisibilityMaker(self.plan.block_size, sights, self.dtype, self.device)
 
     def load(self, folder: Path, progress: Progress | None = None) -> LoadReport:
         """Build this rank's model and read its weights. Raises ValueError, UnsupportedModel or CheckpointError."""
@@ -122,19 +165,17 @@ class Runner:
         self.execute(StepBatch(epoch=0, step=-2, lane=0, opened=opened, closed=[], entries=[prefill]))
         self.execute(StepBatch(epoch=0, step=-1, lane=0, opened=[], closed=[], entries=[decode]))
         self.execute(StepBatch(epoch=0, step=-1, lane=0, opened=[], closed=[_WARM_UP_SEQ], entries=[]))
-        self.clock = StepClock()  # what came before is no step
+        self.clock = PhaseClock()  # what came before is no step
+
+    def launch(self, step: StepBatch) -> Launched:
+        """Start one step; on CPU it has ended by then."""
+        return Done(self.execute(step))
 
     @torch.inference_mode()
     def execute(self, step: StepBatch) -> Sampled | None:
         """Run one step → what it brings, on every shard of the last stage; None on the others."""
         assert self.model is not None, "load comes first"
-        assert self.cache is not None, "allocate_cache comes first"
-        for feedback in (self._receiver, self._sender):
-            if feedback is not None:
-                feedback.before(step)
-        fresh_blocks = self.table.apply(step)
-        if fresh_blocks:
-            self.cache.clear(torch.tensor(fresh_blocks).to(self.device, non_blocking=True))
+        self._begin(step)
         if not step.entries:
             return Sampled([], [], []) if self.groups.next is None else None
         tensors = self.table.tensors(step)
@@ -149,36 +190,48 @@ class Runner:
             self._receiver.expect(step, tensors.sampled)
         return None
 
+    def _begin(self, step: StepBatch) -> None:
+        """Take in what a step changes: ids that come back, rows, and blocks that must be clean."""
+        assert self.cache is not None, "allocate_cache comes first"
+        for feedback in (self._receiver, self._sender):
+            if feedback is not None:
+                feedback.before(step)
+                self.clock.lap("receive")
+        fresh_blocks = self.table.apply(step)
+        if fresh_blocks:
+            self.cache.clear(to_device(torch.tensor(fresh_blocks), self.device))
+
     def _sample(self, step: StepBatch, tensors: StepTensors, logits_QV: torch.Tensor) -> Sampled:
         """Draw, remember what was drawn, and read the log-probabilities that were asked for."""
         num_sampled = len(tensors.sampled)
-        ids_R = self.sampler.sample(logits_QV[:num_sampled], tensors.draws)
+        told_R = self.sampler.sample(logits_QV[:num_sampled], tensors.draws)
+        ids_R = told_R.clamp(min=0)  # what is no number has no id, but its sequence may be in the next step already
         if self._sender is not None:
             self._sender.send(step, ids_R)
-        ids: list[int] = ids_R.tolist()
+        ids: list[int] = told_R.tolist()
         for row, token_id in zip(tensors.sampled, ids, strict=True):
-            row.ids.append(token_id)
+            row.ids.append(max(0, token_id))
         return Sampled(
             [[token_id] for token_id in ids],
-            self._sampled_logprobs(tensors, logits_QV, ids_R),
+            self._sampled_logprobs(tensors.sampled, logits_QV, ids_R),
             self._prompt_logprobs(tensors, logits_QV[num_sampled:]),
         )
 
     def _sampled_logprobs(
-        self, tensors: StepTensors, logits_QV: torch.Tensor, ids_R: torch.Tensor
+        self, sampled: tuple[Row, ...], logits_QV: torch.Tensor, ids_R: torch.Tensor
     ) -> list[list[TokenLogprobs]]:
-        asked = {i: row.sampling.logprobs for i, row in enumerate(tensors.sampled) if row.sampling.logprobs is not None}
+        asked = {i: row.sampling.logprobs for i, row in enumerate(sampled) if row.sampling.logprobs is not None}
         if not asked:
             return []
-        rows_L = torch.tensor(list(asked)).to(self.device, non_blocking=True)
+        rows_L = to_device(torch.tensor(list(asked)), self.device)
         told = self.logprobs.read(logits_QV[rows_L], ids_R[rows_L], list(asked.values()))
         by_row = dict(zip(asked, told, strict=True))
-        return [[by_row[i]] if i in by_row else [] for i in range(len(tensors.sampled))]
+        return [[by_row[i]] if i in by_row else [] for i in range(len(sampled))]
 
     def _prompt_logprobs(self, tensors: StepTensors, logits_LV: torch.Tensor) -> list[list[TokenLogprobs]]:
         ids = [token_id for chunk in tensors.prompts for token_id in chunk.ids]
         num_top = [chunk.num_top for chunk in tensors.prompts for _ in chunk.ids]
-        ids_L = torch.tensor(ids, dtype=torch.int64).to(self.device, non_blocking=True)
+        ids_L = to_device(torch.tensor(ids, dtype=torch.int64), self.device)
         told = iter(self.logprobs.read(logits_LV, ids_L, num_top))
         return [list(islice(told, len(chunk.ids))) for chunk in tensors.prompts]
 

@@ -7,25 +7,27 @@ import torch
 
 _ID_BITS = 32
 _LAST_ID = (1 << _ID_BITS) - 1
-_MAGNITUDE = 0x7FFFFFFF  # all bits of a float32 but its sign
+MAGNITUDE = 0x7FFFFFFF  # all bits of a float32 but its sign
 _ROWS_AT_ONCE = 16  # standings take twice the memory of their scores
 NOTHING = -0x7F800001 << _ID_BITS  # as low as the score -inf, and below every token that has it
 
 
-def standings_of(scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Float32 scores [*] of tokens (int64 ids, broadcast) → int64 [*]: higher is better, of equal scores the lower id.
+def standings_of(scores: torch.Tensor, ids: torch.Tensor | int) -> torch.Tensor:
+    """Float32 scores [*] of tokens (int64 ids, broadcast, or one for all) → int64 [*]: higher is better.
+
+    Of equal scores the lower id is.
 
     The bits of a positive float32 ascend as its value does, those of a negative one descend: these are turned over.
     """
     bits = (scores + 0.0).view(torch.int32)  # -0.0 becomes 0.0, its equal
-    ascending = bits ^ ((bits >> 31) & _MAGNITUDE)
+    ascending = bits ^ ((bits >> 31) & MAGNITUDE)
     return (ascending.long() << _ID_BITS) + (_LAST_ID - ids)
 
 
 def scores_of(standings: torch.Tensor) -> torch.Tensor:
     """Int64 [*] → the float32 scores in them."""
     ascending = (standings >> _ID_BITS).int()
-    return (ascending ^ ((ascending >> 31) & _MAGNITUDE)).view(torch.float32)
+    return (ascending ^ ((ascending >> 31) & MAGNITUDE)).view(torch.float32)
 
 
 def ids_of(standings: torch.Tensor) -> torch.Tensor:
@@ -35,7 +37,7 @@ def ids_of(standings: torch.Tensor) -> torch.Tensor:
 
 def lowest_with(scores: torch.Tensor) -> torch.Tensor:
     """Float32 [*] → the standing that no token of this score falls below."""
-    return standings_of(scores, torch.tensor(_LAST_ID, device=scores.device))
+    return standings_of(scores, _LAST_ID)
 
 
 def best_of_shard(scores_RV: torch.Tensor, first_id: int, count: int) -> torch.Tensor:

@@ -1,11 +1,15 @@
 """Works out, once a step for all layers, which keys each token sees: groups of decode rows, tiles of prefill chunks."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 from actors.decisions.model_spec import Sight
-from actors.tensors.attention import DecodeGroup, PrefillTile, StepAttention, Visibility
+from actors.tensors.attention import CachedRows, DecodeGroup, PrefillTile, StepAttention, Visibility
+from actors.tensors.kernels import LIKE
+from actors.tensors.transfer import to_device
 
 _TILE = 256  # queries of a prefill tile: its mask is [256, keys]
 _KEYS_AT_ONCE = 1 << 17  # keys gathered for one group of decode rows, padding included
@@ -26,6 +30,13 @@ class Chunk:
         return self.start + self.num_tokens
 
 
+def positions_of(chunks: list[Chunk]) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    """The position of every token of a step."""
+    counts = np.array([chunk.num_tokens for chunk in chunks])
+    first_places = np.cumsum(counts) - counts
+    return np.repeat(np.array([chunk.start for chunk in chunks]) - first_places, counts) + np.arange(counts.sum())
+
+
 class VisibilityMaker:
     """Knows the sights of a rank's attentions, and makes masks in the dtype of its queries."""
 
@@ -34,25 +45,40 @@ class VisibilityMaker:
         self.sights = sights
         self.dtype = dtype
         self.device = device
+        self.reads_blocks = device.type == "cpu" and dtype in LIKE  # no row is padded, and none needs a mask
 
     def of_step(self, chunks: list[Chunk], tables: torch.Tensor) -> StepAttention:
         """Chunks in token order, those of one token first; `tables` int64 [rows, blocks], on the host."""
-        slots = [self._slots(tables, chunk, chunk.start, chunk.end) for chunk in chunks]
+        positions_T, counts = positions_of(chunks), [chunk.num_tokens for chunk in chunks]
+        rows_T = np.repeat([chunk.table for chunk in chunks], counts)
+        blocks_T = tables.numpy()[rows_T, positions_T // self.block_size]
+        slots_T = blocks_T * self.block_size + positions_T % self.block_size
         return StepAttention(
-            slots_T=torch.cat(slots).to(self.device, non_blocking=True),
+            slots_T=to_device(torch.from_numpy(slots_T), self.device),
             by_sight={sight: self._visibility(chunks, tables, sight) for sight in self.sights},
         )
 
     def _visibility(self, chunks: list[Chunk], tables: torch.Tensor, sight: Sight) -> Visibility:
         rows = [chunk for chunk in chunks if chunk.num_tokens == 1]
         return Visibility(
-            groups=tuple(self._group(rows[first:end], tables, sight) for first, end in self._similar(rows, sight)),
+            groups=self._paged(rows, tables, sight) if self.reads_blocks else self._grouped(rows, tables, sight),
             tiles=tuple(
                 self._tile(chunk, tables, first, min(first + _TILE, chunk.end), sight)
                 for chunk in chunks[len(rows) :]
                 for first in range(chunk.start, chunk.end, _TILE)
             ),
         )
+
+    def _paged(self, rows: list[Chunk], tables: torch.Tensor, sight: Sight) -> tuple[CachedRows, ...]:
+        if not rows:
+            return ()
+        places = np.array([row.table for row in rows])
+        positions = np.array([row.start for row in rows])
+        first_keys = np.array([sight.first_key(row.start) for row in rows])
+        return (CachedRows(slice(rows[0].row, rows[-1].row + 1), tables.numpy(), places, positions, first_keys),)
+
+    def _grouped(self, rows: list[Chunk], tables: torch.Tensor, sight: Sight) -> tuple[DecodeGroup, ...]:
+        return tuple(self._group(rows[first:end], tables, sight) for first, end in self._similar(rows, sight))
 
     def _similar(self, rows: list[Chunk], sight: Sight) -> list[tuple[int, int]]:
         """Cut rows into runs: within one, tables are at most twice as long as the shortest, and not too many keys."""
@@ -82,7 +108,7 @@ class VisibilityMaker:
         visible_BK = (keys_BK <= positions_B1) & (keys_BK >= first_keys_B1)
         return DecodeGroup(
             rows=slice(rows[0].row, rows[-1].row + 1),
-            tables_BN=tables_BN.to(self.device, non_blocking=True),
+            tables_BN=to_device(tables_BN, self.device),
             mask_B11K=self._mask(visible_BK)[:, None, None, :],
         )
 
@@ -94,7 +120,7 @@ class VisibilityMaker:
             keys_K = torch.arange(first_key, end)
             mask = self._mask((keys_K <= torch.arange(first, end)[:, None]) & (keys_K >= first_keys_T1))
         row = chunk.row + first - chunk.start
-        slots_K = self._slots(tables, chunk, first_key, end).to(self.device, non_blocking=True)
+        slots_K = to_device(self._slots(tables, chunk, first_key, end), self.device)
         return PrefillTile(slice(row, row + end - first), slots_K, mask)
 
     def _slots(self, tables: torch.Tensor, chunk: Chunk, first: int, end: int) -> torch.Tensor:
@@ -104,6 +130,6 @@ class VisibilityMaker:
 
     def _mask(self, visible: torch.Tensor) -> torch.Tensor:
         """Additive: 0 where visible, else -inf; made on the device from one byte an element."""
-        on_device = visible.to(self.device, non_blocking=True)
+        on_device = to_device(visible, self.device)
         mask = torch.zeros(on_device.shape, dtype=self.dtype, device=self.device)
         return mask.masked_fill_(~on_device, float("-inf"))

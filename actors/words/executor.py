@@ -1,7 +1,10 @@
 """The Executor protocol: who carries out steps (a gang of ranks, or a fake that can be computed by hand)."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from actors.words.errors import Verdict
 from actors.words.messages import StepBatch, StepResult
 
 
@@ -17,8 +20,24 @@ class Executor(Protocol):
         Raises GangFailure as soon as a rank is known to be dead or failing.
         """
 
+    def check(self) -> None:
+        """Ask all ranks, between two steps, whether their weights are numbers. Raises GangFailure, now or later."""
+
     def wake(self) -> None:
         """Make `wait` return, now or next time. Any thread may call it."""
 
     def close(self) -> None:
         """Ask the ranks to leave their loops and release what the channel holds. May be called twice."""
+
+
+@dataclass(frozen=True)
+class Revival:
+    """An executor of a new epoch, and what was found out about the end of the one before."""
+
+    executor: Executor
+    verdict: Verdict
+    seconds: dict[str, float] = field(default_factory=dict)  # what coming back took, by phase
+
+
+# (epoch, why the last one ended, whether all ranks start anew) → what goes on; raises GangFailure when nothing does.
+Revive = Callable[[int, Verdict, bool], Revival]

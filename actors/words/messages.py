@@ -4,7 +4,11 @@ from typing import Literal
 
 import msgspec
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
+# What kind of error: the gang did not come back · the request itself ends ranks · its logits are not numbers
+ErrorCode = Literal["gang_lost", "ends_ranks", "numerical_error"]
+
+NOT_A_NUMBER = -1  # in place of an id: the logits that it would be drawn from are not finite
 
 
 class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
@@ -45,6 +49,7 @@ class Request(msgspec.Struct, frozen=True):
     max_tokens: int  # prompt + max_tokens fits the context; 0 only computes the prompt (for its logprobs)
     sampling: SamplingParams
     stop_token_ids: frozenset[int] = frozenset()  # end of sequence among them, unless ignore_eos
+    deadline: float | None = None  # monotonic seconds of the engine's process; then it ends, whatever state it is in
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -57,6 +62,7 @@ class Event(msgspec.Struct, frozen=True):
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     error: str | None = None  # with finish_reason "error": what happened, fit for a client
+    code: ErrorCode | None = None  # with an error that is not a refusal
     logprobs: list[TokenLogprobs] = []  # one an id, where asked
     prompt_logprobs: list[TokenLogprobs] = []  # of the next prompt ids, from the second on, where asked
 
@@ -103,8 +109,23 @@ class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag=True):
     epoch: int
 
 
+class Fence(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Heard by a rank's side thread: its epoch is over. It says where it stands, and ends whatever it waits for."""
+
+    epoch: int
+
+
+class Check(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Ask a rank to look whether its weights are still numbers; it fails when they are not."""
+
+    epoch: int
+
+
 class StepResult(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """From shard 0 of the last stage: for each entry that sampled, in order, the ids it gained (speculation fits)."""
+    """From shard 0 of the last stage: for each entry that sampled, in order, the ids it gained (speculation fits).
+
+    NOT_A_NUMBER stands where there was nothing to draw from.
+    """
 
     epoch: int
     step: int
@@ -116,12 +137,13 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Said by every rank once a second, from a side thread."""
+    """Said by every rank twice a second, from a side thread."""
 
     epoch: int
     rank: int
     step: int  # last step begun
-    seconds: dict[str, float] = {}  # by phase, since it joined; see StepClock
+    seconds: dict[str, float] = {}  # by phase, since it joined; see PhaseClock
+    op: int = 0  # collectives and hops begun since it joined
 
 
 class RankFailure(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -131,7 +153,9 @@ class RankFailure(msgspec.Struct, frozen=True, array_like=True, tag=True):
     rank: int
     step: int
     error: str
+    op: int = 0
+    is_echo: bool = False  # it cannot go on because of another rank
 
 
-ToRank = StepBatch | Shutdown
+ToRank = StepBatch | Shutdown | Fence | Check
 FromRank = StepResult | Heartbeat | RankFailure

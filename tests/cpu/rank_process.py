@@ -70,7 +70,7 @@ class Rank:
     def hire(self, assignment: Assignment) -> bytes:
         self.stop()
         self.serving = ServingRank(assignment)
-        return self.serving.public_key()
+        return self.serving.new_key()
 
     def work(self, method: str, *args: Any) -> Any:
         return getattr(self.serving, method)(*args)

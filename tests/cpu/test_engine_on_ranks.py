@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from actors.decisions.patience import StepClock
 from actors.decisions.plan import Plan
 from actors.decisions.scheduler import SchedulerSettings
 from actors.remote.channel import EngineChannel
@@ -65,7 +66,7 @@ class Crew:
             Assignment(plan, shard.rank, str(folder), None, ADDRESS, "cpu", PATIENCE_S) for shard in plan.shards
         ]
         keys = pool.ask([("hire", (assignment,)) for assignment in assignments])
-        self.channel = EngineChannel(ADDRESS, 0, PATIENCE_S)
+        self.channel = EngineChannel(ADDRESS, 0, StepClock(PATIENCE_S))
         self.channel.admit(keys)
         [port] = pool.ask([("work", ("host_store",))])
         self.work("join", Meeting(0, ADDRESS, port, self.channel.address))

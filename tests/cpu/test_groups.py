@@ -267,9 +267,9 @@ def test_nothing_listens_on_another_address(run, shared):
 @pytest.mark.parametrize(
     ("how", "error", "text"),
     [
-        ("timeout", "TimeoutError", "link 0 to 1: no byte moved for 1 s"),
-        ("abort", "RuntimeError", "link 0 to 1: aborted"),
-        ("death", "RuntimeError", "link 0 to 1: the neighbour closed it or died"),
+        ("timeout", "NeighbourLate", "link 0 to 1: no byte moved for 1 s"),
+        ("abort", "NeighbourLost", "link 0 to 1: aborted"),
+        ("death", "NeighbourLost", "link 0 to 1: the neighbour closed it or died"),
         ("wrong size", "RuntimeError", "link 0 to 1: hop 1 brings 12 bytes, but hop 1 of 16 was expected"),
     ],
 )
@@ -282,9 +282,9 @@ def test_receive_leaves_when_nothing_comes(run, how, error, text):
 @pytest.mark.parametrize(
     ("how", "error", "text"),
     [
-        ("timeout", "TimeoutError", "feedback 2 to 0: no byte moved for 1 s"),
-        ("abort", "RuntimeError", "feedback 2 to 0: aborted"),
-        ("death", "RuntimeError", "feedback 2 to 0: the neighbour closed it or died"),
+        ("timeout", "NeighbourLate", "feedback 2 to 0: no byte moved for 1 s"),
+        ("abort", "NeighbourLost", "feedback 2 to 0: aborted"),
+        ("death", "NeighbourLost", "feedback 2 to 0: the neighbour closed it or died"),
     ],
 )
 def test_the_first_stage_leaves_when_no_feedback_comes(run, how, error, text):
@@ -298,7 +298,7 @@ def test_sends_that_no_buffer_holds_arrive_in_order(run):
 
 def test_send_to_a_neighbour_that_hangs_times_out(run):
     kind, text = run("send_to_a_hanging_neighbour", 2)[0]
-    assert kind == "TimeoutError" and text.startswith("link 0 to 1")
+    assert kind == "NeighbourLate" and text.startswith("link 0 to 1")
 
 
 def test_strangers_at_the_door_are_refused(run):
@@ -308,9 +308,9 @@ def test_strangers_at_the_door_are_refused(run):
 @pytest.mark.parametrize(
     ("how", "error", "text"),
     [
-        ("timeout", "TimeoutError", "stage0: not done within 1 s"),
-        ("abort", "RuntimeError", "stage0: aborted"),
-        ("death", "RuntimeError", "stage0: "),
+        ("timeout", "NeighbourLate", "stage0: not done within 1 s"),
+        ("abort", "NeighbourLost", "stage0: aborted"),
+        ("death", "NeighbourLost", "stage0: "),
     ],
 )
 def test_gloo_stage_leaves_when_a_shard_does_not_come(run, how, error, text):

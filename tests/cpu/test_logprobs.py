@@ -124,7 +124,7 @@ def test_logprobs_after_a_preemption_are_told_once(gang_of: Any, log_softmax_of:
     requests = requests_of([30, 25, 28, 21], logprobs=1, prompt_logprobs=3)
     requests = [Request(r.request_id, r.prompt_ids, 24, r.sampling) for r in requests]
     told, _, scheduler = run(gang_of("llama", 2, 1), requests, num_blocks=28, max_num_batched_tokens=9)
-    assert scheduler.num_preemptions > 0
+    assert scheduler.stats.num_preemptions > 0
     for request in requests:
         said = told[request.request_id]
         check(request, said, log_softmax_of(request.prompt_ids + said.ids))

@@ -15,7 +15,8 @@ from actors.decisions.shard_plan import AttentionShard
 from actors.decisions.sizes import Sizes
 from actors.tensors import source as source_module
 from actors.tensors.kv_cache import KVCache, available_bytes
-from actors.tensors.layers import Dense, Packed, RowwiseLinear, VocabParallelEmbedding, rebase
+from actors.tensors.layers import RowwiseLinear, VocabParallelEmbedding, may_be_packed, rebase
+from actors.tensors.methods import Dense, Packed, pack
 from actors.tensors.model import build
 from actors.tensors.parallelise import parallelise
 from actors.tensors.runner import Runner
@@ -253,9 +254,9 @@ def test_a_packed_weight_multiplies_as_before(dtype: torch.dtype, num_rows: int)
     x = torch.randn(num_rows, 2, 48, dtype=dtype)[..., ::2]
     with torch.inference_mode():
         expected = linear(x)
-        assert Packed.suits(linear)
-        linear.method = Packed()
-        linear.method.prepare(linear)
+        assert may_be_packed(linear)
+        linear.method = pack(linear)
+        assert isinstance(linear.method, Packed)
         assert linear.weight.numel() == 0
         torch.testing.assert_close(linear(x), expected)
 

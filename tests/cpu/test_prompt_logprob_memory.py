@@ -1,6 +1,8 @@
 """Log-probabilities of a prompt take memory for 256 of its ids at a time, however long the prompt is."""
 
 import threading
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +63,7 @@ class OneRank:
     def close(self) -> None: ...
 
 
-@pytest.fixture(scope="module")
-def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
-    folder = tmp_path_factory.mktemp("wide")
+def make_runner(folder: Path) -> Runner:
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=32,
@@ -79,8 +79,9 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
     model.save_pretrained(folder)
     asked = {"model": {"source": str(folder)}, "scheduler": {"depth": 1}}
     runner = Runner(make_plan(Config.model_validate(asked), read_spec(folder)), 0, Alone(), torch.device("cpu"))
-    runner.load(Path(folder))
+    runner.load(folder)
     runner.allocate_cache(513)
+    runner.warm_up()  # kernels are compiled then, which takes memory of its own
     return runner
 
 
@@ -116,18 +117,27 @@ def echo(runner: Runner, num_ids: int) -> OneRank:
     return executor
 
 
-@pytest.mark.timeout(120)
-def test_the_peak_does_not_grow_with_the_prompt(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+def measure(folder: Path) -> tuple[int, dict[int, int]]:
+    """Most rows of logits in a step, and the peak in bytes above what was taken before, by ids in the prompt."""
     torch.set_num_threads(1)
-    before, rows, peaks = status("VmRSS"), [], {}
+    runner = make_runner(folder)
+    before, rows, peaks = status("VmRSS"), 0, {}
     for num_ids in (1000, 2000, 4000, 8000):
         forget_peak()
-        rows.append(echo(runner, num_ids).most_rows)
+        rows = max(rows, echo(runner, num_ids).most_rows)
         peaks[num_ids] = status("VmHWM") - before
+    return rows, peaks
+
+
+@pytest.mark.timeout(120)
+def test_the_peak_does_not_grow_with_the_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # In a process of its own: how an allocator that other tests have filled places these blocks is not the question.
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        rows, peaks = process.submit(measure, tmp_path).result()
     one_step = BOUND_ROWS * VOCAB * 4
     with capsys.disabled():
         shown = ", ".join(f"{num_ids} ids {peak / 1e6:.0f} MB" for num_ids, peak in peaks.items())
         print(f"\npeak of echo with logprobs: {shown}; logits of one step {one_step / 1e6:.0f} MB")
-    assert max(rows) == BOUND_ROWS
+    assert rows == BOUND_ROWS
     assert peaks[8000] < 8 * one_step < 8000 * VOCAB * 4
     assert peaks[8000] < 1.5 * peaks[4000]

@@ -98,7 +98,7 @@ class RecordingRunner(Runner):
 class ThreadGang:
     """All ranks of a plan, loaded from a folder; one step of a lane in flight: threads have no feedback link."""
 
-    def __init__(self, plan: Plan, folder: Path, num_blocks: int) -> None:
+    def __init__(self, plan: Plan, folder: Path, num_blocks: int, runner_type: type[Runner] | None = None) -> None:
         plan = dataclasses.replace(plan, depth=1)
         topology = plan.topology
         tp, pp = topology.tensor_parallel_size, topology.pipeline_parallel_size
@@ -110,7 +110,7 @@ class ThreadGang:
             stage, shard = topology.stage(rank), topology.shard(rank)
             group = ThreadGroup(self.shared[stage], shard)
             neighbours = Neighbours(group, links[shard][stage], links[shard][stage + 1])
-            self.runners.append(RecordingRunner(plan, rank, neighbours, CPU))
+            self.runners.append((runner_type or RecordingRunner)(plan, rank, neighbours, CPU))
         self.reports = [runner.load(folder) for runner in self.runners]  # building patches torch: one at a time
         self._all(lambda runner: runner.allocate_cache(num_blocks))
 
@@ -198,7 +198,7 @@ def serve(gang: ThreadGang, prompts: list[list[int]], num_new: int) -> list[tupl
         max_num_seqs=len(prompts),
         max_num_batched_tokens=9,
         num_lanes=plan.num_lanes,
-        depth=1,
+        depth=plan.depth,
     )
     engine = Engine(executor, settings, take)
     engine.start()

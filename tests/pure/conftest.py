@@ -55,7 +55,9 @@ def tokenizer_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def text(tokenizer_folder):
-    return Text.load(tokenizer_folder)
+    text = Text.load(tokenizer_folder)
+    yield text
+    text.close()
 
 
 @pytest.fixture(scope="session")
@@ -86,7 +88,8 @@ class World:
             num_blocks=256, block_size=16, max_num_seqs=8, max_num_batched_tokens=64, num_lanes=2
         )
         self.engine = Engine(self.executor, settings, self.outbox.deliver)
-        values = {"max_model_len": 128, "vocab_size": VOCAB_SIZE, "max_requests": 16, "max_body_bytes": 65536} | limits
+        values = {"max_model_len": 128, "vocab_size": VOCAB_SIZE, "max_requests": 16, "max_body_bytes": 65536}
+        values |= {"request_s": 600.0} | limits
         identity = Identity(MODEL, "replica-1", "0.1.0", 1, Topology(2, 2))
         self.service = Service(self.engine, self.outbox, text, identity, Limits(**values), ranks)
         self.app = build_app(self.service)
@@ -157,6 +160,12 @@ class World:
         finally:
             server.should_exit = True
             thread.join(timeout=20)
+
+
+@pytest.fixture(scope="session")
+def world_type():
+    """For worlds that outlive a test; whoever makes one closes it."""
+    return World
 
 
 @pytest.fixture

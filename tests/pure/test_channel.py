@@ -8,7 +8,8 @@ import time
 import pytest
 import zmq
 
-from actors.remote.channel import ChannelAddress, EngineChannel, KeyPair, RankChannel
+from actors.remote.channel import ChannelAddress, EngineChannel, KeyPair
+from actors.remote.rank_channel import RankChannel
 from actors.words.errors import GangFailure
 from actors.words.messages import Entry, NewSequence, SamplingParams, Shutdown, StepBatch, StepResult
 
@@ -46,7 +47,7 @@ def test_wake_and_fail_end_a_wait(engine):
     ranks = connect(engine)
     threading.Timer(0.05, engine.wake).start()
     assert engine.wait(None) == []
-    threading.Timer(0.05, engine.fail, ["rank 1 died"]).start()
+    threading.Timer(0.05, engine.fail, ["rank 1 died", 1]).start()
     with pytest.raises(GangFailure, match="rank 1 died"):
         engine.wait(None)
     for rank in ranks:
@@ -65,7 +66,7 @@ def test_a_rank_reports_its_own_failure(engine):
 def test_who_died_is_named_not_who_noticed(engine):
     ranks = connect(engine)
     ranks[1].report(RuntimeError("the neighbour closed it or died"))
-    threading.Timer(0.05, engine.fail, ["rank 0 died"]).start()
+    threading.Timer(0.05, engine.fail, ["rank 0 died", 0]).start()
     with pytest.raises(GangFailure, match=r"^rank 0 died$"):
         engine.wait(10)
     for rank in ranks:
@@ -74,7 +75,7 @@ def test_who_died_is_named_not_who_noticed(engine):
 
 def test_silence_is_noticed_though_others_wake_the_engine_all_the_time(engine):
     ranks = connect(engine)
-    ranks[1]._stop.set()  # its heartbeat ends, its connection stays
+    ranks[1]._send = lambda socket, message: None  # its heartbeat ends, its connection stays
     deadline = time.monotonic() + 20
     with pytest.raises(GangFailure, match="nothing is heard from rank 1: "):
         while time.monotonic() < deadline:
@@ -100,7 +101,7 @@ def test_an_old_epoch_is_not_heard(engine):
     old = RankChannel(engine.address, keys, 0, epoch=0)
     old.answer(StepResult(0, 0, [[1]]))
     assert engine.wait(0.5) == []
-    assert engine.last_heartbeat == {}
+    assert engine.standings == {}
     old.close()
 
 
@@ -133,8 +134,8 @@ def test_heartbeats_tell_rank_and_step(engine):
     engine.submit(STEP)
     ranks[1].receive()
     deadline = time.monotonic() + 10
-    while engine.last_heartbeat[1][1] != 0 and time.monotonic() < deadline:
+    while engine.standings[1].step != 0 and time.monotonic() < deadline:
         engine.wait(0.2)
-    assert engine.last_heartbeat[1][1] == 0
+    assert engine.standings[1].step == 0
     for rank in ranks:
         rank.close()

@@ -13,10 +13,14 @@ ROOT = Path(__file__).resolve().parents[2]
 HOUSE = [
     # floor, room, packages
     (0, "configs", {"pydantic", "pydantic_core", "yaml"}),
-    (1, "cluster", {"ray", "torch", "psutil", "pynvml"}),
+    (1, "cluster", {"ray", "torch", "psutil", "pynvml", "numpy", "numba", "llvmlite"}),
     (2, "actors/words", {"msgspec"}),
     (3, "actors/decisions", {"msgspec", "numpy"}),
-    (4, "actors/tensors", {"torch", "numpy", "transformers", "safetensors", "huggingface_hub", "msgspec"}),
+    (
+        4,
+        "actors/tensors",
+        {"torch", "numpy", "transformers", "safetensors", "huggingface_hub", "msgspec", "numba", "llvmlite"},
+    ),
     (5, "actors/remote", {"ray", "zmq", "msgspec", "torch"}),
     (
         6,
@@ -32,16 +36,17 @@ HOUSE = [
             "msgspec",
             "yaml",
         }
-        | {"transformers", "jinja2"},
+        | {"transformers", "jinja2"}
+        | {"aiohttp", "uvloop", "matplotlib"},  # stagemesh bench
     ),
 ]
 # Where a name may be used only in a few files: (prefix of the import, rooms it is allowed in, how many files).
 NARROW_DOORS = [
-    ("torch.distributed", "cluster", 2),
+    ("torch.distributed", "cluster", 3),
     ("ray", "actors", 3),
 ]
 # From these packages the rooms above take only what is named.
-ONLY_THESE_NAMES = {("deployments", "transformers"): {"AutoTokenizer", "PreTrainedTokenizerBase"}}
+ONLY_THESE_NAMES = {("deployments", "transformers"): {"AutoTokenizer", "render_jinja_template"}}
 
 
 class Import(NamedTuple):

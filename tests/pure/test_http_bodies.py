@@ -18,7 +18,7 @@ REQUIRED = {
 OURS = {
     "model", "prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "seed", "stop", "ignore_eos",
     "stream", "stream_options", "n", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
-    "frequency_penalty", "logit_bias", "min_tokens", "stop_token_ids", "logprobs", "top_logprobs",
+    "frequency_penalty", "logit_bias", "min_tokens", "stop_token_ids", "logprobs", "top_logprobs", "timeout",
 }  # fmt: skip
 OURS_OF_COMPLETIONS = OURS | {"echo"}
 INERT = {

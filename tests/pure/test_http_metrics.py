@@ -124,7 +124,7 @@ def test_what_is_computed_again_after_a_preemption_counts_once():
     assert stats.num_generated == 36
     assert sum(stats.queue_s.counts) == 3
     assert stats.queue_s.sum >= 3 * 1.0
-    assert stats.num_finished == {"stop": 0, "length": 3, "abort": 0, "error": 0}
+    assert stats.num_finished == {"stop": 0, "length": 3, "abort": 0, "timeout": 0, "error": 0}
 
 
 @pytest.mark.parametrize("value", [0, 1, 1.5, 2, 99, 100, 101, math.pi])

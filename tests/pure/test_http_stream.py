@@ -195,9 +195,12 @@ class WatchedLoop(asyncio.SelectorEventLoop):
         return super().call_later(delay, callback, *args, **options)
 
 
+@pytest.mark.parametrize("words", [SENTENCE, "🦊 你好 🇨🇭"])  # of the second, most tokens are part of a character
 @pytest.mark.parametrize(("path", "body"), [(COMPLETIONS, STREAM), (CHATS, CHAT)])
-def test_every_token_is_sent_at_once_and_no_timer_stands_in_between(make_world, scripted_executor, ids_of, path, body):
-    script = ids_of(SENTENCE)
+def test_every_token_is_sent_at_once_and_no_timer_stands_in_between(
+    make_world, scripted_executor, ids_of, path, body, words
+):
+    script = ids_of(words)
     executor = scripted_executor(script, vocab_size=400, is_manual=True)
     world = make_world(executor=executor)
     loop = WatchedLoop()

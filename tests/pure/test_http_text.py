@@ -2,8 +2,13 @@
 
 import asyncio
 import random
+import shutil
+import subprocess
+import sys
 import threading
+import time
 
+import psutil
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -65,37 +70,103 @@ def test_several_prompts_keep_their_order(text):
     assert asyncio.run(text.encode(prompts)) == [encode(text, prompt) for prompt in prompts]
 
 
-def test_what_a_template_writes_is_bounded(tokenizer_folder, monkeypatch):
-    monkeypatch.setattr("deployments.text.MAX_RENDERED_CHARS", 1000)
-    wordy = PreTrainedTokenizerFast.from_pretrained(str(tokenizer_folder))
-    wordy.chat_template = "{% for i in range(1001) %}x{% endfor %}"
+@pytest.fixture
+def with_template(tokenizer_folder):
+    """Makes a Text with another chat template; its process is ended afterwards."""
+    made = []
+
+    def make(template):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(tokenizer_folder))
+        tokenizer.chat_template = template
+        made.append(Text(tokenizer))
+        return made[-1]
+
+    yield make
+    for text in made:
+        text.close()
+
+
+def test_what_a_template_writes_is_bounded(with_template, monkeypatch):
+    monkeypatch.setattr("deployments.chat_template.MAX_RENDERED_CHARS", 1000)
     with pytest.raises(ApiError, match="at most 1000"):
-        encode(Text(wordy), Conversation(TURNS))
+        encode(with_template("{% for i in range(1001) %}x{% endfor %}"), Conversation(TURNS))
 
 
-def test_developer_is_system_for_templates_that_do_not_know_it(text, tokenizer_folder):
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+HUGE = "{{ 'x' * 10**9 }}"
+
+
+@pytest.mark.parametrize(("greed", "words"), [(ENDLESS, "too long"), (HUGE, "failed")])
+def test_a_conversation_that_takes_too_much_is_refused_and_the_next_one_served(
+    with_template, monkeypatch, greed, words
+):
+    """The same template serves others: what it takes depends on the messages."""
+    monkeypatch.setattr("deployments.chat_template.CPU_S", 0.2)
+    text = with_template("{% if messages[0].content == 'greed' %}" + greed + "{% endif %}{{ messages[0].content }}")
+    assert encode(text, Conversation([{"role": "user", "content": "fox"}])) == encode(text, "fox")
+    with pytest.raises(ApiError, match=words) as raised:
+        encode(text, Conversation([{"role": "user", "content": "greed"}]))
+    assert (raised.value.status, raised.value.param) == (400, "messages")
+    assert encode(text, Conversation([{"role": "user", "content": "fox"}])) == encode(text, "fox")
+
+
+def test_the_event_loop_goes_on_while_a_template_runs(with_template, monkeypatch):
+    monkeypatch.setattr("deployments.chat_template.CPU_S", 0.3)
+    text = with_template(ENDLESS)
+
+    async def go():
+        rendering = asyncio.ensure_future(text.encode([Conversation(TURNS)]))
+        turns = 0
+        while not rendering.done():
+            turns += 1
+            await asyncio.sleep(0.01)
+        assert isinstance(rendering.exception(), ApiError)
+        return turns
+
+    assert asyncio.run(go()) >= 10
+
+
+def test_a_template_that_never_ends_is_found_before_anything_is_served(tokenizer_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("deployments.chat_template.CPU_S", 0.2)
+    folder = shutil.copytree(tokenizer_folder, tmp_path / "endless")
+    (folder / "chat_template.jinja").write_text(ENDLESS)
+    with pytest.raises(ValueError, match="chat template needs more than"):
+        Text.load(folder)
+
+
+def test_the_process_of_a_template_ends_with_its_parent():
+    program = (
+        "from deployments.chat_template import ChatTemplate\n"
+        "template = ChatTemplate('x', {})\n"
+        "template.check()\n"
+        "import os; print(template._process.pid, flush=True); os._exit(0)"
+    )
+    pid = int(subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, timeout=60).stdout)
+    for _ in range(1000):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return
+        time.sleep(0.01)
+    raise AssertionError("it lives on")
+
+
+def test_developer_is_system_for_templates_that_do_not_know_it(text, with_template):
     def ids(reader, role):
         return encode(reader, Conversation([{"role": role, "content": "be brief"}]))
 
     assert ids(text, "developer") == ids(text, "system")
-    modern = PreTrainedTokenizerFast.from_pretrained(str(tokenizer_folder))
-    modern.chat_template = "{% for m in messages %}{% if m.role == 'developer' %}D{% endif %}{{ m.role }}{% endfor %}"
-    assert ids(Text(modern), "developer") != ids(Text(modern), "system")
+    modern = with_template("{% for m in messages %}{% if m.role == 'developer' %}D{% endif %}{{ m.role }}{% endfor %}")
+    assert ids(modern, "developer") != ids(modern, "system")
 
 
-def test_a_model_without_a_template_refuses_chats(tokenizer_folder):
-    plain = PreTrainedTokenizerFast.from_pretrained(str(tokenizer_folder))
-    plain.chat_template = None
+def test_a_model_without_a_template_refuses_chats(with_template):
     with pytest.raises(ApiError, match="/v1/completions"):
-        encode(Text(plain), Conversation(TURNS))
+        encode(with_template(None), Conversation(TURNS))
 
 
 @pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ messages[7].content.x }}", "{{ x.y.z }}", "{% if %}"])
-def test_a_template_that_fails_is_the_clients_error(tokenizer_folder, template):
-    broken = PreTrainedTokenizerFast.from_pretrained(str(tokenizer_folder))
-    broken.chat_template = template
+def test_a_template_that_fails_is_the_clients_error(with_template, template):
     with pytest.raises(ApiError) as raised:
-        encode(Text(broken), Conversation(TURNS))
+        encode(with_template(template), Conversation(TURNS))
     assert raised.value.status == 400
 
 

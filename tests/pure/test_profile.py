@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from actors.decisions.step_clock import PHASES, StepClock, bubble_ratio
+from actors.decisions.phase_clock import PHASES, PhaseClock, bubble_ratio
 from deployments import cli, profile_command
 
 
 def test_every_moment_belongs_to_one_phase() -> None:
     now = iter([10.0, 12.0, 17.0, 18.0])
-    clock = StepClock(lambda: next(now))
+    clock = PhaseClock(lambda: next(now))
     clock.lap("idle")  # 2 s
     clock.within("exchange", 1.5)  # of the 5 s that follow
     clock.lap("compute")
@@ -62,6 +62,6 @@ def test_nobody_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["profile", "http://127.0.0.1:9"]) == 1
     assert "no stagemesh server answers there" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
-        cli.main(["profile", "--seconds", "1"])
+        cli.main(["profile", "--seconds", "0.9"])
     assert ended.value.code == 2
-    assert "give from 2 to 3600 seconds" in capsys.readouterr().err
+    assert "give from 1 to 3600 seconds" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Random worlds: arrivals, lengths, aborts, tiny caches, lanes and depths, against a reference that knows no paging."""
+"""Random worlds: arrivals, lengths, aborts, tiny caches, lanes, depths, lost gangs, against a reference."""
 
 import random
 
@@ -6,7 +6,7 @@ import pytest
 
 from actors.decisions.scheduler import Scheduler, SchedulerSettings
 from actors.remote.fake_executor import FakeExecutor, logprobs_of, next_id
-from actors.words.messages import Event, Request, SamplingParams, TokenLogprobs
+from actors.words.messages import Event, Request, SamplingParams, StepBatch, TokenLogprobs
 
 VOCAB_SIZE = 97
 
@@ -30,9 +30,9 @@ def all_logprobs(ids: list[int], first: int, num_top: int | None) -> list[TokenL
 
 
 class World:
-    """One random world, run to its end."""
+    """One random world, run to its end. `loss`: how likely it is, at each turn, that the gang is lost."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, loss: float = 0.0) -> None:
         self.random = rng = random.Random(seed)
         block_size = rng.choice([1, 2, 4, 16])
         max_num_seqs = rng.randint(1, 8)
@@ -45,6 +45,7 @@ class World:
             depth=rng.randint(1, 3),
             prefix_cache=rng.random() < 0.5,
         )
+        self.loss = loss
         self.executor = FakeExecutor(VOCAB_SIZE, block_size, is_manual=True)
         self.scheduler = Scheduler(self.settings)
         self.capacity = self.settings.num_blocks * block_size
@@ -105,6 +106,26 @@ class World:
         ids = request.prompt_ids + generated
         assert self.logprobs[name] == all_logprobs(ids, len(request.prompt_ids), request.sampling.logprobs)
 
+    def check_solitude(self, step: StepBatch) -> None:
+        """A suspect runs alone."""
+        sequences = {sequence.seq: sequence for sequence in self.scheduler._live.values()}
+        running = [sequences[entry.seq] for entry in step.entries]
+        if any(sequence.is_suspect for sequence in running):
+            in_flight = {sequence for flight in self.scheduler._flights for sequence, _ in flight.entries}
+            assert in_flight == set(running)
+            assert len(running) == 1
+
+    def lose_the_gang(self) -> None:
+        """With all that its ranks knew; some of what ran counts as suspect."""
+        in_flight = {flight.step for flight in self.scheduler._flights}
+        lost = self.scheduler.begin_epoch()
+        assert in_flight <= set(lost)
+        assert not (self.scheduler.num_in_flight or self.scheduler.num_running)
+        assert self.scheduler.counts().free == self.settings.num_blocks
+        self.executor = FakeExecutor(VOCAB_SIZE, self.settings.block_size, is_manual=True)
+        places = {name: place for step in lost.values() for name, place in step.items()}
+        self.scheduler.suspect({name: place for name, place in places.items() if self.random.random() < 0.5})
+
     def run(self, num_requests: int) -> None:
         """Let everything happen in random order until all requests have ended."""
         rng = self.random
@@ -116,7 +137,10 @@ class World:
             if self.requests and rng.random() < 0.03:
                 event = self.scheduler.finish(rng.choice(list(self.requests)), rng.choice([None, 1]))
                 self.hear([event] if event else [])
+            if self.random.random() < self.loss:
+                self.lose_the_gang()
             if step := self.scheduler.next_step():
+                self.check_solitude(step)
                 num_tokens = sum(len(entry.ids) or 1 for entry in step.entries)
                 assert num_tokens <= self.settings.max_num_batched_tokens
                 self.executor.submit(step)
@@ -136,15 +160,17 @@ BATCHES = [*range(10), *(pytest.param(batch, marks=pytest.mark.soak) for batch i
 def test_random_worlds(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """No block lost, no request stuck, no row left, no id and no logprob different from brute force."""
     monkeypatch.setattr("actors.decisions.scheduler._PROMPT_LOGPROBS_CHUNK", 7)
-    num_preemptions = 0
+    num_preemptions = num_replayed = 0
     for number in range(50):
-        world = World(batch * 50 + number)
+        world = World(batch * 50 + number, loss=number % 2 * 0.03)
         num_requests = world.random.randint(1, 14)
         world.run(num_requests)
+        num_replayed += world.scheduler.stats.num_replayed
         assert len(world.finished) == num_requests, f"world {batch * 50 + number}: stuck"
         for name in world.requests:
             world.check_answer(name)
         assert world.executor.open_rows == []
         assert world.scheduler.counts().used == 0
-        num_preemptions += world.scheduler.num_preemptions
+        num_preemptions += world.scheduler.stats.num_preemptions
     assert num_preemptions > 0, "worlds too easy: nothing was ever preempted"
+    assert num_replayed > 0, "no gang was lost under a request"

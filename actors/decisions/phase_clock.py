@@ -11,15 +11,19 @@ PHASES = {
     "sample": "drawing the next ids and telling them",
     "send": "handing over to the next stage",
 }
+BUBBLE = (
+    "idle",
+    "receive",
+    "send",
+)  # a stage has nothing to compute; waiting inside a stage is the price of its shards
 
 
-class StepClock:
+class PhaseClock:
     """One thread runs it, lap by lap: every moment belongs to one phase. Others may read."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         """`clock` gives seconds."""
         self.seconds = dict.fromkeys(PHASES, 0.0)
-        self.num_steps = 0
         self._clock = clock
         self._since = clock()
 
@@ -36,9 +40,6 @@ class StepClock:
 
 
 def bubble_ratio(seconds: dict[str, float]) -> float:
-    """Share of a rank's time in which it waits for work or a neighbour stage, from 0 to 1.
-
-    Waiting inside a stage is no bubble: it is the price of the shards, told as "exchange".
-    """
+    """Share of a rank's time in which its stage has nothing to compute, from 0 to 1."""
     total = sum(seconds.values())
-    return (seconds["idle"] + seconds["receive"] + seconds["send"]) / total if total else 0.0
+    return sum(seconds[phase] for phase in BUBBLE) / total if total else 0.0

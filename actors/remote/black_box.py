@@ -1,0 +1,87 @@
+"""What a rank's process leaves behind when it ends without a word: the step it was in, and how it ended itself.
+
+A kill from outside leaves the step and nothing else. Signals that a process brings upon itself (a bad address, an
+abort) leave the stacks of its threads, without any values, and `os._exit` its status. Whoever takes the rank over
+reads it: it runs on the same node.
+"""
+
+import contextlib
+import faulthandler
+import mmap
+import os
+import signal
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from actors.decisions.culprit import LastWords
+
+_STEP_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Remains:
+    """Where a process's black box is, and which process that is."""
+
+    pid: int
+    started: int  # clock ticks since boot: a pid alone may be another's by now
+    path: str
+
+
+class BlackBox:
+    """Of this process; open as long as it lives."""
+
+    def __init__(self) -> None:
+        path = log_folder() / f"stagemesh-{os.getpid()}-{_started(os.getpid())}.box"
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        os.ftruncate(self._fd, _STEP_BYTES)
+        os.lseek(self._fd, _STEP_BYTES, os.SEEK_SET)
+        self._mapping = mmap.mmap(self._fd, _STEP_BYTES)
+        self._step = memoryview(self._mapping).cast("q")
+        self._step[0] = -1
+        self.remains = Remains(os.getpid(), _started(os.getpid()), str(path))
+        faulthandler.enable(self._fd, all_threads=True)
+        self._tell_exits()
+
+    def enter(self, step: int) -> None:
+        """A step begins; -1: it has ended."""
+        self._step[0] = step
+
+    def _tell_exits(self) -> None:
+        """Nothing runs after `os._exit`, so its call itself leaves the word; forked children are not this process."""
+        leave, fd, pid = os._exit, self._fd, os.getpid()
+
+        def told(status: int) -> NoReturn:
+            if os.getpid() == pid:
+                os.write(fd, b"os._exit(%d)\n" % status)
+            leave(status)
+
+        os._exit = told
+
+
+def bury(remains: Remains) -> LastWords | None:
+    """Make sure that a process of this node is gone, and take what it left; None when it was of another node."""
+    with contextlib.suppress(OSError):
+        if _started(remains.pid) == remains.started:
+            os.kill(remains.pid, signal.SIGKILL)
+    path = Path(remains.path)
+    try:
+        content = path.read_bytes()
+        path.unlink()
+    except OSError:
+        return None
+    step = int.from_bytes(content[:_STEP_BYTES], "little", signed=True)
+    return LastWords(step, content[_STEP_BYTES:].decode(errors="replace"))
+
+
+def log_folder() -> Path:
+    """Where this process's log goes when it is a file, as under Ray; else where temporary files go."""
+    log = Path(f"/proc/self/fd/{2}").resolve()
+    return log.parent if log.is_file() else Path(tempfile.gettempdir())
+
+
+def _started(pid: int) -> int:
+    """When a process began, in clock ticks since boot (proc_pid_stat(5), field 22). Raises OSError."""
+    stat = Path(f"/proc/{pid}/stat").read_text()
+    return int(stat.rpartition(")")[2].split()[19])

@@ -1,0 +1,43 @@
+"""Brings an executor back in a thread of its own, so that the engine can go on to take, and to end, requests."""
+
+import threading
+from collections.abc import Callable
+from functools import partial
+
+from actors.words.errors import Verdict
+from actors.words.executor import Revival, Revive
+
+
+class Attempt:
+    """One try to come back."""
+
+    def __init__(
+        self, revive: Revive, epoch: int, verdict: Verdict, is_fresh: bool, when_done: Callable[[], None]
+    ) -> None:
+        """Begins at once. `when_done` is called in its thread."""
+        self._work: Callable[[], Revival] = partial(revive, epoch, verdict, is_fresh)
+        self._when_done = when_done
+        self._revival: Revival | None = None
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="revival", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `result` is there."""
+        return self._revival is not None or self._error is not None
+
+    def result(self) -> Revival:
+        """Wait for the end. Raises what went wrong."""
+        self._thread.join()
+        if self._revival is None:
+            assert self._error is not None
+            raise self._error
+        return self._revival
+
+    def _run(self) -> None:
+        try:
+            self._revival = self._work()
+        except Exception as error:  # noqa: BLE001 - told by `result`
+            self._error = error
+        self._when_done()

@@ -1,0 +1,37 @@
+"""Tensors between host and device without waiting: pinned on the way up, and with an event on the way down."""
+
+import torch
+
+
+def to_device(on_host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on the device that the host does not wait for; on CPU the tensor itself.
+
+    From memory that is not pinned, CUDA may wait for the stream. The pinned copy goes back to torch's cache of such
+    memory, which lends it out again only once the device has read it.
+    """
+    if device.type != "cuda" or not on_host.numel():
+        return on_host.to(device)
+    return on_host.pin_memory().to(device, non_blocking=True)
+
+
+class Download:
+    """Numbers on their way to the host."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._on_host = tensor
+        if tensor.is_cuda:
+            self._on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._on_host.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def is_ready(self) -> bool:
+        """Whether `take` would not wait."""
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def take(self) -> torch.Tensor:
+        """Wait for this and for nothing that was launched later → the tensor on the host."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._on_host

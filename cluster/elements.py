@@ -1,0 +1,170 @@
+"""What CPU kernels are made of: addresses as typed pointers, bfloat16 as bits, prefetching, a vectorised exponential.
+
+An element type is named by `like`, a scalar: uint16 stands for bfloat16, float32 for itself.
+Words are int64; what one process stores with release, another that loads it with acquire sees with all before it.
+"""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LIKE = {torch.bfloat16: np.uint16(0), torch.float32: np.float32(0)}  # element types that the kernels know
+_REORDERING = {
+    "reassoc",
+    "contract",
+    "arcp",
+    "nsz",
+}  # sums in any order; NaN stays NaN, so that a fault shows in the end
+# Kept beside the source where that can be written to. What is kept knows its own file only: who changes this file has
+# to touch the files of the kernels too.
+_IS_KEPT = os.access(Path(__file__).parent, os.W_OK)
+OPTIONS: dict[str, Any] = {"cache": _IS_KEPT, "nogil": True, "fastmath": _REORDERING, "error_model": "numpy"}
+_I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_LOG2_E = np.float32(math.log2(math.e))
+
+
+@intrinsic
+def pointer(typing_context: Any, address: Any, like: Any) -> Any:
+    """An address as a pointer to elements of the type of `like`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like)(address, like), generate
+
+
+@intrinsic
+def wide(typing_context: Any, element: Any) -> Any:
+    """An element as float32: the bits of a bfloat16 are the upper half of a float32's."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if signature.args[0] == types.float32:
+            return arguments[0]
+        bits = builder.shl(builder.zext(arguments[0], _I32), ir.Constant(_I32, 16))
+        return builder.bitcast(bits, _F32)
+
+    return types.float32(element), generate
+
+
+@intrinsic
+def narrow(typing_context: Any, number: Any, like: Any) -> Any:
+    """A float32 as an element, rounded to the nearest, to the even one of two."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if signature.return_type == types.float32:
+            return arguments[0]
+        bits = builder.bitcast(arguments[0], _I32)
+        last = builder.and_(builder.lshr(bits, ir.Constant(_I32, 16)), ir.Constant(_I32, 1))
+        rounded = builder.add(bits, builder.add(last, ir.Constant(_I32, 0x7FFF)))
+        quiet = builder.or_(bits, ir.Constant(_I32, 0x400000))  # rounding could turn a NaN into a number
+        is_nan = builder.icmp_unsigned(
+            ">", builder.and_(bits, ir.Constant(_I32, 0x7FFFFFFF)), ir.Constant(_I32, 0x7F800000)
+        )
+        return builder.trunc(builder.lshr(builder.select(is_nan, quiet, rounded), ir.Constant(_I32, 16)), _I16)
+
+    return like(types.float32, like), generate
+
+
+@intrinsic
+def bits_of(typing_context: Any, number: Any) -> Any:
+    """The bits of a float32 as int32."""
+    return types.int32(types.float32), lambda context, builder, signature, arguments: builder.bitcast(
+        arguments[0], _I32
+    )
+
+
+@intrinsic
+def float_of(typing_context: Any, bits: Any) -> Any:
+    """The float32 of these bits, an int32."""
+    return types.float32(types.int32), lambda context, builder, signature, arguments: builder.bitcast(
+        arguments[0], _F32
+    )
+
+
+@intrinsic
+def power_of_two(typing_context: Any, exponent: Any) -> Any:
+    """2 ** exponent as float32, for an int32 from -126 to 127."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        biased = builder.add(arguments[0], ir.Constant(_I32, 127))
+        return builder.bitcast(builder.shl(biased, ir.Constant(_I32, 23)), _F32)
+
+    return types.float32(types.int32), generate
+
+
+@intrinsic
+def prefetch(typing_context: Any, pointer: Any, index: Any) -> Any:
+    """Ask for the cache line of an element; a hint that never faults."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = builder.bitcast(builder.gep(arguments[0], [arguments[1]]), ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [address.type, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        read, keep, data = ir.Constant(_I32, 0), ir.Constant(_I32, 3), ir.Constant(_I32, 1)
+        builder.call(function, [address, read, keep, data])
+        return context.get_dummy_value()
+
+    return types.void(pointer, index), generate
+
+
+@intrinsic
+def load_acquire(typing_context: Any, words: Any, index: Any) -> Any:
+    """Element `index` of int64 words, and after it nothing older than it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = builder.gep(arguments[0], [arguments[1]], source_etype=_I64)
+        return builder.load_atomic(place, "acquire", 8, typ=_I64)
+
+    return types.int64(words, index), generate
+
+
+@intrinsic
+def store_release(typing_context: Any, words: Any, index: Any, value: Any) -> Any:
+    """Set element `index` of int64 words, after all that was stored before."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = builder.gep(arguments[0], [arguments[1]], source_etype=_I64)
+        builder.store_atomic(arguments[2], place, "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(words, index, types.int64), generate
+
+
+@intrinsic
+def pause(typing_context: Any) -> Any:
+    """Tell the core that it waits in a loop."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@njit(**OPTIONS)
+def exp(x: Any) -> Any:
+    """Exponential with float32's precision for x from -87 to 87, in a form that runs on many numbers at once.
+
+    2 ** n of the whole part, and the Taylor series of the rest, which is at most ln(2) / 2.
+    """
+    given, x = x, min(max(x, np.float32(-87)), np.float32(87))
+    n = np.floor(x * _LOG2_E + np.float32(0.5))
+    r = (x - n * np.float32(0.693359375)) + n * np.float32(2.12194440e-4)
+    y = np.float32(1 / 5040)
+    y = y * r + np.float32(1 / 720)
+    y = y * r + np.float32(1 / 120)
+    y = y * r + np.float32(1 / 24)
+    y = y * r + np.float32(1 / 6)
+    y = y * r + np.float32(0.5)
+    y = y * r + np.float32(1)
+    y = y * r + np.float32(1)
+    return y * power_of_two(np.int32(n)) + (given - given)  # NaN where it was given

@@ -1,0 +1,104 @@
+"""The chat template of a model, rendered in a process of its own that may be killed: conversations become text."""
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from deployments.api_error import ApiError, public_text
+
+CPU_S = 1.0  # processor time for one conversation
+MEMORY_BYTES = 256 * 1024 * 1024  # beside what the process has when it starts
+MAX_RENDERED_CHARS = 4 * 1024 * 1024
+_WALL_S = 20.0  # for a process that is starved, or stopped
+
+
+class ChatTemplate:
+    """Used by one thread at a time. The process starts with a conversation, and again after one that ends it."""
+
+    def __init__(self, template: str, special_tokens: dict[str, Any]) -> None:
+        """`special_tokens`: name → text, as the tokenizer has them and templates use them."""
+        self._setup = {
+            "template": template,
+            "special_tokens": {name: token for name, token in special_tokens.items() if isinstance(token, str | list)},
+            "cpu_s": CPU_S,
+            "memory_bytes": MEMORY_BYTES,
+            "max_chars": MAX_RENDERED_CHARS,
+        }
+        self._knows_developers = "developer" in template
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+
+    def check(self) -> None:
+        """Raises ValueError for a template that does not end; one that refuses a single word may have its reasons."""
+        with contextlib.suppress(ApiError):
+            if self._answer([{"role": "user", "content": "x"}]) is None:
+                raise ValueError(
+                    f"the model's chat template needs more than {CPU_S:g} s or {MEMORY_BYTES >> 20} MiB for one word; "
+                    "mend chat_template in the checkpoint's folder"
+                )
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        """The text that the model reads. Raises ApiError (400) when the template refuses the messages or takes long."""
+        if not self._knows_developers:  # the newer name of the system role, which such a template would drop
+            messages = [{**m, "role": "system" if m["role"] == "developer" else m["role"]} for m in messages]
+        answer = self._answer(messages)
+        if answer is None:
+            raise _refused("it takes too long with them; send fewer or shorter ones")
+        if "too_long" in answer:
+            message = (
+                f"messages: the chat template makes {answer['too_long']} characters of them; "
+                f"send at most {self._setup['max_chars']}"
+            )
+            raise ApiError(400, message, param="messages", code="context_length_exceeded")
+        if "text" not in answer:
+            raise _refused(public_text(answer["refused"]) if "refused" in answer else "it failed on them")
+        return str(answer["text"])
+
+    def close(self) -> None:
+        """End the process. May be called twice; a later conversation starts another."""
+        if self._process is not None and self._socket is not None:
+            self._socket.close()
+            self._process.kill()
+            self._process.wait()
+        self._process = self._socket = None
+
+    def _answer(self, messages: list[dict[str, str]]) -> dict[str, Any] | None:
+        """None when the process had to be ended, or ended itself."""
+        try:
+            connection = self._socket or self._start()
+            connection.sendall(_line(messages))
+            received = bytearray()
+            while not received.endswith(b"\n"):
+                part = connection.recv(1 << 20)
+                if not part:
+                    raise ConnectionError("the process has ended")
+                received += part
+            answer: dict[str, Any] = json.loads(received)
+            return answer
+        except OSError:
+            self.close()
+            return None
+
+    def _start(self) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        program = str(Path(__file__).with_name("template_process.py"))
+        # -P: the program's own folder is no place to import from; it has a http.py
+        self._process = subprocess.Popen([sys.executable, "-P", program], stdin=theirs.fileno(), stdout=theirs.fileno())
+        theirs.close()
+        ours.settimeout(_WALL_S)
+        self._socket = ours
+        ours.sendall(_line(self._setup))
+        return ours
+
+
+def _line(value: object) -> bytes:
+    return json.dumps(value).encode() + b"\n"
+
+
+def _refused(reason: str) -> ApiError:
+    message = f"messages: the model's chat template refuses them: {reason[:200]}"
+    return ApiError(400, message, param="messages")

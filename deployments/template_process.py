@@ -1,0 +1,52 @@
+"""The process that renders chat templates: a template and each conversation in, text out, and limits that end it.
+
+A chat template is a program of the model's, run on what clients write. Here it cannot hold up anybody else: each line
+on standard input is one JSON request, each line on standard output its answer, and the kernel ends the process at the
+first conversation that takes more processor time than allowed. It ends with its parent, too. See chat_template.py.
+"""
+
+import json
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+
+def limit_memory(more_bytes: int) -> None:
+    """From here on so much more address space than is mapped already; what asks for more meets MemoryError."""
+    mapped = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + more_bytes, mapped + more_bytes))
+
+
+def render(template: str, special_tokens: dict[str, str], messages: list[dict[str, str]], max_chars: int) -> object:
+    """`{"text"}`, or why there is none: `{"refused"}` by the template itself, `{"failed"}`, `{"too_long"}` in chars."""
+    try:
+        (text,), _ = render_jinja_template(
+            [messages], chat_template=template, add_generation_prompt=True, **special_tokens
+        )
+    except TemplateError as error:
+        return {"refused": str(error)[:1000]}
+    except Exception as error:  # noqa: BLE001 - a program of the model's, and the messages are its input
+        return {"failed": type(error).__name__}
+    return {"text": text} if len(text) <= max_chars else {"too_long": len(text)}
+
+
+def main() -> None:
+    """Answer line after line until standard input ends."""
+    setup: dict[str, Any] = json.loads(sys.stdin.readline())
+    limit_memory(setup["memory_bytes"])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the parent
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_PROF, setup["cpu_s"])  # its signal ends the process, whatever it is doing
+        answer = render(setup["template"], setup["special_tokens"], json.loads(line), setup["max_chars"])
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

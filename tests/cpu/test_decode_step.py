@@ -1,0 +1,244 @@
+"""Decode over static buffers gives what the eager path gives: random worlds, families, shards and stages."""
+
+import random
+import runpy
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from actors.decisions.buckets import Bucket, Buckets
+from actors.decisions.plan import Plan
+from actors.tensors.device_runner import DeviceRunner
+from actors.tensors.runner import Launched, Runner, Sampled
+from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
+from cluster.collectives import LoneShard
+
+CPU = torch.device("cpu")
+NUM_BLOCKS = 60
+BLOCK_SIZE = 4
+threads = runpy.run_path(str(Path(__file__).parent.parent / "families" / "threads.py"))
+
+
+class Alone:
+    stage = LoneShard()
+    previous = None
+    next = None
+    feedback = None
+
+
+class World:
+    """Sequences that come, are prefilled in chunks, decode and go; the steps of one lane, as an engine makes them."""
+
+    def __init__(self, seed: int, vocab_size: int, depth: int) -> None:
+        self.random = random.Random(seed)
+        self.vocab_size, self.depth = vocab_size, depth
+        self.free = list(range(NUM_BLOCKS))
+        self.open: dict[int, dict[str, Any]] = {}
+        self.num_begun = self.num_steps = 0
+        self.closing: list[int] = []
+
+    def step(self, known: Callable[[int, int], int | None]) -> StepBatch:
+        """`known(seq, position)`: the id there, None while the engine has not seen it."""
+        opened = []
+        while len(self.open) < 5 and self.random.random() < 0.5:
+            opened.append(self._begin())
+        entries = []
+        for seq, it in self.open.items():
+            if self.random.random() < 0.85:
+                entries.append(self._entry(seq, it, known))
+        closed, self.closing = self.closing, []
+        for seq in [seq for seq, it in self.open.items() if it["done"] > 45 or self.random.random() < 0.03]:
+            self.closing.append(seq)
+            self.free += self.open.pop(seq)["blocks"]
+        self.num_steps += 1
+        return StepBatch(0, self.num_steps, 0, opened, closed, entries)
+
+    def _begin(self) -> NewSequence:
+        self.num_begun += 1
+        prompt = [self.random.randrange(self.vocab_size) for _ in range(self.random.randint(1, 12))]
+        self.open[self.num_begun] = {"prompt": prompt, "done": 0, "blocks": []}
+        greedy = SamplingParams(temperature=0)
+        choices = [greedy, SamplingParams(0.9, seed=self.num_begun), SamplingParams(0.7, seed=3, top_k=5)]
+        choices += [SamplingParams(0.8, seed=4, top_p=0.9), SamplingParams(temperature=0, repetition_penalty=1.4)]
+        choices += [SamplingParams(temperature=0, logprobs=2)]
+        return NewSequence(self.num_begun, self.random.choice(choices), [], len(prompt))
+
+    def _entry(self, seq: int, it: dict[str, Any], known: Callable[[int, int], int | None]) -> Entry:
+        start, prompt = it["done"], it["prompt"]
+        if start < len(prompt):
+            ids = prompt[start : start + self.random.randint(1, 6)]
+        else:
+            last = known(seq, start)
+            ids = [] if last is None else [last]
+        end = start + max(1, len(ids))
+        grown = [self.free.pop() for _ in range(-(-end // BLOCK_SIZE) - len(it["blocks"]))]
+        it["blocks"] += grown
+        it["done"] = end
+        return Entry(seq, start, ids, grown, end >= len(prompt))
+
+
+def run(world: World, launch: Callable[[StepBatch], Launched], num_steps: int) -> list[Sampled]:
+    """Launch steps, up to `depth` of them before the first is taken; → what each brought."""
+    ids: dict[tuple[int, int], int] = {}
+    waiting: list[tuple[StepBatch, Launched]] = []
+    results: list[Sampled] = []
+
+    def take() -> None:
+        step, launched = waiting.pop(0)
+        sampled = launched.take()
+        assert sampled is not None
+        results.append(sampled)
+        sampling = [entry for entry in step.entries if entry.sample]
+        for entry, (token_id,) in zip(sampling, sampled.token_ids, strict=True):
+            ids[entry.seq, entry.start + max(1, len(entry.ids))] = token_id
+
+    for _ in range(num_steps):
+        if len(waiting) == world.depth:
+            take()
+        step = world.step(lambda seq, position: ids.get((seq, position)))
+        waiting.append((step, launch(step)))
+    while waiting:
+        take()
+    return results
+
+
+def make(runner_type: type[Runner], plan: Plan, folder: Path) -> Runner:
+    runner = runner_type(plan, 0, Alone(), CPU)
+    runner.load(folder)
+    runner.allocate_cache(NUM_BLOCKS)
+    runner.warm_up()
+    return runner
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_random_worlds_bring_the_same_ids(
+    family: str, depth: int, plan_of: Callable[..., Plan], checkpoints: Callable[[str], Path]
+) -> None:
+    plan = plan_of(family, scheduler={"max_num_seqs": 5, "depth": depth})
+    vocab_size = plan.spec.vocab_size
+    expected_from = make(Runner, plan, checkpoints(family))
+    runner = make(DeviceRunner, plan, checkpoints(family))
+    assert isinstance(runner, DeviceRunner)
+    for seed in range(3):
+        expected = run(World(seed, vocab_size, depth), expected_from.launch, 40)
+        found = run(World(seed, vocab_size, depth), runner.launch, 40)
+        assert [step.token_ids for step in found] == [step.token_ids for step in expected]
+        # Weights and cache are as they were; rows of the last world are not
+        expected_from.join(Alone())
+        runner.join(Alone())
+        clean(expected_from)
+        clean(runner)
+
+
+def clean(runner: Runner) -> None:
+    assert runner.cache is not None
+    runner.cache.clear(torch.arange(runner.cache.num_blocks))
+
+
+def test_decode_steps_run_over_static_buffers(
+    plan_of: Callable[..., Plan], checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = make(DeviceRunner, plan_of("llama", scheduler={"max_num_seqs": 6}), checkpoints("llama"))
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError("the eager path ran")
+
+    greedy = SamplingParams(temperature=0)
+    prompts = [Entry(seq, 0, [seq + 1, 2, 3], [seq], True) for seq in range(3)]
+    runner.launch(StepBatch(0, 0, 0, [NewSequence(seq, greedy, [], 3) for seq in range(3)], [], prompts)).take()
+    monkeypatch.setattr(runner.table, "tensors", refuse)
+    before = [tensor.clone() for tensor in (*runner.cache.keys, *runner.cache.values)]
+    launched = [
+        runner.launch(StepBatch(0, 1 + i, 0, [], [], [Entry(seq, 3 + i, [], [10 + seq] if i == 1 else [], True)
+                                                      for seq in range(3)]))
+        for i in range(3)
+    ]  # fmt: skip
+    assert [len(step.take().token_ids) for step in launched] == [3, 3, 3]
+    for was, now in zip(before, (*runner.cache.keys, *runner.cache.values), strict=True):
+        changed = (was != now).flatten(1).any(1).nonzero()[:, 0].tolist()
+        assert set(changed) <= {0, 1, 2, 10, 11, 12, NUM_BLOCKS}, "padding wrote into a block of a sequence"
+        assert NUM_BLOCKS in changed, "three rows are padded to four, which write to the trash block"
+
+
+def test_garbage_in_foreign_and_trash_blocks_reaches_nobody(
+    plan_of: Callable[..., Plan], checkpoints: Callable[[str], Path]
+) -> None:
+    plan = plan_of("mistral", scheduler={"max_num_seqs": 5})
+    runner = make(DeviceRunner, plan, checkpoints("mistral"))
+    world = World(7, plan.spec.vocab_size, 1)
+    expected = run(world, make(Runner, plan, checkpoints("mistral")).launch, 30)
+    for tensor in (*runner.cache.keys, *runner.cache.values):
+        tensor.fill_(float("nan"))  # a fresh block is cleared when a sequence gets it
+    found = run(World(7, plan.spec.vocab_size, 1), runner.launch, 30)
+    assert [step.token_ids for step in found] == [step.token_ids for step in expected]
+
+
+@pytest.mark.parametrize("layout", [(2, 1), (1, 2), (2, 2)])
+def test_shards_and_stages_bring_the_same_ids(
+    layout: tuple[int, int], plan_of: Callable[..., Plan], checkpoints: Callable[[str], Path]
+) -> None:
+    plan = plan_of("llama", *layout, scheduler={"max_num_seqs": 4})
+    prompts = [[1, 2, 3], [4] * 11, [7, 8], [9]]
+    answers = {}
+    for runner_type in (None, type("Recording", (threads["RecordingRunner"], DeviceRunner), {})):
+        gang = threads["ThreadGang"](plan, checkpoints("llama"), NUM_BLOCKS, runner_type)
+        ids = [[] for _ in prompts]
+        opened = [NewSequence(seq, SamplingParams(0.8, seed=seq), [], len(p)) for seq, p in enumerate(prompts)]
+        entries = [Entry(seq, 0, p, list(range(8 * seq, 8 * seq + 8)), True) for seq, p in enumerate(prompts)]
+        for number in range(12):
+            for seq, (token_id,) in enumerate(execute(gang, StepBatch(0, number, 0, opened, [], entries))):
+                ids[seq].append(token_id)
+            opened = []
+            entries = [Entry(s, len(p) + number, [ids[s][-1]], [], True) for s, p in enumerate(prompts)]
+        answers[runner_type] = ids
+    eager, static = answers.values()
+    assert static == eager
+
+
+def execute(gang: Any, step: StepBatch) -> list[list[int]]:
+    results = [sampled for sampled in gang._all(lambda runner: runner.execute(step)) if sampled is not None]
+    assert all(result.token_ids == results[0].token_ids for result in results)
+    return results[0].token_ids
+
+
+def test_penalties_count_ids_that_were_still_on_their_way(
+    plan_of: Callable[..., Plan], checkpoints: Callable[[str], Path]
+) -> None:
+    plan = plan_of("llama", scheduler={"max_num_seqs": 2})
+    runner = make(DeviceRunner, plan, checkpoints("llama"))
+    sampling = SamplingParams(temperature=0, frequency_penalty=2.0)
+    runner.launch(StepBatch(0, 0, 0, [NewSequence(0, sampling, [], 2)], [], [Entry(0, 0, [1, 2], [0, 1, 2], True)]))
+    for number in range(1, 8):
+        runner.launch(StepBatch(0, number, 0, [], [], [Entry(0, 1 + number, [], [], True)]))
+    row = runner.table.rows[0]
+    draw = runner.table.draw(Entry(0, 8, [], [], True))
+    runner._settle()
+    assert isinstance(row.ids, array)
+    assert list(draw.ids) == list(row.ids)
+    assert len(set(row.ids[2:])) > 1
+
+
+# Buckets
+
+
+def test_buckets_hold_every_step_and_pad_to_less_than_twice() -> None:
+    buckets = Buckets.of(24, 100, 16)
+    assert buckets.rows == (1, 2, 4, 8, 16, 24)
+    assert buckets.blocks == (16, 32, 64, 100)
+    for num_rows in range(1, 25):
+        for num_blocks in range(1, 101):
+            bucket = buckets.of_step(num_rows, num_blocks)
+            assert bucket is not None
+            assert num_rows <= bucket.num_rows < 2 * num_rows or bucket.num_rows == 1
+            assert num_blocks <= bucket.num_blocks < max(17, 2 * num_blocks)
+    assert buckets.of_step(25, 1) is None
+    assert buckets.of_step(1, 101) is None
+    assert buckets.of_step(0, 1) is None
+    assert Buckets.of(1, 7).all() == [Bucket(1, 7)]
+    assert buckets.all()[0] == Bucket(24, 100)
+    assert len(set(buckets.all())) == 24

@@ -1,0 +1,165 @@
+"""The paged kernel: when it is chosen, what it is asked, and that a kernel which is wrong is found out.
+
+Torch's kernel runs on CUDA only. Here a function that does what its documentation says stands for it.
+"""
+
+import dataclasses
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from actors.decisions.kernels import KernelDevice, why_no_kernel
+from actors.decisions.model_spec import AttentionSpec, Sight
+from actors.decisions.plan import Plan
+from actors.tensors import device_runner
+from actors.tensors.device_runner import DeviceRunner
+from actors.tensors.paged import PagedRows, VarlenKernel, choose_kernels, first_keys, kernel_fault
+from actors.tensors.runner import Runner
+
+CPU = torch.device("cpu")
+H100 = KernelDevice("cuda", 90)
+SPEC = AttentionSpec("a", 8, 2, 16, 16)
+worlds = runpy.run_path(str(Path(__file__).with_name("test_decode_step.py")))
+
+
+def documented(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+    seqused_k: torch.Tensor,
+    block_table: torch.Tensor,
+) -> torch.Tensor:
+    """What torch.nn.attention.varlen.varlen_attn says it does, with the checks of its C++ side."""
+    integers = (cu_seq_q, seqused_k, block_table, *([] if cu_seq_k is None else [cu_seq_k]))
+    assert all(tensor.dtype == torch.int32 for tensor in integers) and block_table.stride(-1) == 1
+    assert query.stride(-1) == 1 and seqused_k.is_contiguous() and cu_seq_q.is_contiguous()
+    assert cu_seq_k is None or cu_seq_k.shape == cu_seq_q.shape
+    assert block_table.shape[0] == seqused_k.shape[0] == len(cu_seq_q) - 1
+    assert enable_gqa == (query.shape[1] != key.shape[2])
+    out = torch.zeros_like(query)
+    for seq, (first, end) in enumerate(zip(cu_seq_q.tolist(), cu_seq_q.tolist()[1:], strict=False)):
+        length = int(seqused_k[seq])
+        assert 0 < end - first <= max_q and length <= max_k
+        keys, values = (x[block_table[seq].long()].flatten(0, 1)[:length] for x in (key, value))
+        groups = query.shape[1] // key.shape[2]
+        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+        at = torch.arange(length - (end - first), length)[:, None]  # the last tokens of the sequence
+        places = torch.arange(length)[None, :]
+        left, right = window_size
+        seen = torch.ones(end - first, length, dtype=torch.bool)
+        seen &= (places >= at - left) if left >= 0 else True
+        seen &= (places <= at + right) if right >= 0 else True
+        logits = torch.einsum("qhd,khd->hqk", query[first:end].float(), keys.float()) * scale
+        weights = logits.masked_fill(~seen, float("-inf")).softmax(-1)
+        out[first:end] = torch.einsum("hqk,khd->qhd", weights, values.float()).to(query.dtype)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "block_size", "device", "reason"),
+    [
+        ({}, "bfloat16", 256, H100, None),
+        ({}, "float16", 512, H100, None),
+        ({"sight": Sight(window=5)}, "bfloat16", 256, H100, None),
+        ({}, "bfloat16", 256, KernelDevice("cpu"), "not on cpu"),
+        ({}, "bfloat16", 256, KernelDevice("cuda", 75), "this device has 7.5"),
+        ({}, "float32", 256, H100, "not in float32"),
+        ({"softcap": 30.0}, "bfloat16", 256, H100, "soft cap"),
+        ({"has_sinks": True}, "bfloat16", 256, H100, "sinks"),
+        ({"sight": Sight(chunk=64)}, "bfloat16", 256, H100, "chunks"),
+        ({"value_dim": 8}, "bfloat16", 256, H100, "differ"),
+        ({"key_dim": 20, "value_dim": 20}, "bfloat16", 256, H100, "multiple of 8"),
+        ({"key_dim": 264, "value_dim": 264}, "bfloat16", 256, H100, "up to 256"),
+        ({}, "bfloat16", 16, H100, "set cache.block_size"),
+        ({}, "bfloat16", 16, KernelDevice("cuda", 90, "FA3"), None),
+    ],
+)
+def test_the_kernel_is_chosen_for_what_it_can(
+    change: dict[str, Any], dtype: str, block_size: int, device: KernelDevice, reason: str | None
+) -> None:
+    found = why_no_kernel(dataclasses.replace(SPEC, **change), dtype, block_size, device)
+    assert found is None if reason is None else reason in str(found)
+
+
+@pytest.mark.parametrize("sight", [Sight(), Sight(window=1), Sight(window=7), Sight(window=1000)])
+@pytest.mark.parametrize("implementation", [None, "FA3"])
+def test_what_the_kernel_is_asked_is_what_is_meant(
+    sight: Sight, implementation: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", documented)
+    spec, kernel = dataclasses.replace(SPEC, sight=sight), VarlenKernel(sight, implementation)
+    for num_kv_heads in (2, 8):
+        one = dataclasses.replace(spec, num_kv_heads=num_kv_heads)
+        assert kernel_fault(kernel, one, torch.bfloat16, 16, CPU) is None
+    wrong = VarlenKernel(Sight(window=3), implementation)
+    assert "differs by" in str(kernel_fault(wrong, spec, torch.bfloat16, 16, CPU))
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda *_, **__: _raise())
+    assert "it fails on this device: no kernel image" in str(kernel_fault(kernel, spec, torch.bfloat16, 16, CPU))
+
+
+def _raise() -> None:
+    raise RuntimeError("no kernel image")
+
+
+def test_why_there_is_no_kernel_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    specs = [dataclasses.replace(SPEC, name=str(layer)) for layer in range(3)]
+    assert choose_kernels(specs, torch.bfloat16, 256, CPU) == {}
+    assert [record.getMessage() for record in caplog.records] == [
+        "3 of 3 attentions run without torch's paged kernel: it runs on CUDA, not on cpu"
+    ]
+
+
+def test_torch_takes_these_arguments() -> None:
+    """Through the shapes that torch itself declares for it."""
+    rows = PagedRows.decode(torch.zeros(3, 4, dtype=torch.int32), torch.ones(3, dtype=torch.int32), 256)
+    on_meta = PagedRows(
+        *(tensor.to("meta") for tensor in (rows.tables_SN, rows.lengths_S, rows.first_tokens_S1, rows.first_keys_S1)),
+        rows.max_queries,
+        rows.max_keys,
+    )
+    query, cache = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((3, 8, 64), (5, 256, 2, 64)))
+    for sight in (Sight(), Sight(window=9)):
+        out = VarlenKernel(sight, None).attend(query, cache, cache, on_meta, 0.1, None)
+        assert (out.shape, out.dtype, out.is_meta) == (query.shape, query.dtype, True)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_prefill_and_decode_by_the_kernel_bring_the_same_ids(
+    family: str,
+    plan_of: Callable[..., Plan],
+    checkpoints: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", documented)
+    monkeypatch.setattr(
+        device_runner,
+        "choose_kernels",
+        lambda specs, *_: {spec.name: VarlenKernel(spec.sight, None) for spec in specs},
+    )
+    plan = plan_of(family, scheduler={"max_num_seqs": 5})
+    run, world, make = worlds["run"], worlds["World"], worlds["make"]
+    expected = run(world(3, plan.spec.vocab_size, 2), make(Runner, plan, checkpoints(family)).launch, 25)
+    runner = make(DeviceRunner, plan, checkpoints(family))
+    assert runner.table.visibility.sights == frozenset(), "no masks are made for attentions that need none"
+    assert len(runner._buckets.blocks) == 1
+    found = run(world(3, plan.spec.vocab_size, 2), runner.launch, 25)
+    assert [step.token_ids for step in found] == [step.token_ids for step in expected]
+
+
+def test_first_keys_are_those_of_the_sight() -> None:
+    positions = torch.arange(50)
+    for sight in (Sight(), Sight(window=7), Sight(chunk=8), Sight(window=5, chunk=8)):
+        assert first_keys(sight, positions).tolist() == [sight.first_key(position) for position in range(50)]

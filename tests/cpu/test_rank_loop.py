@@ -1,0 +1,94 @@
+"""A rank's loop: the next step is launched before the last one's ids are waited for, and answers keep their order."""
+
+import threading
+from collections import deque
+from types import SimpleNamespace
+
+import pytest
+
+from actors.decisions.phase_clock import PhaseClock
+from actors.remote.rank import Rank
+from actors.tensors.runner import Sampled
+from actors.words.messages import Entry, Shutdown, StepBatch
+
+
+def step(number):
+    return StepBatch(0, number, 0, [], [], [Entry(0, number, [1], [], True)])
+
+
+class SlowStep:
+    """Ready once it was asked a few times; `wait` says what it cost to take it early."""
+
+    def __init__(self, number, log, looks):
+        self.number, self.log, self.looks = number, log, looks
+
+    def is_ready(self):
+        self.looks -= 1
+        return self.looks < 0
+
+    def take(self):
+        assert self.looks < 0, "the loop waited for a step that was not ready"
+        return Sampled([[self.number]], [], [])
+
+
+class Script:
+    """A channel and a runner in one: messages come once so many answers were given; everything is written down."""
+
+    def __init__(self, messages, looks):
+        self.messages, self.looks, self.log, self.num_answers = deque(messages), looks, [], 0
+        self.clock, self.seconds = PhaseClock(), {}
+
+    def has_message(self):
+        return self.messages[0][0] <= self.num_answers
+
+    def receive(self):
+        return self.messages.popleft()[1]
+
+    def launch(self, message):
+        self.log.append(("launch", message.step))
+        return SlowStep(message.step, self.log, self.looks)
+
+    def answer(self, result):
+        self.num_answers += 1
+        self.log.append(("answer", result.step))
+        assert result.token_ids == [[result.step]]
+
+    def close(self): ...
+
+    def report(self, error):
+        raise error
+
+    def abort(self): ...
+
+
+def serve(messages, looks, is_answering=True):
+    script = Script(messages, looks)
+    rank = Rank.__new__(Rank)
+    topology = SimpleNamespace(answering_rank=0 if is_answering else 1)
+    rank.assignment = SimpleNamespace(rank=0, plan=SimpleNamespace(topology=topology))
+    rank._runner = rank._channel = rank._groups = script
+    rank._is_over, rank._enter_step = threading.Event(), lambda number: None
+    rank.serve()
+    return script.log
+
+
+@pytest.mark.parametrize("looks", [0, 1, 7])
+def test_a_step_that_is_here_is_launched_before_the_last_is_answered(looks):
+    log = serve([(0, step(0)), (0, step(1)), (1, step(2)), (3, Shutdown(0))], looks)
+    assert [entry for entry in log if entry[0] == "launch"] == [("launch", n) for n in range(3)]
+    assert [entry for entry in log if entry[0] == "answer"] == [("answer", n) for n in range(3)]
+    if looks > 1:
+        assert log.index(("launch", 1)) < log.index(("answer", 0))
+
+
+def test_a_step_alone_is_answered_without_another_message():
+    assert serve([(0, step(0)), (1, Shutdown(0))], 20) == [("launch", 0), ("answer", 0)]
+
+
+def test_what_is_ready_at_once_is_answered_at_once():
+    log = serve([(0, step(0)), (0, step(1)), (2, Shutdown(0))], 0)
+    assert log == [("launch", 0), ("answer", 0), ("launch", 1), ("answer", 1)]
+
+
+def test_who_does_not_answer_waits_for_nothing():
+    assert serve([(0, step(0)), (0, step(1)), (0, Shutdown(0))], 10**9, False) == [("launch", 0), ("launch", 1)]

@@ -1,0 +1,244 @@
+"""Decode on a GPU: graphs, the paged kernel and fused kernels bring what plain eager steps bring, and nothing waits."""
+
+import dataclasses
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
+
+from actors.decisions.kernels import why_no_kernel
+from actors.decisions.model_spec import AttentionSpec, Sight
+from actors.decisions.plan import Plan, make_plan
+from actors.tensors.decode_graph import CapturedStep
+from actors.tensors.device_runner import DeviceRunner
+from actors.tensors.paged import GatheredAttention, PagedRows, VarlenKernel, kernel_device, kernel_fault
+from actors.tensors.runner import Runner
+from actors.tensors.spec_reader import read_spec
+from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
+from cluster.collectives import LoneShard, PresentGroup
+from cluster.process_group import ProcessGroup, TorchStage
+from cluster.rendezvous import host_store, join_store
+from configs.config import Config
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+SIZES = {
+    "hidden_size": 256,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 3,
+    "intermediate_size": 320,
+    "vocab_size": 505,
+    "head_dim": 64,
+    "initializer_range": 0.1,
+    "max_position_embeddings": 2048,
+}
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**SIZES),
+    "mistral": lambda: MistralConfig(**SIZES, sliding_window=300),
+    "qwen3": lambda: Qwen3Config(**SIZES),
+    "gemma2": lambda: Gemma2Config(**SIZES, sliding_window=300),  # soft cap: no kernel, graphs of gathers
+}
+BLOCK_SIZE = 256
+NUM_SEQS = 5
+
+
+class Alone:
+    previous = next = feedback = None
+
+    def __init__(self, stage=None) -> None:
+        self.stage = stage or LoneShard()
+
+
+def make(runner_type: type[Runner], family: str, folder: Path, device: str, dtype: str, stage=None) -> Runner:
+    config = CONFIGS[family]()
+    torch.manual_seed(0)
+    if not (folder / "config.json").exists():
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    runner = runner_type(plan_of(folder, dtype), 0, Alone(stage), torch.device(device))
+    runner.load(folder)
+    runner.allocate_cache(4 * NUM_SEQS)
+    runner.warm_up()
+    return runner
+
+
+def plan_of(folder: Path, dtype: str) -> Plan:
+    config = Config(
+        model={"source": str(folder), "dtype": dtype, "max_model_len": 700},
+        cache={"block_size": BLOCK_SIZE},
+        scheduler={"max_num_seqs": NUM_SEQS},
+    )
+    return make_plan(config, read_spec(folder, dtype))
+
+
+def steps(num_decode: int, feed: bool) -> list[StepBatch]:
+    """Five prompts around the window and the blocks' ends, then decode; `feed`: with fixed ids, else "your last"."""
+    numbers = random.Random(0)
+    lengths = [3, 255, 256, 290, 520]
+    sampling = [SamplingParams(temperature=0), SamplingParams(0.9, seed=3), SamplingParams(0.8, seed=5, top_k=20)]
+    opened = [NewSequence(seq, sampling[seq % 3], [], length) for seq, length in enumerate(lengths)]
+    prompts = [[numbers.randrange(505) for _ in range(length)] for length in lengths]
+    blocks = [list(range(4 * seq, 4 * seq + 3)) for seq in range(NUM_SEQS)]
+    entries = [Entry(seq, 0, prompts[seq], blocks[seq], True) for seq in range(NUM_SEQS)]
+    found = [StepBatch(0, 0, 0, opened, [], entries)]
+    for number in range(num_decode):
+        taking_part = [seq for seq in range(NUM_SEQS) if feed or number % 4 or seq < 3]  # three rows are padded to four
+        entries = [Entry(seq, lengths[seq], [numbers.randrange(505)] if feed else [], [], True) for seq in taking_part]
+        for seq in taking_part:
+            lengths[seq] += 1
+        found.append(StepBatch(0, 1 + number, 0, [], [], entries))
+    return found
+
+
+def ids_of(runner: Runner, batches: list[StepBatch]) -> list[list[list[int]]]:
+    """Two steps in flight, as the engine has them."""
+    launched, ids = [], []
+    for batch in batches:
+        launched.append(runner.launch(batch))
+        if len(launched) > 1:
+            ids.append(launched.pop(0).take().token_ids)
+    return ids + [step.take().token_ids for step in launched]
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_float32_graphs_bring_the_ids_of_the_cpu(family: str, tmp_path: Path) -> None:
+    """float32 has no kernel: what is captured is the gather."""
+    expected = ids_of(make(Runner, family, tmp_path, "cpu", "float32"), steps(12, feed=False))
+    runner = make(DeviceRunner, family, tmp_path, "cuda", "float32")
+    assert runner._steps and all(isinstance(step, CapturedStep) for step in runner._steps.values())
+    assert ids_of(runner, steps(12, feed=False)) == expected
+
+
+def logits_of(runner: Runner, batches: list[StepBatch]) -> torch.Tensor:
+    rows = []
+    sample = runner.sampler.sample
+
+    def record(logits, draws):
+        rows.append(logits.float().cpu())
+        return sample(logits, draws)
+
+    runner.sampler.sample = record
+    ids_of(runner, batches)
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_bfloat16_graphs_with_kernels_are_close_to_float32(family: str, tmp_path: Path) -> None:
+    expected = logits_of(make(Runner, family, tmp_path, "cpu", "float32"), steps(12, feed=True))
+    runner = make(DeviceRunner, family, tmp_path, "cuda", "bfloat16")
+    assert isinstance(runner, DeviceRunner)
+    kernels = [isinstance(attention.paged, VarlenKernel) for attention in runner.model.attentions]
+    assert all(kernels) if family != "gemma2" else not any(kernels), "see the log for the reason"
+    assert all(isinstance(step, CapturedStep) for step in runner._steps.values()) and runner._steps
+    found = logits_of(runner, steps(12, feed=True))
+    divergence = torch.nn.functional.kl_div(
+        found.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+    assert divergence < 1e-2
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_replay_is_the_step_that_was_captured(family: str, tmp_path: Path) -> None:
+    captured = make(DeviceRunner, family, tmp_path, "cuda", "bfloat16")
+    plain = make(DeviceRunner, family, tmp_path, "cuda", "bfloat16")
+    plain._steps.clear()  # they are made anew, uncaptured
+    assert ids_of(captured, steps(30, feed=False)) == ids_of(plain, steps(30, feed=False))
+
+
+def test_padding_touches_no_block_of_a_sequence(tmp_path: Path) -> None:
+    runner = make(DeviceRunner, "llama", tmp_path, "cuda", "bfloat16")
+    batches = steps(6, feed=False)
+    ids_of(runner, batches[:2])
+    before = [tensor.clone() for tensor in (*runner.cache.keys, *runner.cache.values)]
+    runner.execute(StepBatch(0, 9, 0, [], [], [Entry(0, 4, [], [], True)]))
+    three = [Entry(seq, start, [7], [], True) for seq, start in ((0, 5), (1, 256), (2, 257))]
+    runner.execute(StepBatch(0, 10, 0, [], [], three))
+    for was, now in zip(before, (*runner.cache.keys, *runner.cache.values), strict=True):
+        changed = (was != now).flatten(2).any(2).nonzero().tolist()
+        slots = {(block, slot) for block, slot in changed if block != 4 * NUM_SEQS}
+        assert slots <= {(0, 4), (0, 5), (5, 0), (9, 1)}
+
+
+def test_decode_waits_for_nothing(tmp_path: Path) -> None:
+    runner = make(DeviceRunner, "llama", tmp_path, "cuda", "bfloat16")
+    batches = steps(10, feed=False)
+    ids_of(runner, batches[:5])
+    launched = []
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        launched = [runner.launch(batch) for batch in batches[5:]]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(len(step.take().token_ids) in (3, 5) for step in launched)
+
+
+def test_a_step_is_launched_long_before_it_ends(tmp_path: Path) -> None:
+    runner = make(DeviceRunner, "llama", tmp_path, "cuda", "bfloat16")
+    batches = steps(3, feed=False)
+    ids_of(runner, batches[:2])
+    torch.cuda._sleep(2_000_000_000)  # about a second of the device's time
+    launched = runner.launch(batches[2])
+    assert not launched.is_ready()
+    assert len(launched.take().token_ids) == len(batches[2].entries)
+
+
+def test_graphs_hold_nccl_s_all_reduce(tmp_path: Path) -> None:
+    """A group of one shard goes the whole way through NCCL."""
+    device = torch.device("cuda", 0)
+    server, port = host_store("127.0.0.1")
+    store = join_store("127.0.0.1", port, 1, 30.0)
+    stage = TorchStage(ProcessGroup("stage0", store, [0], 0, device, "127.0.0.1", 30.0))
+    stage.all_reduce(torch.ones(1, device=device))
+    runner = make(DeviceRunner, "llama", tmp_path, "cuda", "float32", stage)
+    assert isinstance(runner.model._group, PresentGroup) and runner._steps
+    assert all(isinstance(step, CapturedStep) for step in runner._steps.values())
+    expected = ids_of(make(Runner, "llama", tmp_path, "cpu", "float32"), steps(8, feed=False))
+    assert ids_of(runner, steps(8, feed=False)) == expected
+    runner._steps.clear()
+    stage.close()
+    del server
+
+
+SPEC = AttentionSpec("", 8, 2, 64, 64)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SPEC,
+        dataclasses.replace(SPEC, sight=Sight(window=100)),
+        dataclasses.replace(SPEC, sight=Sight(window=1)),
+        dataclasses.replace(SPEC, num_kv_heads=8),
+        dataclasses.replace(SPEC, key_dim=128, value_dim=128, num_heads=64, num_kv_heads=8),
+        dataclasses.replace(SPEC, key_dim=256, value_dim=256),
+        dataclasses.replace(SPEC, key_dim=80, value_dim=80),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_torch_s_kernel_agrees_with_attention_written_out(spec: AttentionSpec, dtype: torch.dtype) -> None:
+    device = torch.device("cuda")
+    where = kernel_device(device)
+    assert why_no_kernel(spec, str(dtype).removeprefix("torch."), BLOCK_SIZE, where) is None
+    kernel = VarlenKernel(spec.sight, where.implementation)
+    assert kernel_fault(kernel, spec, dtype, BLOCK_SIZE, device) is None
+
+
+def test_the_gather_runs_on_cuda() -> None:
+    spec = dataclasses.replace(SPEC, sight=Sight(window=100))
+    rows_only = GatheredAttention(spec.sight, None)
+    keys = torch.randn(4, 16, 2, 64, device="cuda")
+    rows = PagedRows.decode(
+        torch.tensor([[0, 1], [2, 3]], dtype=torch.int32, device="cuda"),
+        torch.tensor([20, 32], dtype=torch.int32, device="cuda"),
+        16,
+    )
+    query = torch.randn(2, 8, 64, device="cuda")
+    found = rows_only.attend(query, keys, keys, rows, 0.125, None)
+    on_cpu = PagedRows.decode(rows.tables_SN.cpu(), rows.lengths_S.cpu(), 16)
+    expected = rows_only.attend(query.cpu(), keys.cpu(), keys.cpu(), on_cpu, 0.125, None)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,92 @@
+"""The offline benchmark on the demo: real gangs of two layouts, one after the other, and nothing left behind."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ray = pytest.importorskip("ray")
+
+from ray.util.placement_group import placement_group_table  # noqa: E402
+
+from deployments import cli  # noqa: E402
+
+pytestmark = pytest.mark.timeout(300)
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = str(ROOT / "configs" / "demo.yaml")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A Ray cluster of its own; the command joins it."""
+    ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def run_bench(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = cli.main(["bench", DEMO, "--offline", *arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_two_layouts_of_the_demo(cluster: None, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--layouts", "1x1", "2x1", "--batch", "1", "3", "--input-len", "20", "--output-len", "12"]
+    code, out, err = run_bench(capsys, *arguments, "--rounds", "2", "--json")
+    assert code == 0, err
+    report: dict[str, Any] = json.loads(out)
+    whole, halves = report["layouts"]
+    assert [len(one["weight_bytes"]) for one in (whole, halves)] == [1, 2]
+    # What is cut is cut in two; norms are on both shards
+    assert whole["weight_bytes"][0] / 2 < halves["weight_bytes"][0] < whole["weight_bytes"][0] * 0.51
+    assert sum(halves["cache_bytes"]) == whole["cache_bytes"][0], "256 blocks each, KV heads dealt out"
+    for one in (whole, halves):
+        assert one["num_blocks"] == 256
+        assert 0 < one["load_s"] < one["start_s"]
+        assert all(nbytes > weights for nbytes, weights in zip(one["process_bytes"], one["weight_bytes"], strict=True))
+        assert [speed["batch"] for speed in one["speeds"]] == [1, 3]
+        assert all(speed["decode_tokens_per_s"] > 0 < speed["prefill_tokens_per_s"] for speed in one["speeds"])
+    groups = placement_group_table().values()
+    assert [group["state"] for group in groups] == ["REMOVED"] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--layouts", "1x1", "3x1"], "4 KV heads|heads are not divisible by 3"),
+        (["--layouts", "8x1"], "parallel.tensor_parallel_size|fit the cluster"),
+        (["--batch", "65"], "--batch: 65, but scheduler.max_num_seqs is 64"),
+        (["--input-len", "500", "--output-len", "13"], "513 tokens together, but model.max_model_len is 512"),
+        (["--gpu", "h200"], "--gpu: the gang runs on cpu"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_anything_starts(
+    arguments: list[str], named: str, cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = len(placement_group_table())
+    code, out, err = run_bench(capsys, *arguments)
+    assert (code, out) == (1, "")
+    assert re.search(named, err), err
+    assert "starting" not in err and len(placement_group_table()) == before
+
+
+def test_a_batch_that_the_cache_does_not_hold(
+    cluster: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    small = tmp_path / "small.yaml"
+    text = (
+        Path(DEMO)
+        .read_text()
+        .replace("num_blocks: 256", "num_blocks: 32")
+        .replace("tensor_parallel_size: 2", "tensor_parallel_size: 1")
+    )
+    small.write_text(text.replace("pipeline_parallel_size: 2", "pipeline_parallel_size: 1"))
+    code = cli.main(["bench", str(small), "--offline", "--batch", "9", "--input-len", "60", "--output-len", "4"])
+    err = capsys.readouterr().err
+    assert code == 1
+    assert "--batch: 9 sequences of 64 tokens take 36 KV blocks, but the cache has 32" in err
+    assert {group["state"] for group in placement_group_table().values()} == {"REMOVED"}

@@ -1,0 +1,76 @@
+"""The hostile corpus against one replica without Ray, each case beside four streams that must not notice it."""
+
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "hostile"))
+
+from corpus import Target, check, corpus, golden_requests, said, send
+
+TARGET = Target("tiny", 400, 128, 16, 2**18, 600.0)
+
+
+class Served:
+    """One app behind uvicorn for all cases, and what its four golden streams say when nobody disturbs them."""
+
+    def __init__(self, world, url):
+        self.world = world
+        host, _, port = url.removeprefix("http://").partition(":")
+        self.address = (host, int(port))
+        self.requests = golden_requests(TARGET, 24)
+        self.threads = ThreadPoolExecutor(len(self.requests))
+        self.golden = self.streams()
+
+    def streams(self):
+        return [said(send(self.address, request).body) for request in self.requests]
+
+    def beside(self, case):
+        """The answer to a case that is sent while the four streams run, and what these said."""
+        ready = threading.Barrier(len(self.requests) + 1)
+
+        def stream(request):
+            ready.wait(20)
+            return said(send(self.address, request).body)
+
+        streams = [self.threads.submit(stream, request) for request in self.requests]
+        ready.wait(20)
+        answer = send(self.address, case)
+        return answer, [stream.result() for stream in streams]
+
+
+@pytest.fixture(scope="module")
+def served(text, world_type):
+    world = world_type(text, max_body_bytes=TARGET.max_body_bytes)
+    with world.serve() as url:
+        served = Served(world, url)
+        yield served
+        served.threads.shutdown()
+    world.close()
+
+
+def test_the_corpus_is_large_and_the_streams_are_what_they_seem(served):
+    assert len(corpus(TARGET)) >= 200
+    assert served.golden == served.streams()
+    assert all(stream.is_done and stream.text and stream.ends for stream in served.golden)
+    assert len({stream.text for stream in served.golden}) == 3  # of the same prompt, two are greedy
+    assert served.golden[0].logprobs and served.golden[2].usage
+
+
+@pytest.mark.parametrize("case", corpus(TARGET), ids=lambda case: case.id)
+def test_a_hostile_request_is_answered_and_changes_nothing(served, case):
+    answer, streams = served.beside(case)
+    check(case, answer)
+    assert streams == served.golden
+    assert answer.seconds < 10
+    engine = served.world.engine
+    deadline = time.monotonic() + 2
+    while engine.snapshot().blocks_used or served.world.service.admission.num_admitted:
+        assert time.monotonic() < deadline, engine.snapshot()
+        time.sleep(0.002)
+    assert (engine.state, engine.snapshot().epoch) == ("ready", 0)
+    assert served.world.outbox._mailboxes == {}

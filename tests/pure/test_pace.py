@@ -1,0 +1,102 @@
+"""The pace of prefill: what steps were seen to take decides how many prompt tokens stand beside running streams."""
+
+import random
+
+import pytest
+
+from actors.decisions.pace import PrefillPace
+from actors.decisions.scheduler import Scheduler, SchedulerSettings
+from actors.decisions.stats import Stats
+from actors.words.messages import Entry, Request, SamplingParams, StepBatch, StepResult
+
+DECODE_S, TOKEN_S = 0.040, 0.0004
+
+
+def step(num_single: int, num_prompt: int) -> StepBatch:
+    entries = [Entry(seq, 9, [], [], True) for seq in range(num_single)]
+    if num_prompt:
+        entries.append(Entry(99, 0, [1] * num_prompt, [], True))
+    return StepBatch(0, 0, 0, [], [], entries)
+
+
+def seconds(batch: StepBatch) -> float:
+    num_prompt = sum(len(entry.ids) for entry in batch.entries if len(entry.ids) > 1)
+    return DECODE_S * any(len(entry.ids) <= 1 for entry in batch.entries) + TOKEN_S * num_prompt
+
+
+def taught(depth: int = 1, seed: int = 0, num_lanes: int = 1) -> PrefillPace:
+    """A pace that has seen a few hundred steps of that device, `depth` of them in flight at a time."""
+    pace, world, now, ends = PrefillPace(num_lanes), random.Random(seed), 5.0, []
+    for _ in range(300):
+        batch = step(world.choice([0, 8, 8, 8]), world.choice([0, 0, 200, 1000]))
+        if batch.entries:
+            pace.launched(batch, now)
+            ends.append((ends[-1] if ends and ends[-1] > now else now) + seconds(batch))
+            if len(ends) >= depth:
+                now = ends[-depth]
+                pace.completed(now)
+    return pace
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_mixed_step_takes_little_more_than_twice_one_that_decodes(depth: int) -> None:
+    tokens = taught(depth).prefill_tokens(1, 8, 2048)
+    assert 2.0 * DECODE_S < DECODE_S + tokens * TOKEN_S < 2.4 * DECODE_S
+    assert taught(depth).prefill_tokens(8, 8, 2048) == tokens
+
+
+def test_prompts_that_outnumber_the_running_may_take_more() -> None:
+    pace = taught()
+    one = pace.prefill_tokens(1, 8, 2048)
+    assert pace.prefill_tokens(1, 8, one - 1) == one - 1
+    assert pace.prefill_tokens(32, 8, 2048) == pytest.approx(4 * one, abs=4)
+
+
+def test_without_anybody_waiting_for_a_token_there_is_no_limit() -> None:
+    assert taught().prefill_tokens(3, 0, 2048) == 2048
+    assert PrefillPace().prefill_tokens(1, 8, 2048) == 2048  # nothing is known yet
+
+
+def test_in_a_pipeline_prompts_come_in_portions_so_that_no_stage_waits_for_long() -> None:
+    pace = taught(num_lanes=2)
+    alone = pace.prefill_tokens(8, 0, 2048)
+    assert alone * TOKEN_S == pytest.approx(2 * DECODE_S, rel=0.05)
+    assert pace.prefill_tokens(64, 8, 2048) == alone
+    assert pace.prefill_tokens(1, 8, 2048) < alone
+    assert PrefillPace(num_lanes=2).prefill_tokens(8, 0, 2048) == 2048  # nothing is known yet
+
+
+def test_slow_prompts_do_not_starve() -> None:
+    pace, now = PrefillPace(), 1.0
+    for batch, took_s in ((step(8, 0), 0.001), (step(0, 100), 50.0)):
+        pace.launched(batch, now)
+        now += took_s
+        pace.completed(now)
+    assert pace.prefill_tokens(1, 8, 2048) == 32
+
+
+def test_the_scheduler_keeps_to_it_and_running_streams_go_on() -> None:
+    now = [0.0]
+    settings = SchedulerSettings(1024, 16, 16, 2048, num_lanes=1)
+    scheduler = Scheduler(settings, stats=Stats(lambda: now[0]))
+    waits: list[float] = []
+
+    def run(num_steps: int) -> None:
+        for _ in range(num_steps):
+            batch = scheduler.next_step()
+            if batch is None:
+                return
+            now[0] += seconds(batch)
+            waits.append(seconds(batch))
+            scheduler.complete(StepResult(0, batch.step, [[7] for entry in batch.entries if entry.sample]))
+
+    for name in range(8):
+        scheduler.add(Request(f"stream{name}", [1] * 64, 400, SamplingParams(temperature=0)))
+    run(20)
+    waits.clear()
+    began = now[0]
+    scheduler.add(Request("long", [2] * 1500, 1, SamplingParams(temperature=0)))
+    while scheduler.num_live == 9:
+        run(1)
+    assert max(waits) <= 2.5 * DECODE_S
+    assert now[0] - began <= 2 * 1500 * TOKEN_S
