@@ -11,7 +11,8 @@ import time
 
 from tests.chaos.faults import TwoNodes
 from tests.chaos.scenes import has_noticed, scene, usual_crowd
-from tests.chaos.serving import arguments, cluster, served, until
+from tests.chaos.serving import arguments, cluster, served
+from tests.serving import until
 
 
 def main(ray_address: str, node_address: str, cut_s: float) -> None:

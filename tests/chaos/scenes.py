@@ -13,7 +13,8 @@ from typing import Any
 from tests.chaos.clients import Crowd, Question, ask_all, crowd, goldens, questions
 from tests.chaos.faults import Spell, send
 from tests.chaos.histories import Golden, History, check, check_failed, golden_of, read, stall
-from tests.chaos.serving import MODEL, App, is_alive, until
+from tests.chaos.serving import MODEL, App
+from tests.serving import is_alive, until
 
 NUM_STREAMS, NUM_PLAIN, NUM_SEEDED = 8, 2, 2
 Say = Callable[[str], None]

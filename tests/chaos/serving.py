@@ -2,9 +2,8 @@
 
 import os
 import re
-import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 from unittest import mock
 
 import httpx
-import psutil
 import ray
 from ray import serve
 from ray.util.placement_group import placement_group, remove_placement_group
@@ -24,9 +22,8 @@ from cluster.topology import Topology
 from configs.config import Config
 from deployments.serve_command import ENVIRONMENT
 from tests.chaos.faults import haunted_actor
+from tests.serving import ROOT, Served, free_port, until
 
-ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 200.0  # for what has no promised time, on a machine that does other things too
 MODEL = "demo"
 _ENDS = re.compile(r"epoch (\d+) ends \(\w+\): (.*)")
 
@@ -56,36 +53,12 @@ def cluster(address: str = "local", **options: Any) -> Iterator[None]:
             ray.shutdown()
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
-
-
 @dataclass
-class App:
-    """A served demo, as its clients and its operator see it."""
+class App(Served):
+    """A served demo, and what its logs tell."""
 
-    url: str
     logs: Path
     cold_start_s: float = 0.0
-
-    def get(self, route: str) -> httpx.Response:
-        return httpx.get(self.url + route, timeout=10)
-
-    def status(self, route: str) -> int:
-        """503 also while nothing listens."""
-        try:
-            return self.get(route).status_code
-        except httpx.TransportError:
-            return 503
-
-    def is_ready(self) -> bool:
-        return self.status("/ready") == 200
-
-    def cluster(self) -> dict[str, Any]:
-        state: dict[str, Any] = self.get("/cluster").json()
-        return state
 
     def epoch(self) -> int:
         """-1 while nobody says it."""
@@ -93,10 +66,6 @@ class App:
             return int(self.cluster()["epoch"])
         except (httpx.TransportError, ValueError, KeyError):
             return -1
-
-    def pids(self) -> list[int]:
-        """By rank."""
-        return [rank["pid"] for rank in self.cluster()["ranks"]]
 
     def metrics(self) -> dict[str, float]:
         lines = (line for line in self.get("/metrics").text.splitlines() if line and line[0] != "#")
@@ -165,22 +134,6 @@ def cold_start_s(args: dict[str, Any]) -> float:
     finally:
         gang.close()
         remove_placement_group(bundles)
-
-
-def until(condition: Callable[[], Any], within_s: float = PATIENCE_S, every_s: float = 0.02) -> float:
-    """Seconds until the condition holds; fails when it does not in time."""
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < within_s, f"not within {within_s:g} s"
-        time.sleep(every_s)
-    return time.monotonic() - began
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.Error:
-        return False
 
 
 def parameter(name: str, default: float) -> float:

@@ -17,7 +17,8 @@ import pytest
 from deployments.serve_command import ENVIRONMENT
 from tests.chaos.faults import TwoNodes
 from tests.chaos.scenes import Say
-from tests.chaos.serving import ROOT, parameter
+from tests.chaos.serving import parameter
+from tests.serving import ROOT
 
 pytestmark = [
     pytest.mark.soak,

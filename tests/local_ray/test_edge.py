@@ -6,21 +6,18 @@ The run in the default proxy is for everybody; `-m soak` has HAProxy too, both w
 import json
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import pytest
 
-pytest.importorskip("ray")
-sys.path.insert(0, str(Path(__file__).parents[1] / "hostile"))
+from tests.hostile.corpus import Case, Target, check, corpus, golden_requests, said, send
+from tests.serving import Run, until
 
-from corpus import Case, Target, check, corpus, golden_requests, said, send
-from serving import Run, until
+pytest.importorskip("ray")
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -47,9 +44,9 @@ def run(way: tuple[bool, bool], tmp_path_factory: pytest.TempPathFactory) -> Ite
     ha_proxy, edge = way
     environment = {} if edge else {EDGE: ""}
     limits = {"admission": {"max_requests": 64}, "timeouts": {"request_s": TARGET.request_s, "drain_s": 60.0}}
-    run = Run(tmp_path_factory.mktemp("run"), ha_proxy, environment, **limits)
-    yield run
-    run.end()
+    with Run(tmp_path_factory.mktemp("run"), ha_proxy=ha_proxy, environment=environment, **limits) as run:
+        run.wait_for()
+        yield run
 
 
 def commands() -> list[Case]:
@@ -84,9 +81,7 @@ def test_a_deadline_holds_behind_the_proxy(run: Run) -> None:
     before = run.finished("timeout")
     answer = run.post({**LONG, "timeout": 0.3})
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
-    with httpx.stream(
-        "POST", f"http://127.0.0.1:{run.port}/v1/completions", json={**LONG, "timeout": 0.5, "stream": True}
-    ) as stream:
+    with httpx.stream("POST", run.url + "/v1/completions", json={**LONG, "timeout": 0.5, "stream": True}) as stream:
         text = stream.read().decode()
     assert "[DONE]" not in text
     assert '"code":"timeout"' in text
@@ -183,7 +178,7 @@ def test_sigterm_lets_streams_finish_and_leaves_nothing(run: Run, capsys: pytest
         stream.join(120)
     finished_s = time.monotonic() - began
     assert [b"data: [DONE]\n\n" in stream.received for stream in streams] == [True] * 4
-    assert run.process.wait(90) == 0, run.printed()
+    assert run.wait(90) == 0, run.printed()
     ended_s = time.monotonic() - began
     until(lambda: not run.processes() and not run.segments(), within_s=10)
     assert seen <= {200, 503, "refused"}

@@ -1,6 +1,5 @@
 """Faults on Ray: ranks and the replica are killed, stopped and interrupted while they answer, and all comes back."""
 
-import contextlib
 import json
 import os
 import random
@@ -10,7 +9,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,10 +36,10 @@ from cluster.topology import Topology  # noqa: E402
 from configs.config import Config  # noqa: E402
 from deployments.app import build_app  # noqa: E402
 from deployments.replica import Replica  # noqa: E402
+from tests.serving import PATIENCE_S, Served, free_port, is_alive, until  # noqa: E402
 
 pytestmark = pytest.mark.timeout(300)
 
-PATIENCE_S = 200.0  # for what has no promised time, on a machine that does other things too
 STREAM = {"prompt": [5, 6, 7, 8], "ignore_eos": True, "temperature": 0}
 GOLDEN = {"prompt": [9, 10, 11], "max_tokens": 24, "ignore_eos": True, "temperature": 0}
 NUM_STREAMS = 3
@@ -99,35 +98,17 @@ def cluster() -> Iterator[None]:
 
 
 @dataclass
-class App:
+class App(Served):
     """A served gang of 2 x 2 ranks, as its clients see it, and what its faults cost."""
 
-    url: str
     golden: str = ""
     golden_stream: str = ""
     cold_start_s: float = 0.0
     told: list[tuple[str, int, float, float]] = field(default_factory=list)  # fault, rank, noticed, ready again (s)
 
-    def get(self, route: str) -> httpx.Response:
-        return httpx.get(self.url + route, timeout=10)
-
-    def status(self, route: str) -> int:
-        """503 also while nothing listens."""
-        try:
-            return self.get(route).status_code
-        except httpx.TransportError:
-            return 503
-
-    def cluster(self) -> dict[str, Any]:
-        state: dict[str, Any] = self.get("/cluster").json()
-        return state
-
-    def pids(self) -> list[int]:
-        return [rank["pid"] for rank in self.cluster()["ranks"]]
-
     def answer(self) -> str:
         """The answer that never changes."""
-        response = httpx.post(self.url + "/v1/completions", json={"model": "tiny", **GOLDEN}, timeout=60)
+        response = self.post({"model": "tiny", **GOLDEN})
         assert response.status_code == 200, response.text
         text: str = response.json()["choices"][0]["text"]
         return text
@@ -136,13 +117,12 @@ class App:
 @pytest.fixture(scope="module")
 def app(cluster: None, checkpoint: Path) -> Iterator[App]:
     """Served once for all cases."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     began = time.monotonic()
     serve.run(build_app(arguments(checkpoint, 2, 2)), name="faults", route_prefix="/")
     app = App(f"http://127.0.0.1:{port}")
-    until(lambda: app.status("/ready") == 200)
+    until(app.is_ready)
     app.cold_start_s = time.monotonic() - began
     app.golden = app.answer()
     client = Client(app, stream=False)
@@ -150,21 +130,6 @@ def app(cluster: None, checkpoint: Path) -> Iterator[App]:
     app.golden_stream = client.text()
     yield app
     serve.shutdown()
-
-
-def until(condition: Callable[[], Any], within_s: float = PATIENCE_S, every_s: float = 0.02) -> float:
-    """Seconds until the condition holds; fails when it does not in time."""
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < within_s, f"not within {within_s:g} s"
-        time.sleep(every_s)
-    return time.monotonic() - began
-
-
-def is_alive(pid: int) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 class Client(threading.Thread):
@@ -278,7 +243,7 @@ def test_no_rank_outlives_its_replica(app: App, stopped: int | None) -> None:
     until(lambda: not any(map(is_alive, pids)), within_s=10)
     client.join(60)
     assert "[DONE]" not in "".join(client.lines)
-    until(lambda: app.status("/ready") == 200)
+    until(app.is_ready)
     after = app.cluster()
     assert (after["replica"] != before["replica"], after["epoch"]) == (True, 0)
     assert app.answer() == app.golden

@@ -1,108 +1,22 @@
 """`make serve` as a person meets it: it serves, it says why it cannot, and it leaves nothing behind."""
 
-import contextlib
 import json
-import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
-import psutil
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 240.0  # for a machine that does other things too
-MARK = "STAGEMESH_TEST_RUN"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
-
-
-class Serving:
-    """One run of the program behind `make serve`, with a mark that all its descendants inherit."""
-
-    def __init__(self, name: str, folder: Path, **environment: str) -> None:
-        document = yaml.safe_load((ROOT / "configs" / name).read_text())
-        self.port = document["http_options"]["port"] = free_port()
-        config, self.log = folder / name, folder / "log"
-        config.write_text(yaml.safe_dump(document))
-        self.mark = uuid.uuid4().hex
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "deployments.serve_command", str(config)],
-            cwd=ROOT,
-            env={**os.environ, "RAY_ADDRESS": "local", MARK: self.mark, **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=self.log.open("w"),
-            stderr=subprocess.STDOUT,
-        )
-
-    def printed(self) -> str:
-        return self.log.read_text()
-
-    def wait_for(self, words: str) -> str:
-        """What was printed, once the words are in it; fails when the program ends without them."""
-        deadline = time.monotonic() + PATIENCE_S
-        while time.monotonic() < deadline:
-            ended = self.process.poll() is not None
-            if words in self.printed():
-                return self.printed()
-            assert not ended, self.printed()
-            time.sleep(0.1)
-        raise AssertionError(f"no {words!r} in:\n{self.printed()}")
-
-    def wait(self) -> int:
-        return self.process.wait(PATIENCE_S)
-
-    def left_behind(self) -> list[psutil.Process]:
-        """Processes that carry the mark."""
-        left = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    left.append(process)
-        return left
-
-    def listening(self) -> dict[int, str]:
-        """The ports that its processes listen on, and the address of each."""
-        addresses = {}
-        for process in self.left_behind():
-            with contextlib.suppress(psutil.Error):  # it ended meanwhile
-                for found in process.net_connections("tcp"):
-                    if found.status == psutil.CONN_LISTEN:
-                        addresses[found.laddr.port] = found.laddr.ip
-        return addresses
-
-    def assert_nothing_left(self) -> None:
-        assert self.left_behind() == [], self.printed()
-        with socket.create_server(("127.0.0.1", self.port)):
-            pass  # the port is free again
-
-
-@pytest.fixture
-def serving(tmp_path: Path) -> Iterator[list[Serving]]:
-    """A list for the runs of a test; what they leave is ended."""
-    runs: list[Serving] = []
-    yield runs
-    for run in runs:
-        for process in run.left_behind():
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        run.process.wait(10)
+from tests.serving import PATIENCE_S, ROOT, Run
 
 
 def ask(client: openai.OpenAI, question: str, *, stream: bool, **more: Any) -> str:
@@ -133,7 +47,7 @@ def assert_streams_at_once_equal_one_by_one(client: openai.OpenAI) -> None:
     assert together == [ask(client, prompt, stream=True, **limits) for prompt in prompts]
 
 
-def assert_readme_example_works(run: Serving) -> None:
+def assert_readme_example_works(run: Run) -> None:
     """README's Python block, as a reader would run it, prints the trained answer."""
     block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert block and ":8000" in block[1]
@@ -144,9 +58,9 @@ def assert_readme_example_works(run: Serving) -> None:
     assert [done.stdout] == expected, done.stderr
 
 
-def assert_four_ranks(run: Serving) -> None:
+def assert_four_ranks(run: Run) -> None:
     """/cluster lists them with layers, living pids and weight bytes, and nothing is held any more."""
-    cluster = httpx.get(f"http://127.0.0.1:{run.port}/cluster", timeout=20).json()
+    cluster = run.cluster()
     ranks = cluster["ranks"]
     assert [(rank["rank"], rank["stage"], rank["shard"]) for rank in ranks] == [
         (0, 0, 0),
@@ -156,7 +70,7 @@ def assert_four_ranks(run: Serving) -> None:
     ]
     assert [rank["layers"] for rank in ranks] == [ranks[0]["layers"]] * 2 + [[ranks[0]["layers"][1], 6]] * 2
     assert ranks[0]["layers"][0] == 0
-    assert {rank["pid"] for rank in ranks} <= {process.pid for process in run.left_behind()}
+    assert {rank["pid"] for rank in ranks} <= {process.pid for process in run.processes()}
     assert len({rank["pid"] for rank in ranks}) == 4
     config = json.loads((ROOT / "configs/demo/model.safetensors.index.json").read_text())
     whole = config["metadata"]["total_size"] * 2  # bfloat16 on disk, float32 served
@@ -168,59 +82,54 @@ def assert_four_ranks(run: Serving) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("ha_proxy", ["0", "1"], ids=["python proxy", "haproxy"])
-def test_the_demo_serves_until_ctrl_c(tmp_path: Path, serving: list[Serving], ha_proxy: str) -> None:
-    doors = {"RAY_SERVE_HAPROXY_METRICS_PORT": free_port(), "RAY_SERVE_HAPROXY_STATS_PORT": free_port()}
-    settings = {key: str(port) for key, port in doors.items()}
-    run = Serving("demo.yaml", tmp_path, RAY_SERVE_ENABLE_HA_PROXY=ha_proxy, **settings)
-    serving.append(run)
-    printed = run.wait_for("Ctrl-C stops it.")
-    assert f"ready: http://127.0.0.1:{run.port}" in printed
-    command = re.search(r"^curl (?:.*\\\n)*.*$", printed, re.MULTILINE)
-    assert command, printed
-    words = shlex.split(command[0].replace("\\\n", " "))
-    url, body = words[2], json.loads(words[words.index("-d") + 1])
-    answer = httpx.post(url, json=body | {"max_tokens": 8}, timeout=60)
-    assert answer.status_code == 200, answer.text
-    assert answer.text.rstrip().endswith("data: [DONE]")
-    with openai.OpenAI(base_url=f"http://127.0.0.1:{run.port}/v1", api_key="none", max_retries=0) as client:
-        assert_trained_answers(client)
-        if ha_proxy == "0":
-            assert_streams_at_once_equal_one_by_one(client)
-            assert_readme_example_works(run)
-    assert_four_ranks(run)
-    if ha_proxy == "1":
-        addresses = [run.listening().get(port) for port in (run.port, *doors.values())]
-        assert addresses == ["127.0.0.1"] * 3
-    run.process.send_signal(signal.SIGINT)
-    assert run.wait() == 0, run.printed()
-    run.assert_nothing_left()
+@pytest.mark.parametrize("ha_proxy", [False, True], ids=["python proxy", "haproxy"])
+def test_the_demo_serves_until_ctrl_c(tmp_path: Path, ha_proxy: bool) -> None:
+    with Run(tmp_path, ha_proxy=ha_proxy) as run:
+        printed = run.wait_for("Ctrl-C stops it.")
+        assert f"ready: http://127.0.0.1:{run.port}" in printed
+        command = re.search(r"^curl (?:.*\\\n)*.*$", printed, re.MULTILINE)
+        assert command, printed
+        words = shlex.split(command[0].replace("\\\n", " "))
+        url, body = words[2], json.loads(words[words.index("-d") + 1])
+        answer = httpx.post(url, json=body | {"max_tokens": 8}, timeout=60)
+        assert answer.status_code == 200, answer.text
+        assert answer.text.rstrip().endswith("data: [DONE]")
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{run.port}/v1", api_key="none", max_retries=0) as client:
+            assert_trained_answers(client)
+            if not ha_proxy:
+                assert_streams_at_once_equal_one_by_one(client)
+                assert_readme_example_works(run)
+        assert_four_ranks(run)
+        if ha_proxy:
+            addresses = [run.listening().get(port) for port in (run.port, *run.doors.values())]
+            assert addresses == ["127.0.0.1"] * 3
+        run.process.send_signal(signal.SIGINT)
+        assert run.wait() == 0, run.printed()
+        run.assert_nothing_left()
 
 
 @pytest.mark.timeout(300)
-def test_what_does_not_fit_is_said_in_a_table(tmp_path: Path, serving: list[Serving]) -> None:
-    run = Serving("llama70b_tp8.yaml", tmp_path)
-    serving.append(run)
-    assert run.wait() == 1, run.printed()
-    printed = run.printed()
-    assert "stage 0" in printed
-    assert "what would work" in printed
-    assert "8 GPUs" in printed
-    assert "Traceback" not in printed
-    assert "starting Serve" not in printed
-    run.assert_nothing_left()
+def test_what_does_not_fit_is_said_in_a_table(tmp_path: Path) -> None:
+    with Run(tmp_path, "llama70b_tp8.yaml") as run:
+        assert run.wait() == 1, run.printed()
+        printed = run.printed()
+        assert "stage 0" in printed
+        assert "what would work" in printed
+        assert "8 GPUs" in printed
+        assert "Traceback" not in printed
+        assert "starting Serve" not in printed
+        run.assert_nothing_left()
 
 
 @pytest.mark.timeout(300)
-def test_two_interrupts_while_ray_starts_leave_nothing(tmp_path: Path, serving: list[Serving]) -> None:
-    run = Serving("demo.yaml", tmp_path)
-    serving.append(run)
-    run.wait_for("starting Ray")
-    deadline = time.monotonic() + PATIENCE_S
-    while len(run.left_behind()) < 3 and time.monotonic() < deadline:  # until Ray's first processes are there
-        time.sleep(0.05)
-    run.process.send_signal(signal.SIGTERM)
-    run.wait_for("stopping")
-    run.process.send_signal(signal.SIGTERM)
-    assert run.wait() in (0, 130), run.printed()
-    run.assert_nothing_left()
+def test_two_interrupts_while_ray_starts_leave_nothing(tmp_path: Path) -> None:
+    with Run(tmp_path) as run:
+        run.wait_for("starting Ray")
+        deadline = time.monotonic() + PATIENCE_S
+        while len(run.processes()) < 3 and time.monotonic() < deadline:  # until Ray's first processes are there
+            time.sleep(0.05)
+        run.process.send_signal(signal.SIGTERM)
+        run.wait_for("stopping")
+        run.process.send_signal(signal.SIGTERM)
+        assert run.wait() in (0, 130), run.printed()
+        run.assert_nothing_left()

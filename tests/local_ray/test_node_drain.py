@@ -1,23 +1,20 @@
 """A stage's node goes: drained, the replica finishes what runs and starts elsewhere; lost, its streams just go on."""
 
 import json
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 ray = pytest.importorskip("ray")
-sys.path.insert(0, str(Path(__file__).parents[1] / "hostile"))
 
 from ray import serve  # noqa: E402
-from serving import ROOT, free_port, until  # noqa: E402
 
 from deployments.app import build_app  # noqa: E402
+from tests.serving import ROOT, free_port, until  # noqa: E402
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(500)]
 

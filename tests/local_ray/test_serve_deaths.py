@@ -2,22 +2,19 @@
 
 import contextlib
 import statistics
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
 
-pytest.importorskip("ray")
-sys.path.insert(0, str(Path(__file__).parents[1] / "hostile"))
+from tests.serving import Run, until
 
-from serving import Run, until
+pytest.importorskip("ray")
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
 
@@ -33,9 +30,9 @@ PARTS = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    run = Run(tmp_path_factory.mktemp("run"), False, {})
-    yield run
-    run.end()
+    with Run(tmp_path_factory.mktemp("run")) as run:
+        run.wait_for()
+        yield run
 
 
 class Client(threading.Thread):
@@ -43,7 +40,7 @@ class Client(threading.Thread):
 
     def __init__(self, run: Run, is_stream: bool) -> None:
         super().__init__(daemon=True)
-        self._url = f"http://127.0.0.1:{run.port}/v1/completions"
+        self._url = run.url + "/v1/completions"
         self._is_stream = is_stream
         self.text = ""
         self.end = ""

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import re
-import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -19,6 +18,7 @@ from deployments.bench_drive import Extent, Progress, drive
 from deployments.bench_figures import Load, Timeline
 from deployments.bench_load import COMPLETIONS, Ask
 from deployments.bench_progress import line, shown
+from tests.serving import free_port
 
 Write = Callable[[bytes], Awaitable[None]]
 Script = Callable[[int, dict[str, Any], Write], Awaitable[None]]  # number of the request, its body, the way out
@@ -205,12 +205,6 @@ def test_a_server_that_is_gone() -> None:
             return await client.send(Ask(COMPLETIONS, {"prompt": [1]}, 1))
 
     assert asyncio.run(go()).error.startswith("no answer: Connect call failed")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def chat(finish: str | None = None, **delta: Any) -> bytes:

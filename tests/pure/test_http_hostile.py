@@ -1,16 +1,12 @@
 """The hostile corpus against one replica without Ray, each case beside four streams that must not notice it."""
 
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "hostile"))
-
-from corpus import Target, check, corpus, golden_requests, said, send
+from tests.hostile.corpus import Target, check, corpus, golden_requests, said, send
 
 TARGET = Target("tiny", 400, 128, 16, 2**18, 600.0)
 

@@ -15,8 +15,7 @@ from configs.files import parse_args
 from deployments import serve_command
 from deployments.endpoint import Endpoint
 from deployments.reasons import for_people, is_final
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.serving import ROOT, free_port
 
 
 def serve_message(own_traceback: str) -> str:
@@ -87,8 +86,7 @@ def test_a_mistake_in_serves_own_keys_costs_no_ray_either(
     path.write_text(yaml.safe_dump(document))
     assert serve_command.main([str(path)]) == 2
     assert "http_options.port: should be a port" in capsys.readouterr().err
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        document["http_options"]["port"] = server.getsockname()[1]
+    document["http_options"]["port"] = free_port()
     document["applications"][0]["route_prefx"] = "/"
     document["applications"][0]["deployments"] = [{"name": "LLMReplica", "num_replica": 2}]
     path.write_text(yaml.safe_dump(document))
