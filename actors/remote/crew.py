@@ -34,7 +34,10 @@ class RankActor:
 
     def __init__(self, config: Config) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
-        import actors.remote.rank  # noqa: F401
+        from actors.tensors.lean import compiler_left_out
+
+        with compiler_left_out():
+            import actors.remote.rank  # noqa: F401
 
         self._config = config
         self._rank: Any = None

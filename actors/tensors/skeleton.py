@@ -92,15 +92,22 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 class _LargeOnMeta(TorchFunctionMode):
-    """Sends large tensors to the meta device where they are made: some models fill weights that nobody will read."""
+    """Sends large tensors to the meta device where they are made: some models fill weights that nobody will read.
+
+    What has no elements is not filled: the meta device would import torch's compiler to do nothing.
+    """
 
     _FACTORIES = frozenset({torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand})
     _LARGE = 1 << 20  # elements; buffers are smaller, and are computed
+    _FILL = frozenset({"normal_", "uniform_"})  # by name: torch's, and those that Transformers puts in their place
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if getattr(func, "__name__", "") in self._FILL:
+            tensor = args[0] if args else kwargs["tensor"]
+            return tensor if tensor.is_meta else func(*args, **kwargs)
         size = args[0] if args and isinstance(args[0], Sequence) else args
         if func in self._FACTORIES and math.prod(size) > self._LARGE:
             kwargs["device"] = "meta"

@@ -6,6 +6,7 @@ rehearses once, and forks a rank for each connection: twelve ranks for one impor
 """
 
 import multiprocessing
+import sys
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -13,11 +14,15 @@ from typing import Any
 
 import torch
 
+from actors.tensors.lean import compiler_left_out
+
+with compiler_left_out():  # as a rank on Ray does
+    from actors.remote.rank import Rank as ServingRank
+    from actors.tensors.runner import Runner, Sampled
+
 from actors.decisions.plan import Plan
 from actors.remote.meeting import Assignment
-from actors.remote.rank import Rank as ServingRank
 from actors.tensors.batch import StepTensors
-from actors.tensors.runner import Runner, Sampled
 from actors.words.messages import StepBatch
 from cluster.collectives import LoneShard
 from cluster.groups import Groups, join
@@ -111,6 +116,7 @@ def be_mother(connections: list[Connection], rehearsal: tuple[Plan, Path]) -> No
     runner.load(folder)
     runner.allocate_cache(plan.num_blocks_for_longest)
     runner.warm_up()
+    assert not {"torch._dynamo", "torch.distributed.tensor"} & sys.modules.keys(), "a rank imports what it never uses"
     context = multiprocessing.get_context("fork")
     ranks = [context.Process(target=serve, args=(connection,)) for connection in connections]
     for rank in ranks:
