@@ -15,6 +15,7 @@ from actors.decisions.plan import Plan, make_plan
 from actors.decisions.scheduler import SchedulerSettings
 from actors.remote.engine import Engine
 from actors.remote.gang import Gang
+from actors.remote.imports import collector_paused
 from actors.remote.meeting import RankInfo
 from cluster.topology import Topology
 from configs.config import Config
@@ -33,7 +34,8 @@ class Replica:
         topology = Topology(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
         self._gang = Gang(config, topology, placement, device)
         try:
-            plan, app_of = _read_model(config)  # while the ranks' processes start
+            with collector_paused():
+                plan, app_of = _read_model(config)  # while the ranks' processes start
             self._gang.start(plan)
         except BaseException:
             self._gang.close()

@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.decisions.culprit import LastWords
 from actors.decisions.plan import Plan
 from actors.remote.black_box import BlackBox, Remains, bury
+from actors.remote.imports import collector_paused, compiler_left_out
 from actors.remote.meeting import Assignment
 from cluster.devices import own_cuda_index
 from cluster.topology import Topology
@@ -34,9 +35,7 @@ class RankActor:
 
     def __init__(self, config: Config) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
-        from actors.tensors.lean import compiler_left_out
-
-        with compiler_left_out():
+        with collector_paused(), compiler_left_out():
             import actors.remote.rank  # noqa: F401
 
         self._config = config

@@ -7,7 +7,7 @@ import pytest
 
 PROGRAM = """
 import sys
-from actors.tensors.lean import compiler_left_out
+from actors.remote.imports import compiler_left_out
 
 with compiler_left_out():
     import actors.remote.rank
