@@ -4,8 +4,10 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING
 
-from deployments.service import Service
+if TYPE_CHECKING:  # it brings torch, and is imported where ranks are not asked for yet
+    from deployments.service import Service
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ def leaving_node(
 class Drain:
     """One replica's way out. It may be begun from any thread, and is never taken back."""
 
-    def __init__(self, service: Service, drain_s: float, give_up: Callable[[], None]) -> None:
+    def __init__(self, service: "Service", drain_s: float, give_up: Callable[[], None]) -> None:
         """`give_up` ends, with an error each, the requests that are not finished after `drain_s`."""
         self._service = service
         self._drain_s = drain_s

@@ -1,4 +1,4 @@
-"""A rank starts without torch's compiler, and who wants it later still gets the real one."""
+"""What is imported when: a start is mostly imports, and so is the return of a lost rank."""
 
 import subprocess
 import sys
@@ -29,3 +29,14 @@ assert torch._dynamo is kept is sys.modules["torch._dynamo"]
 def test_the_compiler_is_left_out_and_can_be_imported_later() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.timeout(60)
+def test_a_replica_asks_for_its_ranks_before_it_imports_torch() -> None:
+    """Their processes start and import while it does: else the start takes two seconds more."""
+    program = (
+        "import sys, deployments.app, deployments.drain, deployments.replica; "
+        "print({'torch', 'transformers', 'numba'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)
+    assert done.stdout.strip() == "set()", done.stdout + done.stderr
