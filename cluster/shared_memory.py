@@ -8,6 +8,7 @@ stores in order and loads in order, so who sees the flag sees the data; elsewher
 The memory is anonymous (memfd): it has no name in /dev/shm, needs no room there, and is gone with its last user.
 """
 
+import ctypes
 import logging
 import mmap
 import os
@@ -33,10 +34,12 @@ _NUM_HEAD_LINES = 2  # abort flag; token
 _MEMORY_NAME = "stagemesh"
 _MOST_VIEWS = 256  # shapes whose views are kept: prompts have many lengths, decoding few batch sizes
 
-_NUM_LOOKS = 500  # at a flag, before the core is offered to others: some 20 microseconds
-_YIELD_S = 0.002  # how long the core is offered before sleeping begins
-_SLEEP_S = (0.00005, 0.0005)  # shortest and longest sleep
+_NUM_LOOKS = 500  # at a flag, before the core is given away: some 20 microseconds
+_NAPS_S = 0.002  # how long naps are short
+_SLEEP_S = (0.000005, 0.0005)  # shortest and longest
+_PR_SET_TIMERSLACK, _SLACK_NS = 29, 1000  # the kernel's own slack would make each nap 50 microseconds longer
 
+_LIBC = ctypes.CDLL(None)
 _DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.int16]
 _DTYPES += [torch.uint8, torch.int8, torch.bool]
 _DTYPE_CODE = {dtype: code for code, dtype in enumerate(_DTYPES)}
@@ -139,7 +142,10 @@ class SharedMemoryStage:
         return views[self._op & 1]
 
     def _wait(self, words: memoryview, op: int) -> None:
-        """Return once every flag is at least `op`: offer the core, then sleep."""
+        """Return once every flag is at least `op`, asleep: who is late may lack just this core.
+
+        A process that was interrupted is moved to an idle core at once, but not to one where somebody looks at a flag.
+        """
         for flag in range(_NUM_HEAD_LINES * _WORDS, (_NUM_HEAD_LINES + self.size) * _WORDS, _WORDS):
             if words[flag] < op:
                 self._wait_patiently(words, flag, op)
@@ -147,16 +153,15 @@ class SharedMemoryStage:
     def _wait_patiently(self, words: memoryview, flag: int, op: int) -> None:
         began = time.monotonic()
         sleep_s = _SLEEP_S[0]
+        _LIBC.prctl(_PR_SET_TIMERSLACK, _SLACK_NS, 0, 0, 0)  # of this thread, whichever it is
         while words[flag] < op:
             if words[0]:
                 raise NeighbourLost(f"stage group: {_aborted(words)}")
             waited_s = time.monotonic() - began
             if waited_s > self.timeout_s:
                 raise NeighbourLate(self._behind(words, op))
-            if waited_s < _YIELD_S:
-                os.sched_yield()
-            else:
-                time.sleep(sleep_s)
+            time.sleep(sleep_s)
+            if waited_s > _NAPS_S:
                 sleep_s = min(2 * sleep_s, _SLEEP_S[1])
 
     def _behind(self, words: memoryview, op: int) -> str:
