@@ -8,16 +8,20 @@ is faster, and elsewhere there is no such instruction.
 
 from typing import Any
 
+import numpy as np
 import torch
 from numba import njit, types
 from numba.extending import intrinsic
 
 from actors.tensors.vectors import I32, I64, PAIRS, WIDTH, WORDS, Writer, has_dot_product, has_matrix_tiles
-from cluster.elements import OPTIONS
+from cluster.elements import OPTIONS, pointer
 
 _WIDE = 2  # registers of a panel
 _MOST_ROWS = 12  # of the input at a time: 24 sums, 2 weights and an input in 32 registers
 _BYTES_AT_ONCE = 3 << 17  # of the input: so many rows, and a panel, stay in a core's second cache
+_ALIAS_BYTES, _MOST_ALIASES = 4096, 6  # lines so far apart share a set of the first cache, which holds 8 or 12
+_LINE_BYTES = 64
+_PAIR = np.int32(0)  # two numbers
 
 
 def is_available() -> bool:
@@ -129,25 +133,43 @@ _wide_tile, _slim_tile = _tiles(_WIDE), _tiles(1)
 def _multiply(x: int, packed: int, bias: int, out: int, num_rows: int, num_inputs: int, num_outputs: int) -> None:
     """Rows [num_rows, K] by all panels → [num_rows, N]; bfloat16, by addresses."""
     rows_at_once = max(_MOST_ROWS, _BYTES_AT_ONCE // (2 * num_inputs) // _MOST_ROWS * _MOST_ROWS)
+    x_step = 2 * num_inputs
+    collide = x_step % _ALIAS_BYTES == 0 and num_rows > _MOST_ALIASES
+    step = x_step + _LINE_BYTES if collide else x_step
+    apart = np.empty(min(rows_at_once, num_rows) * step if collide else 0, np.uint8)
     first = 0
     while first < num_rows:
         count = min(rows_at_once, num_rows - first)
-        x_here, out_here = x + first * 2 * num_inputs, out + first * 2 * num_outputs
-        _multiply_rows(x_here, packed, bias, out_here, count, num_inputs, num_outputs)
+        x_here, out_here = x + first * x_step, out + first * 2 * num_outputs
+        if collide:
+            _copy_rows(x_here, x_step, apart.ctypes.data, step, count)
+            x_here = apart.ctypes.data
+        _multiply_rows(x_here, step, packed, bias, out_here, count, num_inputs, num_outputs)
         first += count
 
 
 @njit(**OPTIONS)
-def _multiply_rows(x: int, packed: int, bias: int, out: int, num_rows: int, num_inputs: int, num_outputs: int) -> None:
+def _copy_rows(source: int, step: int, target: int, target_step: int, num_rows: int) -> None:
+    """Rows of `step` bytes, put `target_step` apart. It takes some hundredths of a product, collisions a quarter."""
+    for row in range(num_rows):
+        from_p, to_p = pointer(source + row * step, _PAIR), pointer(target + row * target_step, _PAIR)
+        for pair in range(step // 4):
+            to_p[pair] = from_p[pair]
+
+
+@njit(**OPTIONS)
+def _multiply_rows(
+    x: int, x_step: int, packed: int, bias: int, out: int, num_rows: int, num_inputs: int, num_outputs: int
+) -> None:
     """The same for rows that stay in the cache while the panels go by, divided evenly into groups."""
-    pairs, x_step, out_step = num_inputs // 2, 2 * num_inputs, 2 * num_outputs
+    pairs, out_step = num_inputs // 2, 2 * num_outputs
     num_groups = (num_rows + _MOST_ROWS - 1) // _MOST_ROWS
     rows, more = num_rows // num_groups, num_rows % num_groups
     num_wide, done = num_outputs // (_WIDE * WIDTH), 0
     for number in range(num_wide + num_outputs % (_WIDE * WIDTH) // WIDTH):
         is_wide = number < num_wide
         outputs = _WIDE * WIDTH if is_wide else WIDTH
-        panel, panel_bytes = packed + done * x_step, outputs * x_step
+        panel, panel_bytes = packed + done * 2 * num_inputs, outputs * 2 * num_inputs
         # The groups share the asking: each pair of each of them asks for its part of the next panel.
         step = (outputs * 4 + num_groups - 1) // num_groups
         ahead = panel + panel_bytes if done + outputs < num_outputs else panel
