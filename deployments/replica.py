@@ -15,8 +15,8 @@ from actors.decisions.plan import Plan, make_plan
 from actors.decisions.scheduler import SchedulerSettings
 from actors.remote.engine import Engine
 from actors.remote.gang import Gang
-from actors.remote.imports import collector_paused
 from actors.remote.meeting import RankInfo
+from actors.tensors.imports import collector_paused
 from cluster.topology import Topology
 from configs.config import Config
 from deployments.outbox import Outbox

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from actors.remote.imports import compiler_left_out
+from actors.tensors.imports import compiler_left_out
 
 with compiler_left_out():  # as a rank on Ray does
     from actors.remote.rank import Rank as ServingRank

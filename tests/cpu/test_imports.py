@@ -7,7 +7,7 @@ import pytest
 
 PROGRAM = """
 import sys
-from actors.remote.imports import compiler_left_out
+from actors.tensors.imports import compiler_left_out
 
 with compiler_left_out():
     import actors.remote.rank
