@@ -35,6 +35,7 @@ _MEMORY_NAME = "stagemesh"
 _MOST_VIEWS = 256  # shapes whose views are kept: prompts have many lengths, decoding few batch sizes
 
 _NUM_LOOKS = 500  # at a flag, before the core is given away: some 20 microseconds
+_NOBODY_S = 0.00001  # a core that was offered is back so soon where nobody wants it
 _NAPS_S = 0.002  # how long naps are short
 _SLEEP_S = (0.000005, 0.0005)  # shortest and longest
 _PR_SET_TIMERSLACK, _SLACK_NS = 29, 1000  # the kernel's own slack would make each nap 50 microseconds longer
@@ -142,9 +143,10 @@ class SharedMemoryStage:
         return views[self._op & 1]
 
     def _wait(self, words: memoryview, op: int) -> None:
-        """Return once every flag is at least `op`, asleep: who is late may lack just this core.
+        """Return once every flag is at least `op`: give the core to whoever waits for it, else nap.
 
-        A process that was interrupted is moved to an idle core at once, but not to one where somebody looks at a flag.
+        Who is late may lack just a core: an interrupted process is moved to an idle one at once, but not to one where
+        somebody looks at a flag. Where more processes than cores want to run, naps would only interrupt them.
         """
         for flag in range(_NUM_HEAD_LINES * _WORDS, (_NUM_HEAD_LINES + self.size) * _WORDS, _WORDS):
             if words[flag] < op:
@@ -160,7 +162,10 @@ class SharedMemoryStage:
             waited_s = time.monotonic() - began
             if waited_s > self.timeout_s:
                 raise NeighbourLate(self._behind(words, op))
-            time.sleep(sleep_s)
+            asked = time.monotonic()
+            os.sched_yield()
+            if time.monotonic() - asked < _NOBODY_S:
+                time.sleep(sleep_s)
             if waited_s > _NAPS_S:
                 sleep_s = min(2 * sleep_s, _SLEEP_S[1])
 
