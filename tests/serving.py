@@ -1,5 +1,6 @@
 """Serving under test, seen from outside: a port that stays free, a server at its URL, and a run of `make serve`."""
 
+import asyncio
 import contextlib
 import os
 import random
@@ -65,6 +66,14 @@ def until(condition: Callable[[], Any], within_s: float = PATIENCE_S, every_s: f
         assert time.monotonic() - began < within_s, f"not within {within_s:g} s"
         time.sleep(every_s)
     return time.monotonic() - began
+
+
+async def until_true(condition: Callable[[], Any], within_s: float = 20, every_s: float = 0.005) -> None:
+    """The same on an event loop, whose other tasks go on."""
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {within_s:g} s"
+        await asyncio.sleep(every_s)
 
 
 def is_alive(pid: int) -> bool:

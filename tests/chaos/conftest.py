@@ -1,14 +1,30 @@
-"""What the fault tests share: progress that is seen while they run, and a figure's table and JSON at their end."""
+"""What the fault tests share: a served gang of 2 x 2 ranks, progress while they run, a figure's table at their end."""
 
 import faulthandler
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("ray")
+
+from tests.chaos.serving import App, arguments, cluster, served
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where spells that act once are remembered."""
+    return tmp_path_factory.mktemp("spells")
+
+
+@pytest.fixture(scope="module")
+def app(folder: Path) -> Iterator[App]:
+    """Its ranks obey spells."""
+    with cluster(), served(arguments((2, 2)), folder) as app:
+        yield app
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ CHAOS_NANS=40 python -m pytest -m soak tests/chaos/test_poison.py
 """
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,9 @@ import pytest
 
 from tests.chaos.faults import Spell
 from tests.chaos.scenes import Say, poison, scene, sicken
-from tests.chaos.serving import App, arguments, cluster, parameter, served
+from tests.chaos.serving import App, parameter
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where spells that act once are remembered."""
-    return tmp_path_factory.mktemp("spells")
-
-
-@pytest.fixture(scope="module")
-def app(folder: Path) -> Iterator[App]:
-    with cluster(), served(arguments((2, 2)), folder) as app:
-        yield app
 
 
 @pytest.mark.parametrize("act", ["hang", "freeze", "raise", "exit", "segfault"])

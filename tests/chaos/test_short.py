@@ -1,7 +1,6 @@
 """The fault kit in short, on one served gang of 2 x 2 ranks: a kill, a hang, a request that kills, and NaN."""
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from signal import SIGSTOP
 
@@ -9,21 +8,9 @@ import pytest
 
 from tests.chaos.faults import Spell
 from tests.chaos.scenes import Say, Script, poison, rehearse, scene, sicken, strikes, usual_crowd
-from tests.chaos.serving import App, arguments, cluster, served
+from tests.chaos.serving import App
 
 pytestmark = pytest.mark.timeout(300)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where spells that act once are remembered."""
-    return tmp_path_factory.mktemp("spells")
-
-
-@pytest.fixture(scope="module")
-def app(folder: Path) -> Iterator[App]:
-    with cluster(), served(arguments((2, 2)), folder) as app:
-        yield app
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from actors.remote.engine import Engine
 from actors.remote.fake_executor import FakeExecutor
 from actors.words.messages import Request, SamplingParams
 from deployments import connection, generation
+from tests.serving import until_true
 
 STREAM = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 100, "temperature": 0, "stream": True, "ignore_eos": True}
 PLAIN = {**STREAM, "stream": False}
@@ -49,14 +50,6 @@ class Client:
 
 def ask(app, body):
     return Client(app, json.dumps(body).encode())
-
-
-async def until(condition):
-    for _ in range(4000):
-        if condition():
-            return
-        await asyncio.sleep(0.005)
-    raise AssertionError("did not come true")
 
 
 def test_deadlines_are_named_once_and_in_order():
@@ -110,7 +103,7 @@ def test_a_late_request_is_told_so_and_frees_its_blocks(make_world, scripted_exe
     async def go():
         client = ask(world.app, {**body, "timeout": 0.4, "n": 2})
         for _ in range(num_tokens):
-            await until(executor.release)
+            await until_true(executor.release)
         await client.task
         if client.status == 200:
             assert num_tokens and body["stream"]
@@ -206,13 +199,13 @@ def test_streams_ping_while_the_gang_recovers_and_go_on(make_world, scripted_exe
     async def go():
         client = ask(world.app, {**STREAM, "max_tokens": 10})
         for _ in range(num_tokens):
-            await until(executor.release)
-        await until(lambda: client.body.count(b"data: ") == num_tokens)
-        await until(lambda: executor._done)
+            await until_true(executor.release)
+        await until_true(lambda: client.body.count(b"data: ") == num_tokens)
+        await until_true(lambda: executor._done)
         with recovering(world):
-            await until(lambda: client.body.count(b": ping\n\n") >= 3)
+            await until_true(lambda: client.body.count(b": ping\n\n") >= 3)
             num_pings = client.body.count(b": ping\n\n")
-        await until(lambda: executor.release() == 0 and client.task.done())
+        await until_true(lambda: executor.release() == 0 and client.task.done())
         blocks = client.body.split(b"\n\n")
         assert blocks.pop() == b""
         assert blocks.pop() == b"data: [DONE]"
@@ -230,11 +223,11 @@ def test_plain_requests_wait_in_silence(make_world, scripted_executor, quick_pin
 
     async def go():
         client = ask(world.app, {**PLAIN, "max_tokens": 2})
-        await until(lambda: executor._done)
+        await until_true(lambda: executor._done)
         with recovering(world):
             await asyncio.sleep(0.2)
             assert client.messages == []
-        await until(lambda: executor.release() == 0 and client.task.done())
+        await until_true(lambda: executor.release() == 0 and client.task.done())
         assert client.status == 200
         assert json.loads(client.body)["usage"]["completion_tokens"] == 2
 
@@ -249,7 +242,7 @@ def test_a_deadline_holds_while_the_gang_recovers(make_world, scripted_executor,
 
     async def go():
         client = ask(world.app, {**body, "timeout": 0.3})
-        await until(lambda: executor._done)
+        await until_true(lambda: executor._done)
         with recovering(world):
             await client.task
         if body["stream"]:
@@ -280,14 +273,14 @@ def test_a_draining_replica_finishes_what_runs_and_takes_nothing_more(make_world
 
     async def go():
         clients = [ask(world.app, {**body, "max_tokens": 20}) for body in (STREAM, PLAIN)]
-        await until(executor.release)
+        await until_true(executor.release)
         world.service.is_draining = True
         refused = ask(world.app, PLAIN)
         await refused.task
         assert refused.status == 503
         assert 1 <= int(dict(refused.messages[0]["headers"])[b"retry-after"]) <= 60
         assert json.loads(refused.body)["error"]["code"] == "server_draining"
-        await until(lambda: executor.release() == 0 and all(client.task.done() for client in clients))
+        await until_true(lambda: executor.release() == 0 and all(client.task.done() for client in clients))
         assert clients[0].body.endswith(b"data: [DONE]\n\n")
         assert json.loads(clients[1].body)["usage"]["completion_tokens"] == 20
 

@@ -9,6 +9,8 @@ import httpx
 import openai
 import pytest
 
+from tests.serving import until
+
 CHAT = {
     "model": "tiny",
     "messages": [{"role": "user", "content": "hello"}],
@@ -201,16 +203,9 @@ def test_a_closed_socket_ends_the_request(make_world, scripted_executor, is_stre
             if is_stream:
                 assert b"data: " in connection.recv(65536)
             assert world.engine.snapshot().running == 1
-        _until(lambda: world.service.admission.num_admitted == 0)
+        until(lambda: world.service.admission.num_admitted == 0)
         executor.release(100)
         world.wait_until_idle()
-
-
-def _until(condition):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_a_connection_serves_one_request_after_the_other(served):

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from actors.words.errors import GangFailure
+from tests.serving import until_true
 
 STREAM = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 8, "temperature": 0, "stream": True, "ignore_eos": True}
 CHAT = {
@@ -86,15 +87,6 @@ def stream(world, path, body):
     return asyncio.run(go())
 
 
-async def until(condition):
-    """Let other tasks and threads run until it is so."""
-    for _ in range(4000):
-        if condition():
-            return
-        await asyncio.sleep(0.005)
-    raise AssertionError("did not come true")
-
-
 @pytest.fixture
 def ids_of(text):
     return lambda words: asyncio.run(text.encode([words]))[0]
@@ -161,8 +153,8 @@ def test_a_stop_string_frees_the_engine_before_max_tokens(make_world, scripted_e
 
     async def go():
         client = Client(world.app, COMPLETIONS, body)
-        await until(lambda: client.task.done() or (executor.release() and False))
-        await until(lambda: world.engine.snapshot().running == 0)
+        await until_true(lambda: client.task.done() or (executor.release() and False))
+        await until_true(lambda: world.engine.snapshot().running == 0)
 
     asyncio.run(go())
     assert len(executor.steps) < len(script)
@@ -235,11 +227,11 @@ def test_a_slow_reader_gets_few_and_larger_chunks(make_world, scripted_executor,
     async def go():
         client = Client(world.app, COMPLETIONS, {**STREAM, "max_tokens": len(script)})
         client.is_open.clear()
-        await until(lambda: executor.release() and client.messages)
+        await until_true(lambda: executor.release() and client.messages)
         for _ in range(len(script) * 2):
             executor.release()
             await asyncio.sleep(0.001)
-        await until(lambda: executor.release() == 0 and world.engine.snapshot().running == 0)
+        await until_true(lambda: executor.release() == 0 and world.engine.snapshot().running == 0)
         assert client.num_writes <= 1  # nothing was pushed at somebody who does not read
         assert len(world.outbox._mailboxes) <= 1
         client.is_open.set()
@@ -268,9 +260,9 @@ def test_a_client_that_leaves_ends_its_request(make_world, scripted_executor, id
 
     async def go():
         client = Client(world.app, COMPLETIONS, {**STREAM, "max_tokens": 12, "stream": is_stream})
-        await until(lambda: executor._done)
+        await until_true(lambda: executor._done)
         for _ in range(num_tokens):
-            await until(executor.release)
+            await until_true(executor.release)
             await asyncio.sleep(0.002)
         if way == "leave":
             client.leave()
@@ -281,7 +273,7 @@ def test_a_client_that_leaves_ends_its_request(make_world, scripted_executor, id
                 await client.task
         else:
             client.send_error = OSError("connection lost")
-            await until(lambda: executor.release() == 0 and client.task.done())
+            await until_true(lambda: executor.release() == 0 and client.task.done())
             await client.task
         assert world.service.admission.num_admitted == 0
         assert not client.body.endswith(b"[DONE]\n\n")
@@ -377,7 +369,7 @@ def test_an_engine_failure_in_a_stream_is_an_error_event_and_no_done(make_world,
 
     async def go():
         client = Client(world.app, path, body)
-        await until(executor.release)
+        await until_true(executor.release)
         await client.wait_for_writes(1)
         executor.fail(GangFailure("rank 1 died, see /var/log/ray/session/x.log"))
         await client.task
@@ -407,9 +399,9 @@ def test_an_engine_failure_before_anything_is_sent_has_a_status(
 
     async def go():
         client = Client(world.app, COMPLETIONS, {**STREAM, "stream": is_stream, "n": 2})
-        await until(lambda: executor._done)
+        await until_true(lambda: executor._done)
         for _ in range(0 if is_stream else num_tokens):
-            await until(executor.release)
+            await until_true(executor.release)
         if ENDS[end] is None:
             await asyncio.to_thread(world.engine.close)
         else:
@@ -430,10 +422,10 @@ def test_a_fault_of_ours_in_a_stream_ends_only_that_stream(make_world, scripted_
 
     async def go():
         client, neighbour = (Client(world.app, COMPLETIONS, STREAM) for _ in range(2))
-        await until(lambda: executor.release() and client.num_writes and neighbour.num_writes)
+        await until_true(lambda: executor.release() and client.num_writes and neighbour.num_writes)
         broken = next(iter(world.outbox._mailboxes.values()))
         monkeypatch.setattr(broken, "take", None)
-        await until(lambda: executor.release() == 0 and client.task.done() and neighbour.task.done())
+        await until_true(lambda: executor.release() == 0 and client.task.done() and neighbour.task.done())
         last = [each.events()[-1] for each in (client, neighbour)]
         ends = sorted(event if isinstance(event, str) else "error" for event in last)
         assert ends == ["[DONE]", "error"]
