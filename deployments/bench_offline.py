@@ -19,6 +19,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from actors.decisions.accelerators import ACCELERATORS
+from actors.decisions.blocks import num_blocks_for
 from actors.decisions.estimate import Estimate
 from actors.decisions.plan import Plan, make_plan
 from actors.remote.engine import Engine
@@ -213,7 +214,7 @@ def _running(gang: Gang, plan: Plan) -> Iterator[_Bench]:
 def _measure_batch(bench: _Bench, name: str, batch: int, config: Config, options: argparse.Namespace) -> Speed:
     """Rounds with prompts of their own, so that no prefix is cached, after a short one that does not count."""
     plan, length = bench.plan, options.input_len + options.output_len
-    needed = batch * -(-length // plan.block_size)
+    needed = batch * num_blocks_for(length, plan.block_size)
     if needed > bench.num_blocks:
         raise ValueError(
             f"--batch: {batch} sequences of {length} tokens take {needed} KV blocks, but the cache has "

@@ -142,7 +142,7 @@ class Generation:
         if answer.is_finished:
             self._outbox.close(event.request_id)
             if event.finish_reason is None:  # a stop string: the engine does not know
-                self._engine.finish(event.request_id, at_token=answer.transcript.num_tokens)
+                self._engine.finish(event.request_id, "stop")
         return piece
 
 

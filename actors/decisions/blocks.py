@@ -123,6 +123,11 @@ class BlockPool:
         self._free.append(block)
 
 
+def num_blocks_for(num_tokens: int, block_size: int) -> int:
+    """Blocks that hold so many tokens."""
+    return -(-num_tokens // block_size)
+
+
 def root_hash(salt: str) -> BlockHash:
     """The start of a chain. Requests with different salts (adapter, API key) never share blocks."""
     return hashlib.sha256(salt.encode()).digest()

@@ -3,10 +3,10 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-from actors.decisions.patience import silent_ranks
+from actors.decisions.patience import HEARTBEAT_S
 from actors.words.errors import Verdict
 
-_STALE_S = 1.6  # beside a step that is overdue, three missed heartbeats are enough to call a rank silent
+_STALE_S = 3.2 * HEARTBEAT_S  # beside a step that is overdue, three missed heartbeats are enough to call a rank silent
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def of_deaths(deaths: Collection[Complaint]) -> Verdict:
 
 def of_silence(standings: Mapping[int, Standing], now: float, patience_s: float) -> Verdict | None:
     """Ranks that have said nothing for too long; None when all were heard."""
-    silent = silent_ranks({rank: standing.heard for rank, standing in standings.items()}, now, patience_s)
+    silent = [rank for rank, standing in standings.items() if now - standing.heard > patience_s]
     if not silent:
         return None
     words = f"nothing is heard from rank {', '.join(map(str, silent))}: dead, stopped or cut off"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from actors.decisions.accelerators import Accelerator
+from actors.decisions.blocks import num_blocks_for
 from actors.decisions.model_spec import Parameter, dtype_bytes, pattern_of
 from actors.decisions.plan import Plan
 from actors.decisions.shard_plan import ShardPlan, TensorSlice
@@ -127,7 +128,7 @@ class Estimate:
     def decode(self, batch: int, context: int) -> Speed:
         """One token for each of `batch` sequences of `context` tokens, or for as many of them as may run at a time."""
         num_stages = self.plan.topology.pipeline_parallel_size
-        room = min(self.plan.max_num_seqs, self.num_blocks // -(-context // self.plan.block_size))
+        room = min(self.plan.max_num_seqs, self.num_blocks // num_blocks_for(context, self.plan.block_size))
         running = min(batch, room) if self.fits() else 0
         if not running:
             return Speed(batch, 0.0, 0.0, "does not fit", 0)

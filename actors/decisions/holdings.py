@@ -1,6 +1,6 @@
 """The blocks that sequences hold: a reused prefix, growth, the naming of what is full, and their release."""
 
-from actors.decisions.blocks import BlockPool
+from actors.decisions.blocks import BlockPool, num_blocks_for
 from actors.decisions.sequence import Sequence
 
 
@@ -13,7 +13,7 @@ class Holdings:
 
     def num_blocks(self, num_tokens: int) -> int:
         """Blocks that hold so many tokens."""
-        return -(-num_tokens // self.pool.block_size)
+        return num_blocks_for(num_tokens, self.pool.block_size)
 
     def check_length(self, num_tokens: int) -> None:
         """Raises ValueError for a sequence of prompt and generated tokens that the whole cache could not hold."""
@@ -35,7 +35,7 @@ class Holdings:
         """Blocks for the first `num_tokens` positions; False, and nothing taken, when there are too few."""
         if num_tokens <= len(sequence.blocks) * self.pool.block_size:
             return True
-        blocks = self.pool.allocate(max(0, self.num_blocks(num_tokens) - len(sequence.blocks)))
+        blocks = self.pool.allocate(self.num_blocks(num_tokens) - len(sequence.blocks))
         if blocks is None:
             return False
         sequence.blocks += blocks

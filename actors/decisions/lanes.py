@@ -76,11 +76,6 @@ class Lanes:
         return sum(len(lane.sequences) for lane in self._lanes)
 
     @property
-    def suspect(self) -> Sequence | None:
-        """The oldest sequence that must run alone, if there is one."""
-        return min((sequence for sequence in self.sequences if sequence.is_suspect), key=age, default=None)
-
-    @property
     def num_decoding(self) -> int:
         """How many of those that run have their prompt behind them."""
         return sum(not sequence.is_prefilling for lane in self._lanes for sequence in lane.sequences)

@@ -1,7 +1,6 @@
 """How long silence may last: verdicts on heartbeats, and a deadline for each step from what steps take."""
 
 from collections import deque
-from collections.abc import Mapping
 
 HEARTBEAT_S = 0.5  # every rank says that it lives this often
 SILENCE_S = 3.0  # a rank not heard for so long is gone, stopped or cut off
@@ -9,11 +8,6 @@ LOADING_SILENCE_S = 30.0  # while it loads: a slow disk may hold the interpreter
 _FLOOR_S = 2.5  # no step is called hung before this
 _FACTOR = 10.0  # nor before so many times what it should take: cores may be shared with anything
 _FIXED_TOKENS = 16  # what a step costs beside its tokens, in tokens
-
-
-def silent_ranks(last_heard: Mapping[int, float], now: float, patience_s: float = SILENCE_S) -> list[int]:
-    """Ranks (rank → monotonic seconds when last heard) that have been silent for too long."""
-    return [rank for rank, heard in last_heard.items() if now - heard > patience_s]
 
 
 class StepClock:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from actors.decisions.blocks import num_blocks_for
 from actors.decisions.families import NO_PIPELINE
 from actors.decisions.model_spec import ModelSpec
 from actors.decisions.shard_plan import ShardPlan, check_given_cut, make_shard_plans
@@ -31,7 +32,7 @@ class Plan:
     @property
     def num_blocks_for_longest(self) -> int:
         """Blocks that one sequence of `max_model_len` tokens holds."""
-        return _num_blocks_for(self.max_model_len, self.block_size)
+        return num_blocks_for(self.max_model_len, self.block_size)
 
     def check_num_blocks(self, num_blocks: int) -> None:
         """Raises ValueError when a cache of so many blocks does not hold one sequence of full length."""
@@ -68,12 +69,8 @@ def make_plan(config: Config, spec: ModelSpec) -> Plan:
     )
 
 
-def _num_blocks_for(num_tokens: int, block_size: int) -> int:
-    return -(-num_tokens // block_size)
-
-
 def _check_num_blocks(num_blocks: int, max_model_len: int, block_size: int) -> None:
-    if num_blocks < (needed := _num_blocks_for(max_model_len, block_size)):
+    if num_blocks < (needed := num_blocks_for(max_model_len, block_size)):
         raise ValueError(
             f"cache.num_blocks: {num_blocks} blocks of {block_size} tokens do not hold one sequence of "
             f"model.max_model_len {max_model_len}; it takes {needed}. Lower model.max_model_len, or raise "

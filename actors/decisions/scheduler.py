@@ -47,12 +47,13 @@ class SchedulerSettings:
 class Scheduler:
     """All live sequences of one gang, where they stand, and what the ranks have been asked for."""
 
-    def __init__(self, settings: SchedulerSettings, epoch: int = 0, stats: Stats | None = None) -> None:
-        """`stats` goes on counting where another epoch's scheduler ended."""
+    def __init__(self, settings: SchedulerSettings, stats: Stats | None = None) -> None:
+        """`stats` has a clock of its own."""
         self.settings = settings
-        self.epoch = epoch
+        self.epoch = 0
         self.stats = stats or Stats()
         self._live: dict[str, Sequence] = {}
+        self._suspects: list[Sequence] = []  # oldest first; nearly always none
         self._next_seq = 0
         self._next_step = 0
         self._pace = PrefillPace(settings.num_lanes)
@@ -88,6 +89,7 @@ class Scheduler:
         """These run alone until they have more ids than so many; all others do not."""
         for request_id, sequence in self._live.items():
             sequence.suspect_until = suspects.get(request_id, -1)
+        self._suspects = list(self._live.values())  # next_step keeps those that are
 
     def fail(self, request_id: str, error: str, code: ErrorCode) -> Event:
         """End a live request with an error."""
@@ -103,17 +105,16 @@ class Scheduler:
         self._live[request.request_id] = sequence
         self._waiting.add(sequence)
 
-    def finish(self, request_id: str, at_token: int | None = None, reason: FinishReason = "abort") -> Event | None:
-        """From outside: cut after `at_token` generated ids ("stop"), or for `reason`; None if it is gone."""
+    def finish(self, request_id: str, reason: FinishReason = "abort") -> Event | None:
+        """From outside: end a request; None when it is gone."""
         sequence = self._live.get(request_id)
-        if sequence is None:
-            return None
-        return self._retire(sequence, reason if at_token is None else "stop")
+        return None if sequence is None else self._retire(sequence, reason)
 
     def next_step(self) -> StepBatch | None:
         """The next step to submit, or None when every lane is busy or has nothing to do."""
-        self._waiting.deal(self._lanes, self._holdings, self.settings.max_num_seqs)
-        alone = self._lanes.suspect
+        self._suspects = [seq for seq in self._suspects if seq.is_suspect and seq.finish_reason is None]
+        self._waiting.deal(self._lanes, self._holdings, self.settings.max_num_seqs, self._suspects)
+        alone = next((seq for seq in self._suspects if seq.lane is not None), None)
         if alone is not None and not all(flight.is_only_of(alone) for flight in self._flights):
             return None
         for lane in self._lanes.in_turn(alone):

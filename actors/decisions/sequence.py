@@ -24,7 +24,7 @@ class Sequence:
     hashes: list[BlockHash] = field(default_factory=list)  # of the full blocks of known ids
     num_named: int = 0  # of its blocks, named by their contents
     is_open: bool = False  # the ranks have a row for it
-    num_prompt_logprobs: int = 0  # told already; a computation after a preemption says them again
+    num_prompt_logprobs: int = 0  # told already; whatever is computed again says them again
     waiting_since: float | None = None  # monotonic seconds; None once the ranks have heard of it
     finish_reason: FinishReason | None = None
     suspect_until: int = -1  # it may end ranks, and runs alone, until it has more ids; see Quarantine

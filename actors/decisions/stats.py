@@ -23,7 +23,6 @@ RECOVERY_PHASES = {
     "warm": "cache, and the first shapes",
     "replay": "computing what ran again, up to its next ids",
 }
-CAUSES: tuple[Cause, ...] = ("killed", "crashed", "failed", "hung", "silent", "books")
 
 # Seconds; the buckets that dashboards of other engines use for requests as a whole.
 REQUEST_SECONDS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
@@ -58,7 +57,7 @@ class Stats:
         self.num_steps = 0
         self.num_replayed = 0  # times that a running request was computed again in another epoch
         self.num_replayed_tokens = 0
-        self.num_rebuilds: dict[Cause, int] = dict.fromkeys(CAUSES, 0)
+        self.num_rebuilds: dict[Cause, int] = dict.fromkeys(get_args(Cause), 0)
         self.recovery_s = dict.fromkeys(RECOVERY_PHASES, 0.0)
         self.num_finished: dict[FinishReason, int] = dict.fromkeys(get_args(FinishReason), 0)
         self.queue_s = Histogram(REQUEST_SECONDS)  # from the engine's hearing of a request to its first step
@@ -67,7 +66,7 @@ class Stats:
     def opened(self, sequence: Sequence, num_reused: int) -> None:
         """The ranks hear of a sequence, `num_reused` of its ids from the cache. Only its first time counts."""
         if sequence.waiting_since is None:
-            return  # preempted, and computed again
+            return  # computed again: it was preempted, or a gang was lost
         self.queue_s.observe(self.clock() - sequence.waiting_since)
         sequence.waiting_since = None
         self.num_prompt += len(sequence.request.prompt_ids)

@@ -1,7 +1,6 @@
 """Who waits for a lane, and who is dealt next: suspects, then the oldest, while there is room for its known ids."""
 
 from bisect import insort
-from collections.abc import Iterator
 
 from actors.decisions.holdings import Holdings
 from actors.decisions.lanes import Lanes, age
@@ -17,9 +16,6 @@ class Waiting:
     def __len__(self) -> int:
         return len(self._sequences)
 
-    def __iter__(self) -> Iterator[Sequence]:
-        return iter(self._sequences)
-
     def add(self, sequence: Sequence) -> None:
         """Put it among the others by age."""
         insort(self._sequences, sequence, key=age)
@@ -28,13 +24,15 @@ class Waiting:
         """It has ended."""
         self._sequences.remove(sequence)
 
-    def deal(self, lanes: Lanes, holdings: Holdings, max_num_seqs: int) -> None:
+    def deal(self, lanes: Lanes, holdings: Holdings, max_num_seqs: int, suspects: list[Sequence]) -> None:
         """Deal to the cheapest lanes while there is room for the known ids; suspects first: they hold up all others."""
+        if not self._sequences:
+            return
         unopened = (sequence for sequence in lanes.sequences if not sequence.is_open)
         promised = sum(holdings.num_blocks(len(seq.ids) + 1) for seq in unopened)
         running = lanes.num_sequences
         while self._sequences and running < max_num_seqs:
-            head = next((seq for seq in self._sequences if seq.is_suspect), self._sequences[0])
+            head = next((seq for seq in suspects if seq.lane is None), self._sequences[0])
             need = min(holdings.num_blocks(len(head.ids) + 1), holdings.pool.num_blocks)
             if head.num_pending or promised + need > holdings.pool.num_available:
                 return

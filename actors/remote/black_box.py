@@ -77,7 +77,7 @@ def bury(remains: Remains) -> LastWords | None:
 
 def log_folder() -> Path:
     """Where this process's log goes when it is a file, as under Ray; else where temporary files go."""
-    log = Path(f"/proc/self/fd/{2}").resolve()
+    log = Path("/proc/self/fd/2").resolve()
     return log.parent if log.is_file() else Path(tempfile.gettempdir())
 
 

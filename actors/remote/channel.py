@@ -1,7 +1,7 @@
 """The engine's end of the step channel: ZeroMQ with CURVE, msgpack structs, an allowlist of keys for each epoch.
 
 Every process makes its own key pair; only public keys travel, through Ray. Whoever is not on the allowlist (a stranger,
-a rank of an old epoch) fails the handshake, and what a rank says is held against the rank that its key stands for.
+a rank of an old epoch) fails the handshake, and whatever is said counts as said by the rank that its key stands for.
 """
 
 import contextlib
@@ -213,9 +213,9 @@ class EngineChannel:
         if unreachable:
             raise _failure(of_deaths(unreachable))
 
-    def _poll(self, timeout_s: float | None) -> tuple[list[StepResult], bool]:
+    def _poll(self, timeout_s: float) -> tuple[list[StepResult], bool]:
         """Wait once; returns results, and whether somebody called `wake`."""
-        events = dict(self._poller.poll(None if timeout_s is None else int(timeout_s * 1000)))
+        events = dict(self._poller.poll(int(timeout_s * 1000)))
         was_woken = self._wakeup in events
         if was_woken:
             os.eventfd_read(self._wakeup)

@@ -22,7 +22,7 @@ from actors.decisions.stats import Stats
 from actors.remote.revival import Attempt
 from actors.words.errors import EngineStopped, GangFailure, GangLost, IntegrityError, Verdict
 from actors.words.executor import Executor, Revival, Revive
-from actors.words.messages import Event, Request
+from actors.words.messages import Event, FinishReason, Request
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Engine:
         """
         self._executor = executor
         self.stats = Stats()
-        self._scheduler = Scheduler(settings, epoch=0, stats=self.stats)
+        self._scheduler = Scheduler(settings, stats=self.stats)
         self._deliver = deliver
         self._revive = revive
         self._deadlines = Deadlines()  # of every epoch
@@ -89,10 +89,10 @@ class Engine:
         request = completed(request)
         self._command(lambda: self._add(request))
 
-    def finish(self, request_id: str, at_token: int | None = None) -> None:
-        """End a request: after `at_token` generated ids (a stop string was found), or aborted. Ignores unknown ids."""
+    def finish(self, request_id: str, reason: FinishReason = "abort") -> None:
+        """End a request: it is aborted, or has said a stop string ("stop"). Ignores unknown ids."""
         with contextlib.suppress(EngineStopped):  # its terminal event is out already
-            self._command(lambda: [event for event in [self._scheduler.finish(request_id, at_token)] if event])
+            self._command(lambda: [event for event in [self._scheduler.finish(request_id, reason)] if event])
 
     def snapshot(self) -> Snapshot:
         """Any thread."""
@@ -245,7 +245,7 @@ class Engine:
             if self._revive is None or self._state != "recovering" or self._num_vain_epochs > _MAX_VAIN_EPOCHS:
                 break
             if attempt:
-                self._scheduler.begin_epoch()
+                self._scheduler.epoch += 1  # nothing has run since the last one began
             is_fresh = attempt == _MAX_ATTEMPTS - 1 or self._num_vain_epochs > _NUM_REJOINED
             going = Attempt(self._revive, self._scheduler.epoch, verdict, is_fresh, self._bell.set)
             self._wait_for(going)

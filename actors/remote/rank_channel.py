@@ -40,7 +40,7 @@ class RankChannel:
         self._is_closing = False
         self._bell = os.eventfd(0, os.EFD_CLOEXEC)
         self._side = threading.Thread(target=self._attend, name="rank-side", daemon=True)
-        self._send(self._socket, Heartbeat(epoch, rank, -1))
+        self._send(self._socket, Heartbeat(epoch, -1))
         self._side.start()
 
     def receive(self) -> ToRank:
@@ -62,7 +62,7 @@ class RankChannel:
         """Say that this rank cannot go on; whoever listens."""
         words, is_echo = f"{type(error).__name__}: {error}", isinstance(error, NeighbourLost)
         with contextlib.suppress(zmq.Again):
-            self._send(self._socket, RankFailure(self.epoch, self.rank, self.step, words, self._count_ops(), is_echo))
+            self._send(self._socket, RankFailure(self.epoch, self.step, words, self._count_ops(), is_echo))
 
     def close(self) -> None:
         """Stop the side thread and leave. May be called twice."""
@@ -83,7 +83,7 @@ class RankChannel:
         poller.register(self._bell, zmq.POLLIN)
         while not self._is_closing:
             with contextlib.suppress(zmq.Again):  # nobody takes it: the engine is gone, or does not know this rank
-                self._send(socket, Heartbeat(self.epoch, self.rank, self.step, self.seconds, self._count_ops()))
+                self._send(socket, Heartbeat(self.epoch, self.step, self.seconds, self._count_ops()))
             if socket in dict(poller.poll(int(HEARTBEAT_S * 1000))):
                 message = _TO_RANK.decode(socket.recv())
                 if isinstance(message, Fence) and message.epoch == self.epoch:

@@ -137,10 +137,9 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Said by every rank twice a second, from a side thread."""
+    """Said by every rank again and again, from a side thread; see patience."""
 
     epoch: int
-    rank: int
     step: int  # last step begun
     seconds: dict[str, float] = {}  # by phase, since it joined; see PhaseClock
     op: int = 0  # collectives and hops begun since it joined
@@ -150,7 +149,6 @@ class RankFailure(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """A rank's own word that it cannot go on."""
 
     epoch: int
-    rank: int
     step: int
     error: str
     op: int = 0

@@ -135,7 +135,7 @@ class World:
             if len(self.requests) < num_requests and rng.random() < 0.3:
                 self.arrive()
             if self.requests and rng.random() < 0.03:
-                event = self.scheduler.finish(rng.choice(list(self.requests)), rng.choice([None, 1]))
+                event = self.scheduler.finish(rng.choice(list(self.requests)), rng.choice(["abort", "stop"]))
                 self.hear([event] if event else [])
             if self.random.random() < self.loss:
                 self.lose_the_gang()
