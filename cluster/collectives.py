@@ -120,3 +120,9 @@ class LoneShard:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def all_agree(group: StageGroup, mine: bool, device: torch.device) -> bool:
+    """A vote: whether every shard says yes. All of them call it."""
+    votes = group.all_reduce(torch.full((1,), float(mine), device=device))
+    return votes.item() == group.size

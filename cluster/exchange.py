@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from cluster.elements import LIKE, OPTIONS, load_acquire, narrow, pause, pointer, store_release, wide
+from cluster.elements import OPTIONS, load_acquire, narrow, pause, pointer, store_release, wide
 
-__all__ = ["HERE", "LATE", "LIKE", "meet", "sum_shards"]
+__all__ = ["HERE", "LATE", "meet", "sum_shards"]
 
 HERE, LATE = -1, -2  # what `meet` says when all have shown the same, and when one has not come yet
 

@@ -22,6 +22,7 @@ import torch
 
 from cluster import exchange
 from cluster.collectives import NeighbourLate, NeighbourLost
+from cluster.elements import LIKE
 from cluster.rendezvous import EpochStore
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class SharedMemoryStage:
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the shards in shard order, in place; bfloat16 and float16 are summed in float32."""
         nbytes = tensor.nbytes
-        like = exchange.LIKE.get(tensor.dtype) if self.size > 1 else None
+        like = LIKE.get(tensor.dtype)
         for piece in _pieces(tensor, nbytes):
             shown = self._exchange(0, piece, nbytes)
             if like is None:

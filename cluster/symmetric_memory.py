@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from cluster.collectives import StageGroup
+from cluster.collectives import StageGroup, all_agree
 from cluster.rendezvous import EpochStore
 
 logger = logging.getLogger(__name__)
@@ -104,16 +104,16 @@ def with_symmetric_memory(fallback: StageGroup, store: EpochStore, stage: int, d
         return fallback
     name = f"stagemesh-{store.epoch}-stage{stage}"  # torch keeps such names for the life of the process
     buffer = _attempt(functools.partial(_allocate, device))
-    if not _all_agree(fallback, buffer is not None, device):
+    if not all_agree(fallback, buffer is not None, device):
         return fallback
     assert buffer is not None
     met = _attempt(functools.partial(_meet, buffer, name, fallback, store))
-    if not _all_agree(fallback, met is not None, device):
+    if not all_agree(fallback, met is not None, device):
         return fallback
     assert met is not None
     group = SymmetricStage(fallback, buffer, name, has_multicast=bool(met.multicast_ptr))
     is_right = bool(_attempt(functools.partial(_check, group, device)))
-    return group if _all_agree(fallback, is_right, device) else fallback
+    return group if all_agree(fallback, is_right, device) else fallback
 
 
 def _allocate(device: torch.device) -> torch.Tensor:
@@ -148,8 +148,3 @@ def _attempt(work: Callable[[], Any]) -> Any:
     except (RuntimeError, ImportError, AttributeError, TypeError, ValueError) as error:
         logger.warning("all-reduces go through NCCL, not through symmetric memory: %s", error)
         return None
-
-
-def _all_agree(group: StageGroup, mine: bool, device: torch.device) -> bool:
-    votes = group.all_reduce(torch.full((1,), float(mine), device=device))
-    return votes.item() == group.size

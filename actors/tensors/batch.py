@@ -16,7 +16,7 @@ from actors.tensors.transfer import to_device
 from actors.tensors.visibility import Chunk, VisibilityMaker, positions_of
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
 
-_ROWS_AT_FIRST = 8
+ROWS_AT_FIRST = 8
 
 
 @dataclass
@@ -63,8 +63,8 @@ class SequenceTable:
         self.visibility = visibility
         self.device = visibility.device
         self.rows: dict[int, Row] = {}
-        self._tables = torch.zeros(_ROWS_AT_FIRST, blocks_per_sequence, dtype=torch.int64)  # on the host
-        self._free = list(range(_ROWS_AT_FIRST))
+        self._tables = torch.zeros(ROWS_AT_FIRST, blocks_per_sequence, dtype=torch.int64)  # on the host
+        self._free = list(range(ROWS_AT_FIRST))
 
     def apply(self, step: StepBatch) -> list[int]:
         """Drop closed rows, open new ones, add what the entries bring.

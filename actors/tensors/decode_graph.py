@@ -13,9 +13,11 @@ import torch
 
 from actors.decisions.buckets import Bucket
 from actors.tensors.decode_step import DecodeRows, DecodeStep
-from cluster.collectives import StageGroup
+from cluster.collectives import StageGroup, all_agree
 
 logger = logging.getLogger(__name__)
+
+_CUDA = torch.device("cuda")
 
 Result = TypeVar("Result")
 
@@ -61,10 +63,10 @@ def capture(steps: dict[Bucket, DecodeStep], group: StageGroup) -> dict[Bucket, 
         expected = _on(stream, step.run)  # what is done first, is done here: plans, workspaces, autotuning
         # A vote before the replay: the all-reduces in it need every shard
         made = _attempt(bucket, functools.partial(CapturedStep, step, pool, stream))
-        if not _all_agree(group, made is not None):
+        if not all_agree(group, made is not None, _CUDA):
             return {}
         assert made is not None
-        if not _all_agree(group, bool(_attempt(bucket, functools.partial(_check, made.run(), expected)))):
+        if not all_agree(group, bool(_attempt(bucket, functools.partial(_check, made.run(), expected))), _CUDA):
             return {}
         captured[bucket] = made
         logger.info(
@@ -95,8 +97,3 @@ def _attempt(bucket: Bucket, work: Callable[[], Result]) -> Result | None:
     except (RuntimeError, AssertionError) as error:
         logger.warning("decode runs without CUDA graphs: %s: %s", bucket, error)
         return None
-
-
-def _all_agree(group: StageGroup, mine: bool) -> bool:
-    votes = group.all_reduce(torch.full((1,), float(mine), device="cuda"))
-    return votes.item() == group.size

@@ -5,6 +5,7 @@ ids that are still on their way. It runs on CPU too, without graphs, where the t
 """
 
 from collections import deque
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -12,12 +13,11 @@ import torch
 from actors.decisions.buckets import Bucket, Buckets
 from actors.decisions.plan import Plan
 from actors.tensors.attention import StepAttention
-from actors.tensors.batch import Row, StepTensors
+from actors.tensors.batch import ROWS_AT_FIRST, Row, StepTensors
 from actors.tensors.checkpoint import LoadReport, Progress
 from actors.tensors.decode_graph import Runnable, capture
 from actors.tensors.decode_step import LAST_ID, DecodeRows, DecodeStep, LastIds
 from actors.tensors.fused import fuse
-from actors.tensors.kv_cache import KVCache
 from actors.tensors.paged import GatheredAttention, PagedRows, VarlenKernel, choose_kernels
 from actors.tensors.runner import Done, Groups, Launched, Runner, Sampled
 from actors.tensors.sampler import Draws
@@ -74,7 +74,7 @@ class Sampling:
             ids = self._ids.take().tolist()
             for (row, place), token_id in zip(self._rows, ids, strict=True):
                 if place < len(row.ids):  # else the row was begun anew
-                    row.ids[place] = token_id
+                    row.ids[place] = max(0, token_id)
             self._taken = Sampled([[token_id] for token_id in ids], self._logprobs, [])
         return self._taken
 
@@ -82,13 +82,13 @@ class Sampling:
 class DeviceRunner(Runner):
     """See the module. Block `num_blocks` of its cache belongs to padding."""
 
+    spare_blocks = 1
     fuses = True  # whether norms and rotary embeddings are fused on CUDA
 
     def __init__(self, plan: Plan, rank: int, groups: Groups, device: torch.device) -> None:
-        self._kernels: dict[str, VarlenKernel] | None = None  # by attention
         self._buckets = Buckets((), ())
         super().__init__(plan, rank, groups, device)
-        num_places = 2 * max(8, plan.max_num_seqs)  # the table doubles from 8 rows
+        num_places = 2 * max(ROWS_AT_FIRST, plan.max_num_seqs)  # the table doubles
         self._last_ids = LastIds(num_places, device)
 
     def join(self, groups: Groups) -> None:
@@ -97,10 +97,13 @@ class DeviceRunner(Runner):
         self._unsettled: deque[Sampling] = deque()
         super().join(groups)
 
+    @cached_property
+    def _kernels(self) -> dict[str, VarlenKernel]:
+        """By attention."""
+        specs = [shard.local_spec for shard in self.shard.attentions]
+        return choose_kernels(specs, self.dtype, self.plan.block_size, self.device)
+
     def _visibility(self) -> VisibilityMaker:
-        if self._kernels is None:
-            specs = [shard.local_spec for shard in self.shard.attentions]
-            self._kernels = choose_kernels(specs, self.dtype, self.plan.block_size, self.device)
         others = [shard.spec for shard in self.shard.attentions if shard.spec.name not in self._kernels]
         maker = PagedVisibility if self._kernels else VisibilityMaker
         return maker(self.plan.block_size, frozenset(spec.sight for spec in others), self.dtype, self.device)
@@ -115,18 +118,15 @@ class DeviceRunner(Runner):
 
     def allocate_cache(self, num_blocks: int) -> None:
         """See Runner; one block more is padding's."""
-        self.plan.check_num_blocks(num_blocks)
-        assert self.model is not None and self._kernels is not None, "load comes first"
+        super().allocate_cache(num_blocks)
+        assert self.model is not None
         self._trash_block = num_blocks
-        size = self.plan.block_size
-        self.cache = KVCache(self.shard.attentions, num_blocks + 1, size, self.dtype, self.device)
-        self.model.attach(self.cache)
         for attention in self.model.attentions:
             kernel = self._kernels.get(attention.spec.name)
             attention.paged = kernel or GatheredAttention(attention.spec.sight, attention.spec.softcap)
         longest = self.plan.num_blocks_for_longest
         gathers = len(self._kernels) < len(self.model.attentions)
-        first_blocks = min(longest, -(-_TOKENS_GATHERED // size)) if gathers else None
+        first_blocks = min(longest, -(-_TOKENS_GATHERED // self.plan.block_size)) if gathers else None
         self._buckets = Buckets.of(self.plan.max_num_seqs, longest, first_blocks)
         self._steps.clear()
         self._state_BH = None
@@ -197,12 +197,10 @@ class DeviceRunner(Runner):
         draws = [self.table.draw(entry) for entry in step.entries]
         if any(draw.has_penalties for draw in draws):
             self._settle()  # they count every id before this one
-        ids_R = self.sampler.sample(logits_RV, Draws.of(draws, self.device))
-        if self._sender is not None:
-            self._sender.send(step, ids_R)
+        told_R, ids_R = self._draw(step, logits_RV, Draws.of(draws, self.device))
         self._last_ids.put(places_R, ids_R)
         logprobs = self._sampled_logprobs(rows, logits_RV, ids_R)  # where they are asked for, the host waits
-        self._unsettled.append(Sampling(rows, Download(ids_R), logprobs))
+        self._unsettled.append(Sampling(rows, Download(told_R), logprobs))
         return self._unsettled[-1]
 
     def _sample(self, step: StepBatch, tensors: StepTensors, logits_QV: torch.Tensor) -> Sampled:
@@ -210,7 +208,7 @@ class DeviceRunner(Runner):
         sampled = super()._sample(step, tensors, logits_QV)
         if tensors.sampled:
             places = torch.tensor([row.index for row in tensors.sampled])
-            ids = torch.tensor([token_id for (token_id,) in sampled.token_ids])
+            ids = torch.tensor([row.ids[-1] for row in tensors.sampled])
             self._last_ids.put(to_device(places, self.device), to_device(ids, self.device))
         return sampled
 

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from actors.tensors.layers import norm_eps
+
 logger = logging.getLogger(__name__)
 
-_ROTARY_NAME = "apply_rotary_pos_emb"  # what Transformers' model files call it; all give (q, k, cos, sin)
+ROTARY_NAME = "apply_rotary_pos_emb"  # what Transformers' model files call it; all give (q, k, cos, sin)
 
 
 def fuse(model: nn.Module) -> None:
@@ -43,7 +45,7 @@ def fuse_norms(model: nn.Module) -> int:
 
 
 def _eps(module: nn.Module) -> float | None:
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    eps = norm_eps(module)
     return eps if isinstance(eps, float) else None
 
 
@@ -78,13 +80,13 @@ def fuse_rotary(model: nn.Module, compile_function: Callable[[Any], Any] | None 
     number = 0
     for name in sorted({type(module).__module__ for module in model.modules()}):
         file: Any = sys.modules[name]
-        own = getattr(file, _ROTARY_NAME, None)
+        own = getattr(file, ROTARY_NAME, None)
         if own is None or not name.startswith("transformers.models.") or hasattr(own, "own"):
             continue
         device = next(model.parameters()).device
         fused = _Fused(own, (compile_function or torch.compile)(own), everywhere=compile_function is not None)
         if (reason := _rotary_fault(fused, device)) is None:
-            setattr(file, _ROTARY_NAME, fused)
+            setattr(file, ROTARY_NAME, fused)
             number += 1
         else:
             logger.info("the rotary embedding of %s stays as it is: %s", name, reason)

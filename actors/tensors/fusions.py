@@ -14,6 +14,7 @@ from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama as known
 
 from actors.tensors import kernels
+from actors.tensors.fused import ROTARY_NAME
 from actors.tensors.fused_attention import KNOWN, fuse_attention
 from actors.tensors.layers import ColwiseLinear, may_be_packed
 from actors.tensors.methods import LinearMethod, pack
@@ -215,9 +216,9 @@ def _fuse_rotary(module: nn.Module) -> None:
     forward = type(module).forward
     if not isinstance(forward, FunctionType):
         return
-    rotary = forward.__globals__.get("apply_rotary_pos_emb")
-    if "apply_rotary_pos_emb" in forward.__code__.co_names and _is_same(rotary, known.apply_rotary_pos_emb):
-        names = {**forward.__globals__, "apply_rotary_pos_emb": rotate_both}
+    rotary = forward.__globals__.get(ROTARY_NAME)
+    if ROTARY_NAME in forward.__code__.co_names and _is_same(rotary, known.apply_rotary_pos_emb):
+        names = {**forward.__globals__, ROTARY_NAME: rotate_both}
         ours = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
         ours.__kwdefaults__ = forward.__kwdefaults__
         module.forward = ours.__get__(module)

@@ -76,6 +76,11 @@ class ColwiseEmbedding(nn.Embedding):
         return gather_last(self.group, super().forward(input))
 
 
+def norm_eps(module: nn.Module) -> Any:
+    """The epsilon of a root-mean-square norm, whatever its family calls it; None where there is none."""
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
 class ColwiseRMSNorm(nn.Module):
     """A root-mean-square norm over the heads of all shards, of which this one has some."""
 
@@ -86,7 +91,7 @@ class ColwiseRMSNorm(nn.Module):
     @classmethod
     def place(cls, module: nn.Module, group: StageGroup) -> None:
         """Put it in a norm's place. Raises UnsupportedModel for a norm of another kind."""
-        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        eps = norm_eps(module)
         if eps is None or {name for name, _ in module.named_parameters()} != {"weight"}:
             raise UnsupportedModel(f"{type(module).__name__} is no root-mean-square norm; it cannot be cut")
         module.__class__ = cls

@@ -67,11 +67,9 @@ class StageModel:
         if next(self.module.parameters()).device.type == "cpu":
             fuse(self.module)
         for name, module in self.module.named_modules():
-            if isinstance(module, ParallelLinear) and isinstance(module.method, Dense):
-                if f"{name}.weight" not in shared and may_be_packed(module):
-                    module.method = pack(module)
-                else:
-                    module.method.prepare(module)
+            is_dense = isinstance(module, ParallelLinear) and isinstance(module.method, Dense)
+            if is_dense and f"{name}.weight" not in shared and may_be_packed(module):
+                module.method = pack(module)
 
     def join(self, group: StageGroup) -> None:
         """Let the layers exchange through the group of a new epoch."""

@@ -16,7 +16,7 @@ from actors.tensors.feedback import FeedbackReceiver, FeedbackSender
 from actors.tensors.kv_cache import KVCache, available_bytes
 from actors.tensors.logprobs import LogprobReader
 from actors.tensors.model import StageModel, build
-from actors.tensors.sampler import Sampler
+from actors.tensors.sampler import Draws, Sampler
 from actors.tensors.transfer import to_device
 from actors.tensors.visibility import VisibilityMaker
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch, TokenLogprobs
@@ -84,6 +84,8 @@ class Done:
 class Runner:
     """One rank's computer. Steps are executed by one thread, in the order of the channel."""
 
+    spare_blocks = 0  # of the cache, that no sequence owns
+
     def __init__(self, plan: Plan, rank: int, groups: Groups, device: torch.device) -> None:
         self.plan = plan
         self.shard = plan.shards[rank]
@@ -145,13 +147,14 @@ class Runner:
         free = available_bytes(self.device)
         if self.device.type == "cpu":
             free //= ranks_on_node
-        return int(free * share) // self.plan.kv_bytes_per_block(self.shard.rank)
+        return int(free * share) // self.plan.kv_bytes_per_block(self.shard.rank) - self.spare_blocks
 
     def allocate_cache(self, num_blocks: int) -> None:
         """Allocate the KV cache. Raises ValueError when not even one full-length sequence would fit."""
         self.plan.check_num_blocks(num_blocks)
         assert self.model is not None, "load comes first"
-        self.cache = KVCache(self.shard.attentions, num_blocks, self.plan.block_size, self.dtype, self.device)
+        num_all = num_blocks + self.spare_blocks
+        self.cache = KVCache(self.shard.attentions, num_all, self.plan.block_size, self.dtype, self.device)
         self.model.attach(self.cache)
 
     def warm_up(self) -> None:
@@ -204,10 +207,7 @@ class Runner:
     def _sample(self, step: StepBatch, tensors: StepTensors, logits_QV: torch.Tensor) -> Sampled:
         """Draw, remember what was drawn, and read the log-probabilities that were asked for."""
         num_sampled = len(tensors.sampled)
-        told_R = self.sampler.sample(logits_QV[:num_sampled], tensors.draws)
-        ids_R = told_R.clamp(min=0)  # what is no number has no id, but its sequence may be in the next step already
-        if self._sender is not None:
-            self._sender.send(step, ids_R)
+        told_R, ids_R = self._draw(step, logits_QV[:num_sampled], tensors.draws)
         ids: list[int] = told_R.tolist()
         for row, token_id in zip(tensors.sampled, ids, strict=True):
             row.ids.append(max(0, token_id))
@@ -216,6 +216,14 @@ class Runner:
             self._sampled_logprobs(tensors.sampled, logits_QV, ids_R),
             self._prompt_logprobs(tensors, logits_QV[num_sampled:]),
         )
+
+    def _draw(self, step: StepBatch, logits_RV: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+        """→ ids [R] to tell, and to go on with: what is no number has no id, but may be in the next step already."""
+        told_R = self.sampler.sample(logits_RV, draws)
+        ids_R = told_R.clamp(min=0)
+        if self._sender is not None:
+            self._sender.send(step, ids_R)
+        return told_R, ids_R
 
     def _sampled_logprobs(
         self, sampled: tuple[Row, ...], logits_QV: torch.Tensor, ids_R: torch.Tensor

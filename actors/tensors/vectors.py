@@ -1,5 +1,6 @@
 """AVX-512 in kernels: the vectors that LLVM computes with, the instructions that it is told to use, who has them."""
 
+import functools
 from typing import Any
 
 import llvmlite.binding
@@ -29,11 +30,13 @@ PAIRS, ROUNDED = ir.VectorType(_Bfloat(), 2 * WIDTH), ir.VectorType(_Bfloat(), W
 _HALVES = ir.VectorType(ir.IntType(16), WIDTH)
 
 
+@functools.cache  # each layer asks, and reading the features takes a tenth of a millisecond
 def has_dot_product() -> bool:
     """Whether this CPU multiplies pairs of bfloat16 and adds them up in float32."""
     return bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16"))
 
 
+@functools.cache
 def has_matrix_tiles() -> bool:
     """Whether this CPU multiplies whole tiles of bfloat16 (AMX)."""
     return bool(llvmlite.binding.get_host_cpu_features().get("amx-bf16"))

@@ -14,7 +14,7 @@ from actors.decisions.buckets import Bucket, Buckets
 from actors.decisions.plan import Plan
 from actors.tensors.device_runner import DeviceRunner
 from actors.tensors.runner import Launched, Runner, Sampled
-from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
+from actors.words.messages import NOT_A_NUMBER, Entry, NewSequence, SamplingParams, StepBatch
 from cluster.collectives import LoneShard
 
 CPU = torch.device("cpu")
@@ -221,6 +221,23 @@ def test_penalties_count_ids_that_were_still_on_their_way(
     assert isinstance(row.ids, array)
     assert list(draw.ids) == list(row.ids)
     assert len(set(row.ids[2:])) > 1
+
+
+@pytest.mark.parametrize("num_ids", [1, 2])
+def test_what_is_no_number_is_told_and_never_looked_up(
+    plan_of: Callable[..., Plan], checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, num_ids: int
+) -> None:
+    """In a decode step (one id) as in a prefill; the next step, launched already, goes on with some id."""
+    runner = make(DeviceRunner, plan_of("llama", scheduler={"max_num_seqs": 2}), checkpoints("llama"))
+    opened = [NewSequence(0, SamplingParams(temperature=0), [], num_ids)]
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.sampler, "sample", lambda *_: torch.tensor([NOT_A_NUMBER]))
+        sick = runner.launch(StepBatch(0, 0, 0, opened, [], [Entry(0, 0, [1, 2][:num_ids], [0, 1], True)]))
+    after = runner.launch(StepBatch(0, 1, 0, [], [], [Entry(0, num_ids, [], [], True)]))
+    told, gone_on = sick.take(), after.take()
+    assert told is not None and told.token_ids == [[NOT_A_NUMBER]]
+    assert gone_on is not None and gone_on.token_ids[0][0] >= 0
+    assert runner.table.rows[0].ids[num_ids] == 0
 
 
 # Buckets
