@@ -55,7 +55,7 @@ class SchedulerConfig(Group):
 
 
 class AdmissionConfig(Group):
-    """What is let in; everything above is answered 503 before it costs anything."""
+    """What is let in; more is answered 503, a larger body 413 before it costs anything."""
 
     max_requests: int = Field(default=256, ge=1)  # running and waiting together
     max_body_bytes: int = Field(default=1024 * 1024, ge=1024)  # a MiB of ids takes 20 ms to read, of the one event loop

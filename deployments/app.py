@@ -21,6 +21,7 @@ from cluster.placement import make_bundles, make_label_selectors, make_needs, re
 from cluster.topology import Topology
 from configs.config import Config
 from configs.files import parse_args
+from deployments.drain import Drain, leaving_node
 
 _DEPLOYMENT = "LLMReplica"
 _ENDING_S = 10.0  # for a replica with nothing left to do, after the time that it has for that
@@ -37,7 +38,6 @@ class LLMReplica:
 
         Loading takes minutes, so it happens in a thread: Serve may run its own loop here (see serve_command.py).
         """
-        from deployments.drain import Drain
         from deployments.replica import Replica
 
         placement = ray.util.get_current_placement_group()
@@ -98,8 +98,6 @@ def build_app(args: dict[str, Any]) -> Application:
 
 
 def _leaving_node(placement: PlacementGroup, drain_s: float) -> str | None:
-    from deployments.drain import leaving_node
-
     draining = draining_nodes()
     if not draining:
         return None

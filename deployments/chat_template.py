@@ -37,7 +37,7 @@ class ChatTemplate:
         with contextlib.suppress(ApiError):
             if self._answer([{"role": "user", "content": "x"}]) is None:
                 raise ValueError(
-                    f"the model's chat template needs more than {CPU_S:g} s or {MEMORY_BYTES >> 20} MiB for one word; "
+                    f"the model's chat template needs more than {CPU_S:g} s of processor time for one word; "
                     "mend chat_template in the checkpoint's folder"
                 )
 

@@ -17,11 +17,6 @@ class Conversation:
 
     messages: list[dict[str, str]]
 
-    @property
-    def num_chars(self) -> int:
-        """Length of all contents together."""
-        return sum(len(message["content"]) for message in self.messages)
-
 
 Prompt = str | list[int] | Conversation
 

@@ -58,6 +58,7 @@ class Replica:
         self._gang.give_up()
         self._engine.close()
         self._gang.close()
+        self.app.state.service.text.close()
 
 
 def calm_collector() -> None:

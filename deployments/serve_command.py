@@ -33,10 +33,11 @@ from deployments.serve_schema import check_schema
 POLL_S = 0.1  # until ready; nobody's token waits on it
 WATCH_S = 5.0  # once ready
 QUIET_S = 10.0  # at most this long without a word while waiting
+ENDING_S = 10.0  # for replicas to answer, after the time that they have for what still runs
 SHUTDOWN_S = 45.0  # after the time for what still runs; then what is left is killed
 
 ENVIRONMENT = {  # defaults only: what the user has set wins
-    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is told to anybody
     "RAY_DEDUP_LOGS": "0",  # one rank's line is not a repetition of another's
     "RAY_SERVE_LOG_TO_STDERR": "0",  # Serve's own log stays in its files; the ranks' lines are shown
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # ten looks a second cost the ranks 5 % of their tokens on two cores
@@ -44,7 +45,7 @@ ENVIRONMENT = {  # defaults only: what the user has set wins
     "RAY_worker_niceness": "0",  # else 15: whatever runs beside a rank goes first, and all ranks wait for it
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # a token would change threads on its way out: half its CPU time
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # HAProxy mode would drain for 30 s on Ctrl-C
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.edge:middlewares",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.edge:middlewares",  # headers that Serve would trip over
 }
 
 
@@ -273,7 +274,7 @@ def drain(served: Served) -> None:
     from ray import serve
 
     if look(served)[0] == "RUNNING":
-        timeout_s = served.config.timeouts.drain_s + QUIET_S
+        timeout_s = served.config.timeouts.drain_s + ENDING_S
         serve.get_app_handle(served.name).broadcast("drain").results(timeout_s=timeout_s)
 
 

@@ -54,8 +54,9 @@ class Text:
         refuses the messages.
         """
         encode = partial(self._encode, add_special_tokens=add_special_tokens)
-        is_short = sum(map(_num_chars, prompts)) <= INLINE_CHARS and self._backend is not None
-        if is_short and not any(isinstance(prompt, Conversation) for prompt in prompts):
+        has_conversation = any(isinstance(prompt, Conversation) for prompt in prompts)
+        num_chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+        if self._backend is not None and not has_conversation and num_chars <= INLINE_CHARS:
             return list(map(encode, prompts))
         loop = asyncio.get_running_loop()
         return [await loop.run_in_executor(self._thread, encode, prompt) for prompt in prompts]
@@ -118,13 +119,6 @@ def _chat_template(tokenizer: Any) -> ChatTemplate | None:
     except ValueError:  # none, or several and none of them the default
         return None
     return ChatTemplate(template, tokenizer.special_tokens_map)
-
-
-def _num_chars(prompt: Prompt) -> int:
-    """What there is to tokenize."""
-    if isinstance(prompt, list):
-        return 0
-    return len(prompt) if isinstance(prompt, str) else prompt.num_chars
 
 
 def _eos_token_ids(folder: Path) -> frozenset[int]:

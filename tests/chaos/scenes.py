@@ -1,5 +1,6 @@
 """Scenes: a crowd before a served demo, what befalls the ranks meanwhile, and the verdict on every request."""
 
+import math
 import random
 import statistics
 import time
@@ -157,8 +158,7 @@ def strikes(
 
 def percentile(values: list[float], share: float) -> float:
     """The smallest value that so large a share does not exceed."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
 def median(values: list[float]) -> float:

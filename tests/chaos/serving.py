@@ -67,10 +67,6 @@ class App(Served):
         except (httpx.TransportError, ValueError, KeyError):
             return -1
 
-    def metrics(self) -> dict[str, float]:
-        lines = (line for line in self.get("/metrics").text.splitlines() if line and line[0] != "#")
-        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
-
     def failures(self) -> dict[int, str]:
         """By epoch, why it ended: what the engine told its operator."""
         told = {}

@@ -31,7 +31,7 @@ HEAD = ["--head", "--port", "6399", "--include-dashboard", "false"]
 
 
 @pytest.fixture
-def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoNodes]:
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoNodes]:
     """Two namespaces with a Ray node each."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # nobody else is in there
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

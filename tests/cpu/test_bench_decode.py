@@ -24,12 +24,14 @@ def test_ours_beside_transformers(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_one_shard_alone_tells_what_the_gang_would_do() -> None:
     shard = ["--steps", "3", "--batch", "2", "--shard", "3", "--of", "4", "--all-reduce-us"]
-    rows = [bench["main"]([*TINY, *shard, latency])["ours"][0] for latency in ("0", "1000")]
+    results = [bench["main"]([*TINY, *shard, latency]) for latency in ("0", "1000")]
+    rows = [result["ours"][0] for result in results]
     assert [row["num_all_reduces"] for row in rows] == [5, 5]  # two a layer, and the embedding
     assert rows[0]["gang_ms"] == rows[0]["ms"]
     assert rows[1]["gang_ms"] == pytest.approx(rows[1]["ms"] + 5)
-    # The limit of a shard is a quarter of the whole but for the norms
-    assert rows[0]["limit_ms"] > 0
+    moved = rows[0]["limit_ms"] * results[0]["bandwidth_gb_per_s"] * 1e6
+    # A quarter of the matrices, and the norms; keys and values of two contexts of 40 + 5 + 3 / 2 tokens, 256 bytes each
+    assert moved == pytest.approx(103_680 + 2 * 46.5 * 256)
 
 
 def test_what_a_step_reads_is_counted_by_shard() -> None:

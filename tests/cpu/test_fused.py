@@ -67,7 +67,7 @@ def test_the_rotary_function_of_the_model_s_file_is_compiled(monkeypatch):
     assert fuse_rotary(model) == 0, "it is compiled already"
 
 
-def test_a_rotary_function_that_comes_out_wrong_stays(monkeypatch):
+def test_a_rotary_function_that_comes_out_wrong_stays():
     model = model_of(LlamaConfig, torch.float32)
     file = sys.modules["transformers.models.llama.modeling_llama"]
     own = file.apply_rotary_pos_emb

@@ -17,10 +17,10 @@ def step(number):
 
 
 class SlowStep:
-    """Ready once it was asked a few times; `wait` says what it cost to take it early."""
+    """Ready once it was asked a few times; may not be taken before."""
 
-    def __init__(self, number, log, looks):
-        self.number, self.log, self.looks = number, log, looks
+    def __init__(self, number, looks):
+        self.number, self.looks = number, looks
 
     def is_ready(self):
         self.looks -= 1
@@ -36,7 +36,7 @@ class Script:
 
     def __init__(self, messages, looks):
         self.messages, self.looks, self.log, self.num_answers = deque(messages), looks, [], 0
-        self.clock, self.seconds = PhaseClock(), {}
+        self.clock = PhaseClock()
 
     def has_message(self):
         return self.messages[0][0] <= self.num_answers
@@ -46,7 +46,7 @@ class Script:
 
     def launch(self, message):
         self.log.append(("launch", message.step))
-        return SlowStep(message.step, self.log, self.looks)
+        return SlowStep(message.step, self.looks)
 
     def answer(self, result):
         self.num_answers += 1

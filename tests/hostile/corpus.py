@@ -42,7 +42,8 @@ class Case:
     headers: tuple[tuple[bytes, bytes], ...] = ((b"content-type", b"application/json"),)
     is_ours: bool = True  # our app answers, so that errors are OpenAI's objects; False: a server before it does
     raw: bytes | None = None  # instead of a well-formed request
-    manner: str = ""  # how it is sent: see `send`
+    manner: str = ""  # how it is sent: see `_push`
+    num_answers: int = 1  # that come where all is well
 
     def request(self) -> bytes:
         """As it goes over the wire."""
@@ -61,6 +62,7 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
     seconds: float = 0.0
+    num_answers: int = 0  # this is the first of so many
 
 
 def send(address: tuple[str, int], case: Case, timeout_s: float = 20.0) -> Answer:
@@ -74,7 +76,9 @@ def send(address: tuple[str, int], case: Case, timeout_s: float = 20.0) -> Answe
                 received += part
         except OSError:
             pass  # closed in the middle of what we had to say
-    return _parse(received, time.monotonic() - began)
+    answer = _parse(received, time.monotonic() - began)
+    answer.num_answers = len(re.findall(rb"HTTP/1\.[01] [2-5]\d\d", received))
+    return answer
 
 
 def _push(connection: socket.socket, case: Case) -> None:
@@ -134,6 +138,7 @@ def check(case: Case, answer: Answer) -> None:
     """Fails unless the answer is what the case promises."""
     told = answer.body[:300]
     assert answer.status in case.status, f"{case.id}: {answer.status}, {told!r}"
+    assert answer.status != 200 or answer.num_answers >= case.num_answers, f"{case.id}: {answer.num_answers} answers"
     if answer.status >= 400:
         assert len(answer.body) <= 4096, f"{case.id}: {len(answer.body)} bytes"
         assert not SECRETS.search(answer.body.decode("utf-8", "replace")), f"{case.id}: {told!r}"
@@ -485,7 +490,7 @@ def _manners(target: Target) -> list[Case]:
     good = _completion(target, max_tokens=32)
     stream = _completion(target, max_tokens=32, stream=True, n=4)
     expecting = ((b"content-type", b"application/json"), (b"expect", b"100-continue"))
-    twice = replace(Case("", (200,), good), id="x").request().replace(b"connection: close", b"connection: keep-alive")
+    twice = Case("", (200,), good).request().replace(b"connection: close", b"connection: keep-alive")
     return [
         Case("manner: a body in drips", (200,), good, manner="dribble"),
         Case("manner: half a body", (NOTHING, 400), good, manner="head only", is_ours=False),
@@ -495,7 +500,7 @@ def _manners(target: Target) -> list[Case]:
         Case("manner: reset stream", (NOTHING,), stream, manner="reset"),
         Case("manner: reset chat", (NOTHING,), _chat(target, max_tokens=32), path=CHATS, manner="reset"),
         Case("manner: expects to be asked", (200,), good, headers=expecting),
-        Case("manner: two at once", (200,), raw=twice + Case("", (200,), good).request()),
+        Case("manner: two at once", (200,), raw=twice + Case("", (200,), good).request(), num_answers=2),
     ]
 
 

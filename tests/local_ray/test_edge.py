@@ -43,7 +43,10 @@ def way(request: pytest.FixtureRequest) -> tuple[bool, bool]:
 def run(way: tuple[bool, bool], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     ha_proxy, edge = way
     environment = {} if edge else {EDGE: ""}
-    limits = {"admission": {"max_requests": 64}, "timeouts": {"request_s": TARGET.request_s, "drain_s": 60.0}}
+    limits = {
+        "admission": {"max_requests": TARGET.max_requests},
+        "timeouts": {"request_s": TARGET.request_s, "drain_s": 60.0},
+    }
     with Run(tmp_path_factory.mktemp("run"), ha_proxy=ha_proxy, environment=environment, **limits) as run:
         run.wait_for()
         yield run

@@ -228,7 +228,7 @@ def test_the_table_of_faults(app: App, capsys: pytest.CaptureFixture[str]) -> No
         print(f"\nstart of replica and gang: {app.cold_start_s:.1f} s\nfault   rank  noticed (s)  ready again (starts)")
         for fault, rank, noticed_s, ready_s in app.told:
             print(f"{fault:7} {rank:4} {noticed_s:12.2f} {ready_s / app.cold_start_s:21.2f}")
-    assert all(noticed_s < ready_s for _, _, noticed_s, ready_s in app.told)
+    assert all(noticed_s < FAULTS[fault][1] for fault, _, noticed_s, _ in app.told)
 
 
 @pytest.mark.parametrize("stopped", [2, pytest.param(None, marks=pytest.mark.soak)])
@@ -290,7 +290,8 @@ def test_clients_that_disconnect_leave_nothing(app: App, count: int, capsys: pyt
 def mapped_segments(process: psutil.Process) -> int:
     """Pieces of shared memory that a process maps."""
     lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
-    return len({line.split()[-1] for line in lines if "/dev/shm/" in line or "memfd:" in line})
+    # By device and inode: what has no name any more ends in the same word, "(deleted)"
+    return len({tuple(line.split()[3:5]) for line in lines if "/dev/shm/" in line or "memfd:" in line})
 
 
 IDLE = {"running": 0, "waiting": 0}

@@ -6,7 +6,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import openai
 import pytest
 import yaml
 
-from tests.serving import PATIENCE_S, ROOT, Run
+from tests.serving import ROOT, Run, until
 
 
 def ask(client: openai.OpenAI, question: str, *, stream: bool, **more: Any) -> str:
@@ -125,9 +124,7 @@ def test_what_does_not_fit_is_said_in_a_table(tmp_path: Path) -> None:
 def test_two_interrupts_while_ray_starts_leave_nothing(tmp_path: Path) -> None:
     with Run(tmp_path) as run:
         run.wait_for("starting Ray")
-        deadline = time.monotonic() + PATIENCE_S
-        while len(run.processes()) < 3 and time.monotonic() < deadline:  # until Ray's first processes are there
-            time.sleep(0.05)
+        until(lambda: len(run.processes()) >= 3, every_s=0.05)  # Ray's first processes are there
         run.process.send_signal(signal.SIGTERM)
         run.wait_for("stopping")
         run.process.send_signal(signal.SIGTERM)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -91,6 +92,10 @@ def test_a_leaving_node_ends_readiness_and_health_though_looking_failed_before(w
     assert "second" in drain.reason
     while world.service.is_ready:
         seen.wait(0.001)
+    app = pytest.importorskip("deployments.app")
+    replica = SimpleNamespace(_replica=SimpleNamespace(check_health=lambda: None), _drain=drain)
+    with pytest.raises(RuntimeError, match="second"):
+        app.LLMReplica.func_or_class.check_health(replica)
 
 
 HEADERS = [

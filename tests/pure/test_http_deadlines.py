@@ -83,10 +83,11 @@ def test_the_engine_ends_what_is_late_and_computes_none_of_it(num_running):
     submitted = len(executor.steps)
     executor.release(100)
     engine.add(Request("next", [1], 1, SamplingParams(0.0)))
-    while not any(event.request_id == "next" and event.finish_reason for event in events) and num_running:
+    while not any(event.request_id == "next" and event.finish_reason for event in events):
         executor.release()
         time.sleep(0.001)
     after = {entry.seq for step in executor.steps[submitted:] for entry in step.entries}
+    assert [event.finish_reason for event in events if event.request_id == "late"] == ["timeout"]
     late_seq = 1 - num_running
     assert late_seq not in after
     if not num_running:

@@ -1,12 +1,12 @@
 """The hostile corpus against one replica without Ray, each case beside four streams that must not notice it."""
 
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tests.hostile.corpus import Target, check, corpus, golden_requests, said, send
+from tests.serving import until
 
 TARGET = Target("tiny", 400, 128, 16, 2**18, 600.0)
 
@@ -41,7 +41,8 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(text, world_type):
-    world = world_type(text, max_body_bytes=TARGET.max_body_bytes)
+    names = ("max_model_len", "vocab_size", "max_requests", "max_body_bytes", "request_s")
+    world = world_type(text, **{name: getattr(TARGET, name) for name in names})
     with world.serve() as url:
         served = Served(world, url)
         yield served
@@ -64,9 +65,7 @@ def test_a_hostile_request_is_answered_and_changes_nothing(served, case):
     assert streams == served.golden
     assert answer.seconds < 10
     engine = served.world.engine
-    deadline = time.monotonic() + 2
-    while engine.snapshot().blocks_used or served.world.service.admission.num_admitted:
-        assert time.monotonic() < deadline, engine.snapshot()
-        time.sleep(0.002)
+    admission = served.world.service.admission
+    until(lambda: not (engine.snapshot().blocks_used or admission.num_admitted), within_s=2, every_s=0.002)
     assert (engine.state, engine.snapshot().epoch) == ("ready", 0)
     assert served.world.outbox._mailboxes == {}

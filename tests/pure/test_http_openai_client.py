@@ -203,7 +203,7 @@ def test_a_closed_socket_ends_the_request(make_world, scripted_executor, is_stre
             if is_stream:
                 assert b"data: " in connection.recv(65536)
             assert world.engine.snapshot().running == 1
-        until(lambda: world.service.admission.num_admitted == 0)
+        until(lambda: world.service.admission.num_admitted == 0, within_s=20, every_s=0.005)
         executor.release(100)
         world.wait_until_idle()
 

@@ -6,9 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 
-import psutil
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -17,6 +15,7 @@ from deployments.api_error import ApiError
 from deployments.prompts import Conversation
 from deployments.text import INLINE_CHARS, Text
 from deployments.transcript import Decoder, StopStrings, Transcript
+from tests.serving import is_alive, until
 
 TURNS = [
     {"role": "system", "content": "be brief"},
@@ -142,11 +141,7 @@ def test_the_process_of_a_template_ends_with_its_parent():
         "import os; print(template._process.pid, flush=True); os._exit(0)"
     )
     pid = int(subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, timeout=60).stdout)
-    for _ in range(1000):
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-            return
-        time.sleep(0.01)
-    raise AssertionError("it lives on")
+    until(lambda: not is_alive(pid), within_s=10)
 
 
 def test_developer_is_system_for_templates_that_do_not_know_it(text, with_template):

@@ -213,9 +213,9 @@ class Mortal(FakeExecutor):
 class Gangs:
     """Mortal executors, one an epoch."""
 
-    def __init__(self, fate, listener=None, refuse=lambda epoch: None, **options) -> None:
+    def __init__(self, fate, refuse=lambda epoch: None) -> None:
         self.fate, self.refuse = fate, refuse
-        self.listener = listener or Listener()
+        self.listener = Listener()
         self.made = [Mortal(fate)]
         self.tries: list[tuple[int, str, bool]] = []
         self.may_revive = threading.Event()
@@ -410,6 +410,20 @@ def test_rejoining_that_fails_ends_in_a_fresh_start(gangs) -> None:
     world.listener.all_of(["a"])
     assert world.listener.ids["a"] == expected([1], 5)
     assert world.tries == [(1, "killed", False), (2, "killed", False), (3, "killed", True)]
+
+
+def test_an_attempt_in_which_nothing_ran_is_no_replay(gangs) -> None:
+    def refuse(epoch):
+        if epoch in (1, 2):
+            raise GangFailure("rank 3 did not come")
+
+    killed = Verdict("killed", "rank 0 died", (0,))
+    world = gangs(lambda step: killed if (step.epoch, step.step) == (0, 3) else None, refuse=refuse)
+    world.engine.add(Request("a", [1], 5, GREEDY))
+    world.listener.all_of(["a"])
+    assert world.listener.ids["a"] == expected([1], 5)
+    assert len(world.tries) == 3
+    assert world.engine.stats.num_replayed == 1
 
 
 def test_a_gang_that_is_lost_for_good_is_not_tried_again(gangs) -> None:
