@@ -14,7 +14,9 @@ from deployments.bench_text import Report, as_text
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLE = Path(__file__).with_name("bench_example.json")  # what --json said
-COMMAND = "stagemesh bench --concurrency 1 4 16 --num-requests 64 --ignore-eos --goodput ttft_ms:500 tpot_ms:50 --seed 7"
+COMMAND = (
+    "stagemesh bench --concurrency 1 4 16 --num-requests 64 --ignore-eos --goodput ttft_ms:500 tpot_ms:50 --seed 7"
+)
 
 
 def test_the_readme_shows_what_is_printed() -> None:
