@@ -8,45 +8,38 @@ stores in order and loads in order, so who sees the flag sees the data; elsewher
 The memory is anonymous (memfd): it has no name in /dev/shm, needs no room there, and is gone with its last user.
 """
 
-import ctypes
 import logging
 import mmap
 import os
 import platform
 import secrets
-import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from cluster import exchange
 from cluster.collectives import NeighbourLate, NeighbourLost
 from cluster.elements import LIKE
+from cluster.exchange import BUFFER_BYTES, LINE_WORDS, MOST_KINDS, NUM_HEAD_LINES
 from cluster.rendezvous import EpochStore
 
 logger = logging.getLogger(__name__)
 
-BUFFER_BYTES = 1 << 20  # of one shard; larger messages go in pieces, each of which still fits a core's cache
-_LINE_BYTES = 64  # a cache line: no two shards write to the same one
-_WORDS = _LINE_BYTES // 8
-_TOKEN_BYTES = 16
-_NUM_HEAD_LINES = 2  # abort flag; token
+_LINE_BYTES = 8 * LINE_WORDS
+_TOKEN_BYTES = 16  # on the second line
 _MEMORY_NAME = "stagemesh"
 _MOST_VIEWS = 256  # shapes whose views are kept: prompts have many lengths, decoding few batch sizes
 
-_NUM_LOOKS = 500  # at a flag, before the core is given away: some 20 microseconds
-_NOBODY_S = 0.00001  # a core that was offered is back so soon where nobody wants it
-_NAPS_S = 0.002  # how long naps are short
-_SLEEP_S = (0.000005, 0.0005)  # shortest and longest
-_PR_SET_TIMERSLACK, _SLACK_NS = 29, 1000  # the kernel's own slack would make each nap 50 microseconds longer
-
-_LIBC = ctypes.CDLL(None)
 _DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.int16]
 _DTYPES += [torch.uint8, torch.int8, torch.bool]
-_DTYPE_CODE = {dtype: code for code, dtype in enumerate(_DTYPES)}
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
-_KINDS = ("all_reduce", "all_gather")
+_OPERATIONS = ("all_reduce", "all_gather")
+_KINDS = [(operation, dtype) for operation in _OPERATIONS for dtype in _DTYPES]
+_KIND = {pair: number for number, pair in enumerate(_KINDS)}
+assert len(_KINDS) <= MOST_KINDS
 
 
 class SharedMemoryStage:
@@ -62,35 +55,36 @@ class SharedMemoryStage:
         self._data = torch.frombuffer(mapping, dtype=torch.uint8, offset=_head_bytes(size), count=data_bytes).view(
             2, size, BUFFER_BYTES
         )
-        self._buffers = self._data.data_ptr()
-        self._flags = self._buffers - _head_bytes(size) + _NUM_HEAD_LINES * _LINE_BYTES
+        buffers = self._data.data_ptr()
+        self._state = np.zeros(exchange.NUM_STATE_WORDS, np.int64)
+        self._state[exchange.BASE], self._state[exchange.BUFFERS] = buffers - _head_bytes(size), buffers
+        self._state[exchange.SHARD], self._state[exchange.SIZE] = shard, size
+        self._state[exchange.TIMEOUT_NS] = int(timeout_s * 1e9)
         self._views: dict[tuple[torch.Size, torch.dtype], list[list[torch.Tensor]]] = {}
-        self._op = 0
         self._out_of_use: str | None = None  # why no operation may follow
 
     @property
     def num_operations(self) -> int:
         """Begun so far."""
-        return self._op
+        return int(self._state[exchange.OPERATION])
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the shards in shard order, in place; bfloat16 and float16 are summed in float32."""
-        nbytes = tensor.nbytes
-        like = LIKE.get(tensor.dtype)
-        for piece in _pieces(tensor, nbytes):
-            shown = self._exchange(0, piece, nbytes)
-            if like is None:
+        like, kind = LIKE.get(tensor.dtype), _kind_of("all_reduce", tensor)
+        if like is None:
+            for piece in _pieces(tensor):
+                self._exchange(kind, piece, tensor.nbytes)
                 _sum_shards(self._views_of(piece), piece)
-            else:
-                exchange.sum_shards(shown, BUFFER_BYTES, self.size, piece.data_ptr(), piece.numel(), like)
+            return tensor
+        state, _memory = self.lend_state()
+        self.check(exchange.all_reduce(state, kind, tensor.data_ptr(), tensor.numel(), tensor.itemsize, like))
         return tensor
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """[*] of every shard → [size, *]."""
-        nbytes = tensor.nbytes
-        gathered = []
-        for piece in _pieces(tensor, nbytes):
-            self._exchange(1, piece, nbytes)
+        kind, gathered = _kind_of("all_gather", tensor), []
+        for piece in _pieces(tensor):
+            self._exchange(kind, piece, tensor.nbytes)
             gathered.append(torch.stack(self._views_of(piece)))
         whole = gathered[0] if len(gathered) == 1 else torch.cat(gathered, dim=1)
         return whole.view(self.size, *tensor.shape)
@@ -106,30 +100,36 @@ class SharedMemoryStage:
         self._data = torch.empty(0)
         self._words = memoryview(bytearray(8)).cast("q")
 
-    def _exchange(self, kind: int, piece: torch.Tensor, message_bytes: int) -> int:
-        """Show a piece [*] to all shards → the address of what shard 0 shows, valid until the next operation."""
-        words = self._words
-        if self._out_of_use or words[0]:
+    def lend_state(self) -> tuple["np.ndarray[Any, np.dtype[np.int64]]", torch.Tensor]:
+        """What kernels exchange by, and the memory: it stays while somebody has it, though another thread closes us.
+
+        Raises NeighbourLost when no operation may follow.
+        """
+        lent = self._state, self._data
+        if self._out_of_use or self._words[0]:
+            raise NeighbourLost(f"stage group: {self._out_of_use or _aborted(self._words)}")
+        return lent
+
+    def check(self, came: int) -> None:
+        """Raise what a kernel's exchange came to, unless all were there."""
+        if came == exchange.HERE:
+            return
+        words, op = self._words, self.num_operations
+        if came == exchange.ABORTED or self._out_of_use:
             raise NeighbourLost(f"stage group: {self._out_of_use or _aborted(words)}")
-        self._op += 1
-        op, size, shard = self._op, self.size, self.shard
-        shown = self._buffers + (op & 1) * size * BUFFER_BYTES
-        own = shown + shard * BUFFER_BYTES
-        descriptor = (message_bytes * len(_DTYPES) + _DTYPE_CODE[piece.dtype]) * len(_KINDS) + kind
-        who = exchange.meet(
-            self._flags, _WORDS, shard, size, op, descriptor, piece.data_ptr(), own, piece.nbytes, _NUM_LOOKS
+        if came == exchange.LATE:
+            raise NeighbourLate(self._behind(words, op))
+        own, theirs = (words[(NUM_HEAD_LINES + shard) * LINE_WORDS + 1 + (op & 1)] for shard in (self.shard, came))
+        self._out_of_use = (
+            f"operation {op} differs: shard {self.shard} called {_operation(own)}, shard {came} {_operation(theirs)}"
         )
-        if who == exchange.LATE:
-            self._wait(words, op)
-            who = exchange.meet(self._flags, _WORDS, shard, size, op, descriptor, own, own, 0, 0)
-        if who != exchange.HERE:
-            theirs = words[(_NUM_HEAD_LINES + who) * _WORDS + 1 + (op & 1)]
-            self._out_of_use = (
-                f"operation {op} differs: shard {shard} called {_operation(descriptor)}, "
-                f"shard {who} {_operation(theirs)}"
-            )
-            raise RuntimeError(f"stage group: {self._out_of_use}")
-        return shown
+        raise RuntimeError(f"stage group: {self._out_of_use}")
+
+    def _exchange(self, kind: int, piece: torch.Tensor, message_bytes: int) -> None:
+        """Show a piece [*] to all shards, and see what they show until the next operation."""
+        description = message_bytes * MOST_KINDS + kind
+        state, _memory = self.lend_state()
+        self.check(exchange.exchange(state, description, piece.data_ptr(), piece.nbytes))
 
     def _views_of(self, piece: torch.Tensor) -> list[torch.Tensor]:
         """What each shard shows in this operation, as [*]. Kept: making a view costs as much as a small sum."""
@@ -141,38 +141,11 @@ class SharedMemoryStage:
             nbytes = shape.numel() * dtype.itemsize
             views = [[shard[:nbytes].view(dtype).view(shape) for shard in buffers] for buffers in self._data]
             self._views[shape, dtype] = views
-        return views[self._op & 1]
-
-    def _wait(self, words: memoryview, op: int) -> None:
-        """Return once every flag is at least `op`: give the core to whoever waits for it, else nap.
-
-        Who is late may lack just a core: an interrupted process is moved to an idle one at once, but not to one where
-        somebody looks at a flag. Where more processes than cores want to run, naps would only interrupt them.
-        """
-        for flag in range(_NUM_HEAD_LINES * _WORDS, (_NUM_HEAD_LINES + self.size) * _WORDS, _WORDS):
-            if words[flag] < op:
-                self._wait_patiently(words, flag, op)
-
-    def _wait_patiently(self, words: memoryview, flag: int, op: int) -> None:
-        began = time.monotonic()
-        sleep_s = _SLEEP_S[0]
-        _LIBC.prctl(_PR_SET_TIMERSLACK, _SLACK_NS, 0, 0, 0)  # of this thread, whichever it is
-        while words[flag] < op:
-            if words[0]:
-                raise NeighbourLost(f"stage group: {_aborted(words)}")
-            waited_s = time.monotonic() - began
-            if waited_s > self.timeout_s:
-                raise NeighbourLate(self._behind(words, op))
-            asked = time.monotonic()
-            os.sched_yield()
-            if time.monotonic() - asked < _NOBODY_S:
-                time.sleep(sleep_s)
-            if waited_s > _NAPS_S:
-                sleep_s = min(2 * sleep_s, _SLEEP_S[1])
+        return views[self.num_operations & 1]
 
     def _behind(self, words: memoryview, op: int) -> str:
         """Who is behind; what this group holds is undefined from here on, so nothing may follow."""
-        reached = {shard: words[(_NUM_HEAD_LINES + shard) * _WORDS] for shard in range(self.size)}
+        reached = {shard: words[(NUM_HEAD_LINES + shard) * LINE_WORDS] for shard in range(self.size)}
         behind = ", ".join(f"shard {shard} (at {at})" for shard, at in reached.items() if at < op)
         self._out_of_use = f"operation {op} timed out after {self.timeout_s:g} s, behind: {behind}"
         return f"stage group: {self._out_of_use}"
@@ -237,17 +210,26 @@ def _map_theirs(where: tuple[int, int, str], length: int) -> mmap.mmap:
 
 def _head_bytes(size: int) -> int:
     """Bytes before the data, in whole pages."""
-    used = (_NUM_HEAD_LINES + size) * _LINE_BYTES
+    used = (NUM_HEAD_LINES + size) * _LINE_BYTES
     return -(-used // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def _pieces(tensor: torch.Tensor, nbytes: int) -> Sequence[torch.Tensor]:
+def _pieces(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
     """What is exchanged at a time: the tensor itself, or flat parts of it that fit a buffer."""
-    assert tensor.is_contiguous() and tensor.is_cpu, "a stage group on CPU takes contiguous CPU tensors"
-    assert tensor.dtype in _DTYPE_CODE, f"{tensor.dtype} is not exchanged between shards"
-    if nbytes <= BUFFER_BYTES:
+    if tensor.nbytes <= BUFFER_BYTES:
         return (tensor,)
     return torch.split(tensor.view(-1), BUFFER_BYTES // tensor.itemsize)
+
+
+def kind_of_all_reduce(dtype: torch.dtype) -> int:
+    """How a kernel says what it exchanges."""
+    return _KIND["all_reduce", dtype]
+
+
+def _kind_of(operation: str, tensor: torch.Tensor) -> int:
+    assert tensor.is_contiguous() and tensor.is_cpu, "a stage group on CPU takes contiguous CPU tensors"
+    assert tensor.dtype in _DTYPES, f"{tensor.dtype} is not exchanged between shards"
+    return _KIND[operation, tensor.dtype]
 
 
 def _sum_shards(shown: list[torch.Tensor], total: torch.Tensor) -> None:
@@ -267,7 +249,7 @@ def _aborted(words: memoryview) -> str:
     return f"it was aborted by shard {words[0] - 1}"
 
 
-def _operation(descriptor: int) -> str:
-    rest, kind = divmod(descriptor, len(_KINDS))
-    nbytes, code = divmod(rest, len(_DTYPES))
-    return f"{_KINDS[kind]} of {nbytes} bytes {_DTYPES[code]}"
+def _operation(description: int) -> str:
+    nbytes, kind = divmod(description, MOST_KINDS)
+    operation, dtype = _KINDS[kind]
+    return f"{operation} of {nbytes} bytes {dtype}"

@@ -4,6 +4,7 @@ A module is recognised by its code: where its forward is, byte for byte, that of
 kernel computes the same. So families need no table, and one that computes something else is left as it is.
 """
 
+import inspect
 from collections import defaultdict
 from types import CodeType, FunctionType
 from typing import Any
@@ -17,7 +18,7 @@ from actors.tensors import kernels
 from actors.tensors.fused import ROTARY_NAME
 from actors.tensors.fused_attention import KNOWN, fuse_attention
 from actors.tensors.layers import ColwiseLinear, may_be_packed
-from actors.tensors.methods import LinearMethod, pack
+from actors.tensors.methods import LinearMethod, Paneled, pack
 
 
 class Siblings:
@@ -39,6 +40,10 @@ class Siblings:
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """[*, in] → [*, out of all layers, one after the other]."""
         return self._packed.multiply(self._whole, x, self._bias)
+
+    def addresses(self) -> tuple[int, int] | None:
+        """See `Paneled.addresses`; None where their weights lie otherwise."""
+        return self._packed.addresses(self._bias) if isinstance(self._packed, Paneled) else None
 
     def are_finite(self) -> bool:
         """Whether all their weights are numbers."""
@@ -172,11 +177,11 @@ def fuse(model: nn.Module) -> None:
     for module in model.modules():
         _join_siblings(module)
     for module in model.modules():
-        if _is(module, known.LlamaRMSNorm) and module.weight.dtype in kernels.LIKE:
+        if computes_as(module, known.LlamaRMSNorm) and module.weight.dtype in kernels.LIKE:
             module.__class__ = KernelRMSNorm
-        elif _is(module, known.LlamaMLP):
+        elif computes_as(module, known.LlamaMLP):
             _fuse_mlp(module)
-        elif not (any(_is(module, kind) for kind in KNOWN) and _fuse_attention(module)):
+        elif not (any(computes_as(module, kind) for kind in KNOWN) and _fuse_attention(module)):
             _fuse_rotary(module)
 
 
@@ -224,7 +229,7 @@ def _fuse_rotary(module: nn.Module) -> None:
         module.forward = ours.__get__(module)
 
 
-def _is(module: nn.Module, kind: type[nn.Module]) -> bool:
+def computes_as(module: Any, kind: type[nn.Module]) -> bool:
     """Whether a module computes what `kind` does: its own forward is the same code, or it has been left alone."""
     return _is_same(type(module).forward, kind.forward)
 
@@ -234,7 +239,7 @@ def _is_same(function: Any, other: Any) -> bool:
 
 
 def _meaning(function: Any) -> tuple[object, ...] | None:
-    code = getattr(function, "__code__", None)
+    code = getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None)
     if not isinstance(code, CodeType):
         return None
     constants = tuple(const for const in code.co_consts if not isinstance(const, str))  # without its docstring

@@ -78,14 +78,18 @@ class Paneled:
         """Pack, and leave a weight of no elements: its dtype and device may still be asked."""
         weight = layer.weight
         assert isinstance(weight, torch.Tensor)
-        self._num_outputs, self._num_inputs = weight.shape
+        self.num_outputs, self.num_inputs = weight.shape
         self._packed = panels.pack(weight.detach())
-        self._no_bias = weight.new_zeros(self._num_outputs)
+        self._no_bias = weight.new_zeros(self.num_outputs)
         layer.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
+
+    def addresses(self, bias: torch.Tensor | None = None) -> tuple[int, int]:
+        """Of the panels, and of the bias [out] or zeros, for `panels.multiply_rows`."""
+        return self._packed.data_ptr(), (self._no_bias if bias is None else bias).data_ptr()
 
     def weight(self) -> torch.Tensor:
         """[out, in], as it was."""
-        return panels.unpack(self._packed, self._num_outputs)
+        return panels.unpack(self._packed, self.num_outputs)
 
     def multiply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """[*, in] → [*, out]."""

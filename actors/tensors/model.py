@@ -18,6 +18,7 @@ from actors.decisions.styles import STYLES
 from actors.tensors.attention import MODULE_ATTRIBUTE, CurrentStep, LayerAttention, StepAttention
 from actors.tensors.checkpoint import Sources, find_sources
 from actors.tensors.conversion import Conversions
+from actors.tensors.fused_layers import fuse_layers
 from actors.tensors.fusions import fuse
 from actors.tensors.kv_cache import KVCache
 from actors.tensors.layers import NoEmbedding, ParallelLinear, PassThrough, may_be_packed
@@ -64,12 +65,15 @@ class StageModel:
         """Let every linear layer bring its tensors into the form it multiplies with; they hold their values now."""
         shared = {f"{self.spec.embedding_name}.weight", f"{self.spec.head_name}.weight"}
         shared = shared if self.shard.shares_tied_weight else set()
-        if next(self.module.parameters()).device.type == "cpu":
+        is_on_cpu = next(self.module.parameters()).device.type == "cpu"
+        if is_on_cpu:
             fuse(self.module)
         for name, module in self.module.named_modules():
             is_dense = isinstance(module, ParallelLinear) and isinstance(module.method, Dense)
             if is_dense and f"{name}.weight" not in shared and may_be_packed(module):
                 module.method = pack(module)
+        if is_on_cpu:
+            fuse_layers(self.module)
 
     def join(self, group: StageGroup) -> None:
         """Let the layers exchange through the group of a new epoch."""

@@ -60,7 +60,7 @@ def multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor) -> torch
     num_inputs, num_outputs = x.shape[-1], bias.shape[0]
     out = x.new_empty(*x.shape[:-1], num_outputs)
     addresses = x.data_ptr(), packed.data_ptr(), bias.data_ptr(), out.data_ptr()
-    _multiply(*addresses, x.numel() // num_inputs, num_inputs, num_outputs)
+    multiply_rows(*addresses, x.numel() // num_inputs, num_inputs, num_outputs)
     return out
 
 
@@ -130,7 +130,7 @@ _wide_tile, _slim_tile = _tiles(_WIDE), _tiles(1)
 
 
 @njit(**OPTIONS)
-def _multiply(x: int, packed: int, bias: int, out: int, num_rows: int, num_inputs: int, num_outputs: int) -> None:
+def multiply_rows(x: int, packed: int, bias: int, out: int, num_rows: int, num_inputs: int, num_outputs: int) -> None:
     """Rows [num_rows, K] by all panels → [num_rows, N]; bfloat16, by addresses."""
     rows_at_once = max(_MOST_ROWS, _BYTES_AT_ONCE // (2 * num_inputs) // _MOST_ROWS * _MOST_ROWS)
     x_step = 2 * num_inputs
@@ -144,7 +144,7 @@ def _multiply(x: int, packed: int, bias: int, out: int, num_rows: int, num_input
         if collide:
             _copy_rows(x_here, x_step, apart.ctypes.data, step, count)
             x_here = apart.ctypes.data
-        _multiply_rows(x_here, step, packed, bias, out_here, count, num_inputs, num_outputs)
+        _multiply_some(x_here, step, packed, bias, out_here, count, num_inputs, num_outputs)
         first += count
 
 
@@ -158,7 +158,7 @@ def _copy_rows(source: int, step: int, target: int, target_step: int, num_rows: 
 
 
 @njit(**OPTIONS)
-def _multiply_rows(
+def _multiply_some(
     x: int, x_step: int, packed: int, bias: int, out: int, num_rows: int, num_inputs: int, num_outputs: int
 ) -> None:
     """The same for rows that stay in the cache while the panels go by, divided evenly into groups."""

@@ -1,0 +1,115 @@
+"""Llama's decoder layer in kernels that call each other: products, what lies between them, and the sums over shards.
+
+T tokens · H hidden size · B rows of one token. `buffers` are addresses: of the hidden states [T, H], of normed ones, of
+a product [T, (heads + 2 KV heads) × D], its queries, attention's output, and the gated MLP's two halves and product.
+`sizes`: (hidden, between the MLP's products, heads, KV heads, D, block size). bfloat16 only.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+
+from actors.tensors import dot_attention
+from actors.tensors.kernels import LIKE, rms_norm, rotate_and_store, silu_mul
+from actors.tensors.panels import multiply_rows
+from cluster.elements import OPTIONS, narrow, pointer, wide
+from cluster.exchange import BUFFER_BYTES, HERE, MOST_KINDS, SIZE, exchange, shown_at, sum_shards
+from cluster.shared_memory import kind_of_all_reduce
+
+__all__ = ["finish", "project", "run"]
+
+DTYPE = torch.bfloat16
+_LIKE = LIKE[DTYPE]
+_KIND = kind_of_all_reduce(DTYPE)
+_NO_SINKS = np.zeros(0, np.float32)
+
+# What a layer's row of the table says: addresses, and which of a step's sights its attention has
+NORM, QKV, QKV_BIAS, OUT, MLP_NORM, GATE_UP, GATE_UP_BIAS, DOWN, NO_BIAS, KEYS, VALUES, SIGHT = range(12)
+
+
+@njit(**OPTIONS)
+def project(layer: Any, buffers: Any, angles: Any, slots: Any, sizes: Any) -> None:
+    """Normed rows → queries, and keys and values in the cache."""
+    _, normed, product, query, _, _, _ = buffers
+    hidden, _, num_heads, num_kv_heads, head_dim, _ = sizes
+    num_outputs = (num_heads + 2 * num_kv_heads) * head_dim
+    multiply_rows(normed, layer[QKV], layer[QKV_BIAS], product, len(slots), hidden, num_outputs)
+    heads = num_heads, num_kv_heads, head_dim
+    rotate_and_store(product, angles[0], angles[1], query, layer[KEYS], layer[VALUES], slots, heads, _LIKE)
+
+
+@njit(**OPTIONS)
+def _add(x: int, other: int, count: int) -> None:
+    x_p, other_p = pointer(x, _LIKE), pointer(other, _LIKE)
+    for i in range(count):
+        x_p[i] = narrow(wide(x_p[i]) + wide(other_p[i]), _LIKE)
+
+
+@njit(**OPTIONS)
+def _add_reduced(state: Any, part: int, x: int, norm: int, normed: int, num_rows: int, size: int, eps: float) -> Any:
+    """Sum the shards' parts [T, H], add that to `x`, and norm it (0: do not) → what came of the exchange.
+
+    A row at a time, so that all three find it in the first cache; `normed` may lie where `part` does.
+    """
+    row_bytes = 2 * size
+    at_once, is_shared = BUFFER_BYTES // row_bytes, state[SIZE] > 1
+    for first in range(0, num_rows, at_once):
+        count = min(at_once, num_rows - first)
+        if is_shared:
+            description = num_rows * row_bytes * MOST_KINDS + _KIND
+            came = exchange(state, description, part + first * row_bytes, count * row_bytes)
+            if came != HERE:
+                return came
+        for row in range(count):
+            here = (first + row) * row_bytes
+            if is_shared:
+                sum_shards(shown_at(state) + row * row_bytes, state[SIZE], part + here, size, _LIKE)
+            _add(x + here, part + here, size)
+            if norm:
+                rms_norm(x + here, norm, normed + here, 1, size, size, size, eps, _LIKE)
+    return HERE
+
+
+@njit(**OPTIONS)
+def finish(layers: Any, i: int, attended: int, buffers: Any, num_rows: int, sizes: Any, eps: float, state: Any) -> Any:
+    """What follows attention in layer `i`, and the norm before the next one's → what came of its exchanges."""
+    x, normed, _, _, _, both, activated = buffers
+    hidden, inside, num_heads, _, head_dim, _ = sizes
+    layer = layers[i]
+    multiply_rows(attended, layer[OUT], layer[NO_BIAS], normed, num_rows, num_heads * head_dim, hidden)
+    came = _add_reduced(state, normed, x, layer[MLP_NORM], normed, num_rows, hidden, eps)
+    if came != HERE:
+        return came
+    multiply_rows(normed, layer[GATE_UP], layer[GATE_UP_BIAS], both, num_rows, hidden, 2 * inside)
+    silu_mul(both, both + 2 * inside, activated, num_rows, inside, 2 * inside, 2 * inside, _LIKE)
+    multiply_rows(activated, layer[DOWN], layer[NO_BIAS], normed, num_rows, inside, hidden)
+    following = layers[i + 1, NORM] if i + 1 < len(layers) else 0
+    return _add_reduced(state, normed, x, following, normed, num_rows, hidden, eps)
+
+
+@njit(**OPTIONS)
+def run(
+    layers: Any, buffers: Any, angles: Any, slots: Any, rows: Any, sizes: Any, eps: float, scaling: float, state: Any
+) -> Any:
+    """All layers, for rows of one token each → what came of their exchanges.
+
+    `rows`: as those of `attend_decode`, but the first keys of each sight [sights, B].
+    """
+    query, attended = buffers[3], buffers[4]
+    tables, places, positions, first_keys = rows
+    _, _, num_heads, num_kv_heads, head_dim, block_size = sizes
+    cache, strides = (num_heads, num_kv_heads, head_dim, head_dim, block_size, 2), (num_heads * head_dim, head_dim)
+    for i in range(len(layers)):
+        layer = layers[i]
+        project(layer, buffers, angles, slots, sizes)
+        addresses, of_rows = (
+            (query, layer[KEYS], layer[VALUES], attended),
+            (tables, places, positions, first_keys[layer[SIGHT]]),
+        )
+        dot_attention.attend_decode(addresses, of_rows, _NO_SINKS, cache, strides, scaling, 0.0, _LIKE)
+        came = finish(layers, i, attended, buffers, len(slots), sizes, eps, state)
+        if came != HERE:
+            return came
+    return HERE

@@ -1,0 +1,223 @@
+"""A stage's layers in one call give, bit for bit, what they give one by one; and only where nothing comes between."""
+
+import mmap
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
+from transformers.models.granite.modeling_granite import GraniteDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+
+from actors.decisions.plan import Plan, make_plan
+from actors.tensors import fused_layers, model, panels
+from actors.tensors.batch import StepTensors
+from actors.tensors.fused_layers import KernelLayer, LayerRun
+from actors.tensors.fusions import computes_as
+from actors.tensors.runner import Runner
+from actors.tensors.spec_reader import read_spec
+from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
+from cluster.collectives import LoneShard, NeighbourLate, NeighbourLost
+from cluster.exchange import BUFFER_BYTES
+from cluster.shared_memory import SharedMemoryStage
+from configs.config import Config
+
+pytestmark = [
+    pytest.mark.timeout(120),
+    pytest.mark.skipif(
+        not panels.is_available(), reason="this CPU has no AVX-512 dot product of bfloat16, or has AMX, which is faster"
+    ),
+]
+
+GREEDY = SamplingParams(temperature=0)
+SIZES = {
+    "hidden_size": 192, "intermediate_size": 224, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+    "num_hidden_layers": 4, "vocab_size": 160, "max_position_embeddings": 256, "bos_token_id": None,
+    "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+FAMILIES: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SIZES),
+    "mistral": MistralConfig(**SIZES, sliding_window=9),
+    "qwen2": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=9, max_window_layers=2),
+}
+
+
+class Neighbours:
+    """A rank's groups: only its stage's."""
+
+    previous = next = feedback = None
+
+    def __init__(self, stage: LoneShard | SharedMemoryStage) -> None:
+        self.stage = stage
+
+
+class RecordingRunner(Runner):
+    """Keeps the logits of each step."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.outputs: list[torch.Tensor] = []
+
+    def forward(self, tensors: StepTensors) -> torch.Tensor:
+        self.outputs.append(super().forward(tensors))
+        return self.outputs[-1]
+
+
+def plan_of(folder: Path, config: PreTrainedConfig, num_shards: int) -> Plan:
+    made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in made.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator).mul_(0.2).to(torch.bfloat16)
+    made.save_pretrained(folder)
+    keys = {"source": str(folder), "dtype": "bfloat16", "max_model_len": 128}
+    arguments: dict[str, Any] = {"model": keys, "parallel": {"tensor_parallel_size": num_shards}}
+    return make_plan(Config(**arguments, cache={"block_size": 16}), read_spec(folder, "bfloat16"))
+
+
+def groups_of(num_shards: int, timeout_s: float = 30.0) -> list[Neighbours]:
+    if num_shards == 1:
+        return [Neighbours(LoneShard())]
+    memory = mmap.mmap(-1, 4096 + 2 * num_shards * BUFFER_BYTES)
+    return [Neighbours(SharedMemoryStage(memory, num_shards, shard, timeout_s)) for shard in range(num_shards)]
+
+
+def steps_of(plan: Plan) -> list[StepBatch]:
+    """Prompts alone, rows alone, both together, and rows of many lengths, some past a window and a block's end."""
+    ids = torch.randint(0, 160, (5, 40), generator=torch.Generator().manual_seed(1)).tolist()
+    lengths = [1, 20, 33, 8, 40]
+    prompts = [Entry(i, 0, ids[i][: lengths[i]], list(range(4 * i, 4 * i + 4)), sample=True) for i in range(5)]
+    opened = [NewSequence(i, GREEDY, [], lengths[i]) for i in range(5)]
+
+    def rows(step: int, count: int) -> list[Entry]:
+        begun = [0, 0, 0, 3, 3]
+        return [Entry(i, lengths[i] + step - begun[i], [], [], sample=True) for i in range(count)]
+
+    steps = [(opened[:3], prompts[:3]), ([], rows(0, 3)), ([], rows(1, 3)), (opened[3:], rows(2, 3) + prompts[3:])]
+    steps += [([], rows(step, 5)) for step in range(3, 9)]
+    return [StepBatch(0, number, 0, new, [], entries) for number, (new, entries) in enumerate(steps)]
+
+
+def runners_of(plan: Plan, folder: Path, groups: list[Neighbours]) -> list[RecordingRunner]:
+    runners = [RecordingRunner(plan, rank, one, torch.device("cpu")) for rank, one in enumerate(groups)]
+    for runner in runners:
+        runner.load(folder)
+        runner.allocate_cache(32)
+    return runners
+
+
+def together(runners: list[RecordingRunner], steps: list[StepBatch]) -> list[list[torch.Tensor]]:
+    """The logits of each step, by shard; every shard runs in a thread of its own."""
+    with ThreadPoolExecutor(len(runners)) as pool:
+        list(pool.map(lambda runner: [runner.execute(step) for step in steps], runners))
+    return [runner.outputs for runner in runners]
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_at_once_is_one_by_one(
+    family: str, num_shards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(tmp_path, FAMILIES[family], num_shards)
+    steps = steps_of(plan)
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "fuse_layers", lambda module: None)
+        apart = runners_of(plan, tmp_path, groups_of(num_shards))
+    expected = together(apart, steps)
+    calls: list[str] = []
+    for name in ("run", "finish"):
+        kernel = getattr(fused_layers.layer_kernels, name)
+        monkeypatch.setattr(
+            fused_layers.layer_kernels, name, lambda *a, kernel=kernel, name=name: (calls.append(name), kernel(*a))[1]
+        )
+    joined = runners_of(plan, tmp_path, groups_of(num_shards))
+    assert not calls
+    for shard, outputs in enumerate(together(joined, steps)):
+        for step, (output, one_by_one) in enumerate(zip(outputs, expected[shard], strict=True)):
+            assert torch.equal(output, one_by_one), f"shard {shard}, step {step}"
+    # The first step of prompts proves; one other has prompts too, and takes a call for each of four layers
+    assert (calls.count("run"), calls.count("finish")) == (8 * num_shards, 4 * num_shards)
+
+
+def test_a_cache_that_is_allocated_anew_is_the_one_that_is_read(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, FAMILIES["llama"], 1)
+    (runner,) = runners_of(plan, tmp_path, groups_of(1))
+    steps = steps_of(plan)
+    first = [runner.execute(step) for step in steps]
+    runner.execute(StepBatch(0, 99, 0, [], list(range(5)), []))
+    runner.allocate_cache(24)
+    assert [runner.execute(step) for step in steps] == first
+
+
+def test_the_time_of_exchanges_is_told(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, FAMILIES["llama"], 2)
+    runners, steps = runners_of(plan, tmp_path, groups_of(2)), steps_of(plan)
+    together(runners, steps[:-1])
+    before = [runner.clock.seconds["exchange"] for runner in runners]
+    together(runners, steps[-1:])
+    assert all(runner.clock.seconds["exchange"] > then for runner, then in zip(runners, before, strict=True))
+
+
+def test_a_neighbour_that_stays_away_is_late_and_one_that_aborts_is_lost(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, FAMILIES["llama"], 2)
+    steps, groups = steps_of(plan), groups_of(2, timeout_s=0.5)
+    runners = runners_of(plan, tmp_path, groups)
+    together(runners, steps[:2])
+    with pytest.raises(NeighbourLate, match=r"behind: shard 1"):
+        runners[0].execute(steps[2])
+    prompt = Entry(9, 0, [1, 2, 3], [20], sample=True)
+    with pytest.raises(NeighbourLost, match="timed out"):
+        runners[0].execute(StepBatch(0, 9, 0, [NewSequence(9, GREEDY, [], 3)], [], [prompt]))
+    groups = groups_of(2)
+    for runner, one in zip(runners, groups, strict=True):
+        runner.join(one)
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(runners[0].execute, StepBatch(0, 10, 0, [NewSequence(9, GREEDY, [], 3)], [], [prompt]))
+        groups[1].stage.abort()
+        with pytest.raises(NeighbourLost, match="aborted by shard 1"):
+            waits.result(20)
+
+
+class Layers(nn.Module):
+    """Some layers that add, with something between two of them."""
+
+    def __init__(self, run: LayerRun, between: str) -> None:
+        super().__init__()
+        self.run, self.between = run, between
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        angles = (x, x)
+        for layer in self.run.layers:
+            if layer is self.run.layers[2]:
+                x = x + 1 if self.between == "sum" else x
+                angles = (x, x) if self.between == "angles" else angles
+            arguments = {"position_embeddings": angles}
+            output = self.run.put_through(layer, x, arguments)
+            if output is None:
+                output = x + 1
+                self.run.prove(layer, x, arguments, output)
+            x = output
+        return x
+
+
+@pytest.mark.parametrize("between", ["nothing", "sum", "angles"])
+def test_layers_are_joined_only_where_nothing_comes_between(between: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = object.__new__(LayerRun)
+    run.layers, run.output, run._num_proven = [object() for _ in range(4)], None, 0
+    asked: list[torch.Tensor] = []
+    monkeypatch.setattr(run, "_all", lambda x, *angles: asked.append(x) or x + 4)
+    layers = Layers(run, between)
+    expected = 4 + (between == "sum")
+    assert [int(layers(torch.zeros(()))) for _ in range(3)] == [expected] * 3
+    assert len(asked) == (2 if between == "nothing" else 0)
+
+
+def test_a_layer_is_known_by_its_own_code_and_not_by_what_wraps_it() -> None:
+    small = {**SIZES, "num_hidden_layers": 1}
+    assert computes_as(MistralDecoderLayer(MistralConfig(**small), 0), LlamaDecoderLayer)
+    granite = GraniteDecoderLayer.__new__(GraniteDecoderLayer)
+    assert not computes_as(granite, LlamaDecoderLayer)
+    assert not computes_as(KernelLayer(), LlamaDecoderLayer)
