@@ -95,7 +95,7 @@ class LayerRun:
         )
         compute = self._rows if all(not step.by_sight[sight].tiles for sight in self._sights) else self._mixed
         came = compute(step, buffers, (cos.data_ptr(), sin.data_ptr()), state)
-        self._group.add_seconds((state[SPENT_NS] - spent_ns) / 1e9)
+        self._group.add_seconds(float(state[SPENT_NS] - spent_ns) / 1e9)
         if isinstance(group, SharedMemoryStage):
             group.check(came)
         return x

@@ -159,6 +159,7 @@ def test_the_time_of_exchanges_is_told(tmp_path: Path) -> None:
     before = [runner.clock.seconds["exchange"] for runner in runners]
     together(runners, steps[-1:])
     assert all(runner.clock.seconds["exchange"] > then for runner, then in zip(runners, before, strict=True))
+    assert {type(seconds) for runner in runners for seconds in runner.clock.seconds.values()} == {float}  # it is sent
 
 
 def test_a_neighbour_that_stays_away_is_late_and_one_that_aborts_is_lost(tmp_path: Path) -> None:
