@@ -86,8 +86,9 @@ class LayerAttention:
         self.keys_SHD = keys_NbHD.flatten(0, 1)
         self.values_SHD = values_NbHD.flatten(0, 1)
         self.current = current
-        has_dot = dot_attention.suits(keys_NbHD, values_NbHD)
-        self._attend_decode = dot_attention.attend_decode if has_dot else kernels.attend_decode
+        block_size, key_dim, value_dim = keys_NbHD.shape[1], keys_NbHD.shape[3], values_NbHD.shape[3]
+        self.has_dot = dot_attention.suits(keys_NbHD.dtype, keys_NbHD.device, block_size, key_dim, value_dim)
+        self._attend_decode = dot_attention.attend_decode if self.has_dot else kernels.attend_decode
 
     def attend(
         self,

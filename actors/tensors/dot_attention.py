@@ -14,14 +14,15 @@ from actors.tensors.kernels import weigh
 from actors.tensors.vectors import F32, I64, SUMS, WIDTH, Writer, has_dot_product
 from cluster.elements import OPTIONS, narrow, pointer
 
+LONGEST = (
+    4096  # up to so many keys a prompt's tokens are faster one by one than by torch, which reads keys once for many
+)
 _VALUES_AT_ONCE = 4  # vectors of a value: its sums stay in registers while the keys go by
 
 
-def suits(keys_NbHD: torch.Tensor, values_NbHD: torch.Tensor) -> bool:
-    """Whether this CPU has the instruction, and a cache [blocks, block size, H, D] is read by whole vectors."""
-    _, block_size, _, key_dim = keys_NbHD.shape
-    value_dim = values_NbHD.shape[3]
-    if keys_NbHD.device.type != "cpu" or keys_NbHD.dtype != torch.bfloat16 or not has_dot_product():
+def suits(dtype: torch.dtype, device: torch.device, block_size: int, key_dim: int, value_dim: int) -> bool:
+    """Whether this CPU has the instruction, and such a cache is read by whole vectors."""
+    if device.type != "cpu" or dtype != torch.bfloat16 or not has_dot_product():
         return False
     return key_dim % (2 * WIDTH) == 0 and value_dim % (_VALUES_AT_ONCE * WIDTH) == 0 and block_size % WIDTH == 0
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from actors.tensors import dot_attention, layer_kernels
+from actors.tensors import layer_kernels
 from actors.tensors.attention import MODULE_ATTRIBUTE, CachedRows, LayerAttention, StepAttention
 from actors.tensors.fused_attention import KernelAttention
 from actors.tensors.fusions import KernelGatedMLP, KernelRMSNorm, computes_as
@@ -146,10 +146,7 @@ class LayerRun:
     def _tabulate(self, attentions: list[LayerAttention]) -> None:
         """Write down where everything lies; the cache is another when it was allocated anew."""
         self._attentions = attentions
-        self._suits_cache = all(
-            dot_attention.suits(attention.keys_NbHD, attention.values_NbHD) and attention.spec.softcap is None
-            for attention in attentions
-        )
+        self._suits_cache = all(attention.has_dot and attention.spec.softcap is None for attention in attentions)
         self._sights = sorted({attention.spec.sight for attention in attentions}, key=repr)
         _, block_size, num_kv_heads, _ = attentions[0].keys_NbHD.shape
         self._sizes = self._hidden, self._inside, self._num_heads, num_kv_heads, self._head_dim, block_size
@@ -211,7 +208,8 @@ def _suits(layer: Any) -> bool:
     outs = attention.o_proj, mlp.down_proj
     return (
         all(type(norm) is KernelRMSNorm and norm.weight.dtype == DTYPE for norm in norms)
-        and all(type(out) is RowwiseLinear and out.bias is None and isinstance(out.method, Paneled) for out in outs)
+        and all(type(out) is RowwiseLinear for out in outs)
+        and all(out.bias is None and isinstance(out.method, Paneled) for out in outs)
         and attention.siblings.addresses() is not None
         and mlp.siblings.addresses() is not None
         and norm_eps(norms[0]) == norm_eps(norms[1])

@@ -35,7 +35,7 @@ def project(layer: Any, buffers: Any, angles: Any, slots: Any, sizes: Any) -> No
     _, normed, product, query, _, _, _ = buffers
     hidden, _, num_heads, num_kv_heads, head_dim, _ = sizes
     num_outputs = (num_heads + 2 * num_kv_heads) * head_dim
-    multiply_rows(normed, layer[QKV], layer[QKV_BIAS], product, len(slots), hidden, num_outputs)
+    multiply_rows(normed, layer[QKV], layer[QKV_BIAS], product, len(slots), hidden, num_outputs, layer[OUT])
     heads = num_heads, num_kv_heads, head_dim
     rotate_and_store(product, angles[0], angles[1], query, layer[KEYS], layer[VALUES], slots, heads, _LIKE)
 
@@ -78,15 +78,16 @@ def finish(layers: Any, i: int, attended: int, buffers: Any, num_rows: int, size
     x, normed, _, _, _, both, activated = buffers
     hidden, inside, num_heads, _, head_dim, _ = sizes
     layer = layers[i]
-    multiply_rows(attended, layer[OUT], layer[NO_BIAS], normed, num_rows, num_heads * head_dim, hidden)
+    multiply_rows(attended, layer[OUT], layer[NO_BIAS], normed, num_rows, num_heads * head_dim, hidden, layer[GATE_UP])
     came = _add_reduced(state, normed, x, layer[MLP_NORM], normed, num_rows, hidden, eps)
     if came != HERE:
         return came
-    multiply_rows(normed, layer[GATE_UP], layer[GATE_UP_BIAS], both, num_rows, hidden, 2 * inside)
+    multiply_rows(normed, layer[GATE_UP], layer[GATE_UP_BIAS], both, num_rows, hidden, 2 * inside, layer[DOWN])
     silu_mul(both, both + 2 * inside, activated, num_rows, inside, 2 * inside, 2 * inside, _LIKE)
-    multiply_rows(activated, layer[DOWN], layer[NO_BIAS], normed, num_rows, inside, hidden)
-    following = layers[i + 1, NORM] if i + 1 < len(layers) else 0
-    return _add_reduced(state, normed, x, following, normed, num_rows, hidden, eps)
+    is_last = i + 1 == len(layers)
+    next_read, next_norm = (layer[DOWN], 0) if is_last else (layers[i + 1, QKV], layers[i + 1, NORM])
+    multiply_rows(activated, layer[DOWN], layer[NO_BIAS], normed, num_rows, inside, hidden, next_read)
+    return _add_reduced(state, normed, x, next_norm, normed, num_rows, hidden, eps)
 
 
 @njit(**OPTIONS)

@@ -60,7 +60,7 @@ def multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor) -> torch
     num_inputs, num_outputs = x.shape[-1], bias.shape[0]
     out = x.new_empty(*x.shape[:-1], num_outputs)
     addresses = x.data_ptr(), packed.data_ptr(), bias.data_ptr(), out.data_ptr()
-    multiply_rows(*addresses, x.numel() // num_inputs, num_inputs, num_outputs)
+    multiply_rows(*addresses, x.numel() // num_inputs, num_inputs, num_outputs, packed.data_ptr())
     return out
 
 
@@ -130,8 +130,10 @@ _wide_tile, _slim_tile = _tiles(_WIDE), _tiles(1)
 
 
 @njit(**OPTIONS)
-def multiply_rows(x: int, packed: int, bias: int, out: int, num_rows: int, num_inputs: int, num_outputs: int) -> None:
-    """Rows [num_rows, K] by all panels → [num_rows, N]; bfloat16, by addresses."""
+def multiply_rows(
+    x: int, packed: int, bias: int, out: int, num_rows: int, num_inputs: int, num_outputs: int, following: int
+) -> None:
+    """Rows [num_rows, K] by all panels → [num_rows, N]; bfloat16, by addresses. `following`: what is read next."""
     rows_at_once = max(_MOST_ROWS, _BYTES_AT_ONCE // (2 * num_inputs) // _MOST_ROWS * _MOST_ROWS)
     x_step = 2 * num_inputs
     collide = x_step % _ALIAS_BYTES == 0 and num_rows > _MOST_ALIASES
@@ -144,7 +146,8 @@ def multiply_rows(x: int, packed: int, bias: int, out: int, num_rows: int, num_i
         if collide:
             _copy_rows(x_here, x_step, apart.ctypes.data, step, count)
             x_here = apart.ctypes.data
-        _multiply_some(x_here, step, packed, bias, out_here, count, num_inputs, num_outputs)
+        next_read = packed if first + count < num_rows else following
+        _multiply_some(x_here, step, packed, bias, out_here, count, num_inputs, num_outputs, next_read)
         first += count
 
 
@@ -159,8 +162,9 @@ def _copy_rows(source: int, step: int, target: int, target_step: int, num_rows: 
 
 @njit(**OPTIONS)
 def _multiply_some(
-    x: int, x_step: int, packed: int, bias: int, out: int, num_rows: int, num_inputs: int, num_outputs: int
-) -> None:
+    x: int, x_step: int, packed: int, bias: int, out: int, num_rows: int, num_inputs: int, num_outputs: int,
+    following: int,
+) -> None:  # fmt: skip
     """The same for rows that stay in the cache while the panels go by, divided evenly into groups."""
     pairs, out_step = num_inputs // 2, 2 * num_outputs
     num_groups = (num_rows + _MOST_ROWS - 1) // _MOST_ROWS
@@ -172,7 +176,7 @@ def _multiply_some(
         panel, panel_bytes = packed + done * 2 * num_inputs, outputs * 2 * num_inputs
         # The groups share the asking: each pair of each of them asks for its part of the next panel.
         step = (outputs * 4 + num_groups - 1) // num_groups
-        ahead = panel + panel_bytes if done + outputs < num_outputs else panel
+        ahead = panel + panel_bytes if done + outputs < num_outputs else following
         x_here, out_here = x, out + 2 * done
         for group in range(num_groups):
             count = rows + 1 if group < more else rows

@@ -10,6 +10,7 @@ import torch
 
 from actors.decisions.phase_clock import PhaseClock
 from actors.decisions.plan import Plan
+from actors.tensors import dot_attention
 from actors.tensors.batch import Row, SequenceTable, StepTensors
 from actors.tensors.checkpoint import LoadReport, Progress, load_weights
 from actors.tensors.feedback import FeedbackReceiver, FeedbackSender
@@ -132,8 +133,12 @@ class Runner:
             raise FloatingPointError("weights are not finite any more")
 
     def _visibility(self) -> VisibilityMaker:
-        sights = frozenset(attention.spec.sight for attention in self.shard.attentions)
-        return VisibilityMaker(self.plan.block_size, sights, self.dtype, self.device)
+        specs, block_size = [attention.spec for attention in self.shard.attentions], self.plan.block_size
+        has_dot = all(
+            dot_attention.suits(self.dtype, self.device, block_size, spec.key_dim, spec.value_dim) for spec in specs
+        )
+        sights, longest = frozenset(spec.sight for spec in specs), dot_attention.LONGEST if has_dot else 0
+        return VisibilityMaker(block_size, sights, self.dtype, self.device, longest)
 
     def load(self, folder: Path, progress: Progress | None = None) -> LoadReport:
         """Build this rank's model and read its weights. Raises ValueError, UnsupportedModel or CheckpointError."""

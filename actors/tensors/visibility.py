@@ -1,5 +1,6 @@
-"""Works out, once a step for all layers, which keys each token sees: groups of decode rows, tiles of prefill chunks."""
+"""Works out, once a step for all layers, which keys each token sees: groups of rows, tiles of prefill chunks."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,12 +41,21 @@ def positions_of(chunks: list[Chunk]) -> "np.ndarray[Any, np.dtype[np.int64]]":
 class VisibilityMaker:
     """Knows the sights of a rank's attentions, and makes masks in the dtype of its queries."""
 
-    def __init__(self, block_size: int, sights: frozenset[Sight], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        block_size: int,
+        sights: frozenset[Sight],
+        dtype: torch.dtype,
+        device: torch.device,
+        longest_as_rows: int = 0,
+    ) -> None:
+        """Chunks that end by position `longest_as_rows` are attended token by token, where a kernel reads blocks."""
         self.block_size = block_size
         self.sights = sights
         self.dtype = dtype
         self.device = device
         self.reads_blocks = device.type == "cpu" and dtype in LIKE  # no row is padded, and none needs a mask
+        self.longest_as_rows = longest_as_rows if self.reads_blocks else 0
 
     def of_step(self, chunks: list[Chunk], tables: torch.Tensor) -> StepAttention:
         """Chunks in token order, those of one token first; `tables` int64 [rows, blocks], on the host."""
@@ -59,26 +69,33 @@ class VisibilityMaker:
         )
 
     def _visibility(self, chunks: list[Chunk], tables: torch.Tensor, sight: Sight) -> Visibility:
-        rows = [chunk for chunk in chunks if chunk.num_tokens == 1]
-        return Visibility(
-            groups=self._paged(rows, tables, sight) if self.reads_blocks else self._grouped(rows, tables, sight),
-            tiles=tuple(
-                self._tile(chunk, tables, first, min(first + _TILE, chunk.end), sight)
-                for chunk in chunks[len(rows) :]
-                for first in range(chunk.start, chunk.end, _TILE)
-            ),
-        )
+        groups: list[DecodeGroup | CachedRows] = []
+        tiles: list[PrefillTile] = []
+        for are_rows, run in itertools.groupby(chunks, self._are_rows):
+            if not are_rows:
+                tiles += [
+                    self._tile(chunk, tables, first, min(first + _TILE, chunk.end), sight)
+                    for chunk in run
+                    for first in range(chunk.start, chunk.end, _TILE)
+                ]
+            elif self.reads_blocks:
+                groups.append(self._cached(list(run), tables, sight))
+            else:
+                groups += self._grouped(list(run), tables, sight)
+        return Visibility(tuple(groups), tuple(tiles))
 
-    def _paged(self, rows: list[Chunk], tables: torch.Tensor, sight: Sight) -> tuple[CachedRows, ...]:
-        if not rows:
-            return ()
-        places = np.array([row.table for row in rows])
-        positions = np.array([row.start for row in rows])
-        first_keys = np.array([sight.first_key(row.start) for row in rows])
-        return (CachedRows(slice(rows[0].row, rows[-1].row + 1), tables.numpy(), places, positions, first_keys),)
+    def _are_rows(self, chunk: Chunk) -> bool:
+        return chunk.num_tokens == 1 or chunk.end <= self.longest_as_rows
 
-    def _grouped(self, rows: list[Chunk], tables: torch.Tensor, sight: Sight) -> tuple[DecodeGroup, ...]:
-        return tuple(self._group(rows[first:end], tables, sight) for first, end in self._similar(rows, sight))
+    def _cached(self, chunks: list[Chunk], tables: torch.Tensor, sight: Sight) -> CachedRows:
+        positions = positions_of(chunks)
+        places = np.repeat([chunk.table for chunk in chunks], [chunk.num_tokens for chunk in chunks])
+        first_keys = np.array([sight.first_key(position) for position in positions.tolist()])
+        rows = slice(chunks[0].row, chunks[-1].row + chunks[-1].num_tokens)
+        return CachedRows(rows, tables.numpy(), places, positions, first_keys)
+
+    def _grouped(self, rows: list[Chunk], tables: torch.Tensor, sight: Sight) -> list[DecodeGroup]:
+        return [self._group(rows[first:end], tables, sight) for first, end in self._similar(rows, sight)]
 
     def _similar(self, rows: list[Chunk], sight: Sight) -> list[tuple[int, int]]:
         """Cut rows into runs: within one, tables are at most twice as long as the shortest, and not too many keys."""
@@ -91,8 +108,7 @@ class VisibilityMaker:
                 first = i
             if i == first:
                 shortest = num_blocks
-        if rows:
-            runs.append((first, len(rows)))
+        runs.append((first, len(rows)))
         return runs
 
     def _group(self, rows: list[Chunk], tables: torch.Tensor, sight: Sight) -> DecodeGroup:

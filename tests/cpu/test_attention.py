@@ -72,6 +72,7 @@ def test_random_worlds_equal_attention_written_out(seed: int, block_size: int, m
         tensor.fill_(float("nan"))  # what others left behind
     maker = VisibilityMaker(block_size, frozenset(spec.sight for spec in specs), torch.float32, CPU)
     maker.reads_blocks = world.random() < 0.5  # else in groups, as where no kernel is
+    maker.longest_as_rows = world.choice((0, 15, 40)) if maker.reads_blocks else 0
     free = list(range(cache.num_blocks))
     world.shuffle(free)
     lengths = [world.randint(1, 40) for _ in range(6)]

@@ -51,7 +51,7 @@ def test_rows_attend_to_what_they_see_and_nothing_else(
     heads: tuple[int, int], dims: tuple[int, int], block_size: int, has_sinks: bool, softcap: float
 ) -> None:
     case = Case(heads, dims, block_size)
-    assert dot_attention.suits(case.keys, case.values)
+    assert dot_attention.suits(torch.bfloat16, torch.device("cpu"), block_size, *dims)
     sinks = torch.randn(heads[0]) if has_sinks else torch.zeros(0)
     out = case.run(dot_attention.attend_decode, sinks, softcap)
     assert out.isfinite().all()
@@ -59,16 +59,15 @@ def test_rows_attend_to_what_they_see_and_nothing_else(
 
 
 @pytest.mark.parametrize(
-    ("key_shape", "value_dim", "dtype"),
+    ("block_size", "key_dim", "value_dim", "dtype"),
     [
-        ((2, 16, 1, 48), 64, torch.bfloat16),
-        ((2, 16, 1, 64), 32, torch.bfloat16),
-        ((2, 8, 1, 64), 64, torch.bfloat16),
-        ((2, 16, 1, 64), 64, torch.float32),
+        (16, 48, 64, torch.bfloat16),
+        (16, 64, 32, torch.bfloat16),
+        (8, 64, 64, torch.bfloat16),
+        (16, 64, 64, torch.float32),
     ],
 )
 def test_sizes_that_do_not_fill_vectors_are_left_to_the_other_kernel(
-    key_shape: tuple[int, ...], value_dim: int, dtype: torch.dtype
+    block_size: int, key_dim: int, value_dim: int, dtype: torch.dtype
 ) -> None:
-    keys = torch.zeros(key_shape, dtype=dtype)
-    assert not dot_attention.suits(keys, keys.new_zeros(*key_shape[:3], value_dim))
+    assert not dot_attention.suits(dtype, torch.device("cpu"), block_size, key_dim, value_dim)

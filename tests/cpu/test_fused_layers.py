@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 
 from actors.decisions.plan import Plan, make_plan
-from actors.tensors import fused_layers, model, panels
+from actors.tensors import dot_attention, fused_layers, model, panels
 from actors.tensors.batch import StepTensors
 from actors.tensors.fused_layers import KernelLayer, LayerRun
 from actors.tensors.fusions import computes_as
@@ -116,11 +116,18 @@ def together(runners: list[RecordingRunner], steps: list[StepBatch]) -> list[lis
     return [runner.outputs for runner in runners]
 
 
+@pytest.mark.parametrize(("longest", "num_calls"), [(4096, (9, 0)), (16, (8, 4))])
 @pytest.mark.parametrize("num_shards", [1, 2])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_at_once_is_one_by_one(
-    family: str, num_shards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    num_shards: int,
+    longest: int,
+    num_calls: tuple[int, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(dot_attention, "LONGEST", longest)
     plan = plan_of(tmp_path, FAMILIES[family], num_shards)
     steps = steps_of(plan)
     with monkeypatch.context() as patched:
@@ -138,8 +145,8 @@ def test_all_at_once_is_one_by_one(
     for shard, outputs in enumerate(together(joined, steps)):
         for step, (output, one_by_one) in enumerate(zip(outputs, expected[shard], strict=True)):
             assert torch.equal(output, one_by_one), f"shard {shard}, step {step}"
-    # The first step of prompts proves; one other has prompts too, and takes a call for each of four layers
-    assert (calls.count("run"), calls.count("finish")) == (8 * num_shards, 4 * num_shards)
+    # The first step proves; one other has a long prompt too, and takes a call for each of four layers
+    assert (calls.count("run"), calls.count("finish")) == tuple(count * num_shards for count in num_calls)
 
 
 def test_a_cache_that_is_allocated_anew_is_the_one_that_is_read(tmp_path: Path) -> None:
