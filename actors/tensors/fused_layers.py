@@ -205,11 +205,11 @@ def _suits(layer: Any) -> bool:
     attention, mlp, norms = layer.self_attn, layer.mlp, (layer.input_layernorm, layer.post_attention_layernorm)
     if type(attention) is not KernelAttention or type(mlp) is not KernelGatedMLP:
         return False
-    outs = attention.o_proj, mlp.down_proj
+    outs: list[Any] = [attention.o_proj, mlp.down_proj]
     return (
         all(type(norm) is KernelRMSNorm and norm.weight.dtype == DTYPE for norm in norms)
-        and all(type(out) is RowwiseLinear for out in outs)
-        and all(out.bias is None and isinstance(out.method, Paneled) for out in outs)
+        and all(type(out) is RowwiseLinear and isinstance(out.method, Paneled) for out in outs)
+        and [out.bias for out in outs] == [None, None]
         and attention.siblings.addresses() is not None
         and mlp.siblings.addresses() is not None
         and norm_eps(norms[0]) == norm_eps(norms[1])

@@ -3,6 +3,7 @@
 import mmap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 
 from actors.decisions.plan import Plan, make_plan
-from actors.tensors import dot_attention, fused_layers, model, panels
+from actors.tensors import dot_attention, fused_layers, layer_kernels, model, panels
 from actors.tensors.batch import StepTensors
 from actors.tensors.fused_layers import KernelLayer, LayerRun
 from actors.tensors.fusions import computes_as
@@ -135,11 +136,10 @@ def test_all_at_once_is_one_by_one(
         apart = runners_of(plan, tmp_path, groups_of(num_shards))
     expected = together(apart, steps)
     calls: list[str] = []
-    for name in ("run", "finish"):
-        kernel = getattr(fused_layers.layer_kernels, name)
-        monkeypatch.setattr(
-            fused_layers.layer_kernels, name, lambda *a, kernel=kernel, name=name: (calls.append(name), kernel(*a))[1]
-        )
+    kernels = SimpleNamespace(**vars(layer_kernels))
+    kernels.run = lambda *arguments: (calls.append("run"), layer_kernels.run(*arguments))[1]
+    kernels.finish = lambda *arguments: (calls.append("finish"), layer_kernels.finish(*arguments))[1]
+    monkeypatch.setattr(fused_layers, "layer_kernels", kernels)
     joined = runners_of(plan, tmp_path, groups_of(num_shards))
     assert not calls
     for shard, outputs in enumerate(together(joined, steps)):
