@@ -5,7 +5,7 @@ D dimension of a key (of a value: the attention's own) · S slots of the cache (
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from actors.tensors.paged import PagedAttention, PagedRows
 
 ATTENTION_NAME = "stagemesh"  # free of the substrings that Transformers dispatches on (flash, sdpa, paged|, /)
 MODULE_ATTRIBUTE = "stagemesh_layer"  # where a model's attention module carries its LayerAttention
+Indices: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 _NO_SINKS = np.zeros(0, np.float32)
 
 
@@ -34,10 +35,10 @@ class CachedRows:
     """Rows of one token each, of any length: a kernel reads their keys where they lie in the cache."""
 
     rows: slice  # of the step's tokens
-    tables: "np.ndarray[Any, np.dtype[np.int64]]"  # [sequences, blocks]
-    places_B: "np.ndarray[Any, np.dtype[np.int64]]"  # each row's sequence in the tables
-    positions_B: "np.ndarray[Any, np.dtype[np.int64]]"  # of the last key that it sees
-    first_keys_B: "np.ndarray[Any, np.dtype[np.int64]]"  # and of the first
+    tables: Indices  # [sequences, blocks]
+    places_B: Indices  # each row's sequence in the tables
+    positions_B: Indices  # of the last key that it sees
+    first_keys_B: Indices  # and of the first
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,20 @@ class Visibility:
 
 
 @dataclass(frozen=True)
+class AskedRows:
+    """Those of a step's tokens whose logits are asked for: no others are needed behind the last layer's keys."""
+
+    rows_Q: torch.Tensor  # int64, among the tokens
+    by_sight: dict[Sight, CachedRows]
+
+
+@dataclass(frozen=True)
 class StepAttention:
     """What attention must know about one step."""
 
     slots_T: torch.Tensor  # int64: where each token's key and value go
     by_sight: dict[Sight, Visibility]
+    asked: AskedRows | None = None  # None: all of them
     rows: PagedRows | None = None  # for those attentions that read block tables themselves
 
 

@@ -98,7 +98,7 @@ class SequenceTable:
         return StepTensors(
             ids_T=to_device(torch.tensor(ids), self.device),
             positions_T=to_device(torch.from_numpy(positions_of(chunks)), self.device),
-            attention=self.visibility.of_step(chunks, self._tables),
+            attention=self.visibility.of_step(chunks, self._tables, logits_rows),
             logits_rows_Q=to_device(torch.tensor(logits_rows, dtype=torch.int64), self.device),
             sampled=tuple(self.rows[entry.seq] for entry in sampling),
             draws=Draws.of([self.draw(entry) for entry in sampling], self.device),

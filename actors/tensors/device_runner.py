@@ -36,9 +36,9 @@ def runner_type(device: torch.device) -> type[Runner]:
 class PagedVisibility(VisibilityMaker):
     """Gives the block tables with each step: attentions that have a kernel need nothing else."""
 
-    def of_step(self, chunks: list[Chunk], tables: torch.Tensor) -> StepAttention:
+    def of_step(self, chunks: list[Chunk], tables: torch.Tensor, asked: list[int] | None = None) -> StepAttention:
         """See VisibilityMaker; `sights` are only those of attentions without a kernel."""
-        step = super().of_step(chunks, tables)
+        step = super().of_step(chunks, tables, asked)
         max_keys = max(chunk.end for chunk in chunks)
         num_blocks = -(-max_keys // self.block_size)
         counts_S = torch.tensor([chunk.num_tokens for chunk in chunks])
@@ -50,7 +50,7 @@ class PagedVisibility(VisibilityMaker):
         )
         tables_SN, lengths_S, first_tokens, first_keys = (to_device(x.int(), self.device) for x in on_host)
         rows = PagedRows(tables_SN, lengths_S, first_tokens, first_keys, int(counts_S.max()), max_keys)
-        return StepAttention(step.slots_T, step.by_sight, rows)
+        return StepAttention(step.slots_T, step.by_sight, rows=rows)
 
 
 class Sampling:

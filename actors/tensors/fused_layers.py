@@ -1,12 +1,13 @@
 """Llama's decoder layers on CPU in one call for all of a stage: nothing of Python between one product and the next.
 
-Where a step has prompts, two calls a layer, and torch's attention between them. A layer is recognised by its code, and
-by what it is made of: all of that is kernels already (fusions.py, fused_attention.py). T tokens · H hidden size.
+A layer is recognised by its code, and by what it is made of: all of that is kernels already (fusions.py,
+fused_attention.py). T tokens of the step · Q those whose logits are asked for · H hidden size · D dimension of a head.
 """
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -14,32 +15,51 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from actors.tensors import layer_kernels
-from actors.tensors.attention import MODULE_ATTRIBUTE, CachedRows, LayerAttention, StepAttention
+from actors.tensors.attention import MODULE_ATTRIBUTE, CachedRows, DecodeGroup, Indices, LayerAttention, StepAttention
 from actors.tensors.fused_attention import KernelAttention
 from actors.tensors.fusions import KernelGatedMLP, KernelRMSNorm, computes_as
 from actors.tensors.kernels import LIKE, rms_norm
-from actors.tensors.layer_kernels import DTYPE
+from actors.tensors.layer_kernels import ATTEND, DTYPE, FINISH, PROJECT
 from actors.tensors.layers import RowwiseLinear, norm_eps
 from actors.tensors.methods import Paneled
 from cluster.collectives import LoneShard, PresentGroup
 from cluster.exchange import HERE, SPENT_NS, alone
 from cluster.shared_memory import SharedMemoryStage
 
+_Rows: TypeAlias = "tuple[Indices, Indices, Indices, Indices]"  # tables, places, positions, first keys of each sight
+_NONE = np.zeros(0, np.int64)
+_NO_ROWS: _Rows = _NONE[None], _NONE, _NONE, _NONE[None]
+
+
+def _rows_of(of_sights: Sequence[DecodeGroup | CachedRows]) -> _Rows:
+    """The same rows for each of the sights."""
+    rows = [of_sight for of_sight in of_sights if isinstance(of_sight, CachedRows)]
+    return rows[0].tables, rows[0].places_B, rows[0].positions_B, np.stack([one.first_keys_B for one in rows])
+
+
+@dataclass(frozen=True)
+class _Calculation:
+    """What the kernels get of one step; see layer_kernels.py."""
+
+    buffers: tuple[int, ...]
+    angles: tuple[int, int]
+    slots: Indices
+    state: Indices
+
 
 class LayerRun:
     """Neighbouring layers of one stage, of equal sizes."""
 
-    def __init__(self, layers: list[Any]) -> None:
+    def __init__(self, layers: list[Any], ends_model: bool) -> None:
+        """`ends_model`: whether nothing but logits comes behind them."""
         self.layers = layers
+        self._ends_model = ends_model
         self.output: torch.Tensor | None = None  # of the layer that computed last
         self._num_proven = 0  # layers that got what the one before put out, and all the same angles
         self._angles: object = None
         attention, out, down = layers[0].self_attn, layers[0].self_attn.o_proj.method, layers[0].mlp.down_proj.method
-        self._head_dim, self._scaling, self._eps = (
-            attention.head_dim,
-            attention.scaling,
-            norm_eps(layers[0].input_layernorm),
-        )
+        self._head_dim, self._scaling = attention.head_dim, attention.scaling
+        self._eps: float = norm_eps(layers[0].input_layernorm)
         self._hidden, self._inside, self._num_heads = out.num_outputs, down.num_inputs, out.num_inputs // self._head_dim
         self._group: PresentGroup = attention.o_proj.group
         self._attentions: list[LayerAttention] = []  # that the table is of
@@ -83,47 +103,53 @@ class LayerRun:
         x = hidden.clone(memory_format=torch.contiguous_format)
         buffers = (x.data_ptr(), *self._buffers(num_tokens))
         cos, sin = cos.contiguous(), sin.contiguous()
-        spent_ns = state[SPENT_NS]
-        rms_norm(
-            buffers[0],
-            self._table[0, layer_kernels.NORM],
-            buffers[1],
-            num_tokens,
-            *[self._hidden] * 3,
-            self._eps,
-            LIKE[DTYPE],
-        )
-        compute = self._rows if all(not step.by_sight[sight].tiles for sight in self._sights) else self._mixed
-        came = compute(step, buffers, (cos.data_ptr(), sin.data_ptr()), state)
+        spent_ns, norm, size = state[SPENT_NS], self._table[0, layer_kernels.NORM], self._hidden
+        rms_norm(buffers[0], norm, buffers[1], num_tokens, size, size, size, self._eps, LIKE[DTYPE])
+        calculation = _Calculation(buffers, (cos.data_ptr(), sin.data_ptr()), step.slots_T.numpy(), state)
+        came = self._compute(step, calculation, x[0])
         self._group.add_seconds(float(state[SPENT_NS] - spent_ns) / 1e9)
         if isinstance(group, SharedMemoryStage):
             group.check(came)
         return x
 
-    def _rows(self, step: StepAttention, buffers: Any, angles: Any, state: Any) -> Any:
-        """All tokens are rows of one token."""
-        of_sights = [group for sight in self._sights for group in step.by_sight[sight].groups]
-        rows = of_sights[0]
-        assert isinstance(rows, CachedRows)
-        first_keys = np.stack([group.first_keys_B for group in of_sights if isinstance(group, CachedRows)])
-        where = rows.tables, rows.places_B, rows.positions_B, first_keys
-        slots = step.slots_T.numpy()
-        return layer_kernels.run(
-            self._table, buffers, angles, slots, where, self._sizes, self._eps, self._scaling, state
-        )
-
-    def _mixed(self, step: StepAttention, buffers: Any, angles: Any, state: Any) -> Any:
-        """Some are a prompt's: torch computes their attention."""
-        slots = step.slots_T.numpy()
-        for i, attention in enumerate(self._attentions):
-            layer_kernels.project(self._table[i], buffers, angles, slots, self._sizes)
-            attended = attention.attend_stored(self._query_ThD.transpose(0, 1), self._scaling)
-            came = layer_kernels.finish(
-                self._table, i, attended.data_ptr(), buffers, len(slots), self._sizes, self._eps, state
-            )
-            if came != HERE:
-                break
+    def _compute(self, step: StepAttention, of: "_Calculation", x_TH: torch.Tensor) -> Any:
+        """All layers; the last one of a model goes on only with those tokens that are asked for."""
+        asked = step.asked if self._ends_model else None
+        last, num_layers = len(self.layers) - 1, len(self.layers)
+        came = self._run(step, of, 0, num_layers if asked is None else last)
+        if asked is None or came != HERE:
+            return came
+        self._call(of, last, PROJECT, _NO_ROWS)
+        if not len(asked.rows_Q):
+            return HERE
+        x_QH, query_QhD = x_TH[asked.rows_Q], self._query_ThD[asked.rows_Q]
+        _, normed, product, _, *others = of.buffers
+        compact = replace(of, buffers=(x_QH.data_ptr(), normed, product, query_QhD.data_ptr(), *others))
+        rows = _rows_of([asked.by_sight[sight] for sight in self._sights])
+        came = self._call(compact, last, ATTEND | FINISH, rows)
+        x_TH[asked.rows_Q] = x_QH
         return came
+
+    def _run(self, step: StepAttention, of: "_Calculation", first: int, end: int) -> Any:
+        """Some layers for all tokens; torch computes the attention of steps with a prompt that is too long for ours."""
+        of_sights = [step.by_sight[sight] for sight in self._sights]
+        if not any(visibility.tiles for visibility in of_sights):
+            rows = _rows_of([visibility.groups[0] for visibility in of_sights])
+            return self._call(of, first, PROJECT | ATTEND | FINISH, rows, end)
+        came, places = HERE, np.zeros(len(of.slots), np.int64)
+        for i in range(first, end):
+            if came == HERE:
+                self._call(of, i, PROJECT, _NO_ROWS)
+                self._attended_ThD[:] = self._attentions[i].attend_stored(
+                    self._query_ThD.transpose(0, 1), self._scaling
+                )
+                came = self._call(of, i, FINISH, (_NO_ROWS[0], places, *_NO_ROWS[2:]))
+        return came
+
+    def _call(self, of: "_Calculation", first: int, parts: int, rows: _Rows, end: int | None = None) -> Any:
+        which = first, first + 1 if end is None else end, parts
+        numbers = self._sizes, self._eps, self._scaling
+        return layer_kernels.run(self._table, *which, of.buffers, of.angles, of.slots, rows, *numbers, of.state)
 
     def _buffers(self, num_tokens: int) -> list[int]:
         """Where each of what lies between the products lies; kept for steps of as many tokens or fewer."""
@@ -140,7 +166,7 @@ class LayerRun:
         if self._space.numel() < num_tokens * sum(widths):
             self._space = torch.empty(num_tokens * sum(widths), dtype=DTYPE)
         parts = torch.split(self._space[: num_tokens * sum(widths)], [num_tokens * width for width in widths])
-        self._query_ThD = parts[2].view(num_tokens, self._num_heads, self._head_dim)
+        self._query_ThD, self._attended_ThD = (part.view(num_tokens, -1, self._head_dim) for part in parts[2:4])
         return [part.data_ptr() for part in parts]
 
     def _tabulate(self, attentions: list[LayerAttention]) -> None:
@@ -178,22 +204,25 @@ class KernelLayer(nn.Module):
         return output
 
 
-def fuse_layers(model: nn.Module) -> None:
-    """Let neighbouring layers that are all kernels run as one. All linear layers are packed; CPU only."""
+def fuse_layers(model: nn.Module, has_head: bool) -> None:
+    """Let neighbouring layers that are all kernels run as one. All linear layers are packed; CPU only.
+
+    `has_head`: whether the model's last layers are here.
+    """
     for layers in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
         run: list[Any] = []
         for layer in layers:
             if _suits(layer) and (not run or _sizes_of(layer) == _sizes_of(run[0])):
                 run.append(layer)
             elif run:
-                _join(run)
+                _join(run, ends_model=False)
                 run = [layer] if _suits(layer) else []
         if run:
-            _join(run)
+            _join(run, ends_model=has_head)
 
 
-def _join(layers: list[Any]) -> None:
-    run = LayerRun(layers)
+def _join(layers: list[Any], ends_model: bool) -> None:
+    run = LayerRun(layers, ends_model)
     for layer in layers:
         layer.run, layer.original = run, inspect.unwrap(type(layer).forward)
         layer.__class__ = KernelLayer

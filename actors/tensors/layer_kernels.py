@@ -11,26 +11,28 @@ import numpy as np
 import torch
 from numba import njit
 
-from actors.tensors import dot_attention
+from actors.tensors.dot_attention import attend_decode
 from actors.tensors.kernels import LIKE, rms_norm, rotate_and_store, silu_mul
 from actors.tensors.panels import multiply_rows
 from cluster.elements import OPTIONS, narrow, pointer, wide
 from cluster.exchange import BUFFER_BYTES, HERE, MOST_KINDS, SIZE, exchange, shown_at, sum_shards
 from cluster.shared_memory import kind_of_all_reduce
 
-__all__ = ["finish", "project", "run"]
+__all__ = ["run"]
 
 DTYPE = torch.bfloat16
 _LIKE = LIKE[DTYPE]
 _KIND = kind_of_all_reduce(DTYPE)
 _NO_SINKS = np.zeros(0, np.float32)
 
+PROJECT, ATTEND, FINISH = 1, 2, 4  # parts of a layer
+
 # What a layer's row of the table says: addresses, and which of a step's sights its attention has
 NORM, QKV, QKV_BIAS, OUT, MLP_NORM, GATE_UP, GATE_UP_BIAS, DOWN, NO_BIAS, KEYS, VALUES, SIGHT = range(12)
 
 
 @njit(**OPTIONS)
-def project(layer: Any, buffers: Any, angles: Any, slots: Any, sizes: Any) -> None:
+def _project(layer: Any, buffers: Any, angles: Any, slots: Any, sizes: Any) -> None:
     """Normed rows → queries, and keys and values in the cache."""
     _, normed, product, query, _, _, _ = buffers
     hidden, _, num_heads, num_kv_heads, head_dim, _ = sizes
@@ -73,7 +75,7 @@ def _add_reduced(state: Any, part: int, x: int, norm: int, normed: int, num_rows
 
 
 @njit(**OPTIONS)
-def finish(layers: Any, i: int, attended: int, buffers: Any, num_rows: int, sizes: Any, eps: float, state: Any) -> Any:
+def _finish(layers: Any, i: int, attended: int, buffers: Any, num_rows: int, sizes: Any, eps: float, state: Any) -> Any:
     """What follows attention in layer `i`, and the norm before the next one's → what came of its exchanges."""
     x, normed, _, _, _, both, activated = buffers
     hidden, inside, num_heads, _, head_dim, _ = sizes
@@ -92,25 +94,29 @@ def finish(layers: Any, i: int, attended: int, buffers: Any, num_rows: int, size
 
 @njit(**OPTIONS)
 def run(
-    layers: Any, buffers: Any, angles: Any, slots: Any, rows: Any, sizes: Any, eps: float, scaling: float, state: Any
-) -> Any:
-    """All layers, for rows of one token each → what came of their exchanges.
+    layers: Any, first: int, end: int, parts: int, buffers: Any, angles: Any, slots: Any, rows: Any, sizes: Any,
+    eps: float, scaling: float, state: Any,
+) -> Any:  # fmt: skip
+    """Some layers, or parts of them → what came of their exchanges.
 
-    `rows`: as those of `attend_decode`, but the first keys of each sight [sights, B].
+    `slots` is of the tokens that are projected, `rows` of those that are attended and finished: as the rows of
+    `attend_decode`, but the first keys of each sight [sights, B]. All calls run the same instructions: what becomes of
+    a row does not depend, not even in its last bit, on what else there is in a step.
     """
     query, attended = buffers[3], buffers[4]
     tables, places, positions, first_keys = rows
     _, _, num_heads, num_kv_heads, head_dim, block_size = sizes
     cache, strides = (num_heads, num_kv_heads, head_dim, head_dim, block_size, 2), (num_heads * head_dim, head_dim)
-    for i in range(len(layers)):
+    for i in range(first, end):
         layer = layers[i]
-        project(layer, buffers, angles, slots, sizes)
-        addresses, of_rows = (
-            (query, layer[KEYS], layer[VALUES], attended),
-            (tables, places, positions, first_keys[layer[SIGHT]]),
-        )
-        dot_attention.attend_decode(addresses, of_rows, _NO_SINKS, cache, strides, scaling, 0.0, _LIKE)
-        came = finish(layers, i, attended, buffers, len(slots), sizes, eps, state)
-        if came != HERE:
-            return came
+        if parts & PROJECT:
+            _project(layer, buffers, angles, slots, sizes)
+        if parts & ATTEND:
+            addresses = query, layer[KEYS], layer[VALUES], attended
+            of_rows = tables, places, positions, first_keys[layer[SIGHT]]
+            attend_decode(addresses, of_rows, _NO_SINKS, cache, strides, scaling, 0.0, _LIKE)
+        if parts & FINISH:
+            came = _finish(layers, i, attended, buffers, len(places), sizes, eps, state)
+            if came != HERE:
+                return came
     return HERE

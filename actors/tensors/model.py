@@ -73,7 +73,7 @@ class StageModel:
             if is_dense and f"{name}.weight" not in shared and may_be_packed(module):
                 module.method = pack(module)
         if is_on_cpu:
-            fuse_layers(self.module)
+            fuse_layers(self.module, self.shard.has_head)
 
     def join(self, group: StageGroup) -> None:
         """Let the layers exchange through the group of a new epoch."""

@@ -2,13 +2,12 @@
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from actors.decisions.model_spec import Sight
-from actors.tensors.attention import CachedRows, DecodeGroup, PrefillTile, StepAttention, Visibility
+from actors.tensors.attention import AskedRows, CachedRows, DecodeGroup, Indices, PrefillTile, StepAttention, Visibility
 from actors.tensors.kernels import LIKE
 from actors.tensors.transfer import to_device
 
@@ -31,7 +30,7 @@ class Chunk:
         return self.start + self.num_tokens
 
 
-def positions_of(chunks: list[Chunk]) -> "np.ndarray[Any, np.dtype[np.int64]]":
+def positions_of(chunks: list[Chunk]) -> Indices:
     """The position of every token of a step."""
     counts = np.array([chunk.num_tokens for chunk in chunks])
     first_places = np.cumsum(counts) - counts
@@ -57,8 +56,11 @@ class VisibilityMaker:
         self.reads_blocks = device.type == "cpu" and dtype in LIKE  # no row is padded, and none needs a mask
         self.longest_as_rows = longest_as_rows if self.reads_blocks else 0
 
-    def of_step(self, chunks: list[Chunk], tables: torch.Tensor) -> StepAttention:
-        """Chunks in token order, those of one token first; `tables` int64 [rows, blocks], on the host."""
+    def of_step(self, chunks: list[Chunk], tables: torch.Tensor, asked: list[int] | None = None) -> StepAttention:
+        """Chunks in token order, those of one token first; `tables` int64 [rows, blocks], on the host.
+
+        `asked`: the tokens whose logits are asked for; None: all.
+        """
         positions_T, counts = positions_of(chunks), [chunk.num_tokens for chunk in chunks]
         rows_T = np.repeat([chunk.table for chunk in chunks], counts)
         blocks_T = tables.numpy()[rows_T, positions_T // self.block_size]
@@ -66,7 +68,16 @@ class VisibilityMaker:
         return StepAttention(
             slots_T=to_device(torch.from_numpy(slots_T), self.device),
             by_sight={sight: self._visibility(chunks, tables, sight) for sight in self.sights},
+            asked=self._asked(rows_T, positions_T, tables, asked) if self.reads_blocks and asked is not None else None,
         )
+
+    def _asked(self, rows_T: Indices, positions_T: Indices, tables: torch.Tensor, asked: list[int]) -> AskedRows | None:
+        if len(asked) >= len(rows_T):
+            return None
+        places, positions, rows = rows_T[asked], positions_T[asked], slice(0, len(asked))
+        first_keys = {sight: self._first_keys(positions, sight) for sight in self.sights}
+        by_sight = {s: CachedRows(rows, tables.numpy(), places, positions, first_keys[s]) for s in self.sights}
+        return AskedRows(torch.tensor(asked, dtype=torch.int64), by_sight)
 
     def _visibility(self, chunks: list[Chunk], tables: torch.Tensor, sight: Sight) -> Visibility:
         groups: list[DecodeGroup | CachedRows] = []
@@ -90,9 +101,11 @@ class VisibilityMaker:
     def _cached(self, chunks: list[Chunk], tables: torch.Tensor, sight: Sight) -> CachedRows:
         positions = positions_of(chunks)
         places = np.repeat([chunk.table for chunk in chunks], [chunk.num_tokens for chunk in chunks])
-        first_keys = np.array([sight.first_key(position) for position in positions.tolist()])
         rows = slice(chunks[0].row, chunks[-1].row + chunks[-1].num_tokens)
-        return CachedRows(rows, tables.numpy(), places, positions, first_keys)
+        return CachedRows(rows, tables.numpy(), places, positions, self._first_keys(positions, sight))
+
+    def _first_keys(self, positions: Indices, sight: Sight) -> Indices:
+        return np.array([sight.first_key(position) for position in positions.tolist()], np.int64)
 
     def _grouped(self, rows: list[Chunk], tables: torch.Tensor, sight: Sight) -> list[DecodeGroup]:
         return [self._group(rows[first:end], tables, sight) for first, end in self._similar(rows, sight)]
