@@ -1,9 +1,10 @@
-"""The all-reduce and all-gather of a stage on CPU: memory that its shards share, sequence flags, no system call.
+"""The all-reduce and all-gather of a stage on CPU: memory that its shards share, and sequence flags.
 
 Why it is right. Operation n of a shard writes its data into the shard's buffer n % 2, then raises the shard's flag to
 n, then waits until every flag is at least n, then reads everybody's buffer n % 2. That buffer is written again by
 operation n + 2, which begins after every flag reached n + 1, that is after everybody has read operation n. x86 keeps
-stores in order and loads in order, so who sees the flag sees the data; elsewhere `share_memory` answers None.
+stores in order and loads in order, so who sees the flag sees the data; elsewhere `share_memory` answers None. While all
+are in time there is no system call.
 
 The memory is anonymous (memfd): it has no name in /dev/shm, needs no room there, and is gone with its last user.
 """
@@ -73,8 +74,7 @@ class SharedMemoryStage:
         like, kind = LIKE.get(tensor.dtype), _kind_of("all_reduce", tensor)
         if like is None:
             for piece in _pieces(tensor):
-                self._exchange(kind, piece, tensor.nbytes)
-                _sum_shards(self._views_of(piece), piece)
+                _sum_shards(self._exchange(kind, piece, tensor.nbytes), piece)
             return tensor
         state, _memory = self.lend_state()
         self.check(exchange.all_reduce(state, kind, tensor.data_ptr(), tensor.numel(), tensor.itemsize, like))
@@ -82,15 +82,13 @@ class SharedMemoryStage:
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """[*] of every shard → [size, *]."""
-        kind, gathered = _kind_of("all_gather", tensor), []
-        for piece in _pieces(tensor):
-            self._exchange(kind, piece, tensor.nbytes)
-            gathered.append(torch.stack(self._views_of(piece)))
+        kind = _kind_of("all_gather", tensor)
+        gathered = [torch.stack(self._exchange(kind, piece, tensor.nbytes)) for piece in _pieces(tensor)]
         whole = gathered[0] if len(gathered) == 1 else torch.cat(gathered, dim=1)
         return whole.view(self.size, *tensor.shape)
 
     def abort(self) -> None:
-        """Make every shard that waits, now or later, leave with RuntimeError. Any thread may call it."""
+        """Make every shard that waits, now or later, leave with NeighbourLost. Any thread may call it."""
         self._words[0] = 1 + self.shard
 
     def close(self) -> None:
@@ -125,13 +123,14 @@ class SharedMemoryStage:
         )
         raise RuntimeError(f"stage group: {self._out_of_use}")
 
-    def _exchange(self, kind: int, piece: torch.Tensor, message_bytes: int) -> None:
-        """Show a piece [*] to all shards, and see what they show until the next operation."""
+    def _exchange(self, kind: int, piece: torch.Tensor, message_bytes: int) -> list[torch.Tensor]:
+        """Show a piece [*] to all shards → what each of them shows until the next operation."""
         description = message_bytes * MOST_KINDS + kind
-        state, _memory = self.lend_state()
+        state, memory = self.lend_state()
         self.check(exchange.exchange(state, description, piece.data_ptr(), piece.nbytes))
+        return self._views_of(piece, memory)
 
-    def _views_of(self, piece: torch.Tensor) -> list[torch.Tensor]:
+    def _views_of(self, piece: torch.Tensor, memory: torch.Tensor) -> list[torch.Tensor]:
         """What each shard shows in this operation, as [*]. Kept: making a view costs as much as a small sum."""
         shape, dtype = piece.shape, piece.dtype
         views = self._views.get((shape, dtype))
@@ -139,7 +138,7 @@ class SharedMemoryStage:
             if len(self._views) >= _MOST_VIEWS:
                 self._views.clear()
             nbytes = shape.numel() * dtype.itemsize
-            views = [[shard[:nbytes].view(dtype).view(shape) for shard in buffers] for buffers in self._data]
+            views = [[shard[:nbytes].view(dtype).view(shape) for shard in buffers] for buffers in memory]
             self._views[shape, dtype] = views
         return views[self.num_operations & 1]
 

@@ -1,6 +1,6 @@
 """The attention of every layer: writes new keys and values into the paged cache, then attends through block tables.
 
-T tokens of the step · B decode rows · K keys seen · N blocks of a table · H KV heads · G queries to a KV head ·
+T tokens of the step · B rows, a token each · K keys seen · N blocks of a table · H KV heads · G queries to a KV head ·
 D dimension of a key (of a value: the attention's own) · S slots of the cache (block × block size + offset).
 """
 
@@ -34,7 +34,7 @@ class DecodeGroup:
 class CachedRows:
     """Rows of one token each, of any length: a kernel reads their keys where they lie in the cache."""
 
-    rows: slice  # of the step's tokens
+    rows: slice  # of the step's tokens, or of those that are asked for
     tables: Indices  # [sequences, blocks]
     places_B: Indices  # each row's sequence in the tables
     positions_B: Indices  # of the last key that it sees

@@ -38,7 +38,7 @@ class PagedVisibility(VisibilityMaker):
 
     def of_step(self, chunks: list[Chunk], tables: torch.Tensor, asked: list[int] | None = None) -> StepAttention:
         """See VisibilityMaker; `sights` are only those of attentions without a kernel."""
-        step = super().of_step(chunks, tables, asked)
+        step = super().of_step(chunks, tables)
         max_keys = max(chunk.end for chunk in chunks)
         num_blocks = -(-max_keys // self.block_size)
         counts_S = torch.tensor([chunk.num_tokens for chunk in chunks])

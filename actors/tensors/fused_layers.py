@@ -34,6 +34,7 @@ _NO_ROWS: _Rows = _NONE[None], _NONE, _NONE, _NONE[None]
 def _rows_of(of_sights: Sequence[DecodeGroup | CachedRows]) -> _Rows:
     """The same rows for each of the sights."""
     rows = [of_sight for of_sight in of_sights if isinstance(of_sight, CachedRows)]
+    assert len(rows) == len(of_sights), "a kernel reads rows from the cache"
     return rows[0].tables, rows[0].places_B, rows[0].positions_B, np.stack([one.first_keys_B for one in rows])
 
 
@@ -56,7 +57,9 @@ class LayerRun:
         self._ends_model = ends_model
         self.output: torch.Tensor | None = None  # of the layer that computed last
         self._num_proven = 0  # layers that got what the one before put out, and all the same angles
+        self._proven_with: object = None  # the group: all its shards prove in the same step, one that is new among them
         self._angles: object = None
+        self._put_out: torch.Tensor | None = None  # as `output` was then
         attention, out, down = layers[0].self_attn, layers[0].self_attn.o_proj.method, layers[0].mlp.down_proj.method
         self._head_dim, self._scaling = attention.head_dim, attention.scaling
         self._eps: float = norm_eps(layers[0].input_layernorm)
@@ -67,6 +70,8 @@ class LayerRun:
 
     def put_through(self, layer: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor | None:
         """The output of one of the layers: the first computes for all. None where it has to compute by itself."""
+        if layer is self.layers[0] and self._group.group is not self._proven_with:
+            self._num_proven, self._proven_with = 0, self._group.group
         if self._num_proven < len(self.layers):
             return None
         if layer is self.layers[0]:
@@ -81,12 +86,12 @@ class LayerRun:
             return
         angles = arguments.get("position_embeddings")
         if layer is self.layers[0]:
-            self._num_proven, self._angles = 1, angles
+            self._num_proven, self._angles = int(angles is not None), angles
         elif layer is self.layers[self._num_proven] and hidden is self.output and angles is self._angles:
-            self._num_proven += 1
-        self.output = output
+            self._num_proven += self._put_out is not None and torch.equal(hidden, self._put_out)
+        self.output, self._put_out = output, output.clone()
         if layer is self.layers[-1]:
-            self.output = self._angles = None
+            self.output = self._put_out = self._angles = None
 
     def _all(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor | None:
         attentions = [getattr(layer.self_attn, MODULE_ATTRIBUTE) for layer in self.layers]
@@ -204,21 +209,18 @@ class KernelLayer(nn.Module):
         return output
 
 
-def fuse_layers(model: nn.Module, has_head: bool) -> None:
-    """Let neighbouring layers that are all kernels run as one. All linear layers are packed; CPU only.
+def fuse_layers(layers: nn.ModuleList, has_head: bool) -> None:
+    """Let neighbouring layers of a model that are all kernels run as one. All linear layers are packed; CPU only.
 
     `has_head`: whether the model's last layers are here.
     """
-    for layers in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
-        run: list[Any] = []
-        for layer in layers:
-            if _suits(layer) and (not run or _sizes_of(layer) == _sizes_of(run[0])):
-                run.append(layer)
-            elif run:
-                _join(run, ends_model=False)
-                run = [layer] if _suits(layer) else []
-        if run:
-            _join(run, ends_model=has_head)
+    run: list[Any] = []
+    for layer in [*layers, None]:
+        if run and (layer is None or not _suits(layer) or _sizes_of(layer) != _sizes_of(run[0])):
+            _join(run, ends_model=has_head and layer is None)
+            run = []
+        if layer is not None and _suits(layer):
+            run.append(layer)
 
 
 def _join(layers: list[Any], ends_model: bool) -> None:
@@ -250,4 +252,5 @@ def _sizes_of(layer: Any) -> tuple[object, ...]:
     attention, norms = layer.self_attn, (layer.input_layernorm, layer.post_attention_layernorm)
     outs = attention.o_proj.method, layer.mlp.down_proj.method
     sizes = [size for out in outs for size in (out.num_inputs, out.num_outputs)]
-    return (*sizes, attention.head_dim, attention.scaling, *map(norm_eps, norms))
+    heads = *attention.siblings.sizes, attention.head_dim, attention.scaling
+    return (*sizes, *heads, *map(norm_eps, norms))

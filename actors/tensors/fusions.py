@@ -27,8 +27,8 @@ class Siblings:
     def __init__(self, layers: list[ColwiseLinear]) -> None:
         """Takes the weights over; the layers keep their biases."""
         self.layers = layers
-        self._sizes = [layer.weight.shape[0] for layer in layers]
-        self._whole = nn.Linear(layers[0].in_features, sum(self._sizes), bias=False, device="meta")
+        self.sizes = [layer.weight.shape[0] for layer in layers]
+        self._whole = nn.Linear(layers[0].in_features, sum(self.sizes), bias=False, device="meta")
         self._whole.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)
         self._packed = pack(self._whole)
         biases: list[torch.Tensor] = [layer.bias for layer in layers if layer.bias is not None]
@@ -54,7 +54,7 @@ class Siblings:
         if self._input is not x or place not in self._parts:
             if self._parts and not self._are_proven:
                 return self._dissolve(place, x)
-            self._input, self._parts = x, dict(enumerate(torch.split(self.product(x), self._sizes, dim=-1)))
+            self._input, self._parts = x, dict(enumerate(torch.split(self.product(x), self.sizes, dim=-1)))
         part = self._parts.pop(place)
         if not self._parts:
             self._input, self._are_proven = None, True
@@ -62,7 +62,7 @@ class Siblings:
 
     def _dissolve(self, place: int, x: torch.Tensor) -> torch.Tensor:
         """They do not get the same input: from now on each multiplies for itself."""
-        for layer, weight in zip(self.layers, torch.split(self._packed.weight(), self._sizes), strict=True):
+        for layer, weight in zip(self.layers, torch.split(self._packed.weight(), self.sizes), strict=True):
             layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
             layer.method = pack(layer)
         self._input, self._parts = None, {}
@@ -200,7 +200,15 @@ def _join_siblings(parent: nn.Module) -> None:
 
 def _fuse_attention(module: Any) -> bool:
     method = getattr(module.q_proj, "method", None)
-    return isinstance(method, PackedTogether) and fuse_attention(module, method.siblings)
+    rotary = inspect.unwrap(type(module).forward).__globals__.get(ROTARY_NAME)
+    return isinstance(method, PackedTogether) and _is_known_rotary(rotary) and fuse_attention(module, method.siblings)
+
+
+def _is_known_rotary(function: Any) -> bool:
+    """Whether a function is Llama's rotation, and turns the same halves: others interleave them under the same name."""
+    if not _is_same(function, known.apply_rotary_pos_emb):
+        return False
+    return _is_same(inspect.unwrap(function).__globals__.get("rotate_half"), known.rotate_half)
 
 
 def _fuse_mlp(module: Any) -> None:
@@ -222,7 +230,7 @@ def _fuse_rotary(module: nn.Module) -> None:
     if not isinstance(forward, FunctionType):
         return
     rotary = forward.__globals__.get(ROTARY_NAME)
-    if ROTARY_NAME in forward.__code__.co_names and _is_same(rotary, known.apply_rotary_pos_emb):
+    if ROTARY_NAME in forward.__code__.co_names and _is_known_rotary(rotary):
         names = {**forward.__globals__, ROTARY_NAME: rotate_both}
         ours = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
         ours.__kwdefaults__ = forward.__kwdefaults__

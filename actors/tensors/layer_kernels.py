@@ -100,8 +100,8 @@ def run(
     """Some layers, or parts of them → what came of their exchanges.
 
     `slots` is of the tokens that are projected, `rows` of those that are attended and finished: as the rows of
-    `attend_decode`, but the first keys of each sight [sights, B]. All calls run the same instructions: what becomes of
-    a row does not depend, not even in its last bit, on what else there is in a step.
+    `attend_decode`, but the first keys of each sight [sights, B]. Whole layers and parts run the same instructions, so
+    that what becomes of a row does not depend, even in its last bit, on what else is attended here.
     """
     query, attended = buffers[3], buffers[4]
     tables, places, positions, first_keys = rows

@@ -72,8 +72,9 @@ class StageModel:
             is_dense = isinstance(module, ParallelLinear) and isinstance(module.method, Dense)
             if is_dense and f"{name}.weight" not in shared and may_be_packed(module):
                 module.method = pack(module)
-        if is_on_cpu:
-            fuse_layers(self.module, self.shard.has_head)
+        layers = self.module.get_submodule(self.spec.layers_name)
+        if is_on_cpu and isinstance(layers, nn.ModuleList):
+            fuse_layers(layers, self.shard.has_head)
 
     def join(self, group: StageGroup) -> None:
         """Let the layers exchange through the group of a new epoch."""

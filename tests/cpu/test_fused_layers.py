@@ -1,6 +1,7 @@
-"""A stage's layers in one call give, bit for bit, what they give one by one; and only where nothing comes between."""
+"""A stage's layers in one call give what they give one by one; and only where nothing comes between."""
 
 import mmap
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from actors.tensors.fusions import computes_as
 from actors.tensors.runner import Runner
 from actors.tensors.spec_reader import read_spec
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
-from cluster.collectives import LoneShard, NeighbourLate, NeighbourLost
+from cluster.collectives import LoneShard, NeighbourLate, NeighbourLost, PresentGroup
 from cluster.exchange import BUFFER_BYTES
 from cluster.shared_memory import SharedMemoryStage
 from configs.config import Config
@@ -187,16 +188,34 @@ def test_a_cache_that_is_allocated_anew_is_the_one_that_is_read(tmp_path: Path) 
     runner.execute(StepBatch(0, 99, 0, [], list(range(7)), []))
     runner.allocate_cache(28)
     assert [runner.execute(step) for step in steps] == first
+    assert runner.cache is not None
+    assert all(part.any() for part in (*runner.cache.keys, *runner.cache.values))
 
 
-def test_the_time_of_exchanges_is_told(tmp_path: Path) -> None:
+def test_the_time_of_exchanges_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of(tmp_path, FAMILIES["llama"], 2)
     runners, steps = runners_of(plan, tmp_path, groups_of(2)), steps_of(plan)
     together(runners, steps[:-1])
-    before = [runner.clock.seconds["exchange"] for runner in runners]
+    told: list[float] = []
+    monkeypatch.setattr(PresentGroup, "add_seconds", lambda group, seconds: told.append(seconds))
     together(runners, steps[-1:])
-    assert all(runner.clock.seconds["exchange"] > then for runner, then in zip(runners, before, strict=True))
-    assert {type(seconds) for runner in runners for seconds in runner.clock.seconds.values()} == {float}  # it is sent
+    assert [type(seconds) for seconds in told] == [float] * 2  # a heartbeat carries them
+    assert min(told) > 0
+
+
+def test_a_new_rank_and_one_that_has_proven_start_alike_in_a_new_epoch(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, FAMILIES["llama"], 2)
+    survivor, _ = runners = runners_of(plan, tmp_path, groups_of(2))
+    steps = steps_of(plan)
+    before = together(runners, steps)[0]
+    groups = groups_of(2)
+    survivor.join(groups[0])
+    survivor.outputs = []
+    newcomer = RecordingRunner(plan, 1, groups[1], torch.device("cpu"))
+    newcomer.load(tmp_path)
+    newcomer.allocate_cache(32)
+    after = together([survivor, newcomer], steps)[0]
+    assert all(torch.equal(now, then) for now, then in zip(after, before, strict=True))
 
 
 def test_a_neighbour_that_stays_away_is_late_and_one_that_aborts_is_lost(tmp_path: Path) -> None:
@@ -204,16 +223,25 @@ def test_a_neighbour_that_stays_away_is_late_and_one_that_aborts_is_lost(tmp_pat
     steps, groups = steps_of(plan), groups_of(2, timeout_s=0.5)
     runners = runners_of(plan, tmp_path, groups)
     together(runners, steps[:2])
-    with pytest.raises(NeighbourLate, match=r"behind: shard 1"):
-        runners[0].execute(steps[2])
-    prompt = Entry(9, 0, [1, 2, 3], [20], sample=True)
-    with pytest.raises(NeighbourLost, match="timed out"):
-        runners[0].execute(StepBatch(0, 9, 0, [NewSequence(9, GREEDY, [], 3)], [], [prompt]))
-    groups = groups_of(2)
-    for runner, one in zip(runners, groups, strict=True):
-        runner.join(one)
+
+    def embed_only(group: SharedMemoryStage, num_tokens: int) -> None:
+        """All that the other shard takes part in: what follows is the first layer's all-reduce."""
+        group.all_reduce(torch.zeros(1, num_tokens, SIZES["hidden_size"], dtype=torch.bfloat16))
+
     with ThreadPoolExecutor(1) as pool:
-        waits = pool.submit(runners[0].execute, StepBatch(0, 10, 0, [NewSequence(9, GREEDY, [], 3)], [], [prompt]))
+        reached = groups[1].stage.num_operations
+        there = pool.submit(embed_only, groups[1].stage, 3)
+        with pytest.raises(NeighbourLate, match=rf"operation {reached + 2} timed out.*behind: shard 1"):
+            runners[0].execute(steps[2])
+        there.result(20)
+        groups = groups_of(2)
+        for runner, one in zip(runners, groups, strict=True):
+            runner.join(one)
+        together(runners, steps[:2])
+        waits = pool.submit(runners[0].execute, steps[2])
+        embed_only(groups[1].stage, 3)
+        while groups[0].stage.num_operations == groups[1].stage.num_operations:
+            time.sleep(0.001)  # until the first layer waits
         groups[1].stage.abort()
         with pytest.raises(NeighbourLost, match="aborted by shard 1"):
             waits.result(20)
@@ -230,7 +258,7 @@ class Layers(nn.Module):
         angles = (x, x)
         for layer in self.run.layers:
             if layer is self.run.layers[2]:
-                x = x + 1 if self.between == "sum" else x
+                x = x + 1 if self.between == "sum" else x.add_(1) if self.between == "sum in place" else x
                 angles = (x, x) if self.between == "angles" else angles
             arguments = {"position_embeddings": angles}
             output = self.run.put_through(layer, x, arguments)
@@ -241,14 +269,16 @@ class Layers(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("between", ["nothing", "sum", "angles"])
+@pytest.mark.parametrize("between", ["nothing", "sum", "sum in place", "angles"])
 def test_layers_are_joined_only_where_nothing_comes_between(between: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run = object.__new__(LayerRun)
-    run.layers, run.output, run._num_proven = [object() for _ in range(4)], None, 0
+    run.layers, run.output, run._put_out = [object() for _ in range(4)], None, None
+    run._group = run._proven_with = PresentGroup(LoneShard())
+    run._num_proven = 0
     asked: list[torch.Tensor] = []
     monkeypatch.setattr(run, "_all", lambda x, *angles: asked.append(x) or x + 4)
     layers = Layers(run, between)
-    expected = 4 + (between == "sum")
+    expected = 4 + between.startswith("sum")
     assert [int(layers(torch.zeros(()))) for _ in range(3)] == [expected] * 3
     assert len(asked) == (2 if between == "nothing" else 0)
 

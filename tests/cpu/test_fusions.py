@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import Ernie4_5Config, HeliumConfig, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.activations import ACT2FN
+from transformers.models.ernie4_5.modeling_ernie4_5 import Ernie4_5Attention
+from transformers.models.helium.modeling_helium import HeliumAttention
 from transformers.models.llama import modeling_llama as known
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
@@ -75,6 +77,17 @@ def test_another_family_with_the_same_code_is_recognised_too() -> None:
     fuse(attention)
     assert isinstance(attention.q_norm, KernelRMSNorm)
     assert attention.forward.__globals__["apply_rotary_pos_emb"].__name__ == "rotate_both"
+
+
+@pytest.mark.parametrize(("kind", "config"), [(HeliumAttention, HeliumConfig()), (Ernie4_5Attention, Ernie4_5Config())])
+def test_attention_that_turns_other_numbers_by_the_same_code_is_left_alone(kind: type, config: object) -> None:
+    assert kind.forward.__code__.co_code == known.LlamaAttention.forward.__code__.co_code
+    attention = colwise(kind(config, 0))
+    rebase(attention.o_proj, RowwiseLinear)
+    forward = attention.forward.__func__
+    fuse(attention)
+    assert not isinstance(attention, KernelAttention)
+    assert attention.forward.__func__ is forward
 
 
 class Apart(nn.Module):
