@@ -10,8 +10,8 @@ from collections import deque
 
 from actors.words.messages import StepBatch
 
-_SHARE = 1.4  # seconds of prefill to one second of decode, where both sides are equally many
-_FEWEST_TOKENS = 16  # of a chunk: so many cost enough to learn from, and let a prompt get ahead
+_SHARE = 1.2  # seconds of prefill to one second of decode, where both sides are equally many
+_FEWEST_TOKENS = 32  # of a chunk: smaller ones only read the weights again
 _PORTION = 2  # decode steps that prompts take in a pipeline: so long that reading the weights does not count
 _MEMORY = 0.9  # share of what was known that one more step leaves
 

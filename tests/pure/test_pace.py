@@ -41,7 +41,7 @@ def taught(depth: int = 1, seed: int = 0, num_lanes: int = 1) -> PrefillPace:
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_a_mixed_step_takes_little_more_than_twice_one_that_decodes(depth: int) -> None:
     tokens = taught(depth).prefill_tokens(1, 8, 2048)
-    assert 2.2 * DECODE_S < DECODE_S + tokens * TOKEN_S < 2.5 * DECODE_S
+    assert 2.0 * DECODE_S < DECODE_S + tokens * TOKEN_S < 2.4 * DECODE_S
     assert taught(depth).prefill_tokens(8, 8, 2048) == tokens
 
 
@@ -72,7 +72,7 @@ def test_slow_prompts_do_not_starve() -> None:
         pace.launched(batch, now)
         now += took_s
         pace.completed(now)
-    assert pace.prefill_tokens(1, 8, 2048) == 16
+    assert pace.prefill_tokens(1, 8, 2048) == 32
 
 
 def test_the_scheduler_keeps_to_it_and_running_streams_go_on() -> None:
