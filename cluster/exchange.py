@@ -25,14 +25,6 @@ LINE_WORDS, NUM_HEAD_LINES = 8, 2  # a cache line: no two shards write to the sa
 BUFFER_BYTES = 1 << 20  # of one shard; larger messages go in pieces, each of which still fits a core's cache
 MOST_KINDS = 64  # a message is described by its bytes times this, plus its kind
 
-
-def alone() -> "np.ndarray[Any, np.dtype[np.int64]]":
-    """The state of a stage of one shard, which exchanges nothing."""
-    state = np.zeros(NUM_STATE_WORDS, np.int64)
-    state[SIZE] = 1
-    return state
-
-
 _EXACT = {**OPTIONS, "fastmath": False}  # sums in the order of the shards
 _TILE = 512  # numbers of a sum that are kept in float32 at a time
 _WORD, _BYTE = np.int64(0), np.uint8(0)
@@ -48,6 +40,13 @@ _clock_gettime = types.ExternalFunction("clock_gettime", types.intc(types.intc, 
 _nanosleep = types.ExternalFunction("nanosleep", types.intc(types.int64, types.int64))
 _prctl = types.ExternalFunction("prctl", types.intc(types.intc, *[types.int64] * 4))
 _sched_yield = types.ExternalFunction("sched_yield", types.intc())
+
+
+def alone() -> "np.ndarray[Any, np.dtype[np.int64]]":
+    """The state of a stage of one shard, which exchanges nothing."""
+    state = np.zeros(NUM_STATE_WORDS, np.int64)
+    state[SIZE] = 1
+    return state
 
 
 @njit(**_EXACT)

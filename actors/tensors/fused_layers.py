@@ -48,6 +48,31 @@ class _Calculation:
     state: Indices
 
 
+class _Proof:
+    """Whether each of some layers gets what the one before put out, untouched, and all get the same angles."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        self._left = list(reversed(layers))
+        self._output: torch.Tensor | None = None
+        self._as_put_out: torch.Tensor | None = None
+        self._angles: object = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether that holds for all of them."""
+        return not self._left
+
+    def watch(self, layer: Any, hidden: torch.Tensor, angles: object, output: torch.Tensor) -> None:
+        """One layer has computed; in the order of the model."""
+        if self._output is None or self._as_put_out is None:
+            self._angles, is_so = angles, angles is not None
+        else:
+            is_so = hidden is self._output and angles is self._angles and torch.equal(hidden, self._as_put_out)
+        if self._left[-1:] == [layer] and is_so:
+            self._left.pop()
+        self._output, self._as_put_out = output, output.clone()
+
+
 class LayerRun:
     """Neighbouring layers of one stage, of equal sizes."""
 
@@ -55,11 +80,10 @@ class LayerRun:
         """`ends_model`: whether nothing but logits comes behind them."""
         self.layers = layers
         self._ends_model = ends_model
-        self.output: torch.Tensor | None = None  # of the layer that computed last
-        self._num_proven = 0  # layers that got what the one before put out, and all the same angles
-        self._proven_with: object = None  # the group: all its shards prove in the same step, one that is new among them
-        self._angles: object = None
-        self._put_out: torch.Tensor | None = None  # as `output` was then
+        self._output: torch.Tensor | None = None  # of all of them in this step
+        self._known_group: object = None  # whose first step has shown, or shows, whether they may be joined
+        self._proof: _Proof | None = None  # while it shows
+        self._is_proven = False
         attention, out, down = layers[0].self_attn, layers[0].self_attn.o_proj.method, layers[0].mlp.down_proj.method
         self._head_dim, self._scaling = attention.head_dim, attention.scaling
         self._eps: float = norm_eps(layers[0].input_layernorm)
@@ -70,28 +94,21 @@ class LayerRun:
 
     def put_through(self, layer: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor | None:
         """The output of one of the layers: the first computes for all. None where it has to compute by itself."""
-        if layer is self.layers[0] and self._group.group is not self._proven_with:
-            self._num_proven, self._proven_with = 0, self._group.group
-        if self._num_proven < len(self.layers):
-            return None
         if layer is self.layers[0]:
-            self.output = self._all(hidden, *arguments["position_embeddings"])
+            if self._group.group is not self._known_group:  # a shard that is new has to prove in the same step
+                self._known_group, self._is_proven, self._proof = self._group.group, False, _Proof(self.layers)
+            self._output = self._all(hidden, *arguments["position_embeddings"]) if self._is_proven else None
         else:
-            assert self.output is None or hidden is self.output, "something came between the layers"
-        return self.output
+            assert self._output is None or hidden is self._output, "something came between the layers"
+        return self._output
 
     def prove(self, layer: Any, hidden: torch.Tensor, arguments: dict[str, Any], output: torch.Tensor) -> None:
-        """Watch a layer that computed by itself, until all of one step did so as we would."""
-        if self._num_proven == len(self.layers):
+        """Watch a layer that computed by itself: in the first step with a group, or never."""
+        if self._proof is None:
             return
-        angles = arguments.get("position_embeddings")
-        if layer is self.layers[0]:
-            self._num_proven, self._angles = int(angles is not None), angles
-        elif layer is self.layers[self._num_proven] and hidden is self.output and angles is self._angles:
-            self._num_proven += self._put_out is not None and torch.equal(hidden, self._put_out)
-        self.output, self._put_out = output, output.clone()
+        self._proof.watch(layer, hidden, arguments.get("position_embeddings"), output)
         if layer is self.layers[-1]:
-            self.output = self._put_out = self._angles = None
+            self._is_proven, self._proof = self._proof.is_complete, None
 
     def _all(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor | None:
         attentions = [getattr(layer.self_attn, MODULE_ATTRIBUTE) for layer in self.layers]

@@ -15,7 +15,7 @@ from actors.tensors.dot_attention import attend_decode
 from actors.tensors.kernels import LIKE, rms_norm, rotate_and_store, silu_mul
 from actors.tensors.panels import multiply_rows
 from cluster.elements import OPTIONS, narrow, pointer, wide
-from cluster.exchange import BUFFER_BYTES, HERE, MOST_KINDS, SIZE, exchange, shown_at, sum_shards
+from cluster.exchange import HERE, SIZE, all_reduce
 from cluster.shared_memory import kind_of_all_reduce
 
 __all__ = ["run"]
@@ -53,24 +53,17 @@ def _add(x: int, other: int, count: int) -> None:
 def _add_reduced(state: Any, part: int, x: int, norm: int, normed: int, num_rows: int, size: int, eps: float) -> Any:
     """Sum the shards' parts [T, H], add that to `x`, and norm it (0: do not) → what came of the exchange.
 
-    A row at a time, so that all three find it in the first cache; `normed` may lie where `part` does.
+    A row at a time, so that the norm finds it in the first cache; `normed` may lie where `part` does.
     """
-    row_bytes = 2 * size
-    at_once, is_shared = BUFFER_BYTES // row_bytes, state[SIZE] > 1
-    for first in range(0, num_rows, at_once):
-        count = min(at_once, num_rows - first)
-        if is_shared:
-            description = num_rows * row_bytes * MOST_KINDS + _KIND
-            came = exchange(state, description, part + first * row_bytes, count * row_bytes)
-            if came != HERE:
-                return came
-        for row in range(count):
-            here = (first + row) * row_bytes
-            if is_shared:
-                sum_shards(shown_at(state) + row * row_bytes, state[SIZE], part + here, size, _LIKE)
-            _add(x + here, part + here, size)
-            if norm:
-                rms_norm(x + here, norm, normed + here, 1, size, size, size, eps, _LIKE)
+    if state[SIZE] > 1:
+        came = all_reduce(state, _KIND, part, num_rows * size, 2, _LIKE)
+        if came != HERE:
+            return came
+    for row in range(num_rows):
+        here = row * 2 * size
+        _add(x + here, part + here, size)
+        if norm:
+            rms_norm(x + here, norm, normed + here, 1, size, size, size, eps, _LIKE)
     return HERE
 
 

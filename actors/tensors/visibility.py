@@ -9,6 +9,7 @@ import torch
 from actors.decisions.model_spec import Sight
 from actors.tensors.attention import AskedRows, CachedRows, DecodeGroup, Indices, PrefillTile, StepAttention, Visibility
 from actors.tensors.kernels import LIKE
+from actors.tensors.paged import first_keys
 from actors.tensors.transfer import to_device
 
 _TILE = 256  # queries of a prefill tile: its mask is [256, keys]
@@ -37,6 +38,21 @@ def positions_of(chunks: list[Chunk]) -> Indices:
     return np.repeat(np.array([chunk.start for chunk in chunks]) - first_places, counts) + np.arange(counts.sum())
 
 
+@dataclass(frozen=True)
+class _Tokens:
+    """A step's tokens: the block tables, which of them each token's is, and its position."""
+
+    tables: Indices
+    places_T: Indices
+    positions_T: Indices
+
+    def cached(self, rows: slice, which: "slice | Indices", sight: Sight) -> CachedRows:
+        """Some of them, as rows."""
+        positions = self.positions_T[which]
+        first = first_keys(sight, torch.from_numpy(positions)).numpy()
+        return CachedRows(rows, self.tables, self.places_T[which], positions, first)
+
+
 class VisibilityMaker:
     """Knows the sights of a rank's attentions, and makes masks in the dtype of its queries."""
 
@@ -62,27 +78,28 @@ class VisibilityMaker:
         `asked`: the tokens whose logits are asked for; None: all.
         """
         positions_T, counts = positions_of(chunks), [chunk.num_tokens for chunk in chunks]
-        rows_T = np.repeat([chunk.table for chunk in chunks], counts)
-        blocks_T = tables.numpy()[rows_T, positions_T // self.block_size]
+        places_T = np.repeat([chunk.table for chunk in chunks], counts)
+        tokens = _Tokens(tables.numpy(), places_T, positions_T)
+        blocks_T = tokens.tables[places_T, positions_T // self.block_size]
         slots_T = blocks_T * self.block_size + positions_T % self.block_size
         return StepAttention(
             slots_T=to_device(torch.from_numpy(slots_T), self.device),
-            by_sight={sight: self._visibility(chunks, tables, sight) for sight in self.sights},
-            asked=self._asked(rows_T, positions_T, tables, asked) if self.reads_blocks and asked is not None else None,
+            by_sight={sight: self._visibility(chunks, tables, tokens, sight) for sight in self.sights},
+            asked=None if asked is None else self._asked(tokens, asked),
         )
 
-    def _asked(self, rows_T: Indices, positions_T: Indices, tables: torch.Tensor, asked: list[int]) -> AskedRows | None:
-        if len(asked) >= len(rows_T):
+    def _asked(self, tokens: "_Tokens", asked: list[int]) -> AskedRows | None:
+        if not self.longest_as_rows or len(asked) >= len(tokens.places_T):
             return None
-        places, positions, rows = rows_T[asked], positions_T[asked], slice(0, len(asked))
-        first_keys = {sight: self._first_keys(positions, sight) for sight in self.sights}
-        by_sight = {s: CachedRows(rows, tables.numpy(), places, positions, first_keys[s]) for s in self.sights}
-        return AskedRows(torch.tensor(asked, dtype=torch.int64), by_sight)
+        rows_Q, rows = np.array(asked, np.int64), slice(0, len(asked))
+        by_sight = {sight: tokens.cached(rows, rows_Q, sight) for sight in self.sights}
+        return AskedRows(torch.from_numpy(rows_Q), by_sight)
 
-    def _visibility(self, chunks: list[Chunk], tables: torch.Tensor, sight: Sight) -> Visibility:
+    def _visibility(self, chunks: list[Chunk], tables: torch.Tensor, tokens: "_Tokens", sight: Sight) -> Visibility:
         groups: list[DecodeGroup | CachedRows] = []
         tiles: list[PrefillTile] = []
-        for are_rows, run in itertools.groupby(chunks, self._are_rows):
+        for are_rows, neighbours in itertools.groupby(chunks, self._are_rows):
+            run = list(neighbours)
             if not are_rows:
                 tiles += [
                     self._tile(chunk, tables, first, min(first + _TILE, chunk.end), sight)
@@ -90,22 +107,14 @@ class VisibilityMaker:
                     for first in range(chunk.start, chunk.end, _TILE)
                 ]
             elif self.reads_blocks:
-                groups.append(self._cached(list(run), tables, sight))
+                rows = slice(run[0].row, run[-1].row + run[-1].num_tokens)
+                groups.append(tokens.cached(rows, rows, sight))
             else:
-                groups += self._grouped(list(run), tables, sight)
+                groups += self._grouped(run, tables, sight)
         return Visibility(tuple(groups), tuple(tiles))
 
     def _are_rows(self, chunk: Chunk) -> bool:
         return chunk.num_tokens == 1 or chunk.end <= self.longest_as_rows
-
-    def _cached(self, chunks: list[Chunk], tables: torch.Tensor, sight: Sight) -> CachedRows:
-        positions = positions_of(chunks)
-        places = np.repeat([chunk.table for chunk in chunks], [chunk.num_tokens for chunk in chunks])
-        rows = slice(chunks[0].row, chunks[-1].row + chunks[-1].num_tokens)
-        return CachedRows(rows, tables.numpy(), places, positions, self._first_keys(positions, sight))
-
-    def _first_keys(self, positions: Indices, sight: Sight) -> Indices:
-        return np.array([sight.first_key(position) for position in positions.tolist()], np.int64)
 
     def _grouped(self, rows: list[Chunk], tables: torch.Tensor, sight: Sight) -> list[DecodeGroup]:
         return [self._group(rows[first:end], tables, sight) for first, end in self._similar(rows, sight)]

@@ -272,9 +272,7 @@ class Layers(nn.Module):
 @pytest.mark.parametrize("between", ["nothing", "sum", "sum in place", "angles"])
 def test_layers_are_joined_only_where_nothing_comes_between(between: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run = object.__new__(LayerRun)
-    run.layers, run.output, run._put_out = [object() for _ in range(4)], None, None
-    run._group = run._proven_with = PresentGroup(LoneShard())
-    run._num_proven = 0
+    run.layers, run._group, run._known_group = [object() for _ in range(4)], PresentGroup(LoneShard()), None
     asked: list[torch.Tensor] = []
     monkeypatch.setattr(run, "_all", lambda x, *angles: asked.append(x) or x + 4)
     layers = Layers(run, between)
