@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from actors.decisions.blocks import num_blocks_for
 from actors.tensors.attention import StepAttention
 from actors.tensors.edits import Draw
 from actors.tensors.sampler import Draws
@@ -148,5 +149,5 @@ class SequenceTable:
         assert entry.start + max(1, len(entry.ids)) <= row.num_blocks * self.block_size, (
             f"sequence {entry.seq}: {row.num_blocks} blocks do not hold its ids"
         )
-        reused = -(-entry.start // self.block_size)  # blocks that hold positions before `start`
+        reused = num_blocks_for(entry.start, self.block_size)  # blocks that hold positions before `start`
         return entry.new_blocks[max(0, reused - first) :]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from actors.decisions.blocks import num_blocks_for
 from actors.decisions.buckets import Bucket, Buckets
 from actors.decisions.plan import Plan
 from actors.tensors.attention import StepAttention
@@ -40,7 +41,7 @@ class PagedVisibility(VisibilityMaker):
         """See VisibilityMaker; `sights` are only those of attentions without a kernel."""
         step = super().of_step(chunks, tables)
         max_keys = max(chunk.end for chunk in chunks)
-        num_blocks = -(-max_keys // self.block_size)
+        num_blocks = num_blocks_for(max_keys, self.block_size)
         counts_S = torch.tensor([chunk.num_tokens for chunk in chunks])
         on_host = (
             tables[[chunk.table for chunk in chunks], :num_blocks],
@@ -126,7 +127,7 @@ class DeviceRunner(Runner):
             attention.paged = kernel or GatheredAttention(attention.spec.sight, attention.spec.softcap)
         longest = self.plan.num_blocks_for_longest
         gathers = len(self._kernels) < len(self.model.attentions)
-        first_blocks = min(longest, -(-_TOKENS_GATHERED // self.plan.block_size)) if gathers else None
+        first_blocks = min(longest, num_blocks_for(_TOKENS_GATHERED, self.plan.block_size)) if gathers else None
         self._buckets = Buckets.of(self.plan.max_num_seqs, longest, first_blocks)
         self._steps.clear()
         self._state_BH = None

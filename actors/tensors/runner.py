@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from actors.decisions.blocks import num_blocks_for
 from actors.decisions.phase_clock import PhaseClock
 from actors.decisions.plan import Plan
 from actors.tensors import dot_attention
@@ -166,7 +167,7 @@ class Runner:
         """Run a short prompt and one token after it: all ranks at once, so that nothing is done first in a request."""
         sampling = SamplingParams(temperature=1.0, seed=0)
         num_ids = min(self.plan.block_size, self.plan.max_model_len - 1)
-        num_blocks = -(-(num_ids + 1) // self.plan.block_size)
+        num_blocks = num_blocks_for(num_ids + 1, self.plan.block_size)
         prefill = Entry(_WARM_UP_SEQ, 0, [0] * num_ids, list(range(num_blocks)), sample=True)
         decode = Entry(_WARM_UP_SEQ, num_ids, [0], [], sample=True)
         opened = [NewSequence(_WARM_UP_SEQ, sampling, [])]
