@@ -1,11 +1,17 @@
-"""The lanes of the pipeline: which sequence is in which, dealt by cost and handed over when lanes drift apart."""
+"""The lanes of the pipeline: which sequence is in which, dealt by cost and handed over when lanes drift apart.
+
+What samples is in one lane. Chunks of a prompt that are followed by others go with the steps of any, so that they
+follow each other through the pipeline, and no lane's steps alone are long.
+"""
 
 from bisect import insort
 from collections import deque
 from dataclasses import dataclass, field
 
 from actors.decisions.sequence import Sequence
-from actors.words.messages import Entry
+from actors.words.messages import Entry, StepBatch
+
+_SLACK = 0.5  # decode entries that a lane may have too many: contexts grow, and nobody is to be moved to and fro
 
 
 @dataclass(eq=False)
@@ -48,9 +54,17 @@ class Flights(deque[Flight]):
         super().__init__()
         self._landed: deque[Flight] = deque(maxlen=num_remembered)
 
+    def launch(self, step: StepBatch, lane: Lane, sequences: list[Sequence]) -> None:
+        """A step of a lane was submitted; `sequences` are all that run."""
+        by_seq = {sequence.seq: sequence for sequence in sequences}
+        self.append(Flight(step.step, lane, [(by_seq[entry.seq], entry) for entry in step.entries]))
+        lane.num_in_flight += 1
+        lane.last_step = step.step
+
     def land(self) -> Flight:
         """The result of the oldest is here."""
         self._landed.append(self.popleft())
+        self._landed[-1].lane.num_in_flight -= 1
         return self._landed[-1]
 
     @property
@@ -88,7 +102,17 @@ class Lanes:
         """
         if alone is not None and alone.lane is not None:
             return [self._lanes[alone.lane]]
-        return sorted((lane for lane in self._lanes if lane.sequences), key=lambda lane: lane.last_step)
+        lanes = [lane for lane in self._lanes if lane.sequences or self._guests(lane)]
+        return sorted(lanes, key=lambda lane: lane.last_step)
+
+    def may_go_with(self, lane: Lane) -> list[Sequence]:
+        """Its own sequences and those of others that have prompt ids left, oldest first."""
+        guests = self._guests(lane)
+        return sorted(lane.sequences + guests, key=age) if guests else list(lane.sequences)
+
+    def _guests(self, lane: Lane) -> list[Sequence]:
+        others = (other.sequences for other in self._lanes if other is not lane)
+        return [sequence for sequences in others for sequence in sequences if sequence.num_unscheduled > 1]
 
     def deal(self, sequence: Sequence) -> None:
         """Put a sequence into the cheapest lane."""
@@ -107,7 +131,7 @@ class Lanes:
         lightest = min(self._lanes, key=lambda other: other.cost)
         gap = lane.cost - lightest.cost
         for sequence in [sequence for sequence in reversed(lane.sequences) if not sequence.num_pending]:
-            if gap <= _cost(sequence):
+            if gap <= _cost(sequence) + _SLACK:
                 return
             gap -= 2 * _cost(sequence)
             self.take_out(sequence)
@@ -125,5 +149,5 @@ def _put(sequence: Sequence, lane: Lane) -> None:
 
 
 def _cost(sequence: Sequence) -> float:
-    """In decode entries: 1, a little more for each context token to attend to, and for each prompt token to compute."""
-    return 1 + len(sequence.ids) / 2048 + max(0, sequence.num_unscheduled - 1) / 64
+    """In decode entries: 1, and a little more for each context token to attend to."""
+    return 1 + len(sequence.ids) / 2048

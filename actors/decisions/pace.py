@@ -2,45 +2,56 @@
 
 A running stream feels every prompt that is computed beside it; a prompt that gives way too much starves. So a mixed
 step takes at most so much longer than one that only decodes, unless prompts outnumber what runs: then they may take as
-much more as they are more.
+much more as they are more. In a pipeline every lane's step carries its part, so that stages wait little for each other.
 """
 
 import math
 from collections import deque
 
+import numpy as np
+
 from actors.words.messages import StepBatch
 
-_SHARE = 1.2  # seconds of prefill to one second of decode, where both sides are equally many
-_FEWEST_TOKENS = 32  # of a chunk: smaller ones only read the weights again
-_PORTION = 2  # decode steps that prompts take in a pipeline: so long that reading the weights does not count
-_MEMORY = 0.9  # share of what was known that one more step leaves
+_SHARE = 1.3  # seconds of prefill to one second of decode, where both sides are equally many
+_FEWEST_TOKENS = 16  # of a chunk: smaller ones only read the weights again
+_PORTION = 2  # decode steps that prompts alone take in a pipeline: so long that reading the weights does not count
+_LEAST_S = 1e-5  # no step is shorter
+_MEMORY = 0.97  # weight of a step beside the next one
+_INERTIA = 0.01  # how much what is known stands against what the steps of late leave open, ...
+_INERTIAS = _INERTIA * np.diag((1.0, 64.0, 1.0))  # ... a token's cost least of all: there are many, and contexts grow
 
 
 class PrefillPace:
-    """Told of every step when it goes and when it is done. Times are seconds of one clock."""
+    """Told of every step when it goes and when it is done. Times are seconds of one clock.
+
+    What it believes: a step takes a time of its own, so much a row that decodes, and so much a token of a prompt. The
+    three are those that leave the least squares of relative errors, of late steps more than of early ones.
+    """
 
     def __init__(self, num_lanes: int = 1) -> None:
         self._num_lanes = num_lanes
-        self._flights: deque[tuple[bool, int, float]] = deque()  # whether it decodes, tokens of prompts, when
+        self._flights: deque[tuple[int, int, float]] = deque()  # rows that decode, tokens of prompts, when
         self._last_end = 0.0
-        self._decode_s: float | None = None  # of a step that only decodes
-        self._token_s: float | None = None  # of one prompt token more
+        self._seen = np.zeros((3, 3))
+        self._seen_sum = np.zeros(3)
+        self._seconds = np.zeros(3)  # of a step, of a row, of a token
 
     def launched(self, step: StepBatch, now: float) -> None:
         """A step with entries went to the ranks."""
-        num_prompt = sum(len(entry.ids) for entry in step.entries if len(entry.ids) > 1)
-        decodes = any(len(entry.ids) <= 1 for entry in step.entries)
-        self._flights.append((decodes, num_prompt, now))
+        chunks = [count for entry in step.entries if (count := len(entry.ids)) > 1]
+        self._flights.append((len(step.entries) - len(chunks), sum(chunks), now))
 
     def completed(self, now: float) -> None:
         """The oldest step is done; it began when it went, or when the one before it was done."""
-        decodes, num_prompt, launched = self._flights.popleft()
+        num_rows, num_prompt, launched = self._flights.popleft()
         took_s, self._last_end = now - max(launched, self._last_end), now
-        if not num_prompt:
-            self._decode_s = _mixed(self._decode_s, took_s)
-        elif num_prompt >= _FEWEST_TOKENS:
-            beside_s = (self._decode_s or 0.0) if decodes else 0.0
-            self._token_s = _mixed(self._token_s, max(0.0, took_s - beside_s) / num_prompt)
+        counts = np.array((1.0, num_rows, num_prompt))
+        scale_s = max(took_s, float(counts @ self._seconds), _LEAST_S)  # of two that come at once one took 0
+        counts /= scale_s
+        self._seen = _MEMORY * self._seen + np.outer(counts, counts)
+        self._seen_sum = _MEMORY * self._seen_sum + counts * (took_s / scale_s)
+        inertia = self._seen[0, 0] * _INERTIAS
+        self._seconds = np.linalg.solve(self._seen + inertia, self._seen_sum + inertia @ self._seconds).clip(min=0.0)
 
     def forget_flights(self) -> None:
         """What went will not come back."""
@@ -48,13 +59,11 @@ class PrefillPace:
 
     def prefill_tokens(self, num_prefilling: int, num_decoding: int, at_most: int) -> int:
         """Prompt tokens that the next step may carry."""
-        share = _SHARE * max(1.0, num_prefilling / num_decoding) if num_decoding else math.inf
+        share = _SHARE / self._num_lanes * max(1.0, num_prefilling / num_decoding) if num_decoding else math.inf
         if self._num_lanes > 1:
             share = min(share, _PORTION)
-        if not self._decode_s or not self._token_s or share == math.inf:
+        step_s, row_s, token_s = self._seconds.tolist()
+        decode_s = step_s + row_s * max(1.0, num_decoding / self._num_lanes)
+        if decode_s <= 0 or token_s <= 0 or share == math.inf:
             return at_most
-        return min(at_most, max(_FEWEST_TOKENS, int(share * self._decode_s / self._token_s)))
-
-
-def _mixed(known: float | None, seen: float) -> float:
-    return seen if known is None else _MEMORY * known + (1 - _MEMORY) * seen
+        return min(at_most, max(_FEWEST_TOKENS, int(share * decode_s / token_s)))

@@ -11,7 +11,7 @@ import msgspec
 
 from actors.decisions.blocks import BlockCounts, BlockPool
 from actors.decisions.holdings import Holdings
-from actors.decisions.lanes import Flight, Flights, Lane, Lanes, age
+from actors.decisions.lanes import Flights, Lane, Lanes, age
 from actors.decisions.pace import PrefillPace
 from actors.decisions.sequence import Sequence
 from actors.decisions.stats import Stats
@@ -38,7 +38,7 @@ class SchedulerSettings:
     num_blocks: int
     block_size: int  # tokens
     max_num_seqs: int  # sequences that hold blocks at the same time
-    max_num_batched_tokens: int  # tokens of one step
+    max_num_batched_tokens: int  # tokens of one step; at least max_num_seqs
     num_lanes: int
     depth: int = 1  # steps in flight of one lane
     prefix_cache: bool = True
@@ -122,7 +122,7 @@ class Scheduler:
                 break
             if alone is None:
                 self._lanes.hand_over(lane)
-            step = self._build(lane, [alone] if alone else list(lane.sequences))
+            step = self._build(lane, [alone] if alone else self._lanes.may_go_with(lane))
             if step.entries:
                 return self._launch(lane, step)
         if self._closing and not self._flights:  # idle: let the ranks forget what has ended
@@ -133,7 +133,6 @@ class Scheduler:
         """Take the result of the oldest step in flight."""
         flight = self._flights.land()
         assert flight.step == result.step, f"result of step {result.step} while step {flight.step} was due"
-        flight.lane.num_in_flight -= 1
         self._seen = result.step
         self._pace.completed(self.stats.clock())
         events = []
@@ -146,9 +145,11 @@ class Scheduler:
             if sequence.finish_reason is None:
                 told = sequence.take_untold(entry, told)
                 event = self._append(sequence, entry, ids)
-                if event.token_ids or event.finish_reason or told:
+                if logprobs or told:
                     logprobs = logprobs[: len(event.token_ids)]
-                    events.append(msgspec.structs.replace(event, logprobs=logprobs, prompt_logprobs=told))
+                    event = msgspec.structs.replace(event, logprobs=logprobs, prompt_logprobs=told)
+                if event.token_ids or event.finish_reason or told:
+                    events.append(event)
         return events
 
     def fail_all(self, error: str) -> list[Event]:
@@ -189,20 +190,23 @@ class Scheduler:
         self._holdings.pool.check(sequence.blocks for sequence in self._live.values())
 
     def _build(self, lane: Lane, sequences: list[Sequence]) -> StepBatch:
-        """Oldest first: one token for each sequence that decodes, chunks of prompts in what is left of the budget."""
+        """Oldest first: one token for each sequence that decodes, chunks of prompts in what is left of the budget.
+
+        A guest's chunk is one that the next step would not finish either.
+        """
         step = StepBatch(self.epoch, 0, lane.index, [], [], [])
-        budget, depth = self.settings.max_num_batched_tokens, self.settings.depth
-        decoding = [seq for seq in sequences if not seq.is_prefilling and seq.can_decode(depth)]
-        num_prefilling = sum(sequence.is_prefilling for sequence in sequences)
-        num_decoding = self._lanes.num_decoding if num_prefilling else 0
-        for_prefill = self._pace.prefill_tokens(num_prefilling, num_decoding, budget - len(decoding))
+        prefilling = {seq.seq for seq in sequences if seq.is_prefilling}
+        decoding = {seq.seq for seq in sequences if seq.seq not in prefilling and seq.can_decode(self.settings.depth)}
+        num_decoding = self._lanes.num_decoding if prefilling else 0
+        for_prefill = self.settings.max_num_batched_tokens - len(decoding)
+        for_prefill = self._pace.prefill_tokens(len(prefilling), num_decoding, at_most=for_prefill)
         for sequence in sequences:
-            if sequence.lane != lane.index:
+            if sequence.lane is None:
                 continue  # preempted by an older one
-            if sequence.is_prefilling:
+            if sequence.seq in decoding:
+                self._take(sequence, 1, step)
+            elif sequence.seq in prefilling and (sequence.lane == lane.index or sequence.num_unscheduled > for_prefill):
                 for_prefill -= self._take(sequence, for_prefill, step)
-            elif sequence.can_decode(depth) and budget > 0:
-                budget -= self._take(sequence, 1, step)
         return step
 
     def _take(self, sequence: Sequence, limit: int, step: StepBatch) -> int:
@@ -245,14 +249,11 @@ class Scheduler:
         return True
 
     def _launch(self, lane: Lane, step: StepBatch) -> StepBatch:
-        by_seq = {sequence.seq: sequence for sequence in lane.sequences}
         step.closed.extend(self._take_closing())
         step = self._number(step)
         self.stats.launched(step)
         self._pace.launched(step, self.stats.clock())
-        lane.num_in_flight += 1
-        lane.last_step = step.step
-        self._flights.append(Flight(step.step, lane, [(by_seq[entry.seq], entry) for entry in step.entries]))
+        self._flights.launch(step, lane, self._lanes.sequences)
         return step
 
     def _number(self, step: StepBatch) -> StepBatch:
@@ -266,8 +267,9 @@ class Scheduler:
             return self._retire(sequence, "error", "the model's logits are not finite", "numerical_error")
         accepted, reason = sequence.accept(entry, ids)
         self.stats.num_generated += len(accepted)
-        event = Event(sequence.request.request_id, accepted)
-        return event if reason is None else self._retire(sequence, reason, event=event)
+        if reason is not None:
+            self._retire(sequence, reason)
+        return Event(sequence.request.request_id, accepted, reason)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take back its blocks; it waits, keeps its ids, and is computed again from them (as after a lost gang)."""
@@ -276,17 +278,15 @@ class Scheduler:
         self._waiting.add(sequence)
 
     def _retire(
-        self, sequence: Sequence, reason: FinishReason, error: str | None = None, code: ErrorCode | None = None,
-        event: Event | None = None,
-    ) -> Event:  # fmt: skip
+        self, sequence: Sequence, reason: FinishReason, error: str | None = None, code: ErrorCode | None = None
+    ) -> Event:
         sequence.finish_reason = reason
         self.stats.num_finished[reason] += 1
         del self._live[sequence.request.request_id]
         if sequence.lane is None:
             self._waiting.remove(sequence)
         self._close(sequence)
-        event = event or Event(sequence.request.request_id, [])
-        return msgspec.structs.replace(event, finish_reason=reason, error=error, code=code)
+        return Event(sequence.request.request_id, [], reason, error, code=code)
 
     def _close(self, sequence: Sequence) -> None:
         self._lanes.take_out(sequence)
