@@ -106,13 +106,14 @@ class Lanes:
         return sorted(lanes, key=lambda lane: lane.last_step)
 
     def may_go_with(self, lane: Lane) -> list[Sequence]:
-        """Its own sequences and those of others that have prompt ids left, oldest first."""
+        """Its own sequences and those begun in others that have prompt ids left, oldest first."""
         guests = self._guests(lane)
         return sorted(lane.sequences + guests, key=age) if guests else list(lane.sequences)
 
     def _guests(self, lane: Lane) -> list[Sequence]:
+        """Begun in a lane of their own: where a cached prefix ends is known, and so how much is left."""
         others = (other.sequences for other in self._lanes if other is not lane)
-        return [sequence for sequences in others for sequence in sequences if sequence.num_unscheduled > 1]
+        return [seq for sequences in others for seq in sequences if seq.is_open and seq.num_unscheduled > 1]
 
     def deal(self, sequence: Sequence) -> None:
         """Put a sequence into the cheapest lane."""

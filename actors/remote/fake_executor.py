@@ -35,6 +35,7 @@ class _Row:
     num_prompt: int
     blocks: list[int] = field(default_factory=list)
     last_ids: list[int] = field(default_factory=list)
+    lane: int = -1  # whose step drew the last of them
 
 
 class FakeExecutor:
@@ -117,6 +118,7 @@ class FakeExecutor:
         for entry in step.entries:  # all keys and values of a step are written before any is read, as in a layer
             row = self._rows[entry.seq]
             row.blocks += entry.new_blocks
+            assert entry.ids or row.lane == step.lane, f"sequence {entry.seq}: its last token is of lane {row.lane}"
             for offset, token in enumerate(entry.ids or row.last_ids[-1:]):
                 self._cache[self._slot(row, entry.start + offset)] = token
         result = StepResult(step.epoch, step.step, [], [], [])
@@ -125,6 +127,7 @@ class FakeExecutor:
             ids = [self._cache[self._slot(row, at)] for at in range(entry.start + (len(entry.ids) or 1))]
             if entry.sample:
                 row.last_ids.append(self._draw(row, ids))
+                row.lane = step.lane
                 result.token_ids.append(row.last_ids[-1:])
                 result.logprobs.append(self._told(row.sampling.logprobs, ids, row.last_ids[-1:]))
             if entry.prompt_logprobs:

@@ -199,7 +199,7 @@ def test_greedy_is_transformers_generate(
     assert (engine.stats.num_preemptions > 0) == (num_blocks == SMALL)
     entries = [entry for step in crew.steps for entry in step.entries]
     assert any(not entry.ids for entry in entries) == (depth > 1), "no step was made before its ids were known"
-    assert (max(len(entry.ids) for entry in entries) > 16) == (budget > 16)
+    assert 1 < max(len(entry.ids) for entry in entries) <= budget
     assert (engine.stats.num_prompt_cached > 0) == prefix_cache or num_blocks == LARGE
 
 
