@@ -1,7 +1,7 @@
 """The lanes of the pipeline: which sequence is in which, dealt by cost and handed over when lanes drift apart.
 
-What samples is in one lane. Chunks of a prompt that are followed by others go with the steps of any, so that they
-follow each other through the pipeline, and no lane's steps alone are long.
+The first and the last chunk of a prompt, and all that samples, are in one lane. The chunks between go with the steps of
+any, so that they follow each other through the pipeline, and no lane's steps alone are long.
 """
 
 from bisect import insort
@@ -25,7 +25,7 @@ class Lane:
 
     @property
     def cost(self) -> float:
-        """What a step of this lane is expected to take, in decode entries."""
+        """What a step of this lane is expected to take apart from prompts, in decode entries."""
         return sum(_cost(sequence) for sequence in self.sequences)
 
 
@@ -95,7 +95,7 @@ class Lanes:
         return sum(not sequence.is_prefilling for lane in self._lanes for sequence in lane.sequences)
 
     def in_turn(self, alone: Sequence | None = None) -> list[Lane]:
-        """Lanes that have something, in the order in which they may submit, or one's lane.
+        """Lanes that have something or may have a guest, in the order in which they may submit, or one's lane.
 
         The one whose last step is longest ago is first, and where it cannot submit yet, it is waited for: of two steps
         of one lane in a row the second would stand at the first stage until the first has passed the last.
@@ -126,7 +126,7 @@ class Lanes:
             sequence.lane = None
 
     def hand_over(self, lane: Lane) -> None:
-        """Move sequences without a step in flight to the cheapest lane, while that brings the two closer together."""
+        """Move sequences without a sample in flight to the cheapest lane, while that brings the two closer together."""
         if len(self._lanes) == 1:
             return
         lightest = min(self._lanes, key=lambda other: other.cost)

@@ -9,16 +9,20 @@ import math
 from collections import deque
 
 import numpy as np
+import numpy.typing as npt
 
 from actors.words.messages import StepBatch
 
-_SHARE = 1.3  # seconds of prefill to one second of decode, where both sides are equally many
+Vector = npt.NDArray[np.float64]
+
+_SHARE = 1.3  # seconds of prefill to one second of decode, over all lanes, where both sides are equally many
 _FEWEST_TOKENS = 16  # of a chunk: smaller ones only read the weights again
-_PORTION = 2  # decode steps that prompts alone take in a pipeline: so long that reading the weights does not count
-_LEAST_S = 1e-5  # no step is shorter
+_PORTION = 2  # decode steps that prompts may take in a pipeline: so long that reading the weights does not count
+_MOST_TOKENS = 512  # that any machine computes in the time in which it reads the weights; GPUs reach 300
+_TOGETHER = 0.25  # what took so little of its time, after a late one, was told with that: their times are one
 _MEMORY = 0.97  # weight of a step beside the next one
 _INERTIA = 0.01  # how much what is known stands against what the steps of late leave open, ...
-_INERTIAS = _INERTIA * np.diag((1.0, 64.0, 1.0))  # ... a token's cost least of all: there are many, and contexts grow
+_INERTIAS = _INERTIA * np.diag((1.0, 64.0, 1.0))  # ... in squares of steps, of eight rows, and of single tokens
 
 
 class PrefillPace:
@@ -32,9 +36,10 @@ class PrefillPace:
         self._num_lanes = num_lanes
         self._flights: deque[tuple[int, int, float]] = deque()  # rows that decode, tokens of prompts, when
         self._last_end = 0.0
-        self._seen = np.zeros((3, 3))
-        self._seen_sum = np.zeros(3)
+        self._counts, self._took_s = np.zeros(3), 0.0  # of the last step, or of several whose results came together
+        self._seen, self._seen_sum = np.zeros((3, 3)), np.zeros(3)
         self._seconds = np.zeros(3)  # of a step, of a row, of a token
+        self._before = self._seen, self._seen_sum, self._seconds.copy()  # what the last of them was added to
 
     def launched(self, step: StepBatch, now: float) -> None:
         """A step with entries went to the ranks."""
@@ -46,24 +51,37 @@ class PrefillPace:
         num_rows, num_prompt, launched = self._flights.popleft()
         took_s, self._last_end = now - max(launched, self._last_end), now
         counts = np.array((1.0, num_rows, num_prompt))
-        scale_s = max(took_s, float(counts @ self._seconds), _LEAST_S)  # of two that come at once one took 0
-        counts /= scale_s
+        is_late = self._took_s > self._counts @ self._seconds
+        if is_late and took_s < _TOGETHER * (counts @ self._seconds):
+            counts, took_s = counts + self._counts, took_s + self._took_s
+            self._seen, self._seen_sum, self._seconds = self._before
+        self._before = self._seen, self._seen_sum, self._seconds.copy()
+        self._counts, self._took_s = counts, took_s
+        if took_s > 0:
+            self._learn(counts / took_s)
+
+    def _learn(self, counts: Vector) -> None:
+        """`counts` are those of one second."""
         self._seen = _MEMORY * self._seen + np.outer(counts, counts)
-        self._seen_sum = _MEMORY * self._seen_sum + counts * (took_s / scale_s)
+        self._seen_sum = _MEMORY * self._seen_sum + counts
         inertia = self._seen[0, 0] * _INERTIAS
-        self._seconds = np.linalg.solve(self._seen + inertia, self._seen_sum + inertia @ self._seconds).clip(min=0.0)
+        matrix, vector = self._seen + inertia, self._seen_sum + inertia @ self._seconds
+        known = 3 if counts[2] else 2  # a step without prompts says nothing of what their tokens cost
+        vector -= matrix[:, known:] @ self._seconds[known:]
+        self._seconds[:known] = np.linalg.solve(matrix[:known, :known], vector[:known]).clip(min=0.0)
 
     def forget_flights(self) -> None:
         """What went will not come back."""
         self._flights.clear()
 
     def prefill_tokens(self, num_prefilling: int, num_decoding: int, at_most: int) -> int:
-        """Prompt tokens that the next step may carry."""
+        """Prompt tokens that the next step may carry; sequences of all lanes are counted."""
         share = _SHARE / self._num_lanes * max(1.0, num_prefilling / num_decoding) if num_decoding else math.inf
         if self._num_lanes > 1:
             share = min(share, _PORTION)
         step_s, row_s, token_s = self._seconds.tolist()
         decode_s = step_s + row_s * max(1.0, num_decoding / self._num_lanes)
+        token_s = max(token_s, step_s / _MOST_TOKENS)
         if decode_s <= 0 or token_s <= 0 or share == math.inf:
             return at_most
         return min(at_most, max(_FEWEST_TOKENS, int(share * decode_s / token_s)))

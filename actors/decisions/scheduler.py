@@ -192,14 +192,14 @@ class Scheduler:
     def _build(self, lane: Lane, sequences: list[Sequence]) -> StepBatch:
         """Oldest first: one token for each sequence that decodes, chunks of prompts in what is left of the budget.
 
-        A guest's chunk is one that the next step would not finish either.
+        A guest's chunk is never its last: that one samples, in its own lane.
         """
         step = StepBatch(self.epoch, 0, lane.index, [], [], [])
         prefilling = {seq.seq for seq in sequences if seq.is_prefilling}
         decoding = {seq.seq for seq in sequences if seq.seq not in prefilling and seq.can_decode(self.settings.depth)}
         num_decoding = self._lanes.num_decoding if prefilling else 0
         for_prefill = self.settings.max_num_batched_tokens - len(decoding)
-        for_prefill = self._pace.prefill_tokens(len(prefilling), num_decoding, at_most=for_prefill)
+        for_prefill = self._pace.prefill_tokens(self._lanes.num_sequences - num_decoding, num_decoding, for_prefill)
         for sequence in sequences:
             if sequence.lane is None:
                 continue  # preempted by an older one

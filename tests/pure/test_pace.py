@@ -71,12 +71,36 @@ def test_in_a_pipeline_prompts_come_in_portions_so_that_no_stage_waits_for_long(
 
 def test_what_steps_cost_is_learnt_where_each_of_them_carries_prompts() -> None:
     pace, world, now = PrefillPace(), random.Random(0), 1.0
-    for num_rows, slower in [(4, 1.0)] * 100 + [(32, 1.0)] * 200 + [(32, 3.0)] * 200:
+    for num_rows, slower in [(4, 1.0)] * 100 + [(32, 1.0)] * 200 + [(32, 9.0)] * 200 + [(32, 1.0)] * 200:
         batch = step(num_rows + world.randrange(4), world.randrange(20, 80))
         pace.launched(batch, now)
         now += slower * seconds(batch) * world.uniform(0.9, 1.1)
         pace.completed(now)
     assert pace.prefill_tokens(1, 32, 2048) == pytest.approx(1.3 * (STEP_S + 32 * ROW_S) / TOKEN_S, rel=0.15)
+    assert pace._seconds.tolist() == pytest.approx([STEP_S, ROW_S, TOKEN_S], rel=0.5)
+
+
+@pytest.mark.parametrize("paired", [0.2, 1.0])
+def test_results_that_come_together_count_as_one(paired: float) -> None:
+    pace, world, now = PrefillPace(), random.Random(1), 1.0
+    for _ in range(300):
+        batches = [step(8, world.choice([0, 40, 80])) for _ in range(1 + (world.random() < paired))]
+        for batch in batches:
+            pace.launched(batch, now)
+        now += sum(map(seconds, batches))
+        for _ in batches:
+            pace.completed(now + 1e-6)
+    assert pace.prefill_tokens(1, 8, 2048) == pytest.approx(1.3 * DECODE_S / TOKEN_S, rel=0.1)
+
+
+def test_what_a_token_costs_is_not_forgotten_while_nobody_sends_a_prompt() -> None:
+    pace, now = taught(), 100.0
+    before = pace.prefill_tokens(1, 8, 2048)
+    for number in range(400):
+        pace.launched(step(8, 0), now)
+        now += DECODE_S * (1 + number / 2000)  # contexts grow
+        pace.completed(now)
+    assert before <= pace.prefill_tokens(1, 8, 2048) <= 1.25 * before
 
 
 def test_slow_prompts_do_not_starve() -> None:
