@@ -55,7 +55,7 @@ class Flights(deque[Flight]):
         self._landed: deque[Flight] = deque(maxlen=num_remembered)
 
     def launch(self, step: StepBatch, lane: Lane, sequences: list[Sequence]) -> None:
-        """A step of a lane was submitted; `sequences` are all that run."""
+        """A step of a lane was submitted, whose entries are of some of these sequences."""
         by_seq = {sequence.seq: sequence for sequence in sequences}
         self.append(Flight(step.step, lane, [(by_seq[entry.seq], entry) for entry in step.entries]))
         lane.num_in_flight += 1

@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from actors.words.messages import StepBatch
 
-Vector = npt.NDArray[np.float64]
+Array = npt.NDArray[np.float64]
+Known = tuple[Array, Array, Array]  # products and sums of what was seen [3, 3], [3], and the seconds that follow [3]
 
 _SHARE = 1.3  # seconds of prefill to one second of decode, over all lanes, where both sides are equally many
 _FEWEST_TOKENS = 16  # of a chunk: smaller ones only read the weights again
@@ -37,9 +38,8 @@ class PrefillPace:
         self._flights: deque[tuple[int, int, float]] = deque()  # rows that decode, tokens of prompts, when
         self._last_end = 0.0
         self._counts, self._took_s = np.zeros(3), 0.0  # of the last step, or of several whose results came together
-        self._seen, self._seen_sum = np.zeros((3, 3)), np.zeros(3)
-        self._seconds = np.zeros(3)  # of a step, of a row, of a token
-        self._before = self._seen, self._seen_sum, self._seconds.copy()  # what the last of them was added to
+        self._known: Known = np.zeros((3, 3)), np.zeros(3), np.zeros(3)
+        self._before = self._known  # without the last step
 
     def launched(self, step: StepBatch, now: float) -> None:
         """A step with entries went to the ranks."""
@@ -50,25 +50,18 @@ class PrefillPace:
         """The oldest step is done; it began when it went, or when the one before it was done."""
         num_rows, num_prompt, launched = self._flights.popleft()
         took_s, self._last_end = now - max(launched, self._last_end), now
-        counts = np.array((1.0, num_rows, num_prompt))
-        is_late = self._took_s > self._counts @ self._seconds
-        if is_late and took_s < _TOGETHER * (counts @ self._seconds):
-            counts, took_s = counts + self._counts, took_s + self._took_s
-            self._seen, self._seen_sum, self._seconds = self._before
-        self._before = self._seen, self._seen_sum, self._seconds.copy()
-        self._counts, self._took_s = counts, took_s
+        counts, before = np.array((1.0, num_rows, num_prompt)), self._known
+        is_late = self._took_s > self._counts @ self.seconds
+        if is_late and took_s < _TOGETHER * (counts @ self.seconds):
+            counts, took_s, before = counts + self._counts, took_s + self._took_s, self._before
+        self._counts, self._took_s, self._before = counts, took_s, before
         if took_s > 0:
-            self._learn(counts / took_s)
+            self._known = _learned(before, counts / took_s)
 
-    def _learn(self, counts: Vector) -> None:
-        """`counts` are those of one second."""
-        self._seen = _MEMORY * self._seen + np.outer(counts, counts)
-        self._seen_sum = _MEMORY * self._seen_sum + counts
-        inertia = self._seen[0, 0] * _INERTIAS
-        matrix, vector = self._seen + inertia, self._seen_sum + inertia @ self._seconds
-        known = 3 if counts[2] else 2  # a step without prompts says nothing of what their tokens cost
-        vector -= matrix[:, known:] @ self._seconds[known:]
-        self._seconds[:known] = np.linalg.solve(matrix[:known, :known], vector[:known]).clip(min=0.0)
+    @property
+    def seconds(self) -> Array:
+        """Of a step, of a row that decodes, of a token of a prompt [3]; zeros while nothing is known."""
+        return self._known[2]
 
     def forget_flights(self) -> None:
         """What went will not come back."""
@@ -79,9 +72,21 @@ class PrefillPace:
         share = _SHARE / self._num_lanes * max(1.0, num_prefilling / num_decoding) if num_decoding else math.inf
         if self._num_lanes > 1:
             share = min(share, _PORTION)
-        step_s, row_s, token_s = self._seconds.tolist()
+        step_s, row_s, token_s = self.seconds.tolist()
         decode_s = step_s + row_s * max(1.0, num_decoding / self._num_lanes)
         token_s = max(token_s, step_s / _MOST_TOKENS)
         if decode_s <= 0 or token_s <= 0 or share == math.inf:
             return at_most
         return min(at_most, max(_FEWEST_TOKENS, int(share * decode_s / token_s)))
+
+
+def _learned(known: Known, counts: Array) -> Known:
+    """With one observation more: `counts` are those of one second."""
+    products, sums, seconds = known
+    products, sums = _MEMORY * products + np.outer(counts, counts), _MEMORY * sums + counts
+    inertia = products[0, 0] * _INERTIAS
+    matrix, vector = products + inertia, sums + inertia @ seconds
+    free = 3 if counts[2] else 2  # a step without prompts says nothing of what their tokens cost
+    vector -= matrix[:, free:] @ seconds[free:]
+    found = np.linalg.solve(matrix[:free, :free], vector[:free]).clip(min=0.0)
+    return products, sums, np.concatenate((found, seconds[free:]))

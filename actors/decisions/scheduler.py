@@ -122,9 +122,9 @@ class Scheduler:
                 break
             if alone is None:
                 self._lanes.hand_over(lane)
-            step = self._build(lane, [alone] if alone else self._lanes.may_go_with(lane))
-            if step.entries:
-                return self._launch(lane, step)
+            sequences = [alone] if alone else self._lanes.may_go_with(lane)
+            if (step := self._build(lane, sequences)).entries:
+                return self._launch(lane, step, sequences)
         if self._closing and not self._flights:  # idle: let the ranks forget what has ended
             return self._number(StepBatch(self.epoch, 0, 0, [], self._take_closing(), []))
         return None
@@ -248,12 +248,12 @@ class Scheduler:
                 return False
         return True
 
-    def _launch(self, lane: Lane, step: StepBatch) -> StepBatch:
+    def _launch(self, lane: Lane, step: StepBatch, sequences: list[Sequence]) -> StepBatch:
         step.closed.extend(self._take_closing())
         step = self._number(step)
         self.stats.launched(step)
         self._pace.launched(step, self.stats.clock())
-        self._flights.launch(step, lane, self._lanes.sequences)
+        self._flights.launch(step, lane, sequences)
         return step
 
     def _number(self, step: StepBatch) -> StepBatch:

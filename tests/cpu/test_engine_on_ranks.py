@@ -185,6 +185,7 @@ def grid() -> Iterator[Any]:
 def test_greedy_is_transformers_generate(
     crew_of: Any, references: Any, tp: int, pp: int, budget: int, prefix_cache: bool, num_blocks: int, depth: int
 ) -> None:
+    references = sorted(references, key=lambda one: -len(one[0]))  # nothing limits the first chunk but the budget
     requests = [Request(str(i), prompt, NUM_NEW, GREEDY) for i, (prompt, _) in enumerate(references)]
     crew = crew_of(tp, pp)
     ids, engine = crew.generate(
@@ -199,7 +200,7 @@ def test_greedy_is_transformers_generate(
     assert (engine.stats.num_preemptions > 0) == (num_blocks == SMALL)
     entries = [entry for step in crew.steps for entry in step.entries]
     assert any(not entry.ids for entry in entries) == (depth > 1), "no step was made before its ids were known"
-    assert 1 < max(len(entry.ids) for entry in entries) <= budget
+    assert (max(len(entry.ids) for entry in entries) > 16) == (budget > 16)
     assert (engine.stats.num_prompt_cached > 0) == prefix_cache or num_blocks == LARGE
 
 

@@ -46,13 +46,14 @@ def test_a_fresh_replica_shows_zeros(world):
 
 def test_numbers_are_those_counted_by_hand(make_world):
     world = make_world(script=[40, 41, 42, 43, 44, 45, 46])
-    for changes in ({}, {}, {"stop_token_ids": [42]}, {"prompt": list(range(10, 30)), "n": 2, "max_tokens": 2}):
+    twins = {"prompt": list(range(10, 60)), "n": 2, "max_tokens": 2}  # first, for nothing limits a first chunk
+    for changes in (twins, {}, {}, {"stop_token_ids": [42]}):
         assert world.post(COMPLETIONS, {**COMPLETION, **changes}).status_code == 200
     world.wait_until_idle()
     samples = scrape(world)
-    assert samples["prompt_tokens_total",] == samples["prefix_cache_queries_total",] == 3 * 3 + 2 * 20
+    assert samples["prompt_tokens_total",] == samples["prefix_cache_queries_total",] == 3 * 3 + 2 * 50
     assert samples["generation_tokens_total",] == 6 + 6 + 3 + 2 * 2
-    assert samples["prefix_cache_hits_total",] == 16  # the block that the first chunk of any size fills
+    assert samples["prefix_cache_hits_total",] == 48
     assert samples["requests_finished_total", "length"] == 4
     assert samples["requests_finished_total", "stop"] == 1
     assert samples["requests_finished_total", "abort"] == samples["requests_finished_total", "error"] == 0
@@ -68,7 +69,7 @@ def test_numbers_are_those_counted_by_hand(make_world):
         len(entry.ids) or 1 for step in world.executor.steps for entry in step.entries
     )
     assert samples["kv_blocks_used",] == samples["kv_usage_ratio",] == 0
-    assert samples["kv_blocks_cached",] == 1
+    assert samples["kv_blocks_cached",] == 3
     assert samples["requests_running",] == samples["requests_waiting",] == 0
 
 
