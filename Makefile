@@ -24,7 +24,7 @@ help: ## what there is
 	@echo 'PYTHON=python3.12 make ...              set up with another Python (3.11 or newer)'
 
 serve: venv
-	@exec $(VENV_PYTHON) -m deployments.serve_command $(CONFIG) $(ARGS)
+	@exec $(VENV_PYTHON) -m deployments.serve.command $(CONFIG) $(ARGS)
 
 test: check
 	@echo '== pytest'

@@ -10,7 +10,7 @@ _PRIVATE = re.compile(r"(?:/[\w.@+-]+){2,}/?|0x[0-9a-fA-F]+")  # paths and addre
 
 
 class ApiError(Exception):
-    """Ends one request with an OpenAI error object. Handled in deployments/http.py."""
+    """Ends one request with an OpenAI error object. Handled in deployments/api/routes.py."""
 
     def __init__(
         self,

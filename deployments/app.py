@@ -14,14 +14,14 @@ from ray import serve
 from ray.serve import Application
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
-from actors.decisions.sizes import Sizes, broken_constraints
-from actors.tensors.source import local_folder
-from cluster.nodes import draining_nodes, read_nodes, wait_for
-from cluster.placement import make_bundles, make_label_selectors, make_needs, resolve_device, resolve_strategy
+from actors.decisions.model.sizes import Sizes, broken_constraints
+from actors.tensors.weights.source import local_folder
+from cluster.placement.nodes import draining_nodes, read_nodes, wait_for
+from cluster.placement.placement import make_bundles, make_label_selectors, make_needs, resolve_device, resolve_strategy
 from cluster.topology import Topology
 from configs.config import Config
 from configs.files import parse_args
-from deployments.drain import Drain, leaving_node
+from deployments.serve.drain import Drain, leaving_node
 
 _DEPLOYMENT = "LLMReplica"
 _ENDING_S = 10.0  # for a replica with nothing left to do, after the time that it has for that
@@ -38,7 +38,7 @@ class LLMReplica:
 
         Loading takes minutes, so it happens in a thread: Serve may run its own loop here (see serve_command.py).
         """
-        from deployments.replica import Replica
+        from deployments.serve.replica import Replica
 
         placement = ray.util.get_current_placement_group()
         assert placement is not None, "Serve makes the placement group that the builder asks for"

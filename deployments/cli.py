@@ -3,7 +3,9 @@
 import argparse
 import sys
 
-from deployments import bench_command, plan_command, profile_command
+from deployments.bench import command as bench_command
+from deployments.bench import profile as profile_command
+from deployments.plan import command as plan_command
 
 
 def main(argv: list[str] | None = None) -> int:

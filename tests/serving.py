@@ -142,7 +142,7 @@ class Run(Served):
         settings = {"RAY_ADDRESS": "local", "RAY_SERVE_ENABLE_HA_PROXY": str(int(ha_proxy)), MARK: self.mark}
         settings |= {key: str(port) for key, port in self.doors.items()}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "deployments.serve_command", str(config)],
+            [sys.executable, "-m", "deployments.serve.command", str(config)],
             cwd=ROOT,
             env={**os.environ, **settings, **(environment or {})},
             stdin=subprocess.DEVNULL,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from actors.decisions.culprit import LastWords
+from actors.decisions.failure.culprit import LastWords
 
 _STEP_BYTES = 8
 

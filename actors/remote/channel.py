@@ -15,8 +15,8 @@ import msgspec
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from actors.decisions.culprit import Complaint, Standing, of_complaints, of_deaths, of_hang, of_silence
-from actors.decisions.patience import HEARTBEAT_S, LOADING_SILENCE_S, SILENCE_S, StepClock
+from actors.decisions.failure.culprit import Complaint, Standing, of_complaints, of_deaths, of_hang, of_silence
+from actors.decisions.failure.patience import HEARTBEAT_S, LOADING_SILENCE_S, SILENCE_S, StepClock
 from actors.words.errors import GangFailure, Verdict
 from actors.words.messages import (
     Check,

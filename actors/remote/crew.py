@@ -10,12 +10,12 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.decisions.culprit import LastWords
-from actors.decisions.plan import Plan
+from actors.decisions.failure.culprit import LastWords
+from actors.decisions.model.plan import Plan
 from actors.remote.black_box import BlackBox, Remains, bury
+from actors.remote.imports import collector_paused, compiler_left_out
 from actors.remote.meeting import Assignment
-from actors.tensors.imports import collector_paused, compiler_left_out
-from cluster.devices import own_cuda_index
+from cluster.placement.devices import own_cuda_index
 from cluster.topology import Topology
 from configs.config import Config
 

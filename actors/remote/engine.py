@@ -14,11 +14,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Literal
 
-from actors.decisions.deadlines import Deadlines
-from actors.decisions.quarantine import Quarantine
-from actors.decisions.scheduler import Scheduler, SchedulerSettings
-from actors.decisions.sequence import completed
-from actors.decisions.stats import Stats
+from actors.decisions.failure.quarantine import Quarantine
+from actors.decisions.schedule.deadlines import Deadlines
+from actors.decisions.schedule.scheduler import Scheduler, SchedulerSettings
+from actors.decisions.schedule.sequence import completed
+from actors.decisions.schedule.stats import Stats
 from actors.remote.revival import Attempt
 from actors.words.errors import EngineStopped, GangFailure, GangLost, IntegrityError, Verdict
 from actors.words.executor import Executor, Revival, Revive

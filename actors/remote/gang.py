@@ -12,9 +12,9 @@ import ray
 from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
-from actors.decisions.culprit import LastWords, after_inquest
-from actors.decisions.patience import StepClock
-from actors.decisions.plan import Plan
+from actors.decisions.failure.culprit import LastWords, after_inquest
+from actors.decisions.failure.patience import StepClock
+from actors.decisions.model.plan import Plan
 from actors.remote.channel import EngineChannel
 from actors.remote.crew import Crew, Hello, RankActor
 from actors.remote.meeting import Loaded, Meeting, RankInfo

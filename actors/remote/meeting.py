@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from actors.decisions.plan import Plan
+from actors.decisions.model.plan import Plan
 from actors.remote.channel import ChannelAddress
 
 

@@ -17,12 +17,12 @@ import torch
 from actors.remote.channel import KeyPair
 from actors.remote.meeting import Assignment, Loaded, Meeting
 from actors.remote.rank_channel import RankChannel
-from actors.tensors.device_runner import runner_type
+from actors.tensors.backends.cuda.decode import runner_type
 from actors.tensors.runner import Launched, Runner
-from actors.tensors.source import resolve_source
+from actors.tensors.weights.source import resolve_source
 from actors.words.messages import Check, Shutdown, StepBatch, StepResult, ToRank
-from cluster.groups import Groups, join
-from cluster.rendezvous import JoinCancelled, host_store, join_store
+from cluster.collectives.groups import Groups, join
+from cluster.collectives.rendezvous import JoinCancelled, host_store, join_store
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
-from actors.decisions.patience import HEARTBEAT_S
+from actors.decisions.failure.patience import HEARTBEAT_S
 from actors.remote.channel import ENCODER, ChannelAddress, KeyPair, identity
 from actors.words.messages import Fence, FromRank, Heartbeat, RankFailure, StepBatch, StepResult, ToRank
-from cluster.collectives import NeighbourLost
+from cluster.collectives.interface import NeighbourLost
 
 _TO_RANK: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
 

@@ -7,9 +7,9 @@ from collections import deque
 
 import torch
 
-from actors.tensors.batch import Row
+from actors.tensors.sequence_table import Row
 from actors.words.messages import StepBatch
-from cluster.collectives import Link, Sending
+from cluster.collectives.interface import Link, Sending
 
 
 class FeedbackSender:

@@ -8,21 +8,21 @@ from typing import Protocol
 
 import torch
 
-from actors.decisions.blocks import num_blocks_for
-from actors.decisions.phase_clock import PhaseClock
-from actors.decisions.plan import Plan
-from actors.tensors import dot_attention
-from actors.tensors.batch import Row, SequenceTable, StepTensors
-from actors.tensors.checkpoint import LoadReport, Progress, load_weights
+from actors.decisions.model.plan import Plan
+from actors.decisions.schedule.blocks import num_blocks_for
+from actors.decisions.schedule.phase_clock import PhaseClock
+from actors.tensors.attention.kv_cache import KVCache, available_bytes
+from actors.tensors.attention.metadata_builder import VisibilityMaker
+from actors.tensors.backends.cpu import paged_attention_avx512 as dot_attention
+from actors.tensors.backends.cuda.transfer import to_device
 from actors.tensors.feedback import FeedbackReceiver, FeedbackSender
-from actors.tensors.kv_cache import KVCache, available_bytes
-from actors.tensors.logprobs import LogprobReader
-from actors.tensors.model import StageModel, build
-from actors.tensors.sampler import Draws, Sampler
-from actors.tensors.transfer import to_device
-from actors.tensors.visibility import VisibilityMaker
+from actors.tensors.model.stage_model import StageModel, build
+from actors.tensors.sampling.logprobs import LogprobReader
+from actors.tensors.sampling.sampler import Draws, Sampler
+from actors.tensors.sequence_table import Row, SequenceTable, StepTensors
+from actors.tensors.weights.checkpoint import LoadReport, Progress, load_weights
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch, TokenLogprobs
-from cluster.collectives import Link, Sending, StageGroup
+from cluster.collectives.interface import Link, Sending, StageGroup
 
 logger = logging.getLogger(__name__)
 

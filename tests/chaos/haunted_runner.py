@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from actors.tensors.batch import StepTensors
 from actors.tensors.runner import Runner, Sampled
+from actors.tensors.sequence_table import StepTensors
 from actors.words.messages import StepBatch
 from tests.chaos.faults import ACTIONS, Haunt, Spell
 

@@ -16,11 +16,11 @@ from ray import serve
 from ray.util.placement_group import placement_group, remove_placement_group
 
 import deployments.app
-from actors.decisions.plan import make_plan
+from actors.decisions.model.plan import make_plan
 from actors.remote.gang import Gang
 from cluster.topology import Topology
 from configs.config import Config
-from deployments.serve_command import ENVIRONMENT
+from deployments.serve.command import ENVIRONMENT
 from tests.chaos.faults import haunted_actor
 from tests.serving import ROOT, Served, free_port, until
 
@@ -114,7 +114,7 @@ def haunted(usual: Any, folder: Path) -> Any:
 
 def cold_start_s(args: dict[str, Any]) -> float:
     """Seconds that a bare gang of this layout takes from nothing to ready: processes, imports, weights, warm-up."""
-    from actors.tensors.spec_reader import read_spec
+    from actors.tensors.model.spec_reader import read_spec
 
     config = Config.model_validate(args)
     topology = Topology(config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size)

@@ -14,11 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
-from actors.decisions.plan import Plan, make_plan
+from actors.decisions.model.plan import Plan, make_plan
+from actors.tensors.model.spec_reader import read_spec
 from actors.tensors.runner import Sampled
-from actors.tensors.spec_reader import read_spec
 from actors.words.messages import StepBatch
-from cluster.rendezvous import host_store
+from cluster.collectives.rendezvous import host_store
 from configs.config import Config
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the rank processes

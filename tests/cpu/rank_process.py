@@ -14,19 +14,19 @@ from typing import Any
 
 import torch
 
-from actors.tensors.imports import compiler_left_out
+from actors.remote.imports import compiler_left_out
 
 with compiler_left_out():  # as a rank on Ray does
     from actors.remote.rank import Rank as ServingRank
     from actors.tensors.runner import Runner, Sampled
 
-from actors.decisions.plan import Plan
+from actors.decisions.model.plan import Plan
 from actors.remote.meeting import Assignment
-from actors.tensors.batch import StepTensors
+from actors.tensors.sequence_table import StepTensors
 from actors.words.messages import StepBatch
-from cluster.collectives import LoneShard
-from cluster.groups import Groups, join
-from cluster.rendezvous import join_store
+from cluster.collectives.groups import Groups, join
+from cluster.collectives.interface import LoneShard
+from cluster.collectives.rendezvous import join_store
 
 ADDRESS = "127.0.0.1"
 CPU = torch.device("cpu")

@@ -5,12 +5,12 @@ import random
 import pytest
 import torch
 
-from actors.decisions.model_spec import AttentionSpec, Sight
-from actors.decisions.shard_plan import AttentionShard
-from actors.tensors import visibility
-from actors.tensors.attention import CurrentStep, LayerAttention
-from actors.tensors.kv_cache import KVCache
-from actors.tensors.visibility import Chunk, VisibilityMaker
+from actors.decisions.model.shard_plan import AttentionShard
+from actors.decisions.model.spec import AttentionSpec, Sight
+from actors.tensors.attention.kv_cache import KVCache
+from actors.tensors.attention.layer import CurrentStep, LayerAttention
+from actors.tensors.attention.layer import metadata_builder as visibility
+from actors.tensors.attention.metadata_builder import Chunk, VisibilityMaker
 
 CPU = torch.device("cpu")
 NUM_BLOCKS, KV_HEADS, GROUPS, DIM, VALUE_DIM = 80, 2, 3, 8, 6

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-bench = runpy.run_path(str(Path(__file__).parent.parent / "gpu" / "bench_decode.py"))
+bench = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "bench_decode.py"))
 TINY = ["--device", "cpu", "--shape", "tiny", "--dtype", "float32", "--block-size", "16", "--context", "40", "--json"]
 
 

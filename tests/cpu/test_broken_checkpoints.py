@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from actors.tensors.model import build
+from actors.tensors.model.stage_model import build
 from actors.words.errors import CheckpointError
-from cluster.collectives import LoneShard
+from cluster.collectives.interface import LoneShard
 
 pytestmark = pytest.mark.timeout(10)
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from actors.decisions.plan import Plan
-from actors.tensors.checkpoint import boxes, find_sources, load_weights
-from actors.tensors.conversion import Conversions
-from actors.tensors.mapped import as_slices
-from actors.tensors.skeleton import build_skeleton, config_digest, read_config
-from actors.tensors.stored import read_header
+from actors.decisions.model.plan import Plan
+from actors.tensors.model.skeleton import build_skeleton, config_digest, read_config
+from actors.tensors.weights.checkpoint import boxes, find_sources, load_weights
+from actors.tensors.weights.conversion import Conversions
+from actors.tensors.weights.mapped import as_slices
+from actors.tensors.weights.safetensors_index import read_header
 from actors.words.errors import CheckpointError
 
 FAMILIES = ("llama", "llama_tied", "mistral", "qwen2", "qwen3")

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from actors.decisions.buckets import Bucket, Buckets
-from actors.decisions.plan import Plan
-from actors.tensors.device_runner import DeviceRunner
+from actors.decisions.model.plan import Plan
+from actors.decisions.schedule.buckets import Bucket, Buckets
+from actors.tensors.backends.cuda.decode import DeviceRunner
 from actors.tensors.runner import Launched, Runner, Sampled
 from actors.words.messages import NOT_A_NUMBER, Entry, NewSequence, SamplingParams, StepBatch
-from cluster.collectives import LoneShard
+from cluster.collectives.interface import LoneShard
 
 CPU = torch.device("cpu")
 NUM_BLOCKS = 60

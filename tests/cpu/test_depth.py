@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors.tensors.batch import Row
 from actors.tensors.feedback import FeedbackReceiver, FeedbackSender
+from actors.tensors.sequence_table import Row
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
 
 CPU = torch.device("cpu")

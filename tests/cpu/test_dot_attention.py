@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from actors.tensors import dot_attention, kernels
-from actors.tensors.vectors import has_dot_product
+from actors.tensors.backends.cpu import kernels
+from actors.tensors.backends.cpu import paged_attention_avx512 as dot_attention
+from actors.tensors.backends.cpu.avx512 import has_dot_product
 
 LIKE = kernels.LIKE[torch.bfloat16]
 needs_instruction = pytest.mark.skipif(not has_dot_product(), reason="this CPU has no AVX-512 dot product of bfloat16")

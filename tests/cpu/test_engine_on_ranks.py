@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors.decisions.patience import StepClock
-from actors.decisions.plan import Plan
-from actors.decisions.scheduler import SchedulerSettings
+from actors.decisions.failure.patience import StepClock
+from actors.decisions.model.plan import Plan
+from actors.decisions.schedule.scheduler import SchedulerSettings
 from actors.remote.channel import EngineChannel
 from actors.remote.engine import Engine
 from actors.remote.meeting import Assignment, Meeting

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Qwen3Config
 
-from actors.tensors.fused import fuse_norms, fuse_rotary
+from actors.tensors.backends.cuda.module_kernels import fuse_norms, fuse_rotary
 
 SIZES = {
     "hidden_size": 64,

@@ -15,17 +15,21 @@ from transformers.models.granite.modeling_granite import GraniteDecoderLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 
-from actors.decisions.plan import Plan, make_plan
-from actors.tensors import dot_attention, fused_layers, layer_kernels, model, panels
-from actors.tensors.batch import StepTensors
-from actors.tensors.fused_layers import KernelLayer, LayerRun
-from actors.tensors.fusions import computes_as
+from actors.decisions.model.plan import Plan, make_plan
+from actors.tensors.backends.cpu import gemm as panels
+from actors.tensors.backends.cpu import paged_attention_avx512 as dot_attention
+from actors.tensors.backends.cpu.llama import kernel as layer_kernels
+from actors.tensors.backends.cpu.llama import layers as fused_layers
+from actors.tensors.backends.cpu.llama.layers import KernelLayer, LayerRun
+from actors.tensors.backends.cpu.module_kernels import computes_as
+from actors.tensors.model.spec_reader import read_spec
+from actors.tensors.model.stage_model import stage_model as model
 from actors.tensors.runner import Runner
-from actors.tensors.spec_reader import read_spec
+from actors.tensors.sequence_table import StepTensors
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
-from cluster.collectives import LoneShard, NeighbourLate, NeighbourLost, PresentGroup
-from cluster.exchange import BUFFER_BYTES
-from cluster.shared_memory import SharedMemoryStage
+from cluster.collectives.exchange import BUFFER_BYTES
+from cluster.collectives.interface import LoneShard, NeighbourLate, NeighbourLost, PresentGroup
+from cluster.collectives.shared_memory import SharedMemoryStage
 from configs.config import Config
 
 pytestmark = [

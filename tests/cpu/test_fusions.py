@@ -11,11 +11,11 @@ from transformers.models.llama import modeling_llama as known
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from actors.tensors.fused_attention import KernelAttention
-from actors.tensors.fusions import KernelGatedMLP, KernelRMSNorm, PackedTogether, fuse
-from actors.tensors.layers import ColwiseLinear, RowwiseLinear, rebase
-from actors.tensors.methods import Dense, Packed
-from cluster.collectives import LoneShard
+from actors.tensors.backends.cpu.llama.attention import KernelAttention
+from actors.tensors.backends.cpu.module_kernels import KernelGatedMLP, KernelRMSNorm, PackedTogether, fuse
+from actors.tensors.model.linear import Dense, Packed
+from actors.tensors.model.parallel_layers import ColwiseLinear, RowwiseLinear, rebase
+from cluster.collectives.interface import LoneShard
 
 TYPES = [torch.float32, torch.bfloat16]
 

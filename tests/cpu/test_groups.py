@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import cluster.shared_memory as shared_memory
-from cluster.groups import join
-from cluster.process_group import TorchStage
-from cluster.rendezvous import host_store, interface_of, join_store
-from cluster.shared_memory import SharedMemoryStage
-from cluster.socket_link import connect_links
+import cluster.collectives.shared_memory as shared_memory
+from cluster.collectives.groups import join
+from cluster.collectives.process_group import TorchStage
+from cluster.collectives.rendezvous import host_store, interface_of, join_store
+from cluster.collectives.shared_memory import SharedMemoryStage
+from cluster.collectives.socket_link import connect_links
 from cluster.topology import Topology
 
 ADDRESS = "127.0.0.1"

@@ -7,7 +7,7 @@ import pytest
 
 PROGRAM = """
 import sys
-from actors.tensors.imports import compiler_left_out
+from actors.remote.imports import compiler_left_out
 
 with compiler_left_out():
     import actors.remote.rank
@@ -35,7 +35,7 @@ def test_the_compiler_is_left_out_and_can_be_imported_later() -> None:
 def test_a_replica_asks_for_its_ranks_before_it_imports_torch() -> None:
     """Their processes start and import while it does: else the start takes two seconds more."""
     program = (
-        "import sys, deployments.app, deployments.drain, deployments.replica; "
+        "import sys, deployments.app, deployments.serve.drain, deployments.serve.replica; "
         "print({'torch', 'transformers', 'numba'} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.models.llama import modeling_llama as known
 
-from actors.tensors import kernels
+from actors.tensors.backends.cpu import kernels
 
 TYPES = [torch.float32, torch.bfloat16]
 ULPS = {torch.float32: 4e-6, torch.bfloat16: 1e-2}

@@ -18,12 +18,12 @@ from transformers.core_model_loading import (
     WeightConverter,
 )
 
-from actors.decisions.shard_plan import ShardPlan, TensorSlice
-from actors.tensors.checkpoint import Sources, boxes, load_weights
-from actors.tensors.conversion import Computed, Conversions, Group
-from actors.tensors.lazy import Lazy, Leaf, NotLazyError
-from actors.tensors.mapped import byte_range, copied
-from actors.tensors.stored import read_header
+from actors.decisions.model.shard_plan import ShardPlan, TensorSlice
+from actors.tensors.weights.checkpoint import Sources, boxes, load_weights
+from actors.tensors.weights.conversion import Computed, Conversions, Group
+from actors.tensors.weights.lazy import Lazy, Leaf, NotLazyError
+from actors.tensors.weights.mapped import byte_range, copied
+from actors.tensors.weights.safetensors_index import read_header
 
 
 def saved(tensors: list[torch.Tensor], folder: Path) -> list[Leaf]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors.decisions.scheduler import Scheduler, SchedulerSettings
+from actors.decisions.schedule.scheduler import Scheduler, SchedulerSettings
 from actors.words.messages import Request, SamplingParams, StepResult, TokenLogprobs
 
 TOLERANCE = 1e-4

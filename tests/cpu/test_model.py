@@ -10,22 +10,22 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from actors.decisions.model_spec import AttentionSpec
-from actors.decisions.shard_plan import AttentionShard
-from actors.decisions.sizes import Sizes
-from actors.tensors import source as source_module
-from actors.tensors.kv_cache import KVCache, available_bytes
-from actors.tensors.layers import RowwiseLinear, VocabParallelEmbedding, may_be_packed, rebase
-from actors.tensors.methods import Dense, Packed, pack
-from actors.tensors.model import build
-from actors.tensors.parallelise import parallelise
+from actors.decisions.model.shard_plan import AttentionShard
+from actors.decisions.model.sizes import Sizes
+from actors.decisions.model.spec import AttentionSpec
+from actors.tensors.attention.kv_cache import KVCache, available_bytes
+from actors.tensors.model.linear import Dense, Packed, pack
+from actors.tensors.model.parallel_layers import RowwiseLinear, VocabParallelEmbedding, may_be_packed, rebase
+from actors.tensors.model.parallelize import parallelise
+from actors.tensors.model.skeleton import build_skeleton, read_config
+from actors.tensors.model.spec_reader import read_spec
+from actors.tensors.model.stage_model import build
 from actors.tensors.runner import Runner
-from actors.tensors.skeleton import build_skeleton, read_config
-from actors.tensors.source import resolve_source
-from actors.tensors.spec_reader import read_spec
+from actors.tensors.weights import source as source_module
+from actors.tensors.weights.source import resolve_source
 from actors.words.errors import CheckpointError, UnsupportedModel
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
-from cluster.collectives import LoneShard
+from cluster.collectives.interface import LoneShard
 
 CPU = torch.device("cpu")
 GREEDY = SamplingParams(temperature=0)

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from actors.decisions.kernels import KernelDevice, why_no_kernel
-from actors.decisions.model_spec import AttentionSpec, Sight
-from actors.decisions.plan import Plan
-from actors.tensors import device_runner
-from actors.tensors.device_runner import DeviceRunner
-from actors.tensors.paged import PagedRows, VarlenKernel, choose_kernels, first_keys, kernel_fault
+from actors.decisions.model.plan import Plan
+from actors.decisions.model.spec import AttentionSpec, Sight
+from actors.tensors.backends.cuda import decode as device_runner
+from actors.tensors.backends.cuda.attention import PagedRows, VarlenKernel, choose_kernels, first_keys, kernel_fault
+from actors.tensors.backends.cuda.decode import DeviceRunner
+from actors.tensors.backends.cuda.varlen_support import KernelDevice, why_no_kernel
 from actors.tensors.runner import Runner
 
 CPU = torch.device("cpu")

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from actors.tensors import panels
-from actors.tensors.layers import ColwiseLinear, may_be_packed, rebase
-from actors.tensors.methods import Dense, Paneled, pack
-from cluster.collectives import LoneShard
+from actors.tensors.backends.cpu import gemm as panels
+from actors.tensors.model.linear import Dense, Paneled, pack
+from actors.tensors.model.parallel_layers import ColwiseLinear, may_be_packed, rebase
+from cluster.collectives.interface import LoneShard
 
 needs_instruction = pytest.mark.skipif(
     not panels.is_available(), reason="this CPU has no AVX-512 dot product of bfloat16, or has AMX, which is faster"

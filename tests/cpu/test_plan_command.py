@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from actors.decisions.accelerators import ACCELERATORS
-from actors.decisions.estimate import ALL_REDUCE_S, Estimate, kv_bytes_per_token
-from actors.decisions.plan import Plan, make_plan
-from actors.tensors.kv_cache import KVCache
-from actors.tensors.model import build
-from actors.tensors.source import architecture_folder, shipped_architectures
-from actors.tensors.spec_reader import read_spec
-from cluster.collectives import LoneShard
+from actors.decisions.model.accelerators import ACCELERATORS
+from actors.decisions.model.estimate import ALL_REDUCE_S, Estimate, kv_bytes_per_token
+from actors.decisions.model.plan import Plan, make_plan
+from actors.tensors.attention.kv_cache import KVCache
+from actors.tensors.model.spec_reader import read_spec
+from actors.tensors.model.stage_model import build
+from actors.tensors.weights.source import architecture_folder, shipped_architectures
+from cluster.collectives.interface import LoneShard
 from configs.config import Config
 from deployments import cli
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from actors.decisions.plan import make_plan
-from actors.decisions.scheduler import SchedulerSettings
+from actors.decisions.model.plan import make_plan
+from actors.decisions.schedule.scheduler import SchedulerSettings
 from actors.remote.engine import Engine
+from actors.tensors.model.spec_reader import read_spec
 from actors.tensors.runner import Runner
-from actors.tensors.spec_reader import read_spec
 from actors.words.messages import Event, Request, SamplingParams, StepBatch, StepResult
-from cluster.collectives import LoneShard
+from cluster.collectives.interface import LoneShard
 from configs.config import Config
 
 VOCAB = 32_000

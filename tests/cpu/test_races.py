@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from actors.tensors.noise import exponential, noise_key
-from actors.tensors.races import best_of_rows
+from actors.tensors.sampling.gumbel import best_of_rows
+from actors.tensors.sampling.noise import exponential, noise_key
 
 FIRST_ID = 1000
 

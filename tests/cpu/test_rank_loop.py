@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from actors.decisions.phase_clock import PhaseClock
+from actors.decisions.schedule.phase_clock import PhaseClock
 from actors.remote.rank import Rank
 from actors.tensors.runner import Sampled
 from actors.words.messages import Entry, Shutdown, StepBatch

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from actors.decisions.shard_plan import split_evenly
-from actors.tensors.edits import Draw
-from actors.tensors.noise import exponential, noise_key
-from actors.tensors.sampler import Draws, Sampler
+from actors.decisions.model.shard_plan import split_evenly
+from actors.tensors.sampling.logits_processors import Draw
+from actors.tensors.sampling.noise import exponential, noise_key
+from actors.tensors.sampling.sampler import Draws, Sampler
 from actors.words.messages import SamplingParams
-from cluster.collectives import LoneShard
+from cluster.collectives.interface import LoneShard
 
 CPU = torch.device("cpu")
 CHI_SQUARE_999_OF_15 = 37.70  # the 99.9 % quantile with 15 degrees of freedom

@@ -15,13 +15,13 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from actors.decisions.shard_plan import split_evenly
-from actors.tensors.cuts import NUM_CANDIDATES, Cuts, cut_thresholds
-from actors.tensors.edits import Draw, Edits
-from actors.tensors.sampler import Draws, Sampler
-from actors.tensors.standing import NOTHING, best_of_shard, ids_of, scores_of, standings_of
+from actors.decisions.model.shard_plan import split_evenly
+from actors.tensors.sampling.logits_processors import Draw, Edits
+from actors.tensors.sampling.ranking import NOTHING, best_of_shard, ids_of, scores_of, standings_of
+from actors.tensors.sampling.sampler import Draws, Sampler
+from actors.tensors.sampling.truncation import NUM_CANDIDATES, Cuts, cut_thresholds
 from actors.words.messages import SamplingParams
-from cluster.collectives import LoneShard
+from cluster.collectives.interface import LoneShard
 
 CPU = torch.device("cpu")
 NUM_DRAWS = 20_000

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import cluster.shared_memory as shared_memory
-from cluster.process_group import ProcessGroup, TorchStage
-from cluster.rendezvous import host_store, join_store
-from cluster.shared_memory import BUFFER_BYTES, SharedMemoryStage, share_memory
+import cluster.collectives.shared_memory as shared_memory
+from cluster.collectives.process_group import ProcessGroup, TorchStage
+from cluster.collectives.rendezvous import host_store, join_store
+from cluster.collectives.shared_memory import BUFFER_BYTES, SharedMemoryStage, share_memory
 
 ADDRESS = "127.0.0.1"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64]

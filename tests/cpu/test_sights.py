@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import masking_utils as masks
 
-from actors.decisions.model_spec import Sight
-from actors.tensors.sight_reader import read_sight
+from actors.decisions.model.spec import Sight
+from actors.tensors.model.mask_reader import read_sight
 from actors.words.errors import UnsupportedModel
 
 

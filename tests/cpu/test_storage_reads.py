@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Phi3Config
 
-from actors.decisions.plan import Plan, make_plan
-from actors.tensors.checkpoint import load_weights
-from actors.tensors.model import build
-from actors.tensors.spec_reader import read_spec
-from cluster.collectives import LoneShard
+from actors.decisions.model.plan import Plan, make_plan
+from actors.tensors.model.spec_reader import read_spec
+from actors.tensors.model.stage_model import build
+from actors.tensors.weights.checkpoint import load_weights
+from cluster.collectives.interface import LoneShard
 from configs.config import Config
 
 pytestmark = pytest.mark.timeout(120)

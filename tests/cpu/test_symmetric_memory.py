@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cluster import symmetric_memory
-from cluster.symmetric_memory import BUFFER_BYTES, SymmetricStage, method_for, with_symmetric_memory
+from cluster.collectives import symmetric_memory
+from cluster.collectives.symmetric_memory import BUFFER_BYTES, SymmetricStage, method_for, with_symmetric_memory
 
 KIB = 1024
 CPU = torch.device("cpu")

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors.decisions.families import NO_PIPELINE
-from actors.decisions.model_spec import ModelSpec
-from actors.decisions.plan import make_plan
-from actors.tensors.spec_reader import read_spec
+from actors.decisions.model.families import NO_PIPELINE
+from actors.decisions.model.plan import make_plan
+from actors.decisions.model.spec import ModelSpec
+from actors.tensors.model.spec_reader import read_spec
 from actors.words.errors import UnsupportedModel
 from configs.config import Config
 

@@ -16,14 +16,14 @@ from find_settings import families
 from outcome import PROMPT_LENGTHS, SETTINGS, make_config, make_model, outcome_of, reference, save, serve_in
 from safetensors.torch import load_file, save_file
 
-from actors.decisions.families import TESTED
-from actors.decisions.plan import make_plan
-from actors.decisions.sizes import Sizes, valid_tensor_parallel_sizes
-from actors.tensors.checkpoint import boxes, find_sources, load_weights
-from actors.tensors.conversion import Conversions
-from actors.tensors.mapped import as_slices
-from actors.tensors.skeleton import build_skeleton, read_config
-from actors.tensors.spec_reader import read_spec
+from actors.decisions.model.families import TESTED
+from actors.decisions.model.plan import make_plan
+from actors.decisions.model.sizes import Sizes, valid_tensor_parallel_sizes
+from actors.tensors.model.skeleton import build_skeleton, read_config
+from actors.tensors.model.spec_reader import read_spec
+from actors.tensors.weights.checkpoint import boxes, find_sources, load_weights
+from actors.tensors.weights.conversion import Conversions
+from actors.tensors.weights.mapped import as_slices
 from actors.words.errors import CheckpointError, UnsupportedModel
 from configs.config import Config
 

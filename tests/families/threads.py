@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from actors.decisions.plan import Plan
-from actors.decisions.scheduler import SchedulerSettings
+from actors.decisions.model.plan import Plan
+from actors.decisions.schedule.scheduler import SchedulerSettings
 from actors.remote.engine import Engine
-from actors.tensors.batch import StepTensors
 from actors.tensors.runner import Runner
+from actors.tensors.sequence_table import StepTensors
 from actors.words.messages import Event, Request, SamplingParams, StepBatch, StepResult
 
 CPU = torch.device("cpu")

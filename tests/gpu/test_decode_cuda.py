@@ -8,18 +8,24 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
 
-from actors.decisions.kernels import why_no_kernel
-from actors.decisions.model_spec import AttentionSpec, Sight
-from actors.decisions.plan import Plan, make_plan
-from actors.tensors.decode_graph import CapturedStep
-from actors.tensors.device_runner import DeviceRunner
-from actors.tensors.paged import GatheredAttention, PagedRows, VarlenKernel, kernel_device, kernel_fault
+from actors.decisions.model.plan import Plan, make_plan
+from actors.decisions.model.spec import AttentionSpec, Sight
+from actors.tensors.backends.cuda.attention import (
+    GatheredAttention,
+    PagedRows,
+    VarlenKernel,
+    kernel_device,
+    kernel_fault,
+)
+from actors.tensors.backends.cuda.decode import DeviceRunner
+from actors.tensors.backends.cuda.decode_graph import CapturedStep
+from actors.tensors.backends.cuda.varlen_support import why_no_kernel
+from actors.tensors.model.spec_reader import read_spec
 from actors.tensors.runner import Runner
-from actors.tensors.spec_reader import read_spec
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
-from cluster.collectives import LoneShard, PresentGroup
-from cluster.process_group import ProcessGroup, TorchStage
-from cluster.rendezvous import host_store, join_store
+from cluster.collectives.interface import LoneShard, PresentGroup
+from cluster.collectives.process_group import ProcessGroup, TorchStage
+from cluster.collectives.rendezvous import host_store, join_store
 from configs.config import Config
 
 pytestmark = [

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.groups import join
-from cluster.process_group import ProcessGroup, TorchStage
-from cluster.rendezvous import host_store, join_store
+from cluster.collectives.groups import join
+from cluster.collectives.process_group import ProcessGroup, TorchStage
+from cluster.collectives.rendezvous import host_store, join_store
 from cluster.topology import Topology
 
 ADDRESS = "127.0.0.1"

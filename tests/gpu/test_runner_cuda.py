@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from actors.decisions.plan import make_plan
-from actors.tensors.batch import StepTensors
+from actors.decisions.model.plan import make_plan
+from actors.tensors.model.spec_reader import read_spec
 from actors.tensors.runner import Runner
-from actors.tensors.spec_reader import read_spec
+from actors.tensors.sequence_table import StepTensors
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
-from cluster.collectives import LoneShard
+from cluster.collectives.interface import LoneShard
 from configs.config import Config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

@@ -23,11 +23,10 @@ ray = pytest.importorskip("ray")
 from ray import serve  # noqa: E402
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group  # noqa: E402
 
-from actors.decisions.plan import make_plan  # noqa: E402
-from actors.decisions.scheduler import SchedulerSettings  # noqa: E402
+from actors.decisions.model.plan import make_plan  # noqa: E402
+from actors.decisions.schedule.scheduler import SchedulerSettings  # noqa: E402
 from actors.remote.crew import RankActor  # noqa: E402
 from actors.remote.engine import Engine  # noqa: E402
-from actors.remote.fake_executor import FakeExecutor  # noqa: E402
 from actors.remote.gang import Gang  # noqa: E402
 from actors.words.errors import GangFailure, Verdict  # noqa: E402
 from actors.words.executor import Revival  # noqa: E402
@@ -35,7 +34,8 @@ from actors.words.messages import Event, Request, SamplingParams  # noqa: E402
 from cluster.topology import Topology  # noqa: E402
 from configs.config import Config  # noqa: E402
 from deployments.app import build_app  # noqa: E402
-from deployments.replica import Replica  # noqa: E402
+from deployments.serve.replica import Replica  # noqa: E402
+from tests.fakes.fake_executor import FakeExecutor  # noqa: E402
 from tests.serving import PATIENCE_S, Served, free_port, is_alive, until  # noqa: E402
 
 pytestmark = pytest.mark.timeout(300)
@@ -437,7 +437,7 @@ def test_a_rank_that_raises_or_hangs_is_noticed_and_every_request_goes_on(
     bundles: Any, checkpoint: Path, fault: str, ranks: tuple[int, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without Serve: neither can be put into a rank from outside."""
-    from actors.tensors.spec_reader import read_spec
+    from actors.tensors.model.spec_reader import read_spec
 
     config = Config.model_validate(arguments(checkpoint, 2, 2) | {"recovery": {"clean_s": 1.0}})
     gang = faulty_gang(fault, dict(enumerate(ranks)))(config, Topology(2, 2), bundles, "cpu")
@@ -479,7 +479,7 @@ def test_a_rank_that_raises_or_hangs_is_noticed_and_every_request_goes_on(
 
 @pytest.mark.parametrize("cycles", [2, pytest.param(50, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])])
 def test_starting_and_stopping_gangs_leaves_nothing(bundles: Any, checkpoint: Path, cycles: int) -> None:
-    from actors.tensors.spec_reader import read_spec
+    from actors.tensors.model.spec_reader import read_spec
 
     spec = read_spec(checkpoint, "float32")
     left: list[tuple[int, int, set[str], int]] = []

@@ -6,8 +6,8 @@ import pytest
 
 ray = pytest.importorskip("ray")
 
-from cluster.nodes import read_nodes, wait_for  # noqa: E402
-from cluster.placement import InfeasiblePlacement, NodeFree, StageNeed, resolve_device  # noqa: E402
+from cluster.placement.nodes import read_nodes, wait_for  # noqa: E402
+from cluster.placement.placement import InfeasiblePlacement, NodeFree, StageNeed, resolve_device  # noqa: E402
 
 pytestmark = pytest.mark.timeout(120)
 

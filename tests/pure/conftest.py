@@ -12,14 +12,14 @@ import uvicorn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from actors.decisions.scheduler import SchedulerSettings
+from actors.decisions.schedule.scheduler import SchedulerSettings
 from actors.remote.engine import Engine
-from actors.remote.fake_executor import FakeExecutor, next_id
 from cluster.topology import Topology
-from deployments.http import build_app
-from deployments.outbox import Outbox
-from deployments.service import Identity, Limits, Service
-from deployments.text import Text
+from deployments.api.outbox import Outbox
+from deployments.api.routes import build_app
+from deployments.api.service import Identity, Limits, Service
+from deployments.text.tokenizer import Text
+from tests.fakes.fake_executor import FakeExecutor, next_id
 
 MODEL = "tiny"
 VOCAB_SIZE = 400

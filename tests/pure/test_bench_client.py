@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from deployments import cli
-from deployments.bench_client import Client, Stream, StreamError
-from deployments.bench_drive import Extent, Progress, drive
-from deployments.bench_figures import Load, Timeline
-from deployments.bench_load import COMPLETIONS, Ask
-from deployments.bench_progress import line, shown
+from deployments.bench.client import Client, Stream, StreamError
+from deployments.bench.drive import Extent, Progress, drive
+from deployments.bench.figures import Load, Timeline
+from deployments.bench.load import COMPLETIONS, Ask
+from deployments.bench.progress import line, shown
 from tests.serving import free_port
 
 Write = Callable[[bytes], Awaitable[None]]

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from deployments.bench_figures import Figures, Load, Spread, Timeline, figures, percentile, spread
-from deployments.bench_load import CHAT, COMPLETIONS, RandomPrompts, arrivals_s, read_conversations, words
-from deployments.bench_plot import check_plot, write_plot
-from deployments.bench_scaling import LayoutFigures, OfflineReport, Round, Speed, scaling, speed_of
-from deployments.bench_scaling import as_text as offline_text
-from deployments.bench_text import Report, as_text
+from deployments.bench.figures import Figures, Load, Spread, Timeline, figures, percentile, spread
+from deployments.bench.load import CHAT, COMPLETIONS, RandomPrompts, arrivals_s, read_conversations, words
+from deployments.bench.plot import check_plot, write_plot
+from deployments.bench.scaling import LayoutFigures, OfflineReport, Round, Speed, scaling, speed_of
+from deployments.bench.scaling import as_text as offline_text
+from deployments.bench.text import Report, as_text
 
 # Powers of two: every sum and quotient is exact
 FIRST = Timeline(sent_s=8.0, chunks_s=[8.5, 8.75, 9.25], ended_s=9.25, prompt_tokens=10, output_tokens=4)

@@ -8,12 +8,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from deployments import bench_command, cli
-from deployments.bench_text import Report, as_text
+from deployments import cli
+from deployments.bench import command as bench_command
+from deployments.bench.text import Report, as_text
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAMPLE = Path(__file__).with_name("bench_example.json")  # what --json said
+EXAMPLE = Path(__file__).parents[1] / "data" / "bench_example.json"  # what --json said
 COMMAND = (
     "stagemesh bench --concurrency 1 4 16 --num-requests 64 --ignore-eos --goodput ttft_ms:500 tpot_ms:50 --seed 7"
 )

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from configs.config import Config
 from configs.files import parse_args, read_config, read_document
-from deployments.serve_schema import check_schema
+from deployments.serve.schema import check_schema
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from deployments import drain as module
 from deployments import edge
-from deployments.drain import Drain, leaving_node
 from deployments.edge import Edge, middlewares
+from deployments.serve import drain as module
+from deployments.serve.drain import Drain, leaving_node
 
 NOW, DRAIN_S = 1000.0, 30.0
 

@@ -5,11 +5,11 @@ import time
 
 import pytest
 
-from actors.decisions.scheduler import SchedulerSettings
+from actors.decisions.schedule.scheduler import SchedulerSettings
 from actors.remote.engine import Engine
-from actors.remote.fake_executor import FakeExecutor, next_id
 from actors.words.errors import EngineStopped, GangFailure
 from actors.words.messages import Event, Request, SamplingParams
+from tests.fakes.fake_executor import FakeExecutor, next_id
 
 GREEDY = SamplingParams(0.0)
 

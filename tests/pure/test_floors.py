@@ -144,14 +144,16 @@ def test_the_checker_sees_lazy_typing_and_dynamic_imports() -> None:
     source = """
 from typing import TYPE_CHECKING
 if TYPE_CHECKING:
-    from actors.tensors import layers
+    from actors.tensors.model.stage_model import parallel_layers as layers
 def late():
     import torch
     import importlib
     importlib.import_module("deployments.app")
     from cluster.topology import Topology
 """
-    problems = [problem for found in imports_of(source, "actors/decisions/plan.py") if (problem := violation(found))]
+    problems = [
+        problem for found in imports_of(source, "actors/decisions/model/plan.py") if (problem := violation(found))
+    ]
     assert len(problems) == 3
     assert "actors.tensors, which is above it" in problems[0]
     assert any("torch" in problem for problem in problems)
@@ -161,7 +163,7 @@ def late():
 def test_the_checker_knows_files_beside_rooms() -> None:
     (found,) = imports_of("import ray\n", "configs/config.py")
     assert "not a package of this room" in str(violation(found))
-    (found,) = imports_of("from transformers import AutoModel\n", "deployments/text.py")
+    (found,) = imports_of("from transformers import AutoModel\n", "deployments/text/tokenizer.py")
     assert "only AutoTokenizer" in str(violation(found))
-    (found,) = imports_of("from actors import remote\n", "actors/tensors/model.py")
+    (found,) = imports_of("from actors import remote\n", "actors/tensors/model/stage_model.py")
     assert "above it" in str(violation(found))

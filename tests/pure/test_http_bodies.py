@@ -6,10 +6,10 @@ import random
 import pytest
 
 from actors.words.messages import SamplingParams
+from deployments.api.bodies import ChatBody, CompletionBody
+from deployments.api.sampling_fields import choice_seed
+from deployments.api.strict_body import parse_body
 from deployments.api_error import ApiError
-from deployments.requests import ChatBody, CompletionBody
-from deployments.sampling_fields import choice_seed
-from deployments.strict_body import parse_body
 
 REQUIRED = {
     CompletionBody: {"model": "m", "prompt": "p"},

@@ -8,12 +8,12 @@ import time
 
 import pytest
 
-from actors.decisions.deadlines import Deadlines
-from actors.decisions.scheduler import SchedulerSettings
+from actors.decisions.schedule.deadlines import Deadlines
+from actors.decisions.schedule.scheduler import SchedulerSettings
 from actors.remote.engine import Engine
-from actors.remote.fake_executor import FakeExecutor
 from actors.words.messages import Request, SamplingParams
-from deployments import connection, generation
+from deployments.api import connection, generation
+from tests.fakes.fake_executor import FakeExecutor
 from tests.serving import until_true
 
 STREAM = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 100, "temperature": 0, "stream": True, "ignore_eos": True}

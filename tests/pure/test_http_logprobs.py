@@ -9,11 +9,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from actors.remote.fake_executor import logprobs_of
 from actors.words.messages import TokenLogprobs
-from deployments.logprobs import chat_logprobs, completion_logprobs
-from deployments.text import Text
-from deployments.transcript import ScoredToken, Transcript
+from deployments.api.logprobs import chat_logprobs, completion_logprobs
+from deployments.text.tokenizer import Text
+from deployments.text.transcript import ScoredToken, Transcript
+from tests.fakes.fake_executor import logprobs_of
 
 COMPLETION = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 6, "temperature": 0, "ignore_eos": True}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 6, "ignore_eos": True}

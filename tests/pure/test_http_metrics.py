@@ -6,13 +6,13 @@ import time
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from actors.decisions.scheduler import Scheduler, SchedulerSettings
-from actors.decisions.stats import Histogram, Stats
-from actors.remote.fake_executor import FakeExecutor
+from actors.decisions.schedule.scheduler import Scheduler, SchedulerSettings
+from actors.decisions.schedule.stats import Histogram, Stats
 from actors.remote.meeting import RankInfo
 from actors.words.errors import GangFailure
 from actors.words.messages import Request, SamplingParams
-from deployments.metrics import FIRST_TOKEN_SECONDS, INTER_TOKEN_SECONDS, Latencies, Stopwatch
+from deployments.api.metrics import FIRST_TOKEN_SECONDS, INTER_TOKEN_SECONDS, Latencies, Stopwatch
+from tests.fakes.fake_executor import FakeExecutor
 
 COMPLETION = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 6, "temperature": 0, "ignore_eos": True}
 COMPLETIONS = "/v1/completions"

@@ -4,7 +4,7 @@ import asyncio
 import threading
 
 from actors.words.messages import Event, TokenLogprobs
-from deployments.outbox import Outbox
+from deployments.api.outbox import Outbox
 
 
 def test_one_wake_up_a_step_however_many_requests():

@@ -361,7 +361,7 @@ def test_a_fault_of_ours_ends_one_request_and_says_nothing_of_the_prompt(world, 
         raise KeyError(secret)
 
     with monkeypatch.context() as patch:
-        patch.setattr("deployments.transcript.Transcript.push", broken)
+        patch.setattr("deployments.text.transcript.Transcript.push", broken)
         error = error_of(world.post(COMPLETIONS, COMPLETION), 500)
     assert error["code"] == "internal_error"
     assert "KeyError" in caplog.text

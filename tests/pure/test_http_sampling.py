@@ -6,7 +6,7 @@ import openai
 import pytest
 
 from actors.words.messages import SamplingParams
-from deployments.sampling_fields import choice_seed
+from deployments.api.sampling_fields import choice_seed
 
 COMPLETION = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 6, "temperature": 0, "ignore_eos": True}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 6, "ignore_eos": True}

@@ -11,10 +11,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from deployments.api.prompts import Conversation
 from deployments.api_error import ApiError
-from deployments.prompts import Conversation
-from deployments.text import INLINE_CHARS, Text
-from deployments.transcript import Decoder, StopStrings, Transcript
+from deployments.text.tokenizer import INLINE_CHARS, Text
+from deployments.text.transcript import Decoder, StopStrings, Transcript
 from tests.serving import is_alive, until
 
 TURNS = [
@@ -86,7 +86,7 @@ def with_template(tokenizer_folder):
 
 
 def test_what_a_template_writes_is_bounded(with_template, monkeypatch):
-    monkeypatch.setattr("deployments.chat_template.MAX_RENDERED_CHARS", 1000)
+    monkeypatch.setattr("deployments.text.chat_template.MAX_RENDERED_CHARS", 1000)
     with pytest.raises(ApiError, match="at most 1000"):
         encode(with_template("{% for i in range(1001) %}x{% endfor %}"), Conversation(TURNS))
 
@@ -100,7 +100,7 @@ def test_a_conversation_that_takes_too_much_is_refused_and_the_next_one_served(
     with_template, monkeypatch, greed, words
 ):
     """The same template serves others: what it takes depends on the messages."""
-    monkeypatch.setattr("deployments.chat_template.CPU_S", 0.2)
+    monkeypatch.setattr("deployments.text.chat_template.CPU_S", 0.2)
     text = with_template("{% if messages[0].content == 'greed' %}" + greed + "{% endif %}{{ messages[0].content }}")
     assert encode(text, Conversation([{"role": "user", "content": "fox"}])) == encode(text, "fox")
     with pytest.raises(ApiError, match=words) as raised:
@@ -110,7 +110,7 @@ def test_a_conversation_that_takes_too_much_is_refused_and_the_next_one_served(
 
 
 def test_the_event_loop_goes_on_while_a_template_runs(with_template, monkeypatch):
-    monkeypatch.setattr("deployments.chat_template.CPU_S", 0.3)
+    monkeypatch.setattr("deployments.text.chat_template.CPU_S", 0.3)
     text = with_template(ENDLESS)
 
     async def go():
@@ -126,7 +126,7 @@ def test_the_event_loop_goes_on_while_a_template_runs(with_template, monkeypatch
 
 
 def test_a_template_that_never_ends_is_found_before_anything_is_served(tokenizer_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("deployments.chat_template.CPU_S", 0.2)
+    monkeypatch.setattr("deployments.text.chat_template.CPU_S", 0.2)
     folder = shutil.copytree(tokenizer_folder, tmp_path / "endless")
     (folder / "chat_template.jinja").write_text(ENDLESS)
     with pytest.raises(ValueError, match="chat template needs more than"):
@@ -135,7 +135,7 @@ def test_a_template_that_never_ends_is_found_before_anything_is_served(tokenizer
 
 def test_the_process_of_a_template_ends_with_its_parent():
     program = (
-        "from deployments.chat_template import ChatTemplate\n"
+        "from deployments.text.chat_template import ChatTemplate\n"
         "template = ChatTemplate('x', {})\n"
         "template.check()\n"
         "import os; print(template._process.pid, flush=True); os._exit(0)"

@@ -4,7 +4,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from deployments.text import INLINE_CHARS, Text
+from deployments.text.tokenizer import INLINE_CHARS, Text
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 

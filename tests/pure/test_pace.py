@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from actors.decisions.pace import PrefillPace
-from actors.decisions.scheduler import Scheduler, SchedulerSettings
-from actors.decisions.stats import Stats
+from actors.decisions.schedule.pace import PrefillPace
+from actors.decisions.schedule.scheduler import Scheduler, SchedulerSettings
+from actors.decisions.schedule.stats import Stats
 from actors.words.messages import Entry, Request, SamplingParams, StepBatch, StepResult
 
 STEP_S, ROW_S, TOKEN_S = 0.024, 0.002, 0.0004

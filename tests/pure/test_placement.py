@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from cluster.packing import pack, spread
-from cluster.placement import (
+from cluster.placement.packing import pack, spread
+from cluster.placement.placement import (
     NodeFree,
     StageNeed,
     check,
@@ -17,7 +17,7 @@ from cluster.placement import (
     resolve_device,
     resolve_strategy,
 )
-from cluster.resources import matches
+from cluster.placement.resources import matches
 from cluster.topology import Topology
 from configs.config import PlacementConfig
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from actors.decisions.phase_clock import PHASES, PhaseClock, bubble_ratio
-from deployments import cli, profile_command
+from actors.decisions.schedule.phase_clock import PHASES, PhaseClock, bubble_ratio
+from deployments import cli
+from deployments.bench import profile as profile_command
 
 
 def test_every_moment_belongs_to_one_phase() -> None:

@@ -10,7 +10,7 @@ from collections import deque
 
 import pytest
 
-from actors.decisions.culprit import (
+from actors.decisions.failure.culprit import (
     Complaint,
     LastWords,
     Standing,
@@ -20,14 +20,14 @@ from actors.decisions.culprit import (
     of_hang,
     of_silence,
 )
-from actors.decisions.quarantine import Quarantine
-from actors.decisions.scheduler import SchedulerSettings
+from actors.decisions.failure.quarantine import Quarantine
+from actors.decisions.schedule.scheduler import SchedulerSettings
 from actors.remote.black_box import Remains, bury
 from actors.remote.engine import Engine
-from actors.remote.fake_executor import FakeExecutor, logprobs_of, next_id
 from actors.words.errors import EngineStopped, GangFailure, GangLost, Verdict
 from actors.words.executor import Revival
 from actors.words.messages import NOT_A_NUMBER, Request, SamplingParams
+from tests.fakes.fake_executor import FakeExecutor, logprobs_of, next_id
 
 GREEDY = SamplingParams(0.0)
 SETTINGS = SchedulerSettings(

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from configs.files import parse_args
-from deployments import serve_command
-from deployments.endpoint import Endpoint
-from deployments.reasons import for_people, is_final
+from deployments.serve import command as serve_command
+from deployments.serve.endpoint import Endpoint
+from deployments.serve.reasons import for_people, is_final
 from tests.serving import ROOT, free_port
 
 
@@ -114,7 +114,7 @@ def test_no_descendant_outlives_end_children() -> None:
     """A grandchild in a session of its own, whose parent has ended: adopted, then killed."""
     program = """
 import subprocess, sys
-from deployments.descendants import adopt_orphans, children, end_children
+from deployments.serve.descendants import adopt_orphans, children, end_children
 
 adopt_orphans()
 make = '''

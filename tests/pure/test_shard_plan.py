@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from actors.decisions.model_spec import AttentionSpec, LayerSpec, ModelSpec, Parameter
-from actors.decisions.shard_plan import cut_by_cost, make_shard_plans, split_evenly
-from actors.decisions.sizes import Sizes, valid_tensor_parallel_sizes
+from actors.decisions.model.shard_plan import cut_by_cost, make_shard_plans, split_evenly
+from actors.decisions.model.sizes import Sizes, valid_tensor_parallel_sizes
+from actors.decisions.model.spec import AttentionSpec, LayerSpec, ModelSpec, Parameter
 from actors.words.errors import UnsupportedModel
 from cluster.topology import Topology
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from actors.decisions.model_spec import AttentionSpec, LayerSpec, ModelSpec, Parameter
-from actors.decisions.tp_plan import with_tp_plan
+from actors.decisions.model.spec import AttentionSpec, LayerSpec, ModelSpec, Parameter
+from actors.decisions.model.tp_plan import with_tp_plan
 from actors.words.errors import UnsupportedModel
 from configs.config import ParallelConfig
 

@@ -7,8 +7,8 @@ from collections import deque
 
 import pytest
 
-from actors.decisions.scheduler import Scheduler, SchedulerSettings
-from actors.decisions.stats import Stats
+from actors.decisions.schedule.scheduler import Scheduler, SchedulerSettings
+from actors.decisions.schedule.stats import Stats
 from actors.words.messages import Request, SamplingParams, StepBatch, StepResult
 
 

@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from actors.decisions.scheduler import Scheduler, SchedulerSettings
-from actors.remote.fake_executor import FakeExecutor, logprobs_of, next_id
+from actors.decisions.schedule.scheduler import Scheduler, SchedulerSettings
 from actors.words.messages import Event, Request, SamplingParams, StepBatch, TokenLogprobs
+from tests.fakes.fake_executor import FakeExecutor, logprobs_of, next_id
 
 VOCAB_SIZE = 97
 
@@ -159,7 +159,7 @@ BATCHES = [*range(10), *(pytest.param(batch, marks=pytest.mark.soak) for batch i
 @pytest.mark.parametrize("batch", BATCHES)
 def test_random_worlds(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """No block lost, no request stuck, no row left, no id and no logprob different from brute force."""
-    monkeypatch.setattr("actors.decisions.scheduler._PROMPT_LOGPROBS_CHUNK", 7)
+    monkeypatch.setattr("actors.decisions.schedule.scheduler._PROMPT_LOGPROBS_CHUNK", 7)
     num_preemptions = num_replayed = 0
     for number in range(50):
         world = World(batch * 50 + number, loss=number % 2 * 0.03)

@@ -1,0 +1,231 @@
+"""What a plan costs and how fast it can be at best: memory by rank, bytes that are exchanged, and a roofline.
+
+Pure arithmetic on a Plan. A roofline is a bound: kernels that reach the peaks, no gaps, no host time.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from actors.decisions.model.accelerators import Accelerator
+from actors.decisions.model.plan import Plan
+from actors.decisions.model.shard_plan import ShardPlan, TensorSlice
+from actors.decisions.model.spec import Parameter, dtype_bytes, pattern_of
+from actors.decisions.schedule.blocks import num_blocks_for
+
+RESERVED_BYTES = 1_500_000_000  # of a GPU: its context, the communicator's buffers, the allocator's gaps
+ALL_REDUCE_S = 10e-6  # before the first byte arrives, with CUDA graphs; facts of 8 GPUs on one switch: 5 to 15 µs
+HOP_S = 20e-6  # the same between two nodes
+_SUMMED = ("rowwise", "rowwise_split_input", "moe_tp_experts", "all_reduce")
+
+ASSUMPTIONS = (
+    "a step reads every weight that it uses once, and the keys and values of all its sequences once",
+    "peaks of the data sheet are reached; no host time, no gaps between kernels",
+    f"an all-reduce takes {ALL_REDUCE_S * 1e6:.0f} µs and sends 2 (n-1)/n of its bytes over the node's links",
+    f"a hop between stages takes {HOP_S * 1e6:.0f} µs and one network port a GPU",
+    "a batch is spread over as many lanes as there are stages",
+    "experts are hit evenly and independently",
+    f"{RESERVED_BYTES / 1e9:.1f} GB of a GPU are not for weights or cache",
+)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of decoding one batch at one context length."""
+
+    batch: int
+    ms_per_token: float  # from one token of a sequence to its next
+    tokens_per_s: float  # of all sequences together
+    limited_by: str
+    running: int  # sequences that the cache and the scheduler let run at a time: at most the batch, 0 where none fits
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one rank, on one accelerator, in bytes."""
+
+    weight_bytes: int
+    activation_bytes: int
+    cache_bytes: int  # what is left for keys and values; negative when not even the weights fit
+    num_blocks: int
+    longest_context: int  # tokens of one sequence that fit, at most max_model_len
+
+
+class Estimate:
+    """A plan on an accelerator."""
+
+    def __init__(
+        self, plan: Plan, accelerator: Accelerator, memory_share: float, num_blocks: int | None = None
+    ) -> None:
+        """`num_blocks`: as the config fixes it; None where the memory decides."""
+        self.plan = plan
+        self.accelerator = accelerator
+        self.memory_share = memory_share
+        self.num_blocks_asked = num_blocks
+
+    def memory(self, rank: int) -> Memory:
+        """As `Runner.num_blocks_that_fit` divides it."""
+        shard, plan = self.plan.shards[rank], self.plan
+        free = self.accelerator.memory_bytes - RESERVED_BYTES - shard.weight_bytes - self.activation_bytes(rank)
+        cache = int(free * self.memory_share) if free > 0 else free
+        num_blocks = max(0, cache // max(1, plan.kv_bytes_per_block(rank)))
+        longest = min(plan.max_model_len, num_blocks * plan.block_size)
+        return Memory(shard.weight_bytes, self.activation_bytes(rank), cache, num_blocks, longest)
+
+    def activation_bytes(self, rank: int) -> int:
+        """Of the largest step: four hidden states, one layer's widest projections, and logits in float32."""
+        plan, shard = self.plan, self.plan.shards[rank]
+        widest = max((self._width(tensor) for tensor in shard.tensors if self._is_in_layer(tensor)), default=0)
+        hidden = plan.max_num_batched_tokens * (4 * plan.spec.hidden_size + 2 * widest) * plan.spec.dtype_bytes
+        logits = plan.max_num_seqs * (shard.vocab_rows[1] - shard.vocab_rows[0]) * 4 if shard.has_head else 0
+        return hidden + 2 * logits
+
+    def _width(self, tensor: TensorSlice) -> int:
+        """Elements that a tensor makes of one token: stacked experts as many as are chosen."""
+        if self._is_stacked(tensor):
+            assert self.plan.spec.experts_per_token is not None
+            return max(tensor.shape[1:]) * self.plan.spec.experts_per_token
+        return tensor.shape[0]
+
+    @cached_property
+    def num_blocks_that_fit(self) -> int:
+        """As many as the fullest rank holds."""
+        return min(self.memory(rank).num_blocks for rank in range(self.plan.topology.num_ranks))
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the gang."""
+        return self.num_blocks_asked or self.num_blocks_that_fit
+
+    def fits(self) -> bool:
+        """Whether a sequence of full length and the blocks that the config asks for have room."""
+        return self.num_blocks_that_fit >= max(self.plan.num_blocks_for_longest, self.num_blocks_asked or 0)
+
+    @cached_property
+    def all_reduces(self) -> int:
+        """Of one step through all layers of all stages, and the embedding."""
+        spec = self.plan.spec
+        if self.plan.topology.tensor_parallel_size == 1:
+            return 0
+        modules = {parameter.name.rpartition(".")[0] for parameter in spec.parameters}
+        owners = {name.rpartition(".")[0] for name in modules} | modules
+        return 1 + sum(
+            spec.styles.get(pattern_of(name)) in _SUMMED for name in owners if spec.layer_of(name) is not None
+        )
+
+    @property
+    def all_reduce_bytes_per_token(self) -> int:
+        """Of one all-reduce."""
+        return self.plan.spec.hidden_size * self.plan.spec.dtype_bytes
+
+    @property
+    def hop_bytes_per_token(self) -> int:
+        """Between two stages."""
+        numel = 1
+        for size in self.plan.spec.state_shape:
+            numel *= size
+        return numel * self.plan.spec.dtype_bytes
+
+    def decode(self, batch: int, context: int) -> Speed:
+        """One token for each of `batch` sequences of `context` tokens, or for as many of them as may run at a time."""
+        num_stages = self.plan.topology.pipeline_parallel_size
+        room = min(self.plan.max_num_seqs, self.num_blocks // num_blocks_for(context, self.plan.block_size))
+        running = min(batch, room) if self.fits() else 0
+        if not running:
+            return Speed(batch, 0.0, 0.0, "does not fit", 0)
+        lane = -(-running // num_stages)  # the fullest
+        stages = [self._stage_s(stage, lane, lane * context) for stage in range(num_stages)]
+        seconds = sum(sum(parts.values()) for parts in stages)
+        totals = {name: sum(parts[name] for parts in stages) for name in stages[0]}
+        slowest = max(sum(parts.values()) for parts in stages)
+        rate = running / max(seconds, -(-running // lane) * slowest)
+        limit = max(totals, key=lambda name: totals[name])
+        return Speed(batch, seconds * 1e3, rate, limit, running)
+
+    def prefill_tokens_per_s(self) -> float:
+        """Of long prompts, in steps of max_num_batched_tokens, through the slowest stage."""
+        tokens = self.plan.max_num_batched_tokens
+        num_stages = self.plan.topology.pipeline_parallel_size
+        pairs = tokens * (tokens + 1) // 2  # each token attends to those before it and to itself
+        return tokens / max(sum(self._stage_s(stage, tokens, tokens, pairs).values()) for stage in range(num_stages))
+
+    def _stage_s(self, stage: int, tokens: int, cached_tokens: int, pairs: int | None = None) -> dict[str, float]:
+        """Seconds of one step in one stage, by what takes them; `pairs` of query and key, None: one a cached token."""
+        topology, device = self.plan.topology, self.accelerator
+        shard = self.plan.shards[topology.rank(stage, 0)]
+        weight_bytes, active_elements = 0.0, 0.0
+        for tensor in shard.tensors:
+            read, used = self._use_of_experts(tensor, tokens)
+            if not self._is_lookup(tensor):
+                weight_bytes += read * tensor.num_bytes
+                active_elements += used * tensor.num_bytes / dtype_bytes(tensor.dtype)
+        elements = sum(attention.cached_elements for attention in shard.attentions)
+        cache_bytes = cached_tokens * elements * self.plan.spec.dtype_bytes
+        heads = sum(one.num_heads * (one.spec.key_dim + one.spec.value_dim) for one in shard.attentions)
+        flop = 2 * tokens * active_elements + 2 * (cached_tokens if pairs is None else pairs) * heads
+        memory_s = (weight_bytes + cache_bytes) / device.memory_bytes_per_s
+        compute_s = flop / device.bf16_flop_per_s
+        size = topology.tensor_parallel_size
+        sent = 2 * (size - 1) / size * tokens * self.all_reduce_bytes_per_token
+        reduces = self.all_reduces / topology.pipeline_parallel_size
+        is_last = stage == topology.pipeline_parallel_size - 1
+        hop_s = 0.0 if is_last else HOP_S + tokens * self.hop_bytes_per_token / size / device.nic_bytes_per_s
+        return {
+            "memory bandwidth": memory_s if memory_s >= compute_s else 0.0,
+            "arithmetic": compute_s if compute_s > memory_s else 0.0,
+            "all-reduces": reduces * (ALL_REDUCE_S + sent / device.link_bytes_per_s),
+            "hops between stages": hop_s,
+        }
+
+    def _use_of_experts(self, tensor: TensorSlice, tokens: int) -> tuple[float, float]:
+        """(share of a tensor that a step reads, share that one token uses): less than all for stacked experts."""
+        if not self._is_stacked(tensor):
+            return 1.0, 1.0
+        assert self.plan.spec.experts_per_token is not None
+        used = self.plan.spec.experts_per_token / tensor.full_shape[0]
+        return 1 - (1 - used) ** tokens, used
+
+    def _is_stacked(self, tensor: TensorSlice) -> bool:
+        """Whether a tensor holds several experts, of which a token uses some."""
+        has_experts = self.plan.spec.experts_per_token is not None and self._is_in_layer(tensor)
+        return has_experts and len(tensor.full_shape) == 3
+
+    def _is_in_layer(self, tensor: TensorSlice) -> bool:
+        return self.plan.spec.layer_of(tensor.name) is not None
+
+    def _is_lookup(self, tensor: TensorSlice) -> bool:
+        """An embedding costs a row a token, unless the head is tied to it."""
+        spec = self.plan.spec
+        is_embedding = tensor.name == f"{spec.embedding_name}.weight"
+        return is_embedding and not any(shard.shares_tied_weight for shard in self.plan.shards)
+
+
+def kv_bytes_per_token(plan: Plan, rank: int | None = None) -> int:
+    """Of one rank, or of the whole gang."""
+    ranks = range(plan.topology.num_ranks) if rank is None else [rank]
+    return sum(plan.kv_bytes_per_block(one) for one in ranks) // plan.block_size
+
+
+def latent_bytes_per_token(plan: Plan) -> int | None:
+    """What latent attention would cache if its cache were not expanded to whole heads; None for other attention."""
+    latent = [one for one in plan.spec.parameters if one.name.endswith("kv_a_proj_with_mqa.weight")]
+    return sum(one.shape[0] for one in latent) * plan.spec.dtype_bytes if latent else None
+
+
+def ffn_columns(plan: Plan, shard: ShardPlan) -> int:
+    """Columns of the widest feed-forward network in a rank's first layer."""
+    spec = plan.spec
+    own = {tensor.name: tensor for tensor in shard.tensors}
+    beside_attention = [
+        parameter
+        for parameter in spec.parameters
+        if spec.layer_of(parameter.name) == shard.layers[0] and spec.attention_of(parameter.name) is None
+    ]
+    return max((_cut_columns(plan, one, own[one.name]) for one in beside_attention), default=0)
+
+
+def _cut_columns(plan: Plan, parameter: Parameter, tensor: TensorSlice) -> int:
+    whole = plan.spec.columns_of(parameter)
+    if whole is None:
+        return 0
+    cut = [held / full for held, full in zip(tensor.shape, tensor.full_shape, strict=True) if held != full]
+    return round(whole * (cut[0] if cut else 1))

@@ -1,0 +1,120 @@
+"""The plan of one replica: what follows from the config and the model, frozen; the object that runs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from actors.decisions.model.families import NO_PIPELINE
+from actors.decisions.model.shard_plan import ShardPlan, check_given_cut, make_shard_plans
+from actors.decisions.model.sizes import Sizes, broken_constraints
+from actors.decisions.model.spec import ModelSpec
+from actors.decisions.model.tp_plan import with_tp_plan
+from actors.decisions.schedule.blocks import num_blocks_for
+from actors.words.errors import UnsupportedModel
+from cluster.topology import Topology
+from configs.config import Config
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that ranks and engine need to know, decided before anything starts."""
+
+    spec: ModelSpec
+    topology: Topology
+    shards: tuple[ShardPlan, ...]  # in rank order
+    max_model_len: int  # tokens: prompt + generated
+    block_size: int  # tokens
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    num_lanes: int
+    depth: int  # steps in flight of one lane
+    prefix_cache: bool
+
+    @property
+    def num_blocks_for_longest(self) -> int:
+        """Blocks that one sequence of `max_model_len` tokens holds."""
+        return num_blocks_for(self.max_model_len, self.block_size)
+
+    def check_num_blocks(self, num_blocks: int) -> None:
+        """Raises ValueError when a cache of so many blocks does not hold one sequence of full length."""
+        _check_num_blocks(num_blocks, self.max_model_len, self.block_size)
+
+    def kv_bytes_per_block(self, rank: int) -> int:
+        """Bytes that one block costs on a rank: keys and values of its layers and KV heads."""
+        elements = sum(attention.cached_elements for attention in self.shards[rank].attentions)
+        return self.block_size * elements * self.spec.dtype_bytes
+
+
+def make_plan(config: Config, spec: ModelSpec) -> Plan:
+    """Raises ValueError (fields, reasons, what would work, a line each) or UnsupportedModel."""
+    parallel, scheduler = config.parallel, config.scheduler
+    topology = Topology(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
+    problems = _problems(config, spec, topology)
+    if problems:
+        raise ValueError("\n".join(problems))
+    spec = with_tp_plan(spec, parallel)
+    num_lanes = scheduler.num_lanes or topology.pipeline_parallel_size
+    return Plan(
+        spec=spec,
+        topology=topology,
+        shards=make_shard_plans(spec, topology, parallel.layers_per_stage),
+        max_model_len=config.model.max_model_len or spec.max_position,
+        block_size=config.cache.block_size,
+        max_num_seqs=scheduler.max_num_seqs,
+        max_num_batched_tokens=scheduler.max_num_batched_tokens,
+        num_lanes=num_lanes,
+        # A second step in flight hides the way to the engine and back. A lane more than there are stages would hide it
+        # too, but makes every step smaller: the weights are read more often for the same tokens.
+        depth=scheduler.depth or 2,
+        prefix_cache=config.cache.prefix_cache,
+    )
+
+
+def _check_num_blocks(num_blocks: int, max_model_len: int, block_size: int) -> None:
+    if num_blocks < (needed := num_blocks_for(max_model_len, block_size)):
+        raise ValueError(
+            f"cache.num_blocks: {num_blocks} blocks of {block_size} tokens do not hold one sequence of "
+            f"model.max_model_len {max_model_len}; it takes {needed}. Lower model.max_model_len, or raise "
+            "cache.num_blocks or cache.memory_share"
+        )
+
+
+def _problems(config: Config, spec: ModelSpec, topology: Topology) -> list[str]:
+    """Everything that is wrong, all at once."""
+    problems, scheduler = [], config.scheduler
+    max_model_len = config.model.max_model_len or spec.max_position
+    if max_model_len > spec.max_position:
+        problems.append(
+            f"model.max_model_len: {max_model_len} tokens, but the model knows positions up to {spec.max_position}; "
+            f"use at most {spec.max_position}"
+        )
+    if config.cache.num_blocks is not None:
+        problems += _said(_check_num_blocks, config.cache.num_blocks, max_model_len, config.cache.block_size)
+    if scheduler.max_num_batched_tokens < scheduler.max_num_seqs:
+        problems.append(
+            f"scheduler.max_num_batched_tokens: a step of {scheduler.max_num_batched_tokens} tokens cannot hold one "
+            f"token for each of scheduler.max_num_seqs = {scheduler.max_num_seqs} sequences; use at least as many"
+        )
+    kept_whole = NO_PIPELINE.get(spec.architecture)
+    if spec.exchanges_more:
+        kept_whole = "its layers get more from earlier ones than the hidden states"
+    if topology.pipeline_parallel_size > 1 and kept_whole:
+        problems.append(
+            f"parallel.pipeline_parallel_size: {spec.architecture} cannot be cut into stages: {kept_whole}; use 1"
+        )
+    try:
+        spec = with_tp_plan(spec, config.parallel)
+    except UnsupportedModel:
+        raise
+    except ValueError as error:
+        problems.append(str(error))
+    problems += broken_constraints(Sizes.of(spec), topology)
+    return problems + _said(check_given_cut, spec, topology, config.parallel.layers_per_stage)
+
+
+def _said(check: Callable[..., None], *arguments: object) -> list[str]:
+    """What a check raises, as words."""
+    try:
+        check(*arguments)
+    except ValueError as error:
+        return [str(error)]
+    return []

@@ -1,0 +1,161 @@
+"""What a model is, in plain data: its layers and attentions, its tensors, the styles of its plan."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from actors.decisions.model.styles import STYLES
+
+DTYPES = ("float32", "bfloat16", "float16")  # that a model can be served in
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int64": 8, "int32": 4, "bool": 1}
+
+Place = Literal["layer", "first", "last", "all"]
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Bytes of one element of a tensor."""
+    return _DTYPE_BYTES[dtype]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One tensor of the unsharded model's state (a parameter or a persistent buffer), by Transformers' name."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    place: Place  # in its layer's stage, or outside the layers: in the first or last stage, or in all
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        numel = 1
+        for size in self.shape:
+            numel *= size
+        return numel
+
+
+@dataclass(frozen=True)
+class Sight:
+    """How far back a token sees: `window` tokens (itself included), and not beyond the start of its `chunk`."""
+
+    window: int | None = None
+    chunk: int | None = None
+
+    def first_key(self, position: int) -> int:
+        """The earliest position that a token sees."""
+        first = 0 if self.window is None else max(0, position - self.window + 1)
+        return first if self.chunk is None else max(first, position // self.chunk * self.chunk)
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """One attention: what the model hands to the attention function."""
+
+    name: str  # of the module, e.g. model.layers.3.self_attn
+    num_heads: int
+    num_kv_heads: int  # of the keys that are cached: for latent attention the expanded ones
+    key_dim: int
+    value_dim: int
+    sight: Sight = Sight()
+    softcap: float | None = None
+    has_sinks: bool = False
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One layer: most have one attention, some none or two."""
+
+    attentions: tuple[AttentionSpec, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Facts of one architecture, read once from its config and its parameters; nothing in it is about ranks."""
+
+    architecture: str  # e.g. LlamaForCausalLM
+    model_type: str  # e.g. llama
+    config_digest: str  # tells whether another node's config.json means the same
+    state_shape: tuple[int, ...]  # what layers hand on, for one token; usually (hidden size,)
+    hidden_size: int
+    vocab_size: int  # rows of the embedding = width of the logits
+    max_position: int  # tokens
+    dtype: str  # one of DTYPES: weights (but for some that the model keeps in float32), activations and KV cache
+    layers: tuple[LayerSpec, ...]
+    parameters: tuple[Parameter, ...]  # the tied head's weight is not among them
+    styles: dict[str, str] = field(hash=False)  # pattern as Transformers names it, `*` for a layer's number → style
+    tied_head: bool  # the head uses the embedding's weight
+    experts_per_token: int | None = None  # of a mixture of experts
+    unused: frozenset[str] = frozenset()  # tensors of the checkpoint that text needs not, such as an image encoder's
+    exchanges_more: bool = False  # layers get more from earlier ones than the hidden states: no stage can hand that on
+    layer_outputs: int = 0  # a layer returns a tuple of so many; 0: the hidden states alone
+    embedding_name: str = "model.embed_tokens"
+    layers_name: str = "model.layers"
+    head_name: str = "lm_head"
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the unsharded model."""
+        return len(self.layers)
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Bytes of one element of the activations and the KV cache."""
+        return dtype_bytes(self.dtype)
+
+    @property
+    def base_name(self) -> str:
+        """The module around the layers, e.g. model: patterns of a plan may leave it out."""
+        return self.layers_name.rpartition(".")[0]
+
+    @property
+    def attentions(self) -> tuple[AttentionSpec, ...]:
+        """Of all layers, in order."""
+        return tuple(attention for layer in self.layers for attention in layer.attentions)
+
+    def layer_of(self, name: str) -> int | None:
+        """The number of the layer that a parameter or module belongs to, None outside the layer list."""
+        match = re.match(re.escape(self.layers_name) + r"\.(\d+)(\.|$)", name)
+        return int(match.group(1)) if match else None
+
+    def style_of(self, name: str) -> str | None:
+        """The style of a parameter: its own entry in the plan, or its module's (as Transformers looks it up)."""
+        pattern = pattern_of(name)
+        return self.styles.get(pattern) or self.styles.get(pattern.rpartition(".")[0])
+
+    def is_cut(self, attention: AttentionSpec) -> bool:
+        """Whether each shard has some of its heads: its output enters the projection that sums over the shards."""
+        prefix = pattern_of(attention.name) + "."
+        return any(style == "rowwise" and pattern.startswith(prefix) for pattern, style in self.styles.items())
+
+    def is_vocabulary(self, name: str) -> bool:
+        """Whether a parameter has a row for each token of the vocabulary."""
+        return name in (f"{self.embedding_name}.weight", f"{self.head_name}.weight", f"{self.head_name}.bias")
+
+    def columns_of(self, parameter: Parameter) -> int | None:
+        """Equal units that its style deals to shards; None where heads or the vocabulary decide, or nothing is cut."""
+        style = STYLES[self.style_of(parameter.name) or "replicate"]
+        attention = self.attention_of(parameter.name)
+        has_heads = attention is not None and self.is_cut(attention)
+        if style.cuts is None or self.is_vocabulary(parameter.name) or has_heads:
+            return None
+        dim = cut_dim(style.cuts, parameter.shape)
+        return None if dim is None else parameter.shape[dim] // style.pieces
+
+    def attention_of(self, name: str) -> AttentionSpec | None:
+        """The attention that a parameter belongs to."""
+        layer = self.layer_of(name)
+        found = [] if layer is None else [a for a in self.layers[layer].attentions if name.startswith(a.name + ".")]
+        return max(found, key=lambda attention: len(attention.name), default=None)
+
+
+def pattern_of(name: str) -> str:
+    """A name with `*` in place of every number, as plans spell it."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def cut_dim(cuts: Literal["rows", "columns"], shape: tuple[int, ...]) -> int | None:
+    """The dimension that is cut; None for the bias of outputs that are summed: it is added once, after the sum."""
+    if len(shape) == 1:
+        return 0 if cuts == "rows" else None
+    return len(shape) - (2 if cuts == "rows" else 1)

@@ -1,0 +1,1 @@
+"""What runs in the next step: lanes, KV blocks, waiting sequences, deadlines, and how long steps take."""

@@ -1,0 +1,64 @@
+"""The blocks that sequences hold: a reused prefix, growth, the naming of what is full, and their release."""
+
+from actors.decisions.schedule.blocks import BlockPool, num_blocks_for
+from actors.decisions.schedule.sequence import Sequence
+
+
+class Holdings:
+    """Changes a sequence's block table and the pool together."""
+
+    def __init__(self, pool: BlockPool, reuses_prefixes: bool) -> None:
+        self.pool = pool
+        self._reuses_prefixes = reuses_prefixes
+
+    def num_blocks(self, num_tokens: int) -> int:
+        """Blocks that hold so many tokens."""
+        return num_blocks_for(num_tokens, self.pool.block_size)
+
+    def check_length(self, num_tokens: int) -> None:
+        """Raises ValueError for a sequence of prompt and generated tokens that the whole cache could not hold."""
+        if (need := self.num_blocks(num_tokens)) > self.pool.num_blocks:
+            raise ValueError(
+                f"{num_tokens} tokens (prompt and max_tokens) need {need} KV blocks, the cache has "
+                f"{self.pool.num_blocks}; shorten the prompt, lower max_tokens, or raise cache.num_blocks"
+            )
+
+    def reuse_prefix(self, sequence: Sequence) -> list[int]:
+        """Take the cached blocks of the longest known prefix → the ids they hold; at least one is left to compute."""
+        if self._reuses_prefixes and not sequence.blocks and not sequence.wants_prompt_logprobs:
+            usable = (len(sequence.ids) - 1) // self.pool.block_size
+            sequence.blocks = self.pool.share(sequence.full_hashes(self.pool.block_size)[:usable])
+            sequence.num_scheduled = len(sequence.blocks) * self.pool.block_size
+        return sequence.ids[: sequence.num_scheduled]
+
+    def grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Blocks for the first `num_tokens` positions; False, and nothing taken, when there are too few."""
+        if num_tokens <= len(sequence.blocks) * self.pool.block_size:
+            return True
+        blocks = self.pool.allocate(self.num_blocks(num_tokens) - len(sequence.blocks))
+        if blocks is None:
+            return False
+        sequence.blocks += blocks
+        return True
+
+    def name_full(self, sequence: Sequence) -> None:
+        """Name the blocks that known ids fill, so that others may share them from the next entry on."""
+        if not self._reuses_prefixes:
+            return
+        num_full = min(sequence.num_scheduled, len(sequence.ids)) // self.pool.block_size
+        if num_full == sequence.num_named:
+            return
+        hashes = sequence.full_hashes(self.pool.block_size)
+        for index in range(sequence.num_named, num_full):
+            self.pool.name(sequence.blocks[index], hashes[index])
+        sequence.num_named = num_full
+
+    def disown(self, sequence: Sequence) -> None:
+        """What its blocks hold is not to be shared: nobody finds them by their names any more."""
+        for block in sequence.blocks:
+            self.pool.unname(block)
+
+    def release(self, sequence: Sequence) -> None:
+        """Give everything back; what is named stays known until its block is needed."""
+        self.pool.release(sequence.blocks)
+        sequence.blocks, sequence.num_scheduled, sequence.num_named = [], 0, 0

@@ -1,0 +1,201 @@
+"""Small kernels for CPU, compiled on first use and kept on disk: what torch would do in several passes over memory.
+
+They take addresses and strides (in elements), so that a call costs a microsecond and views need no copy. `like` is a
+scalar of the element type: uint16 stands for bfloat16, float32 for itself. Sums are in float32.
+T tokens · B decode rows · H KV heads · D dimension of a key (E of a value).
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from cluster.collectives.elements import LIKE, OPTIONS, exp, narrow, pointer, prefetch, wide
+
+__all__ = ["LIKE", "attend_decode", "rms_norm", "rotate", "rotate_and_store", "silu_mul", "weigh"]
+
+
+@njit(**OPTIONS)
+def rms_norm(
+    x: int, weight: int, out: int, num_rows: int, size: int, x_stride: int, out_stride: int, eps: float, like: Any
+) -> None:
+    """Rows [num_rows, size], normed and times the weight [size]; rounded between the two, as Transformers does."""
+    x_p, weight_p, out_p = pointer(x, like), pointer(weight, like), pointer(out, like)
+    for row in range(num_rows):
+        first, first_out = row * x_stride, row * out_stride
+        squares = np.float32(0)
+        for i in range(size):
+            value = wide(x_p[first + i])
+            squares += value * value
+        scale = np.float32(1) / np.sqrt(squares / np.float32(size) + np.float32(eps))
+        for i in range(size):
+            normed = wide(narrow(wide(x_p[first + i]) * scale, like))
+            out_p[first_out + i] = narrow(normed * wide(weight_p[i]), like)
+
+
+@njit(**OPTIONS)
+def silu_mul(
+    gate: int, up: int, out: int, num_rows: int, size: int, gate_stride: int, up_stride: int, like: Any
+) -> None:
+    """silu(gate) × up, rows [num_rows, size]; `out` is contiguous."""
+    gate_p, up_p, out_p = pointer(gate, like), pointer(up, like), pointer(out, like)
+    for row in range(num_rows):
+        first_gate, first_up, first_out = row * gate_stride, row * up_stride, row * size
+        for i in range(size):
+            x = wide(gate_p[first_gate + i])
+            activated = wide(narrow(x / (np.float32(1) + exp(-x)), like))
+            out_p[first_out + i] = narrow(activated * wide(up_p[first_up + i]), like)
+
+
+@njit(**OPTIONS)
+def _rotate_head(
+    x: Any, first: int, out: Any, first_out: int, cos: Any, sin: Any, angle: int, half: int, like: Any
+) -> None:
+    """One head of one token, in Llama's order: number i turns with number i + half."""
+    for i in range(half):
+        a, b = wide(x[first + i]), wide(x[first + half + i])
+        out[first_out + i] = narrow(a * wide(cos[angle + i]) - b * wide(sin[angle + i]), like)
+        turned = b * wide(cos[angle + half + i]) + a * wide(sin[angle + half + i])
+        out[first_out + half + i] = narrow(turned, like)
+
+
+@njit(**OPTIONS)
+def rotate(
+    x: int, cos: int, sin: int, out: int, num_tokens: int, num_heads: int, size: int, x_strides: Any, like: Any
+) -> None:
+    """Rotary embedding in Llama's order: x [T, heads, D] by strides (token, head), cos and sin [T, D] → contiguous."""
+    x_p, cos_p, sin_p, out_p = pointer(x, like), pointer(cos, like), pointer(sin, like), pointer(out, like)
+    half = size // 2
+    for token in range(num_tokens):
+        angle = token * size
+        for head in range(num_heads):
+            first = token * x_strides[0] + head * x_strides[1]
+            first_out = (token * num_heads + head) * size
+            _rotate_head(x_p, first, out_p, first_out, cos_p, sin_p, angle, half, like)
+
+
+@njit(**OPTIONS)
+def rotate_and_store(
+    product: int, cos: int, sin: int, query: int, keys: int, values: int, slots: Any, sizes: Any, like: Any
+) -> None:
+    """Of each token's row of queries, keys and values: rotate the first two, put the last two into the cache.
+
+    Product [T, (heads + 2 H) × D] and cos and sin [T, D] → query [T, heads, D], and in the slots [T] of the cache keys
+    and values [slots, H, D]. `sizes`: (heads, H, D).
+    """
+    num_heads, num_kv_heads, size = sizes
+    product_p, query_p, keys_p = pointer(product, like), pointer(query, like), pointer(keys, like)
+    cos_p, sin_p, values_p = pointer(cos, like), pointer(sin, like), pointer(values, like)
+    half = size // 2
+    for token in range(len(slots)):
+        angle, row = token * size, token * (num_heads + 2 * num_kv_heads) * size
+        for head in range(num_heads + num_kv_heads):
+            first = row + head * size
+            is_query = head < num_heads
+            out_p = query_p if is_query else keys_p
+            place = token * num_heads + head if is_query else slots[token] * num_kv_heads + head - num_heads
+            _rotate_head(product_p, first, out_p, place * size, cos_p, sin_p, angle, half, like)
+        first, out = row + (num_heads + num_kv_heads) * size, slots[token] * num_kv_heads * size
+        for i in range(num_kv_heads * size):
+            values_p[out + i] = product_p[first + i]
+
+
+@njit(**OPTIONS)
+def _locate(cached: Any, tables: Any, position: int, last: int, cache: Any) -> Any:
+    """Where a position's heads begin in keys or values; asks early for those that lie a block further.
+
+    The blocks of a sequence lie anywhere, and no hardware guesses where.
+    """
+    num_kv_heads, dim, block_size, element_bytes = cache
+    block, offset, size = position // block_size, position % block_size, num_kv_heads * dim
+    if position + block_size <= last:
+        ahead = (tables[block + 1] * block_size + offset) * size
+        for i in range(ahead, ahead + size, 64 // element_bytes):
+            prefetch(cached, i)
+    return (tables[block] * block_size + offset) * size
+
+
+@njit(**OPTIONS)
+def _score(queries: Any, scores: Any, keys: Any, tables: Any, first: int, count: int, cache: Any) -> None:
+    """Products of all queries [heads, D] with `count` keys from position `first` on → scores [heads, keys]."""
+    num_kv_heads, dim, _, _ = cache
+    group = queries.shape[0] // num_kv_heads
+    for j in range(count):
+        here = _locate(keys, tables, first + j, first + count - 1, cache)
+        for kv_head in range(num_kv_heads):
+            place = here + kv_head * dim
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                score = np.float32(0)
+                for d in range(dim):
+                    score += queries[head, d] * wide(keys[place + d])
+                scores[head, j] = score
+
+
+@njit(**OPTIONS)
+def weigh(scores: Any, count: int, sink: Any, softcap: float) -> None:
+    """Scores of one head → weights that sum to 1, together with that of its sink: an array of one logit, or of none."""
+    cap = np.float32(softcap)
+    if cap > 0:
+        for j in range(count):
+            scores[j] = np.tanh(scores[j] / cap) * cap
+    highest = sink[0] if len(sink) else scores[0]
+    for j in range(count):
+        highest = max(highest, scores[j])
+    total = exp(sink[0] - highest) if len(sink) else np.float32(0)
+    for j in range(count):
+        scores[j] = exp(scores[j] - highest)
+        total += scores[j]
+    for j in range(count):
+        scores[j] /= total
+
+
+@njit(**OPTIONS)
+def _sum_values(weights: Any, sums: Any, values: Any, tables: Any, first: int, count: int, cache: Any) -> None:
+    """Values weighted [heads, keys] and summed → [heads, E]."""
+    num_kv_heads, dim, _, _ = cache
+    group = sums.shape[0] // num_kv_heads
+    sums[:] = np.float32(0)
+    for j in range(count):
+        here = _locate(values, tables, first + j, first + count - 1, cache)
+        for kv_head in range(num_kv_heads):
+            place = here + kv_head * dim
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                weight = weights[head, j]
+                for e in range(dim):
+                    sums[head, e] += weight * wide(values[place + e])
+
+
+@njit(**OPTIONS)
+def attend_decode(
+    addresses: Any, rows: Any, sinks: Any, sizes: Any, query_strides: Any, scaling: float, softcap: float, like: Any
+) -> None:
+    """One query a row over the keys that it sees, straight out of the blocks of the cache.
+
+    `addresses`: of queries [B, heads, D] by strides (row, head), keys [blocks, block size, H, D], values [blocks, block
+    size, H, E], and of what is filled, [B, heads, E]. `rows`, arrays of int64: tables [sequences, blocks], and of each
+    row its place among them, its position, which is the last that it sees, and the first that it sees.
+    `sinks`: float32 [heads], or nothing. `sizes`: (heads, H, D, E, block size, bytes of an element). `softcap` 0: none.
+    """
+    query, keys, values, out = addresses
+    tables, places, positions, first_keys = rows
+    num_heads, num_kv_heads, key_dim, value_dim, block_size, element_bytes = sizes
+    query_p, keys_p, values_p = pointer(query, like), pointer(keys, like), pointer(values, like)
+    out_p = pointer(out, like)
+    longest = (positions - first_keys).max() + 1
+    scores = np.empty((num_heads, longest), np.float32)
+    queries = np.empty((num_heads, key_dim), np.float32)
+    sums = np.empty((num_heads, value_dim), np.float32)
+    for row in range(len(places)):
+        table, first, count = tables[places[row]], first_keys[row], positions[row] + 1 - first_keys[row]
+        for head in range(num_heads):
+            place = row * query_strides[0] + head * query_strides[1]
+            for d in range(key_dim):
+                queries[head, d] = wide(query_p[place + d]) * np.float32(scaling)
+        _score(queries, scores, keys_p, table, first, count, (num_kv_heads, key_dim, block_size, element_bytes))
+        for head in range(num_heads):
+            weigh(scores[head], count, sinks[head : head + 1], softcap)
+        _sum_values(scores, sums, values_p, table, first, count, (num_kv_heads, value_dim, block_size, element_bytes))
+        for head in range(num_heads):
+            place = (row * num_heads + head) * value_dim
+            for e in range(value_dim):
+                out_p[place + e] = narrow(sums[head, e], like)

@@ -1,0 +1,197 @@
+"""Attention of single tokens by AVX-512's own dot product: 16 keys at a time, straight out of the blocks of the cache.
+
+As `kernels.attend_decode`, for bfloat16 and sizes that fill vectors: as fast as the memory brings keys and values.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit, types
+from numba.extending import intrinsic
+
+from actors.tensors.backends.cpu.avx512 import F32, I64, SUMS, WIDTH, Writer, has_dot_product
+from actors.tensors.backends.cpu.kernels import weigh
+from cluster.collectives.elements import OPTIONS, narrow, pointer
+
+# Up to so many keys a prompt's tokens are as fast one by one as by torch, with few keys twice as fast
+LONGEST = 4096
+_VALUES_AT_ONCE = 4  # vectors of a value: its sums stay in registers while the keys go by
+
+
+def suits(dtype: torch.dtype, device: torch.device, block_size: int, key_dim: int, value_dim: int) -> bool:
+    """Whether this CPU has the instruction, and such a cache is read by whole vectors."""
+    if device.type != "cpu" or dtype != torch.bfloat16 or not has_dot_product():
+        return False
+    return key_dim % (2 * WIDTH) == 0 and value_dim % (_VALUES_AT_ONCE * WIDTH) == 0 and block_size % WIDTH == 0
+
+
+@intrinsic
+def _score(
+    typing_context: Any, query: Any, keys: Any, key_step: Any, num_parts: Any, scores: Any, ahead: Any, ahead_step: Any
+) -> Any:
+    """One query by 16 keys, `key_step` bytes apart, in parts of 32 numbers → 16 float32 scores; addresses.
+
+    Meanwhile it asks for 16 lines from `ahead` on, `ahead_step` bytes apart.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        query, keys, key_step, num_parts, scores, ahead, ahead_step = arguments
+        writer = Writer(builder)
+        rows = [writer.moved(keys, key_step, I64(key)) for key in range(WIDTH)]
+        for key in range(WIDTH):
+            writer.ask_for(writer.at(writer.moved(ahead, ahead_step, I64(key))))
+
+        def add(part: Any, sums: list[Any]) -> list[Any]:
+            numbers = writer.load_pairs(writer.at(query, part, 4 * WIDTH))
+            loaded = (writer.load_pairs(writer.at(row, part, 4 * WIDTH)) for row in rows)
+            return [writer.add_dot(sum_, numbers, key) for sum_, key in zip(sums, loaded, strict=True)]
+
+        summed = writer.loop(num_parts, [SUMS([0.0] * WIDTH)] * WIDTH, add)
+        builder.store(writer.sums_within(summed), writer.at(scores), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 7), generate
+
+
+def _adding(num_heads: int) -> Any:
+    """A function for so many heads that share their values."""
+
+    @intrinsic
+    def add_values(
+        typing_context: Any, weights: Any, weight_step: Any, values: Any, value_step: Any, num_values: Any, sums: Any,
+        sum_step: Any, ahead: Any, ahead_step: Any,
+    ) -> Any:  # fmt: skip
+        """To each head's 64 float32 sums, values `value_step` bytes apart, each times its float32 weight; addresses.
+
+        With each value it asks for a line from `ahead` on, `ahead_step` bytes further for the next one.
+        """
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            weights, weight_step, values, value_step, num_values, sums, sum_step, ahead, ahead_step = arguments
+            writer = Writer(builder)
+            heads, parts = range(num_heads), range(_VALUES_AT_ONCE)
+            of_heads = [writer.moved(weights, weight_step, I64(head)) for head in heads]
+            targets = [
+                writer.at(writer.moved(sums, sum_step, I64(head)), first=4 * WIDTH * part)
+                for head in heads
+                for part in parts
+            ]
+
+            def add(index: Any, sums: list[Any]) -> list[Any]:
+                writer.ask_for(writer.at(writer.moved(ahead, ahead_step, index)))
+                value = writer.moved(values, value_step, index)
+                wide = [writer.load_wide(writer.at(value, first=2 * WIDTH * part)) for part in parts]
+                factors = [
+                    writer.everywhere(builder.load(writer.at(of_head, index, 4), typ=F32, align=4), SUMS)
+                    for of_head in of_heads
+                ]
+                return [
+                    writer.add_product(sums[head * _VALUES_AT_ONCE + part], factors[head], wide[part])
+                    for head in heads
+                    for part in parts
+                ]
+
+            before = [builder.load(target, typ=SUMS, align=4) for target in targets]
+            for target, sum_ in zip(targets, writer.loop(num_values, before, add), strict=True):
+                builder.store(sum_, target, align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 9), generate
+
+    return add_values
+
+
+_add_values, _add_values_of_two = _adding(1), _adding(2)
+
+
+@njit(**OPTIONS)
+def _place(tables: Any, tile: int, block_size: int) -> int:
+    """The slot of a tile's first key."""
+    first = tile * WIDTH
+    return int(tables[first // block_size]) * block_size + first % block_size
+
+
+@njit(**OPTIONS)
+def _score_row(
+    query: int, query_step: int, keys: int, ahead: int, scores: int, seen: Any, table: Any, sizes: Any
+) -> None:
+    """All heads of a row by all tiles of keys that it sees → scores [heads, `longest`]; addresses, steps in bytes."""
+    num_heads, group, dim, key_step, block_size, longest = sizes
+    first_tile, end_tile = seen
+    share = key_step // num_heads
+    for tile in range(first_tile, end_tile):
+        here = keys + _place(table, tile, block_size) * key_step
+        following = keys + _place(table, tile + 1, block_size) * key_step if tile + 1 < end_tile else ahead
+        for head in range(num_heads):
+            target = scores + 4 * (head * longest + (tile - first_tile) * WIDTH)
+            asked = following + head * WIDTH * share
+            _score(query + head * query_step, here + head // group * 2 * dim, key_step, dim // 32, target, asked, share)
+
+
+@njit(**OPTIONS)
+def _sum_row(
+    weights: int, values: int, ahead: int, sums: int, seen: Any, skipped: int, end: int, table: Any, sizes: Any
+) -> None:
+    """All heads' values of the tiles that a row sees, weighted → sums [heads, E]; addresses.
+
+    The first `skipped` and those from `end` on are not read: they may be anything.
+    """
+    num_heads, group, dim, value_step, block_size, longest = sizes
+    first_tile, end_tile = seen
+    at_once = 2 if group % 2 == 0 else 1
+    num_parts = dim // (_VALUES_AT_ONCE * WIDTH)
+    share = value_step * at_once // (num_heads * num_parts)
+    for tile in range(first_tile, end_tile):
+        skip = skipped if tile == first_tile else 0
+        count = min(WIDTH, end - (tile - first_tile) * WIDTH) - skip
+        here = values + _place(table, tile, block_size) * value_step + skip * value_step
+        asked = values + _place(table, tile + 1, block_size) * value_step if tile + 1 < end_tile else ahead
+        for head in range(0, num_heads, at_once):
+            of_head = weights + 4 * (head * longest + (tile - first_tile) * WIDTH + skip)
+            for part in range(num_parts):
+                first = part * _VALUES_AT_ONCE * WIDTH
+                place, target = here + 2 * (head // group * dim + first), sums + 4 * (head * dim + first)
+                if at_once == 2:
+                    _add_values_of_two(of_head, 4 * longest, place, value_step, count, target, 4 * dim, asked, share)
+                else:
+                    _add_values(of_head, 4 * longest, place, value_step, count, target, 4 * dim, asked, share)
+                asked += WIDTH * share
+
+
+@njit(**OPTIONS)
+def attend_decode(
+    addresses: Any, rows: Any, sinks: Any, sizes: Any, query_strides: Any, scaling: float, softcap: float, like: Any
+) -> None:
+    """See `kernels.attend_decode`."""
+    query, keys, values, out = addresses
+    tables, places, positions, first_keys = rows
+    num_heads, num_kv_heads, key_dim, value_dim, block_size, element_bytes = sizes
+    group, row_bytes = num_heads // num_kv_heads, element_bytes * num_kv_heads
+    key_step, value_step = row_bytes * key_dim, row_bytes * value_dim
+    first_tiles, end_tiles = first_keys // WIDTH, positions // WIDTH + 1
+    longest = (end_tiles - first_tiles).max() * WIDTH
+    scores, sums = np.empty((num_heads, longest), np.float32), np.empty((num_heads, value_dim), np.float32)
+    out_p = pointer(out, like)
+    for row in range(len(places)):
+        table, count, skipped = tables[places[row]], positions[row] + 1 - first_keys[row], first_keys[row] % WIDTH
+        seen = first_tiles[row], end_tiles[row]
+        ahead = values + _place(table, seen[0], block_size) * value_step
+        of_row = query + 2 * row * query_strides[0]
+        key_sizes = num_heads, group, key_dim, key_step, block_size, longest
+        _score_row(of_row, 2 * query_strides[1], keys, ahead, scores.ctypes.data, seen, table, key_sizes)
+        for head in range(num_heads):
+            of_head = scores[head, skipped : skipped + count]
+            for i in range(count):
+                of_head[i] *= np.float32(scaling)
+            weigh(of_head, count, sinks[head : head + 1], softcap)
+        sums[:] = np.float32(0)
+        following = min(row + 1, len(places) - 1)
+        ahead = keys + _place(tables[places[following]], first_tiles[following], block_size) * key_step
+        value_sizes = num_heads, group, value_dim, value_step, block_size, longest
+        here = scores.ctypes.data
+        _sum_row(here, values, ahead, sums.ctypes.data, seen, skipped, skipped + count, table, value_sizes)
+        for head in range(num_heads):
+            place = (row * num_heads + head) * value_dim
+            for e in range(value_dim):
+                out_p[place + e] = narrow(sums[head, e], like)

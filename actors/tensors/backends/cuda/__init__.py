@@ -1,0 +1,1 @@
+"""The CUDA backend: paged attention, decode steps over static buffers, CUDA graphs."""

@@ -1,0 +1,99 @@
+"""Decode steps captured in CUDA graphs: one launch a step, the all-reduces inside, memory shared by all of them.
+
+This has never run on a GPU. Each graph proves itself at start-up: it must give what the same step gives uncaptured,
+on every shard, or all shards go on without graphs.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+import torch
+
+from actors.decisions.schedule.buckets import Bucket
+from actors.tensors.backends.cuda.decode_step import DecodeRows, DecodeStep
+from cluster.collectives.interface import StageGroup, all_agree
+
+logger = logging.getLogger(__name__)
+
+_CUDA = torch.device("cuda")
+
+Result = TypeVar("Result")
+
+
+class Runnable(Protocol):
+    """A decode step of one bucket, captured or not; see DecodeStep."""
+
+    def fill(self, rows: DecodeRows) -> None:
+        """Put a step into the buffers."""
+
+    def places(self, num_rows: int) -> torch.Tensor:
+        """Where the first rows stand in the sequence table."""
+
+    def run(self) -> torch.Tensor:
+        """Hidden states or logits [B, *]."""
+
+
+class CapturedStep:
+    """A DecodeStep as a CUDA graph. What `run` returns is written anew by the next `run`."""
+
+    def __init__(self, step: DecodeStep, pool: object, stream: torch.cuda.Stream) -> None:
+        self.fill, self.places = step.fill, step.places
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads of this process (heartbeats, NCCL's watchdog) may call CUDA meanwhile
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):  # type: ignore[arg-type]
+            self._output = step.run()
+
+    def run(self) -> torch.Tensor:
+        """One replay on the current stream."""
+        self._graph.replay()
+        return self._output
+
+
+def capture(steps: dict[Bucket, DecodeStep], group: StageGroup) -> dict[Bucket, CapturedStep]:
+    """Capture steps, which hold padding only, in the order given; all shards call it at once.
+
+    → the same buckets, or nothing at all where any shard could not: the reason is logged there.
+    """
+    captured: dict[Bucket, CapturedStep] = {}
+    pool = torch.cuda.graph_pool_handle()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    for number, (bucket, step) in enumerate(steps.items(), 1):
+        expected = _on(stream, step.run)  # what is done first, is done here: plans, workspaces, autotuning
+        # A vote before the replay: the all-reduces in it need every shard
+        made = _attempt(bucket, functools.partial(CapturedStep, step, pool, stream))
+        if not all_agree(group, made is not None, _CUDA):
+            return {}
+        assert made is not None
+        if not all_agree(group, bool(_attempt(bucket, functools.partial(_check, made.run(), expected))), _CUDA):
+            return {}
+        captured[bucket] = made
+        logger.info(
+            "captured decode graph %d of %d: %d rows of %d blocks",
+            number, len(steps), bucket.num_rows, bucket.num_blocks,
+        )  # fmt: skip
+    return captured
+
+
+def _on(stream: torch.cuda.Stream, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Run on another stream, between what was launched before and what comes after."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        result = work().clone()
+    torch.cuda.current_stream().wait_stream(stream)
+    return result
+
+
+def _check(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Raises AssertionError where a replay differs from the step that was captured."""
+    torch.testing.assert_close(found.float(), expected.float(), rtol=0.02, atol=0.02)
+    return True
+
+
+def _attempt(bucket: Bucket, work: Callable[[], Result]) -> Result | None:
+    try:
+        return work()
+    except (RuntimeError, AssertionError) as error:
+        logger.warning("decode runs without CUDA graphs: %s: %s", bucket, error)
+        return None

@@ -1,0 +1,67 @@
+"""Reads how far tokens see from the mask function that a model builds, by asking it; no family's config keys."""
+
+import inspect
+import math
+from collections.abc import Callable
+from types import CellType, FunctionType
+from typing import Any
+
+import torch
+
+from actors.decisions.model.spec import Sight
+from actors.words.errors import UnsupportedModel
+
+MaskFunction = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]
+
+_MOST_POSITIONS = 1 << 18  # asked about; a window wider than that is no window to us
+
+
+def read_sight(mask_function: MaskFunction, max_position: int) -> Sight:
+    """The Sight that agrees with a function (batch, head, query position, key position) → visible.
+
+    Raises UnsupportedModel when none does: tokens that see the future, or patterns that are no window and no chunk.
+    """
+    mask_function = _without_tensors(mask_function)
+    last = min(max_position, _MOST_POSITIONS) - 1
+    queries = sorted({*range(min(last + 1, 64)), last, *(last * part // 23 for part in range(23))})
+    keys = torch.arange(last + 1)
+    firsts = []
+    for query in queries:
+        visible = torch.as_tensor(mask_function(0, 0, torch.tensor(query), keys)).expand(last + 1)
+        first = int(visible.int().argmax())
+        if not torch.equal(visible, (keys >= first) & (keys <= query)):
+            raise UnsupportedModel(
+                f"the mask of token {query} is not a run of tokens up to itself; no rule covers that"
+            )
+        firsts.append(first)
+    return _fit(queries, firsts)
+
+
+def _fit(queries: list[int], firsts: list[int]) -> Sight:
+    candidates = [Sight()]
+    if any(firsts):
+        candidates += [Sight(window=max(query - first + 1 for query, first in zip(queries, firsts, strict=True)))]
+        candidates += [Sight(chunk=math.gcd(*firsts))]
+    for sight in candidates:
+        if all(sight.first_key(query) == first for query, first in zip(queries, firsts, strict=True)):
+            return sight
+    raise UnsupportedModel("the attention mask is neither a window nor a chunk; no rule covers it")
+
+
+def _without_tensors(function: Any) -> Any:
+    """The same function with zeros for the tensors that it closes over: the padding of a batch, of which there is none.
+
+    They were made while tensors had no values, so that they cannot be asked.
+    """
+    if not inspect.isfunction(function) or not function.__closure__:
+        return function
+    cells = tuple(CellType(_without_tensors_in(cell.cell_contents)) for cell in function.__closure__)
+    return FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+
+
+def _without_tensors_in(held: Any) -> Any:
+    if isinstance(held, torch.Tensor):
+        return torch.zeros(held.shape, dtype=held.dtype)
+    if isinstance(held, tuple):
+        return tuple(_without_tensors_in(item) for item in held)
+    return _without_tensors(held)

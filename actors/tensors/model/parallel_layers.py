@@ -1,0 +1,171 @@
+"""The parallel layers: plain tensors and one collective, put in place of a model's own by the style of its plan."""
+
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import nn
+
+from actors.decisions.model.shard_plan import Interval
+from actors.tensors.model.linear import LinearMethod, packing_of
+from actors.words.errors import UnsupportedModel
+from cluster.collectives.interface import StageGroup
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def may_be_packed(layer: nn.Linear) -> bool:
+    """Whether its weight may be kept in another order: its forward is ours, and nobody else uses the weight."""
+    return type(layer).__module__ == __name__ and layer.weight.numel() > 0 and packing_of(layer.weight) is not None
+
+
+class ParallelLinear(nn.Linear):
+    """A linear layer of which this rank holds a part."""
+
+    method: LinearMethod
+    group: StageGroup
+
+    def place(self, group: StageGroup, method: LinearMethod) -> Self:
+        """Say with whom and how it multiplies."""
+        self.group = group
+        self.method = method
+        return self
+
+
+class ColwiseLinear(ParallelLinear):
+    """Some rows of the weight: the whole input gives this shard's part of the output. Nothing is exchanged."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - nn.Linear's name
+        """[*, in] → [*, out on this shard]."""
+        return self.method.multiply(self, input, self.bias)
+
+
+class RowwiseLinear(ParallelLinear):
+    """Some columns of the weight: this shard's part of the input gives a summand of the whole output."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - nn.Linear's name
+        """[*, in on this shard] → [*, out], the same bits on every shard. The bias is added once, after the sum."""
+        out = self.group.all_reduce(self.method.multiply(self, input, None))
+        return out if self.bias is None else out.add_(self.bias)
+
+
+class GatheredColwiseLinear(ColwiseLinear):
+    """Some rows of the weight, and then everybody's output."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - nn.Linear's name
+        """[*, in] → [*, out], the same on every shard."""
+        return gather_last(self.group, super().forward(input))
+
+
+class SplitInputRowwiseLinear(RowwiseLinear):
+    """Some columns of the weight, for an input that every shard has whole."""
+
+    columns: Interval
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - nn.Linear's name
+        """[*, in] → [*, out]."""
+        return super().forward(input[..., slice(*self.columns)])
+
+
+class ColwiseEmbedding(nn.Embedding):
+    """Some of the hidden size of every row, and then everybody's."""
+
+    group: StageGroup
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - nn.Embedding's name
+        """Ids [*] → [*, hidden]."""
+        return gather_last(self.group, super().forward(input))
+
+
+def norm_eps(module: nn.Module) -> Any:
+    """The epsilon of a root-mean-square norm, whatever its family calls it; None where there is none."""
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
+class ColwiseRMSNorm(nn.Module):
+    """A root-mean-square norm over the heads of all shards, of which this one has some."""
+
+    weight: torch.Tensor  # [n on this shard]
+    group: StageGroup
+    eps: float
+
+    @classmethod
+    def place(cls, module: nn.Module, group: StageGroup) -> None:
+        """Put it in a norm's place. Raises UnsupportedModel for a norm of another kind."""
+        eps = norm_eps(module)
+        if eps is None or {name for name, _ in module.named_parameters()} != {"weight"}:
+            raise UnsupportedModel(f"{type(module).__name__} is no root-mean-square norm; it cannot be cut")
+        module.__class__ = cls
+        module.group, module.eps = group, eps  # type: ignore[assignment]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[*, n] → [*, n]. Where shards have the same heads, all heads are had as often: the mean stays what it is."""
+        wide = x.float()
+        squares = self.group.all_reduce(wide.pow(2).sum(-1, keepdim=True))
+        mean = squares / (x.shape[-1] * self.group.size)
+        return (self.weight * (wide * torch.rsqrt(mean + self.eps))).to(x.dtype)
+
+
+class VocabParallelEmbedding(nn.Embedding):
+    """Some rows of the table: other shards' ids look up nothing, and the sum over the shards is whole."""
+
+    group: StageGroup
+    rows: Interval
+
+    def place(self, group: StageGroup, rows: Interval) -> Self:
+        """Say which rows these are, and who has the others."""
+        self.group = group
+        self.rows = rows
+        return self
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - nn.Embedding's name
+        """Ids [*] → [*, hidden]."""
+        if self.group.size == 1:
+            return nn.functional.embedding(input, self.weight)
+        first, end = self.rows
+        is_elsewhere = (input < first) | (input >= end)
+        hidden = nn.functional.embedding((input - first).masked_fill_(is_elsewhere, 0), self.weight)
+        return self.group.all_reduce(hidden.masked_fill_(is_elsewhere.unsqueeze(-1), 0))
+
+
+def gather_last(group: StageGroup, part: torch.Tensor) -> torch.Tensor:
+    """Every shard's part [*, n], equal in size → [*, n × shards], in shard order."""
+    return torch.cat(tuple(group.all_gather(part.contiguous())), dim=-1)
+
+
+class PassThrough(nn.Module):
+    """Stands for a module of another stage: gives its first argument on, whatever else comes."""
+
+    def __init__(self, num_outputs: int = 0) -> None:
+        """`num_outputs`: the length of the tuple that the module returned, 0 for a tensor alone."""
+        super().__init__()
+        self.num_outputs = num_outputs
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """[*] → the same."""
+        return (hidden_states, *[None] * (self.num_outputs - 1)) if self.num_outputs else hidden_states
+
+
+class NoEmbedding(nn.Module):
+    """Stands for the embedding on later stages: zeros of the right shape, for what comes before the first layer."""
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.weight = torch.zeros(hidden_size, dtype=dtype, device=device)  # some models ask its dtype and device
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids [*] → zeros [*, hidden], without memory."""
+        return self.weight.expand(*ids.shape, -1)
+
+
+def rebase(module: nn.Module, base: type[Layer]) -> Layer:
+    """Turn a model's own module into one of the parallel layers, in place, and keep what its subclass adds.
+
+    A subclass that scales in `forward` around `super().forward` (Gemma's embedding) then scales around ours.
+    """
+    original = type(module)
+    plain = nn.Linear if issubclass(base, nn.Linear) else nn.Embedding
+    if not issubclass(original, plain):
+        raise UnsupportedModel(f"{original.__name__} is no {plain.__name__}: no parallel layer stands for it")
+    module.__class__ = base if original is plain else type(original.__name__, (original, base), {})
+    assert isinstance(module, base)
+    return module

@@ -1,0 +1,69 @@
+"""Gives a model's modules the parallel form that their style names."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from actors.decisions.model.shard_plan import Interval
+from actors.decisions.model.styles import STYLES
+from actors.tensors.model.linear import Dense
+from actors.tensors.model.parallel_layers import (
+    ColwiseEmbedding,
+    ColwiseLinear,
+    ColwiseRMSNorm,
+    GatheredColwiseLinear,
+    ParallelLinear,
+    RowwiseLinear,
+    SplitInputRowwiseLinear,
+    VocabParallelEmbedding,
+    rebase,
+)
+from cluster.collectives.interface import StageGroup
+
+_LINEAR: dict[str, type[ParallelLinear]] = {
+    "colwise": ColwiseLinear,
+    "packed_colwise": ColwiseLinear,
+    "qkv_colwise": ColwiseLinear,
+    "colwise_gather_output": GatheredColwiseLinear,
+    "rowwise": RowwiseLinear,
+    "rowwise_split_input": SplitInputRowwiseLinear,
+}
+
+
+def parallelise(module: nn.Module, style: str, group: StageGroup, interval: Interval, is_head: bool = False) -> None:
+    """`interval`: what this shard has of the dimension that is cut. Raises UnsupportedModel where no layer is ready.
+
+    The head's logits stay cut by vocabulary: the sampler never needs the gather that `colwise_gather_output` names.
+    """
+    assert style in STYLES, style
+    if is_head:
+        rebase(module, ColwiseLinear).place(group, Dense())
+        return
+    match style:
+        case _ if style in _LINEAR:
+            linear = rebase(module, _LINEAR[style]).place(group, Dense())
+            if isinstance(linear, SplitInputRowwiseLinear):
+                linear.columns = interval
+        case "embedding_rowwise":
+            rebase(module, VocabParallelEmbedding).place(group, interval)
+        case "embedding_colwise":
+            rebase(module, ColwiseEmbedding).group = group
+        case "norm_colwise":
+            ColwiseRMSNorm.place(module, group)
+        case "moe_tp_experts" | "all_reduce":
+            _after(module, lambda output: group.all_reduce(output.contiguous()))
+        case "moe_identity_expert":
+            _after(module, lambda output: output / group.size)
+        case _:
+            pass  # every shard holds it whole
+
+
+def _after(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Change what a module returns."""
+
+    def hook(called: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        return change(output)
+
+    module.register_forward_hook(hook)

@@ -1,0 +1,215 @@
+"""Asks a model what it is: one pass on shapes alone records what it hands to attention and who runs before whom.
+
+The model's own code says how many heads each attention has, how far its tokens see, where the layers are, and what runs
+before and after them. Nothing is read from config keys, whose names and meaning differ from family to family. No memory
+is spent on weights, so that the largest models take a second.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.moe import ExpertsInterface
+
+from actors.decisions.model.spec import Sight
+from actors.tensors.model.mask_reader import MaskFunction, read_sight
+from actors.tensors.model.position_only_cache import ProbedPast
+from actors.words.errors import UnsupportedModel
+
+PROBE_NAME = "stagemesh_probe"  # as attention implementation and as mask function
+_NUM_TOKENS = 8
+
+# Arguments of the attention function that do not change what it computes for us.
+_HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "is_causal", "position_embeddings"})
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What one attention module handed over."""
+
+    module: nn.Module
+    num_heads: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    sight: Sight
+    softcap: float | None
+    has_sinks: bool
+
+
+@dataclass
+class Trace:
+    """What a pass showed, in order."""
+
+    attentions: list[AttentionCall] = field(default_factory=list)
+    calls: list[str] = field(default_factory=list)  # names of layers and of modules outside them that hold tensors
+    state_shapes: set[tuple[int, ...]] = field(default_factory=set)  # of what enters the layers, for one token
+    layer_outputs: set[int] = field(default_factory=set)  # lengths of the tuples that layers return, 0 for a tensor
+    exchanges_more: bool = False  # whether a layer gets more from an earlier one than the hidden states
+
+
+class Probe:
+    """Runs a model that is `on_shapes` and records."""
+
+    def __init__(self, model: PreTrainedModel, layers_name: str, max_position: int) -> None:
+        self.trace = Trace()
+        self._model = model
+        self._layers_name = layers_name
+        self._max_position = max_position
+        self._masks: list[tuple[torch.Tensor, MaskFunction]] = []  # that the model made, used or not
+        self._sights: dict[MaskFunction, Sight] = {}  # of those that are used
+        self._extras: list[torch.Tensor] = []  # what layers returned beside the hidden states
+
+    def run(self) -> Trace:
+        """Raises UnsupportedModel when the pass fails, or hands to attention what is not understood."""
+        AttentionInterface.register(PROBE_NAME, self._attend)
+        AttentionMaskInterface.register(PROBE_NAME, self._mask)
+        hooks = [hook for name, module in self._model.named_modules() for hook in self._hooks(name, module)]
+        ids = torch.zeros(1, _NUM_TOKENS, dtype=torch.int64)
+        arguments: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "use_cache": False}
+        arguments["position_ids"] = torch.arange(_NUM_TOKENS).unsqueeze(0)
+        past = ProbedPast()
+        try:
+            with torch.inference_mode():
+                self._model(input_ids=ids, past_key_values=past, **arguments)
+        except UnsupportedModel:
+            raise
+        except Exception as error:
+            self._refuse_state(past)
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            raise UnsupportedModel(
+                f"{type(self._model).__name__}: its forward cannot be followed on shapes alone ({reason})"
+            ) from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._refuse_state(past)
+        return self.trace
+
+    def _refuse_state(self, past: ProbedPast) -> None:
+        if past.wanted:
+            raise UnsupportedModel(
+                f"{type(self._model).__name__} keeps more from token to token than keys and values "
+                f"(its cache is asked for {', '.join(sorted(past.wanted))}), such as recurrent states or shared keys; "
+                "that is not built"
+            )
+
+    def _hooks(self, name: str, module: nn.Module) -> Iterator[Any]:
+        parent, _, last = name.rpartition(".")
+        if parent == self._layers_name and last.isdigit():
+            yield module.register_forward_pre_hook(self._entering(name), with_kwargs=True)
+            yield module.register_forward_hook(self._left)
+        elif not name.startswith(self._layers_name + ".") and _holds_tensors(module):
+            yield module.register_forward_pre_hook(lambda *_: self.trace.calls.append(name))
+
+    def _entering(self, name: str) -> Callable[..., None]:
+        def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.trace.calls.append(name)
+            state = args[0] if args else kwargs.get("hidden_states")
+            assert isinstance(state, torch.Tensor), "no hidden states enter the layer"
+            assert tuple(state.shape[:2]) == (1, _NUM_TOKENS), f"{tuple(state.shape)} is not [1, tokens, ...]"
+            self.trace.state_shapes.add(tuple(state.shape[2:]))
+            given = [leaf for leaf in tree_leaves((args[1:], kwargs)) if leaf is not state]
+            self.trace.exchanges_more |= any(leaf is extra for leaf in given for extra in self._extras)
+
+        return enter
+
+    def _left(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.trace.layer_outputs.add(len(output) if isinstance(output, tuple) else 0)
+        if isinstance(output, tuple):
+            self._extras += [leaf for leaf in tree_leaves(output[1:]) if isinstance(leaf, torch.Tensor)]
+
+    def _mask(self, q_length: int, kv_length: int, mask_function: MaskFunction, **kwargs: Any) -> torch.Tensor:
+        """Transformers' mask interface: notes what the function lets see, and gives a token for it."""
+        mask = torch.empty(1, 1, q_length, kv_length, dtype=torch.bool)
+        self._masks.append((mask, mask_function))
+        return mask
+
+    def _sight(self, mask: torch.Tensor | None, module: nn.Module) -> Sight:
+        function = next((function for made, function in self._masks if made is mask), None)
+        if function is None:
+            raise UnsupportedModel(f"{self._who(module)} makes a mask of its own; no rule says who sees what")
+        if function not in self._sights:
+            with unset_fake_temporarily():
+                self._sights[function] = read_sight(function, self._max_position)
+        return self._sights[function]
+
+    def _attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """Transformers' attention interface: query [1, heads, T, D], key and value [1, H, T, D]."""
+        unknown = sorted(name for name, given in kwargs.items() if _is_meant(name, given))
+        if unknown:
+            raise UnsupportedModel(f"{self._who(module)} hands {', '.join(unknown)} to attention; no rule covers that")
+        sight = self._sight(attention_mask, module)
+        if sliding_window not in (None, sight.window) and not _sees_all(sliding_window, self._max_position, sight):
+            raise UnsupportedModel(
+                f"{self._who(module)} asks for a window of {sliding_window}, its mask for {sight.window}"
+            )
+        self.trace.attentions.append(
+            AttentionCall(
+                module, query.shape[1], key.shape[1], key.shape[3], value.shape[3], sight, softcap, s_aux is not None
+            )
+        )
+        return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3]), None
+
+    def _who(self, module: nn.Module) -> str:
+        return f"{type(self._model).__name__}: {type(module).__name__}"
+
+
+def register_probe() -> None:
+    """Make PROBE_NAME known, so that a model can be built with it."""
+    AttentionInterface.register(PROBE_NAME, _unprobed)
+    ExpertsInterface.register(PROBE_NAME, _experts)
+
+
+@contextmanager
+def on_shapes(model: PreTrainedModel) -> Iterator[None]:
+    """While it lasts, tensors have shapes and no memory; the model's parameters, on meta until then, become such."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        known: dict[int, nn.Parameter] = {}  # tied ones stay one
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if id(parameter) not in known:
+                    shape = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    known[id(parameter)] = nn.Parameter(shape, requires_grad=False)
+                setattr(module, name, known[id(parameter)])
+        yield
+
+
+def _experts(module: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Transformers' experts interface; which experts are hit has no answer on shapes."""
+    return torch.empty_like(hidden_states)
+
+
+def _unprobed(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("this model is run through a Probe only")
+
+
+def _holds_tensors(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False))
+
+
+def _sees_all(window: int, max_position: int, sight: Sight) -> bool:
+    return sight == Sight() and window >= max_position
+
+
+def _is_meant(name: str, given: Any) -> bool:
+    return given is not None and name not in _HARMLESS and not name.startswith("output_")

@@ -1,0 +1,114 @@
+"""Builds the unsharded Transformers model as a skeleton: parameters on meta, buffers real."""
+
+import hashlib
+import json
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from actors.tensors.attention.layer import ATTENTION_NAME, paged_attention
+from actors.words.errors import UnsupportedModel
+
+_patch_lock = threading.Lock()
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """config.json as Transformers reads it, code from the checkpoint never run.
+
+    Raises UnsupportedModel by name for what cannot be served correctly, ValueError when the file cannot be read.
+    """
+    path = folder / "config.json"
+    try:
+        raw: dict[str, Any] = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.source: {path} cannot be read: {error}") from error
+    architecture = ", ".join(raw.get("architectures") or []) or "no architecture"
+    if "auto_map" in raw:
+        raise UnsupportedModel(f"{architecture}: {path} needs code from the checkpoint (auto_map), which is never run")
+    if raw.get("quantization_config"):
+        raise UnsupportedModel(f"{architecture}: {path} names a quantization_config; use the unquantised checkpoint")
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.source: {path} cannot be read by Transformers: {error}") from error
+    assert isinstance(config, PretrainedConfig)
+    return config
+
+
+def config_digest(folder: Path) -> str:
+    """Tells apart configs that mean different models; who saved them, and how they are spelled, does not matter."""
+    raw: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
+    meant = {key: value for key, value in raw.items() if key not in ("transformers_version", "_name_or_path")}
+    return hashlib.sha256(json.dumps(meant, sort_keys=True).encode()).hexdigest()
+
+
+def build_model(
+    config: PretrainedConfig, dtype: torch.dtype, attention: str, experts: str | None = None
+) -> PreTrainedModel:
+    """The whole ForCausalLM in eval mode; `attention` and `experts` name implementations (None: Transformers' own)."""
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation=attention, experts_implementation=experts, dtype=dtype
+    )
+    assert isinstance(model, PreTrainedModel)
+    return model.eval()
+
+
+def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The whole ForCausalLM in eval mode, attention going through `paged_attention`.
+
+    No memory is spent on parameters. Buffers (rotary frequencies) hold their real values, so that nothing has to be
+    recomputed. No mask function is registered: masks are then None, and what a layer sees is up to us.
+    """
+    AttentionInterface.register(ATTENTION_NAME, paged_attention)
+    with parameters_on_meta():
+        return build_model(config, dtype, ATTENTION_NAME)
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """While it lasts, every parameter that a module registers goes to the meta device; buffers are left alone."""
+    with _patch_lock:
+        register = nn.Module.register_parameter
+
+        def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+            if param is not None:
+                param = nn.Parameter(param.to("meta"), requires_grad=False)
+            register(module, name, param)
+
+        nn.Module.register_parameter = register_on_meta  # type: ignore[assignment,method-assign]
+        try:
+            with _LargeOnMeta():
+                yield
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Sends large tensors to the meta device where they are made: some models fill weights that nobody will read.
+
+    What has no elements is not filled: the meta device would import torch's compiler to do nothing.
+    """
+
+    _FACTORIES = frozenset({torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand})
+    _LARGE = 1 << 20  # elements; buffers are smaller, and are computed
+    _FILL = frozenset({"normal_", "uniform_"})  # by name: torch's, and those that Transformers puts in their place
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if getattr(func, "__name__", "") in self._FILL:
+            tensor = args[0] if args else kwargs["tensor"]
+            return tensor if tensor.is_meta else func(*args, **kwargs)
+        size = args[0] if args and isinstance(args[0], Sequence) else args
+        if func in self._FACTORIES and math.prod(size) > self._LARGE:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)

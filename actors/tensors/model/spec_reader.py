@@ -1,0 +1,203 @@
+"""Reads a checkpoint's config into a ModelSpec: what a probe of the model shows, its tensors and its styles."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from actors.decisions.model.families import TESTED, amended_styles
+from actors.decisions.model.spec import DTYPES, AttentionSpec, LayerSpec, ModelSpec, Parameter, Place
+from actors.tensors.model.probe import PROBE_NAME, Probe, on_shapes, register_probe
+from actors.tensors.model.rotary import fix_rotary
+from actors.tensors.model.skeleton import build_model, config_digest, parameters_on_meta, read_config
+from actors.words.errors import UnsupportedModel
+
+
+def read_spec(folder: Path, dtype: str = "auto", only_tested: bool = True) -> ModelSpec:
+    """What the model in a folder is. `dtype` is config.model.dtype; "auto" takes config.json's.
+
+    Raises UnsupportedModel or ValueError, each with the file and the remedy. A family that nobody has shown to be right
+    is refused, unless `only_tested` is False: that is how it is shown.
+    """
+    config = read_config(folder)
+    resolved = resolve_dtype(config, dtype)
+    register_probe()
+    try:
+        with parameters_on_meta():
+            model = build_model(config, getattr(torch, resolved), PROBE_NAME, PROBE_NAME)
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        raise UnsupportedModel(f"{folder / 'config.json'}: Transformers does not build it: {error}") from error
+    with on_shapes(model):
+        spec = _Reader(model, resolved, config_digest(folder)).spec()
+    if only_tested and spec.architecture not in TESTED:
+        raise UnsupportedModel(
+            f"{spec.architecture} in {folder / 'config.json'} has not been shown to be served right, so it is not; "
+            f"supported are {', '.join(sorted(TESTED))}"
+        )
+    return spec
+
+
+def resolve_dtype(config: PretrainedConfig, dtype: str) -> str:
+    """One of DTYPES. Raises ValueError when config.json does not settle it."""
+    if dtype == "auto":
+        asked = config.dtype
+        dtype = "" if asked is None else str(asked).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"model.dtype: config.json says {dtype or 'nothing'}; set model.dtype to one of {', '.join(DTYPES)}"
+        )
+    return dtype
+
+
+class _Reader:
+    """One unsharded model, built and probed on shapes."""
+
+    def __init__(self, model: PreTrainedModel, dtype: str, digest: str) -> None:
+        self.model = model
+        self.dtype = dtype
+        self.digest = digest
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self.config: Any = model.config.get_text_config(decoder=True)
+        self.layers_name = self._largest_list()
+        fix_rotary(model, self.config.max_position_embeddings)
+        self.trace = Probe(model, self.layers_name, self.config.max_position_embeddings).run()
+
+    def spec(self) -> ModelSpec:
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
+            raise self._refusal("has no plain embedding and head")
+        embedding_name, head_name = self.names[id(embedding)], self.names[id(head)]
+        if embedding.num_embeddings != head.out_features:
+            raise self._refusal(f"embeds {embedding.num_embeddings} tokens, but its head knows {head.out_features}")
+        tied = self._is_tied(embedding_name, head_name)
+        return ModelSpec(
+            architecture=type(self.model).__name__,
+            model_type=self.config.model_type,
+            config_digest=self.digest,
+            state_shape=self._only(self.trace.state_shapes, "shapes of hidden states"),
+            hidden_size=embedding.embedding_dim,
+            vocab_size=embedding.num_embeddings,
+            max_position=self.config.max_position_embeddings,
+            dtype=self.dtype,
+            layers=self._layers(),
+            parameters=tuple(self._parameters(f"{head_name}.weight" if tied else None)),
+            styles=self._styles(embedding_name, head_name),
+            tied_head=tied,
+            experts_per_token=self._experts_per_token(),
+            unused=frozenset(name for name in self.model.state_dict() if self._place(name) is None),
+            exchanges_more=self.trace.exchanges_more,
+            layer_outputs=self._only(self.trace.layer_outputs, "kinds of layer outputs"),
+            embedding_name=embedding_name,
+            layers_name=self.layers_name,
+            head_name=head_name,
+        )
+
+    def _styles(self, embedding_name: str, head_name: str) -> dict[str, str]:
+        own = dict(self.model.tp_plan)
+        return amended_styles(self.config.model_type, own, self.layers_name, embedding_name, head_name)
+
+    def _experts_per_token(self) -> int | None:
+        """For estimates only: families call it by many names."""
+        names = (
+            "num_experts_per_tok",
+            "moe_topk",
+            "moe_k",
+            "num_experts_per_token",
+            "top_k_experts",
+            "experts_per_token",
+        )
+        found = [getattr(self.config, name, None) for name in names]
+        return next((count for count in found if isinstance(count, int)), None)
+
+    def _largest_list(self) -> str:
+        """The layers: of all module lists the one with most parameters."""
+        sizes = {
+            name: sum(parameter.numel() for parameter in module.parameters())
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.ModuleList)
+        }
+        if not sizes:
+            raise self._refusal("has no list of layers")
+        return str(max(sizes, key=lambda name: sizes[name]))
+
+    def _layers(self) -> tuple[LayerSpec, ...]:
+        layers = self.model.get_submodule(self.layers_name)
+        assert isinstance(layers, nn.ModuleList)
+        called = [name for name in self.trace.calls if name.startswith(self.layers_name + ".")]
+        if called != [f"{self.layers_name}.{number}" for number in range(len(layers))]:
+            raise self._refusal("does not run its layers once each, in order")
+        attentions: list[list[AttentionSpec]] = [[] for _ in layers]
+        for call in self.trace.attentions:
+            name = self.names[id(call.module)]
+            if not name.startswith(self.layers_name + "."):
+                raise self._refusal(f"attends outside its layers, in {name}")
+            layer = int(name.removeprefix(self.layers_name + ".").partition(".")[0])
+            if any(known.name == name for known in attentions[layer]):
+                raise self._refusal(f"attends twice in {name}")
+            attentions[layer].append(
+                AttentionSpec(
+                    name,
+                    call.num_heads,
+                    call.num_kv_heads,
+                    call.key_dim,
+                    call.value_dim,
+                    call.sight,
+                    call.softcap,
+                    call.has_sinks,
+                )
+            )
+        return tuple(LayerSpec(tuple(of_layer)) for of_layer in attentions)
+
+    def _parameters(self, tied_head: str | None) -> list[Parameter]:
+        """Everything that a checkpoint holds and the forward uses."""
+        plan: dict[str, torch.dtype] = self.model._get_dtype_plan(getattr(torch, self.dtype))  # noqa: SLF001
+        kept = {pattern: str(dtype).removeprefix("torch.") for pattern, dtype in plan.items()}
+        found = []
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            place = self._place(name)
+            if name == tied_head or place is None:
+                continue
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            if tensor.is_floating_point():
+                dtype = next((kept[pattern] for pattern in kept if pattern in name), dtype)
+            found.append(Parameter(name, tuple(tensor.shape), dtype, place))
+        return found
+
+    def _place(self, name: str) -> Place | None:
+        """Where a tensor is needed; None where nothing that runs owns it."""
+        if name.startswith(self.layers_name + "."):
+            return "layer"
+        owner = name.rpartition(".")[0]
+        if owner in (self.model.base_model_prefix, ""):
+            return "all"
+        calls = self.trace.calls
+        first, last = (calls.index(f"{self.layers_name}.{number}") for number in (0, self._num_layers() - 1))
+        places = [place for place, call in enumerate(calls) if call == owner]
+        if not places:
+            return None
+        if max(places) < first:
+            return "first"
+        return "last" if min(places) > last else "all"
+
+    def _num_layers(self) -> int:
+        layers = self.model.get_submodule(self.layers_name)
+        assert isinstance(layers, nn.ModuleList)
+        return len(layers)
+
+    def _is_tied(self, embedding_name: str, head_name: str) -> bool:
+        ties = {frozenset(pair) for pair in self.model.all_tied_weights_keys.items()}
+        of_head = frozenset({f"{head_name}.weight", f"{embedding_name}.weight"})
+        if ties - {of_head}:
+            names = ", ".join(sorted(name for tie in ties - {of_head} for name in tie))
+            raise self._refusal(f"ties {names}; only head and embedding may share a weight")
+        return of_head in ties
+
+    def _only(self, kinds: set[Any], what: str) -> Any:
+        if len(kinds) != 1:
+            raise self._refusal(f"has several {what} ({', '.join(map(str, sorted(kinds)))})")
+        return next(iter(kinds))
+
+    def _refusal(self, what: str) -> UnsupportedModel:
+        return UnsupportedModel(f"{type(self.model).__name__} {what}; it cannot be cut into stages and shards")

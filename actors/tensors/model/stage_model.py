@@ -1,0 +1,244 @@
+"""One rank's part of the model: built from the skeleton, pruned to its stage, cut to its shard, run on packed tokens.
+
+T tokens of the step · H hidden size · Q rows of logits · V vocabulary rows of this shard.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from actors.decisions.model.plan import Plan
+from actors.decisions.model.shard_plan import Interval, ShardPlan, TensorSlice
+from actors.decisions.model.spec import ModelSpec, cut_dim, pattern_of
+from actors.decisions.model.styles import STYLES
+from actors.tensors.attention.kv_cache import KVCache
+from actors.tensors.attention.layer import MODULE_ATTRIBUTE, CurrentStep, LayerAttention, StepAttention
+from actors.tensors.backends.cpu.llama.layers import fuse_layers
+from actors.tensors.backends.cpu.module_kernels import fuse
+from actors.tensors.model.linear import Dense, pack
+from actors.tensors.model.parallel_layers import NoEmbedding, ParallelLinear, PassThrough, may_be_packed
+from actors.tensors.model.parallelize import parallelise
+from actors.tensors.model.position_only_cache import PackedPast
+from actors.tensors.model.rotary import fix_rotary
+from actors.tensors.model.skeleton import build_skeleton, config_digest, read_config
+from actors.tensors.weights.checkpoint import Sources, find_sources
+from actors.tensors.weights.conversion import Conversions
+from cluster.collectives.interface import PresentGroup, StageGroup
+
+
+class StageModel:
+    """The layers of one stage, as one shard holds them; on the last stage the model's own tail too."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        shard: ShardPlan,
+        skeleton: PreTrainedModel,
+        sources: Sources,
+        group: PresentGroup,
+    ) -> None:
+        """`skeleton` is pruned and cut already, and its layers exchange through `group`; use `build`."""
+        self.spec = spec
+        self.shard = shard
+        self.module = skeleton
+        self.sources = sources
+        self._group = group
+        self._current = CurrentStep()
+        self.attentions: list[LayerAttention] = []
+        self._state_1TH: torch.Tensor | None = None  # from the stage before
+        self._output_1TH: torch.Tensor | None = None  # of the last owned layer
+        first, end = shard.layers
+        if not shard.has_embedding:
+            self._layer(first).register_forward_pre_hook(self._enter, with_kwargs=True)
+        if not shard.has_head:
+            self._layer(end - 1).register_forward_hook(self._leave)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor of this rank that is loaded, by its name in the model; a tied head is not named twice."""
+        return {tensor.name: _find(self.module, tensor.name) for tensor in self.shard.tensors}
+
+    def prepare(self) -> None:
+        """Let every linear layer bring its tensors into the form it multiplies with; they hold their values now."""
+        shared = {f"{self.spec.embedding_name}.weight", f"{self.spec.head_name}.weight"}
+        shared = shared if self.shard.shares_tied_weight else set()
+        is_on_cpu = next(self.module.parameters()).device.type == "cpu"
+        if is_on_cpu:
+            fuse(self.module)
+        for name, module in self.module.named_modules():
+            is_dense = isinstance(module, ParallelLinear) and isinstance(module.method, Dense)
+            if is_dense and f"{name}.weight" not in shared and may_be_packed(module):
+                module.method = pack(module)
+        layers = self.module.get_submodule(self.spec.layers_name)
+        if is_on_cpu and isinstance(layers, nn.ModuleList):
+            fuse_layers(layers, self.shard.has_head)
+
+    def join(self, group: StageGroup) -> None:
+        """Let the layers exchange through the group of a new epoch."""
+        self._group.group = group
+
+    def is_finite(self) -> bool:
+        """Whether every weight is a number; reads all of them."""
+        tensors = [
+            tensor for tensor in (*self.module.parameters(), *self.module.buffers()) if tensor.is_floating_point()
+        ]
+        if not all(bool(tensor.sum(dtype=torch.float32).isfinite()) for tensor in tensors):
+            return False
+        linear = [module for module in self.module.modules() if isinstance(module, ParallelLinear)]
+        return all(module.method.is_finite(module) for module in linear)
+
+    def take_exchange_s(self) -> float:
+        """Seconds that the layers spent with the other shards since the last call."""
+        return self._group.take_seconds()
+
+    def attach(self, cache: KVCache) -> None:
+        """Give each attention its part of the cache; called again when the cache is allocated anew."""
+        self.attentions = [
+            LayerAttention(shard.spec, keys, values, self._current)
+            for shard, keys, values in zip(self.shard.attentions, cache.keys, cache.values, strict=True)
+        ]
+        for attention in self.attentions:
+            setattr(self.module.get_submodule(attention.spec.name), MODULE_ATTRIBUTE, attention)
+
+    def forward(
+        self,
+        ids_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        rows_Q: torch.Tensor,
+        step: StepAttention,
+        state_TH: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """→ hidden states [T, H] for the next stage, or on the last stage the logits [Q, V] of the rows asked for.
+
+        `state_TH` comes from the stage before (None on the first). What the model's forward does ahead of its first
+        layer runs on a dummy on later stages, and is thrown away.
+        """
+        self._current.attention = step
+        self._state_1TH = None if state_TH is None else state_TH.unsqueeze(0)
+        arguments: dict[str, Any] = {
+            "input_ids": ids_T.unsqueeze(0),
+            "position_ids": positions_T.unsqueeze(0),
+            "past_key_values": PackedPast(positions_T),
+            "use_cache": False,
+        }
+        try:
+            if self.shard.has_head:
+                logits_1QV = self.module(**arguments, logits_to_keep=rows_Q).logits
+                assert isinstance(logits_1QV, torch.Tensor)
+                return logits_1QV[0]
+            self.module.base_model(**arguments)
+            assert self._output_1TH is not None
+            return self._output_1TH[0]
+        finally:
+            self._current.attention = self._state_1TH = self._output_1TH = None
+
+    def _enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        assert self._state_1TH is not None
+        if args:
+            return (self._state_1TH, *args[1:]), kwargs
+        assert "hidden_states" in kwargs
+        return args, {**kwargs, "hidden_states": self._state_1TH}
+
+    def _leave(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._output_1TH = output[0] if isinstance(output, tuple) else output
+
+    def _layer(self, layer: int) -> nn.Module:
+        module: nn.Module = self.module.get_submodule(f"{self.spec.layers_name}.{layer}")
+        return module
+
+
+def build(plan: Plan, rank: int, folder: Path, group: StageGroup, device: torch.device) -> StageModel:
+    """Build one rank's model with empty tensors on the device.
+
+    Raises ValueError when the folder on this node describes another model than the plan was made for, CheckpointError
+    when its files do not hold what this rank needs.
+    """
+    spec, shard = plan.spec, plan.shards[rank]
+    if config_digest(folder) != spec.config_digest:
+        raise ValueError(f"model.source: {folder} on this node describes another model than the plan; copy it anew")
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    skeleton = build_skeleton(read_config(folder), dtype)
+    fix_rotary(skeleton, plan.max_model_len)
+    sources = find_sources(folder, spec, shard, Conversions(skeleton))  # of the whole model: before it is pruned
+    _prune(spec, shard, skeleton, dtype, device)
+    present = PresentGroup(group)
+    cut = {tensor.name: tensor for tensor in shard.tensors}
+    for name, module in skeleton.named_modules():
+        style = spec.styles.get(pattern_of(name))
+        if style is not None and not isinstance(module, PassThrough | NoEmbedding):
+            interval = _interval(style, cut.get(f"{name}.weight"))
+            parallelise(module, style, present, interval, is_head=name == spec.head_name)
+    _localise_heads(spec, shard, skeleton)
+    _allocate(spec, shard, skeleton, device)
+    return StageModel(spec, shard, skeleton, sources, present)
+
+
+def _interval(style: str, weight: TensorSlice | None) -> Interval:
+    """What a shard has of the dimension that a style cuts."""
+    cuts = STYLES[style].cuts
+    if weight is None or cuts is None:
+        return 0, 0
+    dim = cut_dim(cuts, weight.full_shape)
+    return (0, 0) if dim is None else (weight.intervals[dim][0][0], weight.intervals[dim][-1][1])
+
+
+def _prune(spec: ModelSpec, shard: ShardPlan, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Put stand-ins where another stage owns the module; lists keep their length and layers their number."""
+    first, end = shard.layers
+    for layer in range(spec.num_layers):
+        if not first <= layer < end:
+            model.set_submodule(f"{spec.layers_name}.{layer}", PassThrough(spec.layer_outputs))
+    owned = {tensor.name.rpartition(".")[0] for tensor in shard.tensors}
+    if shard.shares_tied_weight:
+        owned.add(spec.head_name)
+    outside = {parameter.name.rpartition(".")[0] for parameter in spec.parameters if parameter.place != "layer"}
+    for name in outside | {spec.head_name}:
+        if name not in owned:
+            is_embedding = name == spec.embedding_name
+            model.set_submodule(name, NoEmbedding(spec.hidden_size, dtype, device) if is_embedding else PassThrough())
+
+
+def _localise_heads(spec: ModelSpec, shard: ShardPlan, model: nn.Module) -> None:
+    """A fused projection is taken apart by head counts of the module and its config: make them this shard's."""
+    for attention in shard.attentions:
+        module: Any = model.get_submodule(attention.spec.name)
+        if "qkv_colwise" in {
+            spec.styles.get(pattern_of(f"{attention.spec.name}.{name}")) for name, _ in module.named_children()
+        }:
+            module.config = copy.copy(module.config)
+            for owner in (module, module.config):
+                owner.num_attention_heads = owner.num_heads = attention.num_heads
+                owner.num_key_value_heads = attention.num_kv_heads
+
+
+def _allocate(spec: ModelSpec, shard: ShardPlan, model: nn.Module, device: torch.device) -> None:
+    """Replace every tensor that is loaded by an empty one of the shard's shape; nothing stays on meta."""
+    for tensor in shard.tensors:
+        module_name, _, attribute = tensor.name.rpartition(".")
+        module = model.get_submodule(module_name)
+        empty = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype), device=device)
+        is_buffer = attribute in dict(module.named_buffers(recurse=False))
+        setattr(module, attribute, empty if is_buffer else nn.Parameter(empty, requires_grad=False))
+    if shard.shares_tied_weight:
+        model.get_submodule(spec.head_name).weight = model.get_submodule(spec.embedding_name).weight
+    loaded = {tensor.name for tensor in shard.tensors}
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if f"{prefix}.{name}" not in loaded:
+                setattr(module, name, buffer.to(device))
+    for name in spec.unused:
+        module_name, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module_name), attribute, None)
+    names = {name for name, _ in model.named_parameters()}
+    assert names <= loaded, f"no slice is planned for {names - loaded}"
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _find(model: nn.Module, name: str) -> torch.Tensor:
+    module_name, _, attribute = name.rpartition(".")
+    tensor = getattr(model.get_submodule(module_name), attribute)
+    assert isinstance(tensor, torch.Tensor)
+    return tensor

@@ -1,0 +1,126 @@
+"""Changes logits before anything is drawn: penalties over a sequence's own ids, logit_bias, and banned stop ids.
+
+R rows to sample · E of them that are edited · V vocabulary rows of this shard · N ids of all histories · M biases.
+"""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from actors.tensors.backends.cuda.transfer import to_device
+from actors.words.messages import SamplingParams
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One id that is to be drawn: how, and after which ids."""
+
+    sampling: SamplingParams
+    position: int  # of the id that is drawn
+    ids: Sequence[int] = ()  # prompt and generated, before `position`
+    num_prompt: int = 0  # ids after these are generated
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the ids before it count."""
+        sampling = self.sampling
+        return sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
+
+    @property
+    def biases(self) -> dict[int, float]:
+        """What is added to the logits, by id; ids may lie outside the vocabulary."""
+        sampling = self.sampling
+        if self.position - self.num_prompt >= sampling.min_tokens:
+            return sampling.logit_bias
+        return sampling.logit_bias | dict.fromkeys(sampling.banned_ids, float("-inf"))
+
+
+@dataclass(frozen=True)
+class History:
+    """The ids before each draw that has penalties, flat, on the device."""
+
+    rows_N: torch.Tensor  # int64, among the E
+    ids_N: torch.Tensor  # int64
+    is_generated_N: torch.Tensor  # float32, 0 or 1
+
+
+@dataclass(frozen=True)
+class Edits:
+    """How E of the R rows are changed, on the device."""
+
+    rows_E: torch.Tensor  # int64
+    repetition_E1: torch.Tensor  # float32, as the two below
+    presence_E1: torch.Tensor
+    frequency_E1: torch.Tensor
+    history: History | None
+    bias_rows_M: torch.Tensor  # int64, among the E
+    bias_ids_M: torch.Tensor  # int64
+    biases_M: torch.Tensor  # float32
+
+    @classmethod
+    def of(cls, draws: Sequence[Draw], device: torch.device) -> "Edits | None":
+        """None where no row is changed."""
+        edited = [(row, draw) for row, draw in enumerate(draws) if draw.has_penalties or draw.biases]
+        if not edited:
+            return None
+        sampling = [draw.sampling for _, draw in edited]
+        biases = [(row, *bias) for row, (_, draw) in enumerate(edited) for bias in draw.biases.items()]
+        on_host = (
+            torch.tensor([row for row, _ in edited]),
+            torch.tensor([[params.repetition_penalty] for params in sampling], dtype=torch.float32),
+            torch.tensor([[params.presence_penalty] for params in sampling], dtype=torch.float32),
+            torch.tensor([[params.frequency_penalty] for params in sampling], dtype=torch.float32),
+            torch.tensor([row for row, _, _ in biases], dtype=torch.int64),
+            torch.tensor([token_id for _, token_id, _ in biases], dtype=torch.int64),
+            torch.tensor([bias for _, _, bias in biases], dtype=torch.float32),
+        )
+        rows, repetition, presence, frequency, *of_biases = (to_device(tensor, device) for tensor in on_host)
+        return cls(rows, repetition, presence, frequency, _history([draw for _, draw in edited], device), *of_biases)
+
+    def apply(self, logits_RV: torch.Tensor, first_id: int) -> torch.Tensor:
+        """Float32 logits [R, V] of the vocabulary from `first_id` on → a changed copy."""
+        logits_EV = logits_RV.index_select(0, self.rows_E)
+        num_ids = logits_EV.shape[1]
+        if self.history is not None:
+            rows_N, ids_N = self.history.rows_N, self.history.ids_N
+            num_rows = len(self.rows_E)
+            seen_EV = _scattered(
+                rows_N, ids_N, torch.ones_like(self.history.is_generated_N), num_rows, first_id, num_ids
+            )
+            generated_EV = _scattered(rows_N, ids_N, self.history.is_generated_N, num_rows, first_id, num_ids)
+            repeated_EV = torch.where(logits_EV > 0, logits_EV / self.repetition_E1, logits_EV * self.repetition_E1)
+            logits_EV = torch.where(seen_EV > 0, repeated_EV, logits_EV)
+            logits_EV -= self.presence_E1 * (generated_EV > 0) + self.frequency_E1 * generated_EV
+        if len(self.biases_M):
+            logits_EV += _scattered(
+                self.bias_rows_M, self.bias_ids_M, self.biases_M, len(self.rows_E), first_id, num_ids
+            )
+        return logits_RV.index_copy(0, self.rows_E, logits_EV)
+
+
+def _history(edited: list[Draw], device: torch.device) -> History | None:
+    flat = array("q")
+    for draw in edited:
+        if draw.has_penalties:
+            flat.extend(draw.ids)
+    if not flat:
+        return None
+    lengths = torch.tensor([len(draw.ids) if draw.has_penalties else 0 for draw in edited])
+    rows_N = torch.repeat_interleave(torch.arange(len(edited)), lengths)
+    places_N = torch.arange(len(flat)) - (lengths.cumsum(0) - lengths)[rows_N]
+    is_generated_N = places_N >= torch.tensor([draw.num_prompt for draw in edited])[rows_N]
+    ids_N = torch.frombuffer(flat, dtype=torch.int64).clone()
+    return History(*(to_device(tensor, device) for tensor in (rows_N, ids_N, is_generated_N.float())))
+
+
+def _scattered(
+    rows_N: torch.Tensor, ids_N: torch.Tensor, values_N: torch.Tensor, num_rows: int, first_id: int, num_ids: int
+) -> torch.Tensor:
+    """Sums of values by (row, id) → [rows, ids of this shard]; whatever lies elsewhere falls into a column cut off."""
+    columns_N = ids_N - first_id
+    columns_N = columns_N.masked_fill_((columns_N < 0) | (columns_N >= num_ids), num_ids)
+    sums = torch.zeros(num_rows * (num_ids + 1), dtype=values_N.dtype, device=values_N.device)
+    sums.index_add_(0, rows_N * (num_ids + 1) + columns_N, values_N)
+    return sums.view(num_rows, num_ids + 1)[:, :num_ids]

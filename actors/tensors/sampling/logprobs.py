@@ -1,0 +1,49 @@
+"""Log-probabilities of ids, and of the likeliest ones, from logits that are cut by vocabulary and never gathered.
+
+L rows asked about · V vocabulary rows of this shard · C likeliest.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from actors.decisions.model.shard_plan import Interval
+from actors.tensors.sampling.ranking import best_of_all, best_of_shard, ids_of, scores_of
+from actors.words.messages import TokenLogprobs
+from cluster.collectives.interface import StageGroup
+
+
+class LogprobReader:
+    """One shard's part in reading log-probabilities. All shards of the last stage call it with the same rows."""
+
+    def __init__(self, group: StageGroup, vocab_rows: Interval, vocab_size: int) -> None:
+        self.group = group
+        self.vocab_rows = vocab_rows
+        self.vocab_size = vocab_size
+
+    def read(self, logits_LV: torch.Tensor, ids_L: torch.Tensor, num_top: Sequence[int]) -> list[TokenLogprobs]:
+        """Of one id (int64, on the device) and of the `num_top` likeliest ids of each row, under the raw logits."""
+        if not num_top:
+            return []
+        logits_LV = logits_LV.float()
+        count = min(max(num_top), self.vocab_size)
+        # One gather for all: the bits of a float64 fill an int64
+        numbers_L2 = torch.cat([self._own_logits(logits_LV, ids_L), logits_LV.logsumexp(1, keepdim=True)], 1).double()
+        best_LC = best_of_shard(logits_LV, self.vocab_rows[0], count)
+        gathered_PLC = self.group.all_gather(torch.cat([best_LC, numbers_L2.view(torch.int64)], dim=1))
+        numbers_PL2 = gathered_PLC[:, :, count:].contiguous().view(torch.float64)
+        log_total_L1 = numbers_PL2[:, :, 1:].logsumexp(0)
+        logprobs = (numbers_PL2[:, :, :1].amax(0) - log_total_L1)[:, 0].tolist()
+        best_LC = best_of_all(gathered_PLC[:, :, :count], count)
+        top_ids, top_logprobs = ids_of(best_LC).tolist(), (scores_of(best_LC) - log_total_L1).tolist()
+        return [
+            TokenLogprobs(logprob, ids[:num], likeliest[:num])
+            for logprob, ids, likeliest, num in zip(logprobs, top_ids, top_logprobs, num_top, strict=True)
+        ]
+
+    def _own_logits(self, logits_LV: torch.Tensor, ids_L: torch.Tensor) -> torch.Tensor:
+        """[L, 1]; -inf where another shard has the id."""
+        first, end = self.vocab_rows
+        is_elsewhere_L1 = ((ids_L < first) | (ids_L >= end)).unsqueeze(1)
+        columns_L1 = (ids_L - first).unsqueeze(1).masked_fill(is_elsewhere_L1, 0)
+        return logits_LV.gather(1, columns_L1).masked_fill_(is_elsewhere_L1, float("-inf"))

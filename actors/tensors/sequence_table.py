@@ -1,0 +1,153 @@
+"""Turns step batches, which are differences, into tensors: owns a row per sequence (ids, blocks, sampling).
+
+T tokens of the step · R rows to sample · Q rows of logits. Tokens are laid out with single-token entries first, by
+length, so that similar ones are attended together; what is sampled goes back in the order of the entries.
+"""
+
+from array import array
+from dataclasses import dataclass
+
+import torch
+
+from actors.decisions.schedule.blocks import num_blocks_for
+from actors.tensors.attention.layer import StepAttention
+from actors.tensors.attention.metadata_builder import Chunk, VisibilityMaker, positions_of
+from actors.tensors.backends.cuda.transfer import to_device
+from actors.tensors.sampling.logits_processors import Draw
+from actors.tensors.sampling.sampler import Draws
+from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
+
+ROWS_AT_FIRST = 8
+
+
+@dataclass
+class Row:
+    """What a rank remembers of a sequence."""
+
+    index: int  # in the block tables
+    sampling: SamplingParams
+    ids: "array[int]"  # prompt and generated, as far as this rank knows them
+    num_prompt: int
+    num_blocks: int = 0
+
+
+@dataclass(frozen=True)
+class PromptChunk:
+    """Prompt ids whose log-probabilities are wanted: one a row of logits, which is that of the id before."""
+
+    ids: list[int]
+    num_top: int
+
+
+@dataclass(frozen=True)
+class StepTensors:
+    """One step, on the device."""
+
+    ids_T: torch.Tensor  # int64
+    positions_T: torch.Tensor  # int64
+    attention: StepAttention
+    logits_rows_Q: torch.Tensor  # int64, among the tokens: the R that are sampled from, then those of `prompts`
+    sampled: tuple[Row, ...]  # one a sampling entry, in entry order
+    draws: Draws
+    prompts: tuple["PromptChunk", ...]  # one an entry that wants them, in entry order
+
+
+class SequenceTable:
+    """The rows of all open sequences, changed by differences."""
+
+    def __init__(
+        self, blocks_per_sequence: int, block_size: int, visibility: VisibilityMaker, knows_samples: bool = True
+    ) -> None:
+        """`knows_samples`: whether somebody says here what was sampled; the middle stages need no ids at all."""
+        self.knows_samples = knows_samples
+        self.block_size = block_size
+        self.visibility = visibility
+        self.device = visibility.device
+        self.rows: dict[int, Row] = {}
+        self._tables = torch.zeros(ROWS_AT_FIRST, blocks_per_sequence, dtype=torch.int64)  # on the host
+        self._free = list(range(ROWS_AT_FIRST))
+
+    def apply(self, step: StepBatch) -> list[int]:
+        """Drop closed rows, open new ones, add what the entries bring.
+
+        Returns the blocks that are fresh: nothing of their sequence is in them yet (those of a reused prefix are not).
+        """
+        for seq in step.closed:
+            self._free.append(self.rows.pop(seq).index)
+        for new in step.opened:
+            self._open(new)
+        return [block for entry in step.entries for block in self._extend(entry)]
+
+    def tensors(self, step: StepBatch) -> StepTensors:
+        """The tensors of a step that has entries; `apply` came before."""
+        ids = array("q")
+        chunks: list[Chunk] = []
+        first_token: dict[int, int] = {}  # by sequence: the place of its first id among the tokens
+        for entry in sorted(step.entries, key=lambda e: (len(e.ids) > 1, e.start if len(e.ids) <= 1 else 0)):
+            row, num_ids = self.rows[entry.seq], max(1, len(entry.ids))
+            chunks.append(Chunk(row.index, len(ids), entry.start, num_ids))
+            first_token[entry.seq] = len(ids)
+            ids += row.ids[entry.start : entry.start + num_ids]
+        sampling = [entry for entry in step.entries if entry.sample]
+        logits_rows = [first_token[entry.seq] + max(1, len(entry.ids)) - 1 for entry in sampling]
+        prompts = []
+        for entry in step.entries:
+            if entry.prompt_logprobs:
+                prompts.append(self._prompt_chunk(entry))
+                first = first_token[entry.seq]
+                logits_rows += range(first, first + len(prompts[-1].ids))
+        return StepTensors(
+            ids_T=to_device(torch.tensor(ids), self.device),
+            positions_T=to_device(torch.from_numpy(positions_of(chunks)), self.device),
+            attention=self.visibility.of_step(chunks, self._tables, logits_rows),
+            logits_rows_Q=to_device(torch.tensor(logits_rows, dtype=torch.int64), self.device),
+            sampled=tuple(self.rows[entry.seq] for entry in sampling),
+            draws=Draws.of([self.draw(entry) for entry in sampling], self.device),
+            prompts=tuple(prompts),
+        )
+
+    @property
+    def tables(self) -> torch.Tensor:
+        """The blocks of every row, int64 [rows, blocks], on the host; behind a row's last one lies anything."""
+        return self._tables
+
+    def draw(self, entry: Entry) -> Draw:
+        """How an entry's next id is drawn."""
+        row = self.rows[entry.seq]
+        return Draw(row.sampling, entry.start + max(1, len(entry.ids)), row.ids, row.num_prompt)
+
+    def _prompt_chunk(self, entry: Entry) -> PromptChunk:
+        """What follows each of an entry's ids, as far as it is prompt (a sequence computed anew has more ids)."""
+        row = self.rows[entry.seq]
+        following = entry.ids[1:] + ([] if entry.next_prompt_id is None else [entry.next_prompt_id])
+        num_top = row.sampling.prompt_logprobs
+        assert num_top is not None, f"sequence {entry.seq} asked for no prompt logprobs"
+        return PromptChunk(following[: max(0, row.num_prompt - entry.start - 1)], num_top)
+
+    def _open(self, new: NewSequence) -> None:
+        assert new.seq not in self.rows, f"sequence {new.seq} is open already"
+        if not self._free:
+            self._free = list(range(len(self._tables), 2 * len(self._tables)))
+            self._tables = torch.cat([self._tables, torch.zeros_like(self._tables)])
+        self.rows[new.seq] = Row(self._free.pop(), new.sampling, array("q", new.known_ids), new.num_prompt)
+
+    def _extend(self, entry: Entry) -> list[int]:
+        row = self.rows[entry.seq]
+        if entry.ids:
+            assert entry.start <= len(row.ids), f"sequence {entry.seq}: ids before position {entry.start} never came"
+            row.ids[entry.start :] = array("q", entry.ids)
+        elif not self.knows_samples:
+            row.ids[entry.start :] = array("q", [0])
+        else:
+            assert entry.start == len(row.ids) - 1, (
+                f"sequence {entry.seq}: its last token at {entry.start} is not known to this rank"
+            )
+        first, end = row.num_blocks, row.num_blocks + len(entry.new_blocks)
+        if entry.new_blocks:
+            self._tables[row.index, first:end] = torch.tensor(entry.new_blocks)
+            row.num_blocks = end
+        assert entry.start + max(1, len(entry.ids)) <= row.num_blocks * self.block_size, (
+            f"sequence {entry.seq}: {row.num_blocks} blocks do not hold its ids"
+        )
+        reused = num_blocks_for(entry.start, self.block_size)  # blocks that hold positions before `start`
+        return entry.new_blocks[max(0, reused - first) :]

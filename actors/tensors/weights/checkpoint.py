@@ -1,0 +1,183 @@
+"""Loads a rank's weights: reads only its own slices of the safetensors files, and accounts for every tensor."""
+
+import itertools
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from actors.decisions.model.shard_plan import Interval, ShardPlan, TensorSlice
+from actors.decisions.model.spec import ModelSpec
+from actors.tensors.weights.conversion import Computed, Conversions, Group
+from actors.tensors.weights.lazy import Box, Lazy, Read
+from actors.tensors.weights.mapped import MappedFile, as_slices, copied
+from actors.tensors.weights.safetensors_index import stored_tensors
+from actors.words.errors import CheckpointError
+
+Progress = Callable[[int, int], None]  # bytes filled so far, bytes of this rank
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading took."""
+
+    bytes_copied: int  # on the rank, in its own dtype
+    seconds: float
+    num_files: int
+    computed: tuple[str, ...]  # tensors whose sources were read whole, as their conversion is not understood backwards
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a rank's tensors are made of: found and checked, nothing read yet."""
+
+    shard: ShardPlan
+    by_target: dict[str, Lazy | Computed]
+    conversions: Conversions
+    twin: tuple[str, str, Lazy] | None  # of a tied head that is stored beside the embedding: both keys, and the head
+
+
+def find_sources(folder: Path, spec: ModelSpec, shard: ShardPlan, conversions: Conversions) -> Sources:
+    """Where a checkpoint holds what a rank needs.
+
+    Raises CheckpointError that names the file and the tensor, for whatever is missing, left over, truncated, of another
+    shape, or quantised.
+    """
+    groups, leftovers = conversions.groups(stored_tensors(folder))
+    for stored in leftovers:
+        if not any(re.search(pattern, stored.key) for pattern in conversions.ignorable):
+            raise CheckpointError(
+                f"{stored.file} holds {stored.key}, which {spec.architecture} has no place for; "
+                "it would be silently left out"
+            )
+    embedding, head = f"{spec.embedding_name}.weight", f"{spec.head_name}.weight"
+    wanted = {tensor.key for tensor in shard.tensors} | ({head} if spec.tied_head else set())
+    found = conversions.sources(groups, wanted)
+    tied = found.pop(head, None) if spec.tied_head else None
+    twin = None
+    if isinstance(tied, Lazy) and embedding in wanted:
+        if embedding not in found:  # stored under its other name
+            found[embedding] = tied
+        elif shard.has_head:
+            twin = (groups[head].keys, embedding, tied)
+    by_target = {}
+    for tensor in shard.tensors:
+        if tensor.key not in found:
+            raise CheckpointError(f"{folder} holds no tensor {tensor.key}, nor what it could be made of")
+        by_target[tensor.name] = found[tensor.key]
+        _check(tensor, by_target[tensor.name], groups)
+    computed = [name for name, source in by_target.items() if isinstance(source, Computed)]
+    if computed:
+        logger.warning(
+            "%d tensors, %s first, are converted whole before they are cut: loading reads more than this rank's part",
+            len(computed),
+            computed[0],
+        )
+    return Sources(shard, by_target, conversions, twin)
+
+
+def _check(tensor: TensorSlice, source: Lazy | Computed, groups: Mapping[str, Group]) -> None:
+    """What a lazy tensor says of itself fits what the model wants."""
+    if isinstance(source, Computed):
+        return
+    made_of = groups[tensor.key].keys if tensor.key in groups else tensor.key
+    if not made_of.endswith(tensor.key):
+        made_of += f" make {tensor.key}, which"
+    if tuple(source.shape) != tensor.full_shape:
+        raise CheckpointError(f"{made_of} is {list(source.shape)}, but config.json asks for {list(tensor.full_shape)}")
+    wanted: torch.dtype = getattr(torch, tensor.dtype)
+    if source.dtype.is_floating_point != wanted.is_floating_point:
+        raise CheckpointError(f"{made_of} is stored as {source.dtype}, but the model holds {wanted}")
+
+
+def load_weights(sources: Sources, tensors: Mapping[str, torch.Tensor], progress: Progress | None = None) -> LoadReport:
+    """Fill a rank's tensors (name → tensor of the shard's shape, on any device, any dtype).
+
+    Raises CheckpointError when a file cannot be read, or a tied head differs from the embedding.
+    """
+    started = time.monotonic()
+    wanted = sources.shard.tensors
+    assert set(tensors) == {tensor.name for tensor in wanted}, "tensors and shard plan disagree"
+    reads: list[Read] = []
+    for tensor in wanted:
+        source, target = sources.by_target[tensor.name], tensors[tensor.name]
+        assert target.shape == tensor.shape, f"{tensor.name}: {tuple(target.shape)} is not the shard's {tensor.shape}"
+        if isinstance(source, Lazy):
+            reads += _reads(source, tensor, target)
+    total, filled = sum(tensor.nbytes for tensor in tensors.values()), 0
+    for num_bytes in copied(reads):
+        filled += num_bytes
+        if progress is not None:
+            progress(filled, total)
+    for tensor in wanted:
+        source = sources.by_target[tensor.name]
+        if isinstance(source, Computed):
+            filled += _slice_whole(_compute(source, sources.conversions), tensor, tensors[tensor.name])
+            if progress is not None:
+                progress(filled, total)
+    assert filled == total, f"{filled} of {total} bytes were filled"
+    _check_twin(sources, tensors)
+    files = {read.stored.file for read in reads}
+    computed = tuple(name for name, source in sources.by_target.items() if isinstance(source, Computed))
+    return LoadReport(filled, time.monotonic() - started, len(files), computed)
+
+
+def boxes(intervals: tuple[tuple[Interval, ...], ...]) -> Iterator[tuple[Box, tuple[slice, ...]]]:
+    """Every combination of intervals: a box of the whole tensor, and its place in the shard's."""
+    dims = []
+    for of_dim in intervals:
+        ends = list(itertools.accumulate(end - first for first, end in of_dim))
+        dims.append([(one, slice(end - one[1] + one[0], end)) for one, end in zip(of_dim, ends, strict=True)])
+    for combination in itertools.product(*dims):
+        yield tuple(box for box, _ in combination), tuple(place for _, place in combination)
+
+
+def _reads(source: Lazy, tensor: TensorSlice, target: torch.Tensor) -> Iterator[Read]:
+    for box, place in boxes(tensor.intervals):
+        yield from source.reads(box, target[place])
+
+
+def _compute(source: Computed, conversions: Conversions) -> torch.Tensor:
+    """The whole of a tensor, by Transformers' own conversion of all that it is made of."""
+    group = source.group
+    whole: dict[str, list[torch.Tensor]] = {}
+    for pattern, of_pattern in group.stored.items():
+        files = [MappedFile(stored.file, stored.offset) for stored in of_pattern]
+        whole[pattern] = [file.tensor(stored) for file, stored in zip(files, of_pattern, strict=True)]
+        for file in files:
+            file.close()
+    made = group.convert(whole, conversions.shapes)[source.name]
+    assert isinstance(made, torch.Tensor)
+    return made
+
+
+def _slice_whole(whole: torch.Tensor, tensor: TensorSlice, target: torch.Tensor) -> int:
+    if tuple(whole.shape) != tensor.full_shape:
+        raise CheckpointError(
+            f"{tensor.key} is {list(whole.shape)}, but config.json asks for {list(tensor.full_shape)}"
+        )
+    for box, place in boxes(tensor.intervals):
+        target[place].copy_(whole[as_slices(box)])
+    return target.nbytes
+
+
+def _check_twin(sources: Sources, tensors: Mapping[str, torch.Tensor]) -> None:
+    """A tied head stored beside the embedding must equal it: Transformers unties the two when they differ."""
+    if sources.twin is None:
+        return
+    name, embedding, twin = sources.twin
+    tensor = next(tensor for tensor in sources.shard.tensors if tensor.key == embedding)
+    expected = torch.empty_like(tensors[tensor.name])
+    for _ in copied(_reads(twin, tensor, expected)):
+        pass
+    if not torch.equal(expected, tensors[tensor.name]):
+        raise CheckpointError(
+            f"{name} differs from {embedding}, but config.json ties them; "
+            "set tie_word_embeddings to false in config.json"
+        )

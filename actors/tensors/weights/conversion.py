@@ -1,0 +1,157 @@
+"""Which stored tensors make which tensor of the model: Transformers' own conversions, run on lazy tensors.
+
+Checkpoints keep names and layouts of their own: one tensor an expert, projections fused or apart. What Transformers
+does to them when it loads a whole model is the truth; here it is noted, so that a rank reads only its own parts.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from actors.tensors.weights.lazy import Lazy, Leaf, NotLazyError
+from actors.tensors.weights.safetensors_index import StoredTensor
+from actors.words.errors import CheckpointError
+
+# What Transformers' conversions raise for tensors that do not fit each other
+_WRONG_TENSORS = (ValueError, RuntimeError, IndexError, KeyError, TypeError, AttributeError, StopIteration)
+
+# Older checkpoints carry the rotary frequencies of every layer; Transformers drops them wherever it computes them
+_ALWAYS_IGNORED = r"rotary_emb\.inv_freq"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Stored tensors that one conversion makes one or several tensors of the model from."""
+
+    first_target: str
+    converter: WeightConverter | None  # None: a tensor is stored as it is
+    stored: dict[str, list[StoredTensor]] = field(default_factory=lambda: defaultdict(list))  # by source pattern
+
+    @property
+    def keys(self) -> str:
+        """For messages."""
+        tensors = [tensor for of_pattern in self.stored.values() for tensor in of_pattern]
+        names = ", ".join(tensor.key for tensor in tensors[:3]) + (", ..." if len(tensors) > 3 else "")
+        return f"{tensors[0].file}: {names}"
+
+    def convert(self, tensors: Mapping[str, Sequence[Any]], model: Any) -> dict[str, Any]:
+        """By target name, what Transformers' operations make of tensors (by source pattern): real or lazy ones."""
+        if self.converter is None:
+            [[tensor]] = tensors.values()
+            return {self.first_target: tensor}
+        made: dict[str, Any] = {pattern: list(of_pattern) for pattern, of_pattern in tensors.items()}
+        for operation in self.converter.operations:
+            made = operation.convert(
+                made,
+                source_patterns=self.converter.source_patterns,
+                target_patterns=self.converter.target_patterns,
+                full_layer_name=self.first_target,
+                model=model,
+                config=model.config,
+                missing_keys=None,
+            )
+        full_name = self.first_target.replace("*.", "0.")
+        inside = next((pattern for pattern in made if pattern in full_name), None)
+        if inside is not None:  # operations name their results by patterns: the rest of the name is that of the target
+            prefix, _, suffix = full_name.partition(inside)
+            made = {prefix + pattern + suffix: value for pattern, value in made.items()}
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A tensor whose conversion is not understood backwards: all its sources are read, and converted."""
+
+    group: Group
+    name: str
+
+
+class Shapes:
+    """What conversions ask a model for; it stays when the model is pruned."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.config = model.config
+        self.state: dict[str, torch.Tensor] = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            for name, tensor in model.state_dict().items()
+        }
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        """On meta."""
+        return self.state[name]
+
+
+class Conversions:
+    """What Transformers does to the checkpoints of a model; made from the whole skeleton."""
+
+    def __init__(self, skeleton: PreTrainedModel) -> None:
+        self.shapes = Shapes(skeleton)
+        transforms = get_model_conversion_mapping(skeleton)
+        self._renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+        self._converters = [one for one in transforms if isinstance(one, WeightConverter)]
+        self._by_pattern = {pattern: one for one in self._converters for pattern in one.source_patterns}
+        self._prefix = skeleton.base_model_prefix
+        ignored = skeleton._keys_to_ignore_on_load_unexpected or ()  # noqa: SLF001 - it has no public name
+        self.ignorable = frozenset({*ignored, _ALWAYS_IGNORED})
+
+    def groups(self, stored: Mapping[str, StoredTensor]) -> tuple[dict[str, Group], list[StoredTensor]]:
+        """By first target, what is stored for it; and what nothing in the model is made from."""
+        groups: dict[str, Group] = {}
+        leftovers: list[StoredTensor] = []
+        for key in sorted(stored, key=dot_natural_key):  # the order in which Transformers stacks experts
+            target, pattern = self._target(key)
+            if target not in self.shapes.state:
+                leftovers.append(stored[key])
+                continue
+            converter = None if pattern is None else self._by_pattern[pattern]
+            group = groups.setdefault(target, Group(target, converter))
+            if group.converter is not converter or (converter is None and group.stored):
+                raise CheckpointError(f"{group.keys} and {key} are both stored for {target}; one of them must go")
+            group.stored[pattern or key].append(stored[key])
+        return groups, leftovers
+
+    def _target(self, key: str) -> tuple[str, str | None]:
+        """The (first) tensor of the model that a key is for, and the pattern of its converter."""
+        state = self.shapes.state
+        target, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, state)
+        if target not in state and key in state:  # Transformers' own rule: then it should not have been renamed
+            target, pattern = rename_source_key(key, [], [], self._prefix, state)
+        return target, pattern
+
+    def sources(self, groups: Mapping[str, Group], wanted: Collection[str]) -> dict[str, Lazy | Computed]:
+        """What the wanted tensors are made of; those that nothing is stored for are missing."""
+        found: dict[str, Lazy | Computed] = {}
+        for group in groups.values():
+            if group.converter is None and group.first_target not in wanted:
+                continue
+            leaves = {pattern: [Leaf(one) for one in stored] for pattern, stored in group.stored.items()}
+            try:
+                made: dict[str, Any] = group.convert(leaves, self.shapes)
+            except NotLazyError:
+                made = self._on_meta(group)
+            except _WRONG_TENSORS as error:
+                raise CheckpointError(f"{group.keys} do not make {group.first_target}: {error}") from error
+            found |= {name: source for name, source in made.items() if name in wanted}
+        return found
+
+    def _on_meta(self, group: Group) -> dict[str, Computed]:
+        """Which tensors a conversion makes that is not understood backwards, and whether it can."""
+        empty = {
+            pattern: [torch.empty(one.shape, dtype=one.dtype, device="meta") for one in stored]
+            for pattern, stored in group.stored.items()
+        }
+        try:
+            return {name: Computed(group, name) for name in group.convert(empty, self.shapes)}
+        except _WRONG_TENSORS as error:
+            raise CheckpointError(f"{group.keys} do not make {group.first_target}: {error}") from error

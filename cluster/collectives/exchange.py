@@ -1,0 +1,173 @@
+"""An exchange over shared memory in kernels, so that other kernels can exchange too: show and wait, then sum.
+
+A stage's state is an array of int64, one a process; see its words below. Addresses are int64.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+
+from cluster.collectives.elements import OPTIONS, load_acquire, narrow, pause, pointer, store_release, wide
+
+__all__ = ["all_reduce", "exchange", "shown_at", "sum_shards"]
+
+HERE, LATE, ABORTED = -1, -2, -3  # what came of an exchange; from 0 on: a shard that shows something else
+
+# Words of a state: where the shared memory begins, where its buffers; which shard of how many; exchanges begun so far;
+# how long to wait; nanoseconds spent in exchanges so far; and room for two numbers
+BASE, BUFFERS, SHARD, SIZE, OPERATION, TIMEOUT_NS, SPENT_NS, _ROOM = range(8)
+NUM_STATE_WORDS = _ROOM + 2
+
+# The shared memory: the first line is an abort flag, the second not ours; then a line a shard: its flag, which is the
+# number of its last exchange, and what its last even and odd ones were; then, by parity, a buffer a shard.
+LINE_WORDS, NUM_HEAD_LINES = 8, 2  # a cache line: no two shards write to the same one
+BUFFER_BYTES = 1 << 20  # of one shard; larger messages go in pieces, each of which still fits a core's cache
+MOST_KINDS = 64  # a message is described by its bytes times this, plus its kind
+
+_EXACT = {**OPTIONS, "fastmath": False}  # sums in the order of the shards
+_TILE = 512  # numbers of a sum that are kept in float32 at a time
+_WORD, _BYTE = np.int64(0), np.uint8(0)
+
+_NUM_LOOKS = 500  # at a flag, before the core is given away: some 20 microseconds
+_NOBODY_NS = 10_000  # a core that was offered is back so soon where nobody wants it
+_SHORT_NS = 2_000_000  # how long naps are short
+_SHORTEST_NAP_NS, _LONGEST_NAP_NS = 5_000, 500_000
+_PR_SET_TIMERSLACK, _SLACK_NS = 29, 1_000  # the kernel's own slack would make each nap 50 microseconds longer
+_CLOCK_MONOTONIC = 1
+
+_clock_gettime = types.ExternalFunction("clock_gettime", types.intc(types.intc, types.int64))
+_nanosleep = types.ExternalFunction("nanosleep", types.intc(types.int64, types.int64))
+_prctl = types.ExternalFunction("prctl", types.intc(types.intc, *[types.int64] * 4))
+_sched_yield = types.ExternalFunction("sched_yield", types.intc())
+
+
+def alone() -> "np.ndarray[Any, np.dtype[np.int64]]":
+    """The state of a stage of one shard, which exchanges nothing."""
+    state = np.zeros(NUM_STATE_WORDS, np.int64)
+    state[SIZE] = 1
+    return state
+
+
+@njit(**_EXACT)
+def _now_ns(state: Any) -> Any:
+    room = state[_ROOM:]
+    _clock_gettime(_CLOCK_MONOTONIC, room.ctypes.data)
+    return room[0] * 1_000_000_000 + room[1]
+
+
+@njit(**_EXACT)
+def _nap(state: Any, duration_ns: int) -> None:
+    room = state[_ROOM:]
+    room[0], room[1] = 0, duration_ns
+    _nanosleep(room.ctypes.data, 0)
+
+
+@njit(**_EXACT)
+def _wait(state: Any, words: Any, flag: int, op: int) -> int:
+    """Wait until a flag is at least `op`: give the core to whoever waits for it, else nap.
+
+    Who is late may lack just a core: an interrupted process is moved to an idle one at once, but not to one where
+    somebody looks at a flag. Where more processes than cores want to run, naps would only interrupt them.
+    """
+    began, nap_ns = _now_ns(state), _SHORTEST_NAP_NS
+    _prctl(_PR_SET_TIMERSLACK, _SLACK_NS, 0, 0, 0)  # of this thread, whichever it is
+    while load_acquire(words, flag) < op:
+        if load_acquire(words, 0):
+            return ABORTED
+        asked = _now_ns(state)
+        if asked - began > state[TIMEOUT_NS]:
+            return LATE
+        _sched_yield()
+        if _now_ns(state) - asked < _NOBODY_NS:
+            _nap(state, nap_ns)
+        if asked - began > _SHORT_NS:
+            nap_ns = min(2 * nap_ns, _LONGEST_NAP_NS)
+    return HERE
+
+
+@njit(**_EXACT)
+def _copy(source: int, target: int, nbytes: int) -> None:
+    whole = nbytes // 8
+    from_words, to_words = pointer(source, _WORD), pointer(target, _WORD)
+    for i in range(whole):
+        to_words[i] = from_words[i]
+    from_bytes, to_bytes = pointer(source, _BYTE), pointer(target, _BYTE)
+    for i in range(8 * whole, nbytes):
+        to_bytes[i] = from_bytes[i]
+
+
+@njit(**_EXACT)
+def shown_at(state: Any) -> Any:
+    """The address of what shard 0 shows in the present exchange; the next shard's lies BUFFER_BYTES further."""
+    return state[BUFFERS] + (state[OPERATION] & 1) * state[SIZE] * BUFFER_BYTES
+
+
+@njit(**_EXACT)
+def exchange(state: Any, description: int, source: int, nbytes: int) -> Any:
+    """Show at most BUFFER_BYTES to all shards and wait for all → what came of it.
+
+    What is shown stays until the next exchange.
+    """
+    words = pointer(state[BASE], _WORD)
+    if load_acquire(words, 0):
+        return ABORTED
+    began = _now_ns(state)
+    state[OPERATION] += 1
+    op, size, shard = state[OPERATION], state[SIZE], state[SHARD]
+    own, place = (NUM_HEAD_LINES + shard) * LINE_WORDS, 1 + (op & 1)
+    _copy(source, shown_at(state) + shard * BUFFER_BYTES, nbytes)
+    words[own + place] = description
+    store_release(words, own, op)  # last: it says that the rest is there
+    for other in range(size):
+        flag = (NUM_HEAD_LINES + other) * LINE_WORDS
+        looks = 0
+        while load_acquire(words, flag) < op:
+            looks += 1
+            if looks > _NUM_LOOKS:
+                came = _wait(state, words, flag, op)
+                if came != HERE:
+                    return came
+            pause()
+    state[SPENT_NS] += _now_ns(state) - began
+    for other in range(size):
+        if words[(NUM_HEAD_LINES + other) * LINE_WORDS + place] != description:
+            return other
+    return HERE
+
+
+@njit(**_EXACT)
+def sum_shards(shown: int, size: int, out: int, count: int, like: Any) -> None:
+    """Sum `count` numbers of each shard in the order of the shards, in float32, rounded once.
+
+    `shown`: the address of shard 0's; the next shard's lie BUFFER_BYTES further.
+    """
+    out_p, first, second = pointer(out, like), pointer(shown, like), pointer(shown + BUFFER_BYTES, like)
+    if size == 2:
+        for i in range(count):
+            out_p[i] = narrow(wide(first[i]) + wide(second[i]), like)
+        return
+    total = np.empty(_TILE, np.float32)
+    for start in range(0, count, _TILE):
+        length = min(_TILE, count - start)
+        for i in range(length):
+            total[i] = wide(first[start + i])
+        for shard in range(1, size):
+            theirs = pointer(shown + shard * BUFFER_BYTES, like)
+            for i in range(length):
+                total[i] += wide(theirs[start + i])
+        for i in range(length):
+            out_p[start + i] = narrow(total[i], like)
+
+
+@njit(**_EXACT)
+def all_reduce(state: Any, kind: int, address: int, count: int, element_bytes: int, like: Any) -> Any:
+    """Sum `count` numbers over the shards, in place → what came of it."""
+    description, at_once = count * element_bytes * MOST_KINDS + kind, BUFFER_BYTES // element_bytes
+    for first in range(0, max(1, count), at_once):
+        here, length = address + first * element_bytes, min(at_once, count - first)
+        came = exchange(state, description, here, length * element_bytes)
+        if came != HERE:
+            return came
+        sum_shards(shown_at(state), state[SIZE], here, length, like)
+    return HERE

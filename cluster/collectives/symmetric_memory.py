@@ -1,0 +1,150 @@
+"""The all-reduce of small messages on CUDA: one kernel over memory that the shards' GPUs map into each other.
+
+The kernels are torch's own (torch.ops.symm_mem); the others' memory is reached over NVLink. What does not suit them
+goes to NCCL. This has never run on a GPU: it must give right sums at start-up on every shard, or NCCL does everything.
+
+A kernel that waits for a neighbour that died cannot be aborted, unlike NCCL's: such a rank must be killed.
+"""
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+
+from cluster.collectives.interface import StageGroup, all_agree
+from cluster.collectives.rendezvous import EpochStore
+
+logger = logging.getLogger(__name__)
+
+Method = Literal["one_shot", "multimem", "nccl"]
+
+_MIB = 1024 * 1024
+BUFFER_BYTES = 8 * _MIB
+# Every shard reads everybody's message: the more shards, the sooner other ways win. vLLM's thresholds for its own
+# kernels on sm90: 64 MiB for 2 shards, 32 MiB for 4 (large ones in two shots), 512 KiB for 6, 256 KiB for 8. All shards
+# add in the same order, in the message's dtype (CUDASymmetricMemory-inl.h, load_and_reduce): sums have the same bits.
+ONE_SHOT_BYTES = {2: BUFFER_BYTES, **dict.fromkeys((3, 4, 5, 6), 512 * 1024), 7: 256 * 1024, 8: 256 * 1024}
+_ALIGNMENT_BYTES = 16  # less makes the kernels load less at once, or refuse
+
+
+def method_for(num_bytes: int, num_shards: int, has_multicast: bool) -> Method:
+    """How a message is summed: by one shot, in the switch where it can, or by NCCL."""
+    if num_bytes == 0 or num_bytes % _ALIGNMENT_BYTES or num_bytes > BUFFER_BYTES:
+        return "nccl"
+    if num_bytes <= ONE_SHOT_BYTES.get(num_shards, 0):
+        return "one_shot"
+    return "multimem" if has_multicast else "nccl"
+
+
+class SymmetricStage:
+    """A StageGroup that sums small messages itself, and leaves the rest to another one over the same shards."""
+
+    def __init__(self, fallback: StageGroup, buffer: torch.Tensor, name: str, has_multicast: bool) -> None:
+        """`buffer`: uint8 [BUFFER_BYTES], symmetric memory that all shards of the group `name` have met over."""
+        self.size, self.shard = fallback.size, fallback.shard
+        self._fallback = fallback
+        self._buffers: dict[torch.dtype, torch.Tensor] = {
+            dtype: buffer.view(dtype) for dtype in (torch.bfloat16, torch.float32)
+        }
+        self._name = name
+        self._has_multicast = has_multicast
+        self._num_operations = 0
+
+    @property
+    def num_operations(self) -> int:
+        """See StageGroup."""
+        return self._num_operations + self._fallback.num_operations
+
+    def method(self, tensor: torch.Tensor) -> Method:
+        """How a tensor is summed."""
+        if tensor.dtype not in self._buffers or tensor.storage_offset() * tensor.itemsize % _ALIGNMENT_BYTES:
+            return "nccl"
+        return method_for(tensor.nbytes, self.size, self._has_multicast)
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over the shards; a tensor of its own, or the one given."""
+        method = self.method(tensor)
+        if method == "nccl":
+            return self._fallback.all_reduce(tensor)
+        self._num_operations += 1
+        kernels: Any = torch.ops.symm_mem
+        shared = self._buffers[tensor.dtype][: tensor.numel()].view(tensor.shape)
+        if method == "one_shot":
+            # It copies into the buffer, meets the others, sums into a tensor of its own, and meets them again
+            total: torch.Tensor = kernels.one_shot_all_reduce_copy(shared, tensor, "sum", self._name)
+            return total
+        shared.copy_(tensor)
+        kernels.multimem_all_reduce_(shared, "sum", self._name)
+        return tensor.copy_(shared)
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[*] of every shard → [size, *]."""
+        return self._fallback.all_gather(tensor)
+
+    def abort(self) -> None:
+        """See StageGroup."""
+        self._fallback.abort()
+
+    def close(self) -> None:
+        """See StageGroup."""
+        self._buffers.clear()
+        self._fallback.close()
+
+
+def with_symmetric_memory(fallback: StageGroup, store: EpochStore, stage: int, device: torch.device) -> StageGroup:
+    """A group that uses symmetric memory, or the one given: the reason is logged. All shards call it at once.
+
+    Each thing that a shard may fail at alone is voted on before what all must do together.
+    """
+    if fallback.size not in ONE_SHOT_BYTES:
+        logger.info("all-reduces go through NCCL: symmetric memory is for 2 to 8 shards, not %d", fallback.size)
+        return fallback
+    name = f"stagemesh-{store.epoch}-stage{stage}"  # torch keeps such names for the life of the process
+    buffer = _attempt(functools.partial(_allocate, device))
+    if not all_agree(fallback, buffer is not None, device):
+        return fallback
+    assert buffer is not None
+    met = _attempt(functools.partial(_meet, buffer, name, fallback, store))
+    if not all_agree(fallback, met is not None, device):
+        return fallback
+    assert met is not None
+    group = SymmetricStage(fallback, buffer, name, has_multicast=bool(met.multicast_ptr))
+    is_right = bool(_attempt(functools.partial(_check, group, device)))
+    return group if all_agree(fallback, is_right, device) else fallback
+
+
+def _allocate(device: torch.device) -> torch.Tensor:
+    import torch.distributed._symmetric_memory as symmetric
+
+    return symmetric.empty(BUFFER_BYTES, dtype=torch.uint8, device=device)
+
+
+def _meet(buffer: torch.Tensor, name: str, group: StageGroup, store: EpochStore) -> Any:
+    """→ torch's handle of the memory. Our groups are not in torch's registry, so it is told who they are."""
+    symmetric: Any = importlib.import_module("torch.distributed._symmetric_memory")
+    symmetric._SymmetricMemory.set_group_info(name, group.shard, group.size, store.part(f"{name}/symmetric"))  # noqa: SLF001
+    return symmetric.rendezvous(buffer, name)
+
+
+def _check(group: SymmetricStage, device: torch.device) -> bool:
+    """Raises RuntimeError where a sum is wrong. Whole numbers: bfloat16 holds them."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for num_bytes in (_ALIGNMENT_BYTES, 64 * 1024, 4 * _MIB):
+            count_N = torch.arange(num_bytes // dtype.itemsize, device=device) % 8
+            total = group.all_reduce((count_N + group.shard).to(dtype))
+            expected = count_N * group.size + group.size * (group.size - 1) // 2
+            if not torch.equal(total.long(), expected):
+                raise RuntimeError(f"a sum of {num_bytes} bytes in {dtype} is wrong")
+    return True
+
+
+def _attempt(work: Callable[[], Any]) -> Any:
+    """What it gives; None where it fails."""
+    try:
+        return work()
+    except (RuntimeError, ImportError, AttributeError, TypeError, ValueError) as error:
+        logger.warning("all-reduces go through NCCL, not through symmetric memory: %s", error)
+        return None

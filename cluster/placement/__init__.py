@@ -1,0 +1,1 @@
+"""Where the stages go: what the nodes have, what the stages need, and whether they fit."""

@@ -1,0 +1,232 @@
+"""Request bodies: every field that clients are known to send, and for each whether we take, pass or refuse it.
+
+A field that is not supported yet is an entry `name: only(neutral values)`; supporting it begins by giving it a type.
+How tokens are drawn stands in sampling_fields.py, what a prompt is in prompts.py.
+"""
+
+from typing import Annotated, ClassVar, Self
+
+from pydantic import BeforeValidator, FailFast, Field, model_validator
+
+from deployments.api.prompts import Messages, Prompt, Prompts, conversation
+from deployments.api.sampling_fields import NumLogprobs, SamplingBody
+from deployments.api.strict_body import Body, only, wrong
+
+MAX_STOPS = 16  # OpenAI takes 4
+MAX_STOP_CHARS = 1024
+MAX_CHOICES = 16
+
+
+class StreamOptions(Body):
+    """What a stream tells beside its text."""
+
+    include_usage: bool = False
+    continuous_usage_stats: Annotated[object, only(False)] = None
+    include_obfuscation: Annotated[object, only(False)] = None
+
+
+def _one_or_many(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+
+
+class GenerationBody(SamplingBody):
+    """What both endpoints take."""
+
+    default_max_tokens: ClassVar[int | None]  # None: what the context has left
+    continues_prompt: ClassVar[bool]  # the answer's text goes on from the prompt's, or is a text of its own
+
+    model: str
+    max_tokens: int | None = Field(default=None, ge=1)
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)  # answers to each prompt
+    stop: Annotated[list[StopString], FailFast(), Field(max_length=MAX_STOPS), BeforeValidator(_one_or_many)] = Field(
+        default_factory=list
+    )
+    ignore_eos: bool = False
+    timeout: float | None = Field(default=None, gt=0)  # seconds from arrival to the end; LiteLLM's name
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    # OpenAI's own fields that never change the answer
+    user: object = None
+    metadata: object = None
+    store: object = None
+    service_tier: object = None
+    safety_identifier: object = None
+    prompt_cache_key: object = None
+    prompt_cache_retention: object = None
+
+    # refused where they would mean something: sampling
+    best_of: Annotated[object, only(1)] = None
+    length_penalty: Annotated[object, only(1)] = None
+    bad_words: Annotated[object, only([])] = None
+    allowed_token_ids: Annotated[object, only([])] = None
+    use_beam_search: Annotated[object, only(False)] = None
+    response_format: Annotated[object, only({"type": "text"})] = None
+    structured_outputs: Annotated[object, only()] = None
+    repetition_detection: Annotated[object, only()] = None
+    # where it ends
+    include_stop_str_in_output: Annotated[object, only(False)] = None
+    thinking_token_budget: Annotated[object, only()] = None
+    # what is said about the tokens
+    prompt_logprobs: Annotated[object, only()] = None
+    skip_special_tokens: Annotated[object, only(True)] = None
+    spaces_between_special_tokens: Annotated[object, only(True)] = None
+    return_token_ids: Annotated[object, only(False)] = None
+    return_tokens_as_token_ids: Annotated[object, only(False)] = None
+    stream_interval: Annotated[object, only(1)] = None
+    # how the prompt is read
+    truncate_prompt_tokens: Annotated[object, only()] = None
+    truncation_side: Annotated[object, only()] = None
+    # who comes first, and where the cache is
+    priority: Annotated[object, only(0)] = None
+    request_id: Annotated[object, only()] = None
+    cache_salt: Annotated[object, only()] = None
+    kv_transfer_params: Annotated[object, only()] = None
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """One for every `n` sequences asked for."""
+        raise NotImplementedError
+
+    @property
+    def prompt_field(self) -> str:
+        """The field that holds them."""
+        raise NotImplementedError
+
+    @property
+    def token_limit(self) -> tuple[str, int | None]:
+        """The field that limits the generated tokens, and its value."""
+        return "max_tokens", self.max_tokens
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the answer's text begins with the prompt."""
+        return False
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise wrong("invalid_value", 'needs "stream": true; leave it out', field="stream_options")
+        return self
+
+
+class CompletionBody(GenerationBody):
+    """POST /v1/completions."""
+
+    default_max_tokens: ClassVar[int | None] = 16
+    continues_prompt: ClassVar[bool] = True
+
+    prompt: Prompts
+    max_tokens: int | None = Field(default=None, ge=0)
+    logprobs: NumLogprobs | None = None
+    echo: bool = False
+
+    suffix: Annotated[object, only("")] = None
+    add_special_tokens: Annotated[object, only(True)] = None
+    prompt_embeds: Annotated[object, only()] = None
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """As the client gave them."""
+        return self.prompt
+
+    @property
+    def prompt_field(self) -> str:
+        """See GenerationBody."""
+        return "prompt"
+
+    @property
+    def echoes(self) -> bool:
+        """See GenerationBody."""
+        return self.echo
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """See SamplingBody."""
+        return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """What is shown is told of: the prompt when it is echoed."""
+        return self.logprobs if self.echo else None
+
+    @model_validator(mode="after")
+    def _something_is_shown(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise wrong("invalid_value", 'must be at least 1, or 0 with "echo": true', field="max_tokens")
+        return self
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions."""
+
+    default_max_tokens: ClassVar[int | None] = None
+    continues_prompt: ClassVar[bool] = False
+
+    messages: Messages
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool = False
+    top_logprobs: NumLogprobs = 0
+
+    echo: Annotated[object, only(False)] = None
+    tools: Annotated[object, only([])] = None
+    tool_choice: Annotated[object, only("none", "auto")] = None  # both mean nothing without tools
+    parallel_tool_calls: Annotated[object, only(True, False)] = None
+    functions: Annotated[object, only([])] = None
+    reasoning_effort: Annotated[object, only()] = None
+    include_reasoning: Annotated[object, only(True)] = None
+    verbosity: Annotated[object, only()] = None
+    modalities: Annotated[object, only(["text"])] = None
+    audio: Annotated[object, only()] = None
+    prediction: Annotated[object, only()] = None
+    web_search_options: Annotated[object, only()] = None
+    function_call: Annotated[object, only("none", "auto")] = None
+    chat_template: Annotated[object, only()] = None
+    chat_template_kwargs: Annotated[object, only({})] = None
+    add_generation_prompt: Annotated[object, only(True)] = None
+    continue_final_message: Annotated[object, only(False)] = None
+    add_special_tokens: Annotated[object, only(False)] = None
+    documents: Annotated[object, only([])] = None
+    mm_processor_kwargs: Annotated[object, only({})] = None
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The conversation."""
+        return [conversation(self.messages)]
+
+    @property
+    def prompt_field(self) -> str:
+        """See GenerationBody."""
+        return "messages"
+
+    @property
+    def token_limit(self) -> tuple[str, int | None]:
+        """`max_completion_tokens`, or its old name."""
+        if self.max_completion_tokens is not None:
+            return "max_completion_tokens", self.max_completion_tokens
+        return "max_tokens", self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """See SamplingBody."""
+        return self.top_logprobs if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise wrong("invalid_value", 'needs "logprobs": true; send both', field="top_logprobs")
+        return self
+
+    @model_validator(mode="after")
+    def _one_token_limit(self) -> Self:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise wrong("invalid_value", "contradicts max_completion_tokens; send only one of them", field="max_tokens")
+        return self

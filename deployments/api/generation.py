@@ -1,0 +1,175 @@
+"""Generation: the answers of one HTTP request, from the engine's events to pieces of text."""
+
+import time
+from dataclasses import dataclass
+
+from actors.remote.engine import Engine
+from actors.words.errors import EngineStopped
+from actors.words.messages import Event, Request, TokenLogprobs
+from deployments.api.metrics import Stopwatch
+from deployments.api.outbox import Mailbox, Outbox
+from deployments.api.responses import Piece, Usage
+from deployments.api_error import ApiError, public_text
+from deployments.text.transcript import Transcript
+
+NOT_READY_RETRY_AFTER_S = 5
+PING_S = 5.0  # between two signs of life while the gang recovers; proxies drop what is silent for 30 s or more
+
+
+@dataclass(frozen=True)
+class Echo:
+    """The prompt as the client wrote it; None where it sent ids."""
+
+    prompt: str | None
+
+
+class Answer:
+    """One sequence of a request on its way to text."""
+
+    def __init__(
+        self, index: int, request: Request, transcript: Transcript, stopwatch: Stopwatch, echo: Echo | None = None
+    ) -> None:
+        """`echo`: the prompt is shown before the answer."""
+        self.index = index
+        self.request = request
+        self.transcript = transcript
+        self._stopwatch = stopwatch
+        self._echo = echo
+        self._prompt_logprobs: list[TokenLogprobs] = []
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing more will come."""
+        return self.transcript.finish_reason is not None
+
+    def push(self, event: Event) -> Piece | None:
+        """What an event adds; None while the prompt is being computed."""
+        self._prompt_logprobs += event.prompt_logprobs
+        if not event.token_ids and not event.finish_reason:
+            return None
+        text = self._take_echo() + self.transcript.push(event.token_ids, event.finish_reason, event.logprobs)
+        self._stopwatch.tokens(len(event.token_ids))
+        if self.is_finished:
+            self._stopwatch.end()
+        return Piece(self.index, text, self.transcript.finish_reason, self.transcript.take_scored())
+
+    def _take_echo(self) -> str:
+        echo, self._echo = self._echo, None
+        if echo is None:
+            return ""
+        is_told = self.request.sampling.prompt_logprobs is not None
+        return self.transcript.echo(echo.prompt, self.request.prompt_ids, self._prompt_logprobs if is_told else None)
+
+
+class Generation:
+    """All answers of one HTTP request."""
+
+    def __init__(
+        self, engine: Engine, outbox: Outbox, answers: list[Answer], num_prompt_tokens: int, deadline: float
+    ) -> None:
+        """`num_prompt_tokens`: of all prompts, each counted once however many answers it gets.
+
+        `deadline`: that of the answers' requests, in monotonic seconds.
+        """
+        self._engine = engine
+        self._deadline = deadline
+        self._outbox = outbox
+        self._answers = {answer.request.request_id: answer for answer in answers}
+        self._num_prompt_tokens = num_prompt_tokens
+        self._mailbox = Mailbox()
+
+    @property
+    def num_answers(self) -> int:
+        """How many sequences were asked for."""
+        return len(self._answers)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all answers are complete."""
+        return all(answer.is_finished for answer in self._answers.values())
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        num_prompt = self._num_prompt_tokens
+        num_generated = sum(answer.transcript.num_tokens for answer in self._answers.values())
+        return Usage(num_prompt, num_generated, num_prompt + num_generated)
+
+    def start(self) -> None:
+        """Hand all requests to the engine. Raises ApiError (503) when it does not serve."""
+        self._mailbox = self._outbox.open(list(self._answers))
+        try:
+            for answer in self._answers.values():
+                self._engine.add(answer.request)
+        except EngineStopped:
+            raise not_ready() from None
+
+    def end(self) -> None:
+        """Make the engine drop what is not finished. May be called twice, and before `start`."""
+        for request_id, answer in self._answers.items():
+            self._outbox.close(request_id)
+            if not answer.is_finished:
+                self._engine.finish(request_id)
+
+    async def take(self) -> list[Piece]:
+        """Wait for news and return all of it, at most one piece an answer; none when it is time for a sign of life.
+
+        Raises ApiError when the engine failed, or the deadline has passed.
+        """
+        pieces: list[Piece] = []
+        while not pieces:
+            events = await self._mailbox.take(self._patience_s())
+            if events is None and time.monotonic() >= self._deadline:
+                raise too_late()  # the engine's thread is busy with the recovery; it hears of it later
+            if events is None:
+                break
+            pieces = [piece for event in events if (piece := self._read(event))]
+        return pieces
+
+    def _patience_s(self) -> float | None:
+        """None, and so no timer, but while the gang recovers."""
+        if self._engine.state != "recovering":
+            return None
+        return min(PING_S, max(0.0, self._deadline - time.monotonic()))
+
+    def _read(self, event: Event) -> Piece | None:
+        answer = self._answers[event.request_id]
+        if event.finish_reason == "timeout":
+            raise too_late()
+        if event.finish_reason in ("error", "abort"):
+            raise _failed(event)
+        piece = answer.push(event)
+        if answer.is_finished:
+            self._outbox.close(event.request_id)
+            if event.finish_reason is None:  # a stop string: the engine does not know
+                self._engine.finish(event.request_id, "stop")
+        return piece
+
+
+def _failed(event: Event) -> ApiError:
+    """The engine gave a request up: for what computing it does, or because it could not go on or was told to stop."""
+    reason = public_text(event.error or "the request was aborted")
+    message = f"the engine could not finish this request: {reason}"
+    if event.code == "numerical_error":
+        return ApiError(500, message, code="numerical_error")
+    if event.code == "ends_ranks":
+        return ApiError(500, message, code="engine_failure")
+    return ApiError(503, message, code="engine_failure", retry_after_s=NOT_READY_RETRY_AFTER_S)
+
+
+def too_late() -> ApiError:
+    """The deadline has passed."""
+    message = "the request was not finished in time; ask for fewer tokens, or for more time where `timeout` was sent"
+    return ApiError(504, message, code="timeout")
+
+
+def draining() -> ApiError:
+    """What runs is finished, nothing more is taken."""
+    message = "the server is about to stop and takes no more requests; try again later"
+    return ApiError(503, message, code="server_draining", retry_after_s=NOT_READY_RETRY_AFTER_S)
+
+
+def not_ready() -> ApiError:
+    """The gang does not serve: still starting, failed, or shutting down."""
+    message = "the model is not being served at the moment; try again later"
+    return ApiError(503, message, code="not_ready", retry_after_s=NOT_READY_RETRY_AFTER_S)

@@ -1,0 +1,83 @@
+"""Log-probabilities as OpenAI's completions and chats show them."""
+
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+from actors.words.messages import TokenLogprobs
+from deployments.text.token_text import TokenTexts
+from deployments.text.transcript import ScoredToken
+
+LOWEST = -9999.0  # JSON has no infinities; OpenAI's value for tokens that cannot be
+
+
+class CompletionLogprobs(msgspec.Struct, frozen=True):
+    """Of /v1/completions: lists with one entry a token."""
+
+    text_offset: list[int]  # characters of the choice's text before the token
+    token_logprobs: list[float | None]  # null for the first token of an echoed prompt
+    tokens: list[str]
+    top_logprobs: list[dict[str, float] | None]  # the likeliest, and the token itself where it is none of them
+
+
+class TopLogprob(msgspec.Struct, frozen=True):
+    """A likely token."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ContentLogprob(msgspec.Struct, frozen=True):
+    """A token of a message."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True):
+    """Of /v1/chat/completions."""
+
+    content: list[ContentLogprob]
+
+
+def completion_logprobs(tokens: Sequence[ScoredToken], texts: TokenTexts) -> CompletionLogprobs:
+    """Of the tokens whose text is shown."""
+    return CompletionLogprobs(
+        text_offset=[token.offset for token in tokens],
+        token_logprobs=[_finite(token.logprobs.logprob) if token.logprobs else None for token in tokens],
+        tokens=[texts.of(token.token_id).text for token in tokens],
+        top_logprobs=[_by_text(token.token_id, token.logprobs, texts) for token in tokens],
+    )
+
+
+def chat_logprobs(tokens: Sequence[ScoredToken], texts: TokenTexts) -> ChatLogprobs:
+    """Of the tokens whose text is shown."""
+    content = []
+    for token in tokens:
+        assert token.logprobs is not None, "only an echoed prompt begins with a token without one"
+        shown = texts.of(token.token_id)
+        top = [
+            TopLogprob(texts.of(top_id).text, logprob, texts.of(top_id).raw) for top_id, logprob in _top(token.logprobs)
+        ]
+        content.append(ContentLogprob(shown.text, _finite(token.logprobs.logprob), shown.raw, top))
+    return ChatLogprobs(content)
+
+
+def _by_text(token_id: int, logprobs: TokenLogprobs | None, texts: TokenTexts) -> dict[str, float] | None:
+    if logprobs is None:
+        return None
+    by_text: dict[str, float] = {}
+    for top_id, logprob in [*_top(logprobs), (token_id, _finite(logprobs.logprob))]:
+        by_text.setdefault(texts.of(top_id).text, logprob)  # of tokens that look alike the likeliest
+    return by_text
+
+
+def _top(logprobs: TokenLogprobs) -> Iterator[tuple[int, float]]:
+    return zip(logprobs.top_ids, map(_finite, logprobs.top_logprobs), strict=True)
+
+
+def _finite(logprob: float) -> float:
+    return max(LOWEST, logprob)

@@ -1,0 +1,94 @@
+"""Prompts: what a request may ask an answer to, as texts, token ids or a conversation."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, FailFast, Field, PlainValidator, model_validator
+
+from deployments.api.strict_body import Body, only, wrong
+from deployments.api_error import shown
+
+MAX_MESSAGES = 2048
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages for the chat template: dicts with role, content and maybe name, all of them text."""
+
+    messages: list[dict[str, str]]
+
+
+Prompt = str | list[int] | Conversation
+
+
+def _prompts(value: object) -> list[Prompt]:
+    """A text, texts, ids or lists of ids, taken apart. Whether ids are in the vocabulary is seen later."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        kinds = set(map(type, value))
+        if kinds == {int}:
+            return [value]
+        if kinds == {str}:
+            return list(value)
+        if kinds == {list} and all(ids and set(map(type, ids)) == {int} for ids in value):
+            return list(value)
+    raise wrong("invalid_type", "must be a text, texts, token ids or lists of token ids, and not empty")
+
+
+Prompts = Annotated[list[Prompt], PlainValidator(_prompts)]
+
+
+class TextPart(Body):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _textonly(cls, data: object) -> object:
+        if isinstance(data, dict) and isinstance(data.get("type"), str) and data["type"] != "text":
+            raise wrong(
+                "unsupported_parameter", "{kind} is not supported; send text parts only", kind=shown(data["type"])
+            )
+        return data
+
+
+def _parts(value: object) -> object:
+    if isinstance(value, str):
+        return [{"type": "text", "text": value}]
+    if isinstance(value, list):
+        return value
+    raise wrong("invalid_type", "must be a text or a list of text parts")
+
+
+class Message(Body):
+    """One turn. What answers of OpenAI carry beside role and content passes when it is empty."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[list[TextPart], FailFast(), BeforeValidator(_parts)]
+    name: str | None = None  # handed to the chat template
+
+    refusal: Annotated[object, only()] = None
+    audio: Annotated[object, only()] = None
+    annotations: Annotated[object, only([])] = None
+    function_call: Annotated[object, only()] = None
+    tool_calls: Annotated[object, only([])] = None
+    reasoning: Annotated[object, only("")] = None
+    reasoning_content: Annotated[object, only("")] = None
+
+    def for_template(self) -> dict[str, str]:
+        """Text only; several parts are joined by line breaks."""
+        message: dict[str, str] = {"role": self.role, "content": "\n".join(part.text for part in self.content)}
+        if self.name is not None:
+            message["name"] = self.name
+        return message
+
+
+Messages = Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
+
+
+def conversation(messages: list[Message]) -> Conversation:
+    """What the chat template gets of them."""
+    return Conversation([message.for_template() for message in messages])

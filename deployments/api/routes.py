@@ -1,0 +1,233 @@
+"""The routes: a Starlette app over a Service. Every error is an OpenAI error object; no timer delays a token."""
+
+import logging
+import time
+import traceback
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from deployments.api.bodies import ChatBody, CompletionBody, GenerationBody
+from deployments.api.connection import ClientGoneError, Connection, Headers, read_body
+from deployments.api.generation import Generation, draining, not_ready
+from deployments.api.metrics import CONTENT_TYPE
+from deployments.api.responses import DONE, ChatReply, CompletionReply, Piece, Reply
+from deployments.api.service import Service
+from deployments.api.strict_body import parse_body
+from deployments.api.token_pages import TokenPages
+from deployments.api_error import ApiError
+
+logger = logging.getLogger(__name__)
+
+JSON_HEADERS: Headers = [(b"content-type", b"application/json")]
+STREAM_HEADERS: Headers = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold chunks back
+]
+PING = b": ping\n\n"  # a comment of server-sent events: clients skip it, and see that the connection lives
+
+
+def build_app(service: Service) -> Starlette:
+    """The ASGI app of one replica."""
+    pages, token_pages = Pages(service), TokenPages(service)
+    app = Starlette(
+        routes=[
+            Route("/v1/models", pages.models),
+            Route("/v1/models/{model:path}", pages.model),
+            Route("/v1/completions", GenerationRoute(service, CompletionBody, CompletionReply), methods=["POST"]),
+            Route("/v1/chat/completions", GenerationRoute(service, ChatBody, ChatReply), methods=["POST"]),
+            Route("/tokenize", token_pages.tokenize, methods=["POST"]),
+            Route("/detokenize", token_pages.detokenize, methods=["POST"]),
+            Route("/health", pages.health),
+            Route("/ready", pages.ready),
+            Route("/version", pages.version),
+            Route("/cluster", pages.cluster),
+            Route("/metrics", pages.metrics),
+        ],
+        exception_handlers={HTTPException: _http_error, ApiError: _api_error, Exception: _internal_error},
+    )
+    app.router.redirect_slashes = False  # a redirect would be no OpenAI object
+    app.state.service = service
+    return app
+
+
+class GenerationRoute:
+    """POST a body, get an answer: an ASGI app, so that the life of a request is one block of code."""
+
+    def __init__(
+        self, service: Service, kind: type[GenerationBody], reply: type[CompletionReply] | type[ChatReply]
+    ) -> None:
+        self._service = service
+        self._kind = kind
+        self._reply = reply
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request; whatever happens ends it in the engine and gives its place back."""
+        connection, arrived = Connection(receive, send), time.monotonic()
+        try:
+            raw = await read_body(Request(scope, receive), self._service.limits.max_body_bytes)
+            body = parse_body(raw, self._kind)
+            deadline = self._service.deadline(body, arrived)
+            await connection.run(self._answer(body, connection, deadline), deadline)
+        except (ClientGoneError, ClientDisconnect):
+            pass
+        except ApiError as error:
+            await connection.fail(error)
+        except Exception as error:  # noqa: BLE001 - a fault in one request ends that request only
+            log_unexpected(error)
+            await connection.fail(internal_error())
+
+    async def _answer(self, body: GenerationBody, connection: Connection, deadline: float) -> None:
+        token_texts = None if body.num_logprobs is None else self._service.text.token_texts
+        reply = self._reply(body.model, body.include_usage, token_texts)
+        async with self._service.generate(body, deadline) as generation:
+            if body.stream:
+                await _stream(generation, reply, connection, body.include_usage)
+            else:
+                await _respond(generation, reply, connection)
+
+
+async def _stream(generation: Generation, reply: Reply, connection: Connection, include_usage: bool) -> None:
+    """Send each piece as soon as it is there. The response starts with the first: an error before it has a status.
+
+    A gang that recovers makes it start earlier, with a ping: an error after that is an event, as in any stream that has
+    begun. The other choice would be silence, which proxies take for a dead server, so that the status would be theirs.
+    """
+    opening, is_last = b"".join(map(reply.opening, range(generation.num_answers))), False
+    while not is_last:
+        pieces = await generation.take()
+        if not connection.has_started:
+            await connection.start(200, STREAM_HEADERS)
+        if not pieces:
+            await connection.write(PING)
+            continue
+        chunk = opening + b"".join(map(reply.chunk, pieces))
+        opening = b""
+        is_last = generation.is_finished
+        if is_last:
+            chunk += (reply.usage_chunk(generation.usage) if include_usage else b"") + DONE
+        await connection.write(chunk, is_last=is_last)
+
+
+async def _respond(generation: Generation, reply: Reply, connection: Connection) -> None:
+    """Collect all pieces, then send one body."""
+    answers = [Piece(index, "", None) for index in range(generation.num_answers)]
+    while not generation.is_finished:
+        for piece in await generation.take():
+            answers[piece.index] = answers[piece.index].joined(piece)
+    await connection.start(200, JSON_HEADERS)
+    await connection.write(reply.whole(answers, generation.usage), is_last=True)
+
+
+class Pages:
+    """The routes that only look."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def models(self, request: Request) -> Response:
+        """GET /v1/models."""
+        return _json({"object": "list", "data": [self._card()]})
+
+    async def model(self, request: Request) -> Response:
+        """GET /v1/models/{id}."""
+        self._service.check_model(request.path_params["model"])
+        return _json(self._card())
+
+    async def health(self, request: Request) -> Response:
+        """GET /health: the process lives."""
+        return _json({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        """GET /ready: the gang serves, or 503."""
+        if self._service.is_draining:
+            raise draining()
+        if not self._service.is_ready:
+            raise not_ready()
+        return _json({"status": "ready"})
+
+    async def version(self, request: Request) -> Response:
+        """GET /version."""
+        return _json({"version": self._service.identity.version})
+
+    async def cluster(self, request: Request) -> Response:
+        """GET /cluster: the replica's ranks, blocks and requests."""
+        identity, engine = self._service.identity, self._service.engine.snapshot()
+        topology = identity.topology
+        return _json(
+            {
+                "model": identity.model,
+                "replica": identity.replica,
+                "state": "draining" if self._service.is_draining else engine.state,
+                "epoch": engine.epoch,
+                "topology": {
+                    "tensor_parallel_size": topology.tensor_parallel_size,
+                    "pipeline_parallel_size": topology.pipeline_parallel_size,
+                },
+                "ranks": self._service.ranks(),
+                "kv_blocks": {
+                    "total": engine.blocks_total,
+                    "used": engine.blocks_used,
+                    "cached": engine.blocks_cached,
+                },
+                "requests": {"running": engine.running, "waiting": engine.waiting},
+            }
+        )
+
+    async def metrics(self, request: Request) -> Response:
+        """GET /metrics: for Prometheus."""
+        return Response(self._service.metrics.page(), media_type=CONTENT_TYPE)
+
+    def _card(self) -> dict[str, object]:
+        identity = self._service.identity
+        return {
+            "id": identity.model,
+            "object": "model",
+            "created": identity.created,
+            "owned_by": "stagemesh",
+            "max_model_len": self._service.limits.max_model_len,
+        }
+
+
+def internal_error() -> ApiError:
+    """A fault of ours, without its details."""
+    return ApiError(500, "internal error; the server's log says more", code="internal_error")
+
+
+def log_unexpected(error: Exception) -> None:
+    """Where it happened, but not the message: it may quote a prompt."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("unexpected %s while answering a request:\n%s", type(error).__name__, frames)
+
+
+def _json(value: object) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")
+
+
+def _error_response(error: ApiError, more_headers: dict[str, str] | None = None) -> Response:
+    headers = {name.decode(): value.decode() for name, value in error.headers()}
+    return Response(error.body(), error.status, headers={**headers, **(more_headers or {})})
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return _error_response(error)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """What Starlette itself raises: no such route, or another method."""
+    assert isinstance(error, HTTPException)
+    headers = dict(error.headers or {})
+    words = {404: "there is no such route", 405: f"this route takes {headers.get('Allow', 'other methods')}"}
+    return _error_response(ApiError(error.status_code, words.get(error.status_code, error.detail)), headers)
+
+
+async def _internal_error(request: Request, error: Exception) -> Response:
+    log_unexpected(error)
+    return _error_response(internal_error())

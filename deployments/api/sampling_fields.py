@@ -1,0 +1,90 @@
+"""Sampling fields: how the next token is drawn, as clients write it and as the engine reads it."""
+
+import hashlib
+import re
+from typing import Annotated
+
+from pydantic import BeforeValidator, FailFast, Field
+
+from actors.words.messages import SamplingParams
+from deployments.api.strict_body import Body, wrong
+
+MAX_STOP_TOKEN_IDS = 128
+MAX_BIASES = 1024
+MAX_LOGPROBS = 20
+GREEDY_BELOW = 1e-5  # temperatures below are as good as 0, and would divide logits into infinities
+
+_SEED_MASK = 2**63 - 1  # clients may send negative seeds, the engine has 63 bits
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]  # whether it is in the vocabulary is seen later
+NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+
+
+def _ids_for_keys(value: object) -> object:
+    """JSON's keys are texts."""
+    if not isinstance(value, dict):
+        raise wrong("invalid_type", 'must be an object of token ids and numbers, as in {"17": -100}')
+    if not all(isinstance(key, str) and _TOKEN_ID.fullmatch(key) for key in value):
+        raise wrong("invalid_type", 'has a key that is no token id; keys are decimal numbers, as in {"17": -100}')
+    return {int(key): bias for key, bias in value.items()}
+
+
+class SamplingBody(Body):
+    """The fields that become SamplingParams; see there for what each does and in which order."""
+
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=-1, lt=2**31)  # 0 and -1: all
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=2)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    logit_bias: Annotated[
+        dict[int, Annotated[float, Field(ge=-100, le=100)]],
+        Field(max_length=MAX_BIASES),
+        BeforeValidator(_ids_for_keys),
+    ] = Field(default_factory=dict)
+    min_tokens: int = Field(default=0, ge=0)  # before so many, no stop id, end of sequence or stop string ends it
+    stop_token_ids: Annotated[list[TokenId], FailFast(), Field(max_length=MAX_STOP_TOKEN_IDS)] = Field(
+        default_factory=list
+    )
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are told of beside each generated one; None: no log-probability is."""
+        return None
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same of the prompt's tokens."""
+        return None
+
+    def sampling(self, choice: int, vocab_size: int) -> SamplingParams:
+        """For the sequence that becomes this choice (from 0) of a prompt."""
+        return SamplingParams(
+            temperature=self.temperature if self.temperature >= GREEDY_BELOW else 0.0,
+            seed=None if self.seed is None else choice_seed(self.seed, choice),
+            top_p=self.top_p,
+            top_k=self.top_k if 0 < self.top_k < vocab_size else 0,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=self.logit_bias,
+            min_tokens=self.min_tokens,
+            logprobs=self.num_logprobs,
+            prompt_logprobs=self.num_prompt_logprobs,
+        )
+
+
+def choice_seed(seed: int, choice: int) -> int:
+    """The first choice has the request's own seed, the others the first 63 bits of SHA-256 of "seed:choice".
+
+    Not seed + choice: that would make the second choice of seed 7 the first of seed 8.
+    """
+    if choice == 0:
+        return seed & _SEED_MASK
+    digest = hashlib.sha256(f"{seed}:{choice}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") & _SEED_MASK

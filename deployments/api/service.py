@@ -1,0 +1,186 @@
+"""The service: what the routes need of a replica, and how a parsed body becomes requests of the engine."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from actors.remote.engine import Engine
+from actors.remote.meeting import RankInfo
+from actors.words.messages import Request
+from cluster.topology import Topology
+from deployments.api.admission import Admission
+from deployments.api.bodies import GenerationBody
+from deployments.api.generation import Answer, Echo, Generation, draining, too_late
+from deployments.api.metrics import Latencies, Metrics, Stopwatch
+from deployments.api.outbox import Outbox
+from deployments.api.prompts import Prompt
+from deployments.api_error import ApiError
+from deployments.text.tokenizer import Text
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What this replica can take."""
+
+    max_model_len: int  # tokens: prompt + generated; what one sequence can have in the KV cache at most
+    vocab_size: int  # width of the logits: ids below it exist
+    max_requests: int
+    max_body_bytes: int
+    request_s: float  # from a request's arrival to the end of its answer
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What this replica says of itself."""
+
+    model: str  # the served id
+    replica: str
+    version: str
+    created: int  # seconds since 1970
+    topology: Topology
+
+
+class Service:
+    """One replica behind its routes. Used in the event loop's thread."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        outbox: Outbox,
+        text: Text,
+        identity: Identity,
+        limits: Limits,
+        ranks: Callable[[], Sequence[RankInfo]],
+    ) -> None:
+        """The engine delivers to `outbox`; `ranks` gives what `/cluster` shows of each."""
+        self.engine = engine
+        self.identity = identity
+        self.limits = limits
+        self.ranks = ranks
+        self.admission = Admission(limits.max_requests)
+        self.text = text
+        self.is_draining = False  # what runs is finished, nothing more is taken; may be set from any thread
+        self._outbox = outbox
+        self._latencies = Latencies()
+        self.metrics = Metrics(engine, self._latencies, identity.model, ranks)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests are taken and served at once."""
+        return self.engine.state == "ready" and not self.is_draining
+
+    @asynccontextmanager
+    async def generate(self, body: GenerationBody, deadline: float) -> AsyncIterator[Generation]:
+        """Let a request in, start it, and when the block is left end what still runs and give its places back.
+
+        Raises ApiError: 404 for another model, 400 for a prompt that cannot be served, 503 when full or not serving,
+        504 when it is late before it began.
+        """
+        began = time.monotonic()
+        if self.is_draining:
+            raise draining()
+        self.check_model(body.model)
+        self.check_ids("logit_bias", list(body.logit_bias))
+        self.check_ids("stop_token_ids", body.stop_token_ids)
+        prompts = body.prompts
+        with self.admission.reserve(len(prompts) * body.n):
+            answers: list[Answer] = []
+            num_prompt_tokens = 0
+            for prompt, prompt_ids in zip(prompts, await self._encode(prompts, deadline), strict=True):
+                self._check_prompt(body, prompt_ids)
+                num_prompt_tokens += len(prompt_ids)
+                for choice in range(body.n):
+                    request = self._request(body, prompt_ids, choice, deadline)
+                    answers.append(self._answer(body, prompt, request, len(answers), began))
+            generation = Generation(self.engine, self._outbox, answers, num_prompt_tokens, deadline)
+            try:
+                generation.start()
+                yield generation
+            finally:
+                generation.end()
+
+    def check_model(self, model: str) -> None:
+        """Raises ApiError (404) for another model than the one served."""
+        if model != self.identity.model:
+            message = f"model: there is no such model here; this server has {self.identity.model}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def deadline(self, body: GenerationBody, arrived: float) -> float:
+        """When a request that arrived then must have ended, in monotonic seconds. Raises ApiError (400)."""
+        limit_s = self.limits.request_s
+        if body.timeout is not None and body.timeout > limit_s:
+            message = f"timeout: {body.timeout:g} s is more than this server gives; send at most {limit_s:g}"
+            raise ApiError(400, message, param="timeout")
+        return arrived + (limit_s if body.timeout is None else body.timeout)
+
+    async def _encode(self, prompts: list[Prompt], deadline: float) -> list[list[int]]:
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                return await self.text.encode(prompts)
+        except TimeoutError:
+            raise too_late() from None
+
+    def _request(self, body: GenerationBody, prompt_ids: list[int], choice: int, deadline: float) -> Request:
+        eos_ids = frozenset() if body.ignore_eos else self.text.eos_token_ids
+        return Request(
+            request_id=uuid.uuid4().hex,
+            prompt_ids=prompt_ids,
+            max_tokens=self._max_tokens(body, len(prompt_ids)),
+            sampling=body.sampling(choice, self.limits.vocab_size),
+            stop_token_ids=eos_ids.union(body.stop_token_ids),
+            deadline=deadline,
+        )
+
+    def _answer(self, body: GenerationBody, prompt: Prompt, request: Request, index: int, began: float) -> Answer:
+        transcript = self.text.transcript(body.stop, body.min_tokens)
+        stopwatch = Stopwatch(self._latencies, began)
+        if body.echoes:
+            echo = Echo(prompt if isinstance(prompt, str) else None)
+            return Answer(index, request, transcript, stopwatch, echo)
+        if body.continues_prompt:
+            transcript.follow(request.prompt_ids)
+        return Answer(index, request, transcript, stopwatch)
+
+    def _check_prompt(self, body: GenerationBody, prompt_ids: list[int]) -> None:
+        field = body.prompt_field
+        if not prompt_ids:
+            raise ApiError(400, f"{field}: has no tokens; send at least one", param=field)
+        if len(prompt_ids) + (body.token_limit[1] != 0) > self.limits.max_model_len:
+            raise ApiError(
+                400,
+                f"{field}: {len(prompt_ids)} tokens, but the context has {self.limits.max_model_len} for prompt and "
+                "answer together; shorten it",
+                param=field,
+                code="context_length_exceeded",
+            )
+        self.check_ids(field, prompt_ids)
+
+    def check_ids(self, field: str, token_ids: list[int]) -> None:
+        """Raises ApiError (400) for ids that the model does not have."""
+        if token_ids and (min(token_ids) < 0 or max(token_ids) >= self.limits.vocab_size):
+            raise ApiError(400, f"{field}: token ids must be from 0 to {self.limits.vocab_size - 1}", param=field)
+
+    def _max_tokens(self, body: GenerationBody, num_prompt_tokens: int) -> int:
+        rest = self.limits.max_model_len - num_prompt_tokens
+        field, max_tokens = body.token_limit
+        if max_tokens is None:
+            max_tokens = min(rest, body.default_max_tokens or rest)
+        if max_tokens > rest:
+            raise ApiError(
+                400,
+                f"{field}: {max_tokens} and a prompt of {num_prompt_tokens} tokens are more than the context of "
+                f"{self.limits.max_model_len}; send at most {rest}",
+                param=field,
+                code="context_length_exceeded",
+            )
+        if body.min_tokens > max_tokens:
+            raise ApiError(
+                400,
+                f"min_tokens: {body.min_tokens} is more than {field} allows, which is {max_tokens}; "
+                f"send at most so many, or a larger {field}",
+                param="min_tokens",
+            )
+        return max_tokens

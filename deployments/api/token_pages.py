@@ -1,0 +1,83 @@
+"""The routes that only count: texts and conversations as the model's token ids, and ids as text again."""
+
+from typing import Annotated, Self
+
+import msgspec
+from pydantic import FailFast, Field, model_validator
+from starlette.requests import Request
+from starlette.responses import Response
+
+from deployments.api.connection import read_body
+from deployments.api.prompts import Messages, Prompt, conversation
+from deployments.api.sampling_fields import TokenId
+from deployments.api.service import Service
+from deployments.api.strict_body import Body, only, parse_body, wrong
+
+
+class TokenizeBody(Body):
+    """POST /tokenize: a prompt or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages = Field(default_factory=list)
+    add_special_tokens: bool | None = None  # to a prompt, unless told; messages have those that the template writes
+
+    add_generation_prompt: Annotated[object, only(True)] = None
+    continue_final_message: Annotated[object, only(False)] = None
+    return_token_strs: Annotated[object, only(False)] = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.prompt is None) == (not self.messages):
+            raise wrong("invalid_value", "send either prompt or messages", field="prompt")
+        if self.messages and self.add_special_tokens:
+            raise wrong("invalid_value", "is for prompt only; leave it out", field="add_special_tokens")
+        return self
+
+    @property
+    def text_or_messages(self) -> Prompt:
+        """What is to be tokenized."""
+        return conversation(self.messages) if self.prompt is None else self.prompt
+
+
+class DetokenizeBody(Body):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: Annotated[list[TokenId], FailFast()]
+
+
+class Tokens(msgspec.Struct, frozen=True):
+    """The answer to /tokenize."""
+
+    tokens: list[int]
+    count: int
+    max_model_len: int
+
+
+class TokenPages:
+    """Needs no engine: answers while the gang does not serve, too."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def tokenize(self, request: Request) -> Response:
+        """POST /tokenize: the ids that a completion or a chat would start from."""
+        body = parse_body(await self._read(request), TokenizeBody)
+        self._service.check_model(body.model or self._service.identity.model)
+        (ids,) = await self._service.text.encode([body.text_or_messages], body.add_special_tokens is not False)
+        return _json(Tokens(ids, len(ids), self._service.limits.max_model_len))
+
+    async def detokenize(self, request: Request) -> Response:
+        """POST /detokenize: their text, special tokens included."""
+        body = parse_body(await self._read(request), DetokenizeBody)
+        self._service.check_model(body.model or self._service.identity.model)
+        self._service.check_ids("tokens", body.tokens)
+        return _json({"prompt": await self._service.text.decode(body.tokens)})
+
+    async def _read(self, request: Request) -> bytes:
+        return await read_body(request, self._service.limits.max_body_bytes)
+
+
+def _json(value: object) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")

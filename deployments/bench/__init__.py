@@ -1,0 +1,1 @@
+"""`stagemesh bench` and `stagemesh profile`: how fast a server or a gang is."""

@@ -1,0 +1,1 @@
+"""`stagemesh plan`: what will go where, before anything starts."""

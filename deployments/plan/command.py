@@ -1,0 +1,105 @@
+"""`stagemesh plan`: what will go where, how much memory it takes, how fast it can be; before anything starts.
+
+    stagemesh plan CONFIG [--gpu NAME] [--context TOKENS] [--json]
+
+Needs no GPU, no Ray, no weights and no network: the architecture is enough. Exit codes: 0 the plan fits, 1 it does not
+or cannot be, 2 a mistake on the command line.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from actors.decisions.model.accelerators import ACCELERATORS
+from actors.words.errors import UnsupportedModel
+from configs.config import Config
+from configs.files import read_config
+from deployments.plan.report import Report, layouts, report, shortfalls
+from deployments.plan.text import as_text
+
+_DEFAULT_GPU = "h100-80gb"
+_DEFAULT_CONTEXT = 2048  # tokens
+
+
+def add_to(commands: Any) -> None:
+    """Register the sub-command."""
+    parser = commands.add_parser("plan", help="what goes where, how much memory it takes, how fast it can be")
+    parser.add_argument("config", help="a Serve config file, for example configs/demo.yaml, or a hub id or folder")
+    parser.add_argument("--gpu", default=_DEFAULT_GPU, choices=list(ACCELERATORS), help=f"default: {_DEFAULT_GPU}")
+    parser.add_argument("--tp", type=count, help="instead of parallel.tensor_parallel_size")
+    parser.add_argument("--pp", type=count, help="instead of parallel.pipeline_parallel_size")
+    parser.add_argument(
+        "--context",
+        type=count,
+        help=f"tokens of each sequence in the estimate of speed; default: {_DEFAULT_CONTEXT}, or what the model takes",
+    )
+    parser.add_argument("--json", action="store_true", help="everything, for programs")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the plan, or everything that keeps it from being one."""
+    try:
+        config = config_of(options.config, options.tp, options.pp)
+        found = plan_report(config, options.gpu, options.context)
+    except ValueError as error:  # UnsupportedModel and CheckpointError are ValueErrors
+        return _say_problems(str(error).splitlines(), isinstance(error, UnsupportedModel), options.json)
+    if options.json:
+        sys.stdout.write(json.dumps(dataclasses.asdict(found), indent=2) + "\n")
+    else:
+        sys.stdout.write(as_text(found))
+    return 1 if found.problems else 0
+
+
+def plan_report(config: Config, gpu: str, context: int | None = None) -> Report:
+    """The plan of a config on an accelerator. Raises ValueError with every problem, or UnsupportedModel."""
+    from actors.decisions.model.plan import make_plan  # the model is built to be read: torch is imported only here
+    from actors.tensors.model.spec_reader import read_spec
+    from actors.tensors.weights.source import architecture_folder
+
+    folder, is_shipped = architecture_folder(config.model.source, config.model.revision)
+    spec = read_spec(folder, config.model.dtype)
+    plan = make_plan(config, spec)
+    if context is not None and context > plan.max_model_len:
+        raise ValueError(f"--context: {context} tokens, but model.max_model_len is {plan.max_model_len}; ask for fewer")
+    context = context or min(_DEFAULT_CONTEXT, plan.max_model_len)
+    source = "the public values that are shipped" if is_shipped else str(folder / "config.json")
+    found = report(config, plan, ACCELERATORS[gpu], context, source)
+    return dataclasses.replace(
+        found,
+        layouts=layouts(config, spec, ACCELERATORS[gpu], context),
+        problems=shortfalls(config, plan, ACCELERATORS[gpu]),
+    )
+
+
+def config_of(
+    target: str, tensor_parallel_size: int | None = None, pipeline_parallel_size: int | None = None
+) -> Config:
+    """A config file, or defaults around a model (folder or hub id); a layout that is given goes first."""
+    is_file = target.endswith((".yaml", ".yml"))
+    config = read_config(Path(target)) if is_file else Config.model_validate({"model": {"source": target}})
+    sizes = {"tensor_parallel_size": tensor_parallel_size, "pipeline_parallel_size": pipeline_parallel_size}
+    given = {name: size for name, size in sizes.items() if size is not None}
+    parallel = {**config.parallel.model_dump(), **given}
+    if given:
+        parallel["layers_per_stage"] = None
+    return Config.model_validate({**config.model_dump(), "parallel": parallel})
+
+
+def count(text: str) -> int:
+    """A number on the command line that must be at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
+    return int(text)
+
+
+def _say_problems(problems: list[str], is_unsupported: bool, as_json: bool) -> int:
+    if as_json:
+        sys.stdout.write(json.dumps({"problems": problems}, indent=2) + "\n")
+    else:
+        sys.stderr.write("This model cannot be served:\n" if is_unsupported else "This plan cannot be:\n")
+        sys.stderr.write("".join(f"  - {problem}\n" for problem in problems))
+    return 1

