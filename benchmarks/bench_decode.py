@@ -34,8 +34,8 @@ from actors.decisions.model.estimate import ALL_REDUCE_S, Estimate  # noqa: E402
 from actors.decisions.model.plan import Plan, make_plan  # noqa: E402
 from actors.tensors.backends.cuda.decode import DeviceRunner  # noqa: E402
 from actors.tensors.backends.cuda.module_kernels import fuse  # noqa: E402
+from actors.tensors.model import stage_model as model_module  # noqa: E402
 from actors.tensors.model.spec_reader import read_spec  # noqa: E402
-from actors.tensors.model.stage_model import stage_model as model_module  # noqa: E402
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch  # noqa: E402
 from cluster.collectives.interface import LoneShard  # noqa: E402
 from configs.config import Config  # noqa: E402

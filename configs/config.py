@@ -2,7 +2,19 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
+
+
+def is_backend_class(device: str) -> bool:
+    """Whether `device` names a backend's class, as package.module:Class."""
+    module, colon, name = device.partition(":")
+    return bool(colon) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def _device(asked: str) -> str:
+    if asked in ("auto", "cpu", "cuda") or is_backend_class(asked):
+        return asked
+    raise ValueError("should be 'auto', 'cpu', 'cuda' or the class of a backend, package.module:Class")
 
 
 class Group(BaseModel):
@@ -39,7 +51,7 @@ class ParallelConfig(Group):
 class CacheConfig(Group):
     """The paged KV cache of each rank."""
 
-    block_size: int = Field(default=16, ge=1, le=1024)  # tokens in a block
+    block_size: int | None = Field(default=None, ge=1, le=1024)  # tokens in a block; None: what the device is best at
     num_blocks: int | None = Field(default=None, ge=1)  # None: as many as memory_share allows
     memory_share: float = Field(default=0.8, gt=0, lt=1)  # of the device memory that is free once loaded
     prefix_cache: bool = True  # keep blocks for requests that begin alike
@@ -95,7 +107,10 @@ class Config(Group):
 
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    # A backend of your own, `package.module:Class`, is imported by the ranks; see CONTRIBUTING.md
+    device: Annotated[str, AfterValidator(_device)] = "auto"
+    # auto: the device's kernels stand for the model's own modules where they compute the same; none: nowhere
+    substitutions: Literal["auto", "none"] = "auto"
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     admission: AdmissionConfig = AdmissionConfig()

@@ -104,7 +104,7 @@ def _explain(problem: ErrorDetails, where: str) -> str:
         return f"{key}: unknown key; {_suggest([str(part) for part in path])}"
     if problem["type"] in ("model_type", "dict_type"):
         return f"{key}: should be a mapping, but it is {_told(problem['input'])}; remove the key to keep its defaults"
-    wish = problem["msg"].replace("Input should", "should")
+    wish = problem["msg"].replace("Input should", "should").removeprefix("Value error, ")
     remedy = "; remove the quotes" if isinstance(problem["input"], str) and _is_number(problem["input"]) else ""
     return f"{key}: {wish}, but it is {_told(problem['input'])}{remedy}"
 

@@ -15,6 +15,7 @@ from ray.serve import Application
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
 from actors.decisions.model.sizes import Sizes, broken_constraints
+from actors.tensors.backends.choose import placed_on
 from actors.tensors.weights.source import local_folder
 from cluster.placement.nodes import draining_nodes, read_nodes, wait_for
 from cluster.placement.placement import make_bundles, make_label_selectors, make_needs, resolve_device, resolve_strategy
@@ -78,7 +79,7 @@ def build_app(args: dict[str, Any]) -> Application:
     parallel, placement = config.parallel, config.placement
     topology = Topology(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
     _check_model(config, topology)
-    device = resolve_device(config.device, read_nodes())
+    device = resolve_device(placed_on(config.device), read_nodes())
     needs = make_needs(topology, placement, device)
     strategy = resolve_strategy(placement, topology)
     wait_for(needs, strategy, placement.wait_s, may_be_busy=_is_deployed())

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from actors.decisions.failure.culprit import LastWords
+from actors.decisions.failure.culprit import CrashReport
 
 _STEP_BYTES = 8
 
 
 @dataclass(frozen=True)
-class Remains:
+class CrashFile:
     """Where a process's black box is, and which process that is."""
 
     pid: int
@@ -40,7 +40,7 @@ class BlackBox:
         self._mapping = mmap.mmap(self._fd, _STEP_BYTES)
         self._step = memoryview(self._mapping).cast("q")
         self._step[0] = -1
-        self.remains = Remains(os.getpid(), _started(os.getpid()), str(path))
+        self.crash_file = CrashFile(os.getpid(), _started(os.getpid()), str(path))
         faulthandler.enable(self._fd, all_threads=True)
         self._tell_exits()
 
@@ -60,19 +60,19 @@ class BlackBox:
         os._exit = told
 
 
-def bury(remains: Remains) -> LastWords | None:
+def collect_crash_report(crash_file: CrashFile) -> CrashReport | None:
     """Make sure that a process of this node is gone, and take what it left; None when it was of another node."""
     with contextlib.suppress(OSError):
-        if _started(remains.pid) == remains.started:
-            os.kill(remains.pid, signal.SIGKILL)
-    path = Path(remains.path)
+        if _started(crash_file.pid) == crash_file.started:
+            os.kill(crash_file.pid, signal.SIGKILL)
+    path = Path(crash_file.path)
     try:
         content = path.read_bytes()
         path.unlink()
     except OSError:
         return None
     step = int.from_bytes(content[:_STEP_BYTES], "little", signed=True)
-    return LastWords(step, content[_STEP_BYTES:].decode(errors="replace"))
+    return CrashReport(step, content[_STEP_BYTES:].decode(errors="replace"))
 
 
 def log_folder() -> Path:

@@ -15,7 +15,7 @@ import msgspec
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from actors.decisions.failure.culprit import Complaint, Standing, of_complaints, of_deaths, of_hang, of_silence
+from actors.decisions.failure.culprit import Complaint, RankProgress, of_complaints, of_deaths, of_hang, of_silence
 from actors.decisions.failure.patience import HEARTBEAT_S, LOADING_SILENCE_S, SILENCE_S, StepClock
 from actors.words.errors import GangFailure, Verdict
 from actors.words.messages import (
@@ -82,7 +82,7 @@ class EngineChannel:
         self.clock = clock or StepClock(60.0)
         self.clock.begin_epoch()
         self._num_shards = num_shards
-        self.standings: dict[int, Standing] = {}  # by rank, of those that were heard
+        self.progress_by_rank: dict[int, RankProgress] = {}  # by rank, of those that were heard
         self.seconds: dict[int, dict[str, float]] = {}  # rank → by phase; see PhaseClock
         self._context = zmq.Context()
         self._allowlist = _Allowlist()
@@ -116,7 +116,7 @@ class EngineChannel:
         """Block until every admitted rank was heard on this channel. Raises GangFailure."""
         deadline = time.monotonic() + timeout_s
         expected = set(self._allowlist.rank_of.values())
-        while missing := expected - set(self.standings):
+        while missing := expected - set(self.progress_by_rank):
             if time.monotonic() > deadline:
                 raise GangFailure(f"ranks {sorted(missing)} did not reach the step channel within {timeout_s:.0f} s")
             self._poll(0.2)
@@ -168,7 +168,7 @@ class EngineChannel:
 
     def fail(self, reason: str, rank: int, is_death: bool = True) -> None:
         """Make `wait` raise GangFailure: somebody knows that a rank is gone. Any thread."""
-        at = self.standings.get(rank, Standing(0.0))
+        at = self.progress_by_rank.get(rank, RankProgress(0.0))
         (self._deaths if is_death else self._reports).append(Complaint(rank, at.step, reason, at.op))
         self.wake()
 
@@ -186,7 +186,7 @@ class EngineChannel:
         os.close(self._wakeup)
 
     def _check_heard(self, now: float, patience_s: float) -> None:
-        if verdict := of_silence(self.standings, now, patience_s):
+        if verdict := of_silence(self.progress_by_rank, now, patience_s):
             raise _failure(verdict)
 
     def _raise_reports(self) -> None:
@@ -201,7 +201,7 @@ class EngineChannel:
         """Raises GangFailure for a rank that is not heard any more, or a step that takes far too long."""
         self._check_heard(now, SILENCE_S)
         if self.clock.oldest is not None and self.clock.deadline is not None and now > self.clock.deadline:
-            raise _failure(of_hang(self.clock.oldest, self.standings, self._num_shards, now))
+            raise _failure(of_hang(self.clock.oldest, self.progress_by_rank, self._num_shards, now))
 
     def _broadcast(self, message: ToRank, name: bytes = b"") -> None:
         payload, unreachable = ENCODER.encode(message), []
@@ -245,7 +245,7 @@ class EngineChannel:
                 self.clock.completed(time.monotonic())
                 results.append(message)
             case Heartbeat():
-                self.standings[rank] = Standing(time.monotonic(), message.step, message.op)
+                self.progress_by_rank[rank] = RankProgress(time.monotonic(), message.step, message.op)
                 self.seconds[rank] = message.seconds
             case RankFailure():
                 words = f"rank {rank} failed at step {message.step}: {message.error}"

@@ -171,7 +171,7 @@ class Engine:
         except GangFailure as failure:
             return failure.verdict
         except IntegrityError as failure:
-            return Verdict("books", str(failure))
+            return Verdict("accounting", str(failure))
         return None
 
     def _turn(self) -> None:

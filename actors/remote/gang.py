@@ -12,11 +12,11 @@ import ray
 from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
-from actors.decisions.failure.culprit import LastWords, after_inquest
+from actors.decisions.failure.culprit import CrashReport, revise_verdict
 from actors.decisions.failure.patience import StepClock
 from actors.decisions.model.plan import Plan
+from actors.remote.actor_pool import ActorPool, RankActor, WorkerInfo
 from actors.remote.channel import EngineChannel
-from actors.remote.crew import Crew, Hello, RankActor
 from actors.remote.meeting import Loaded, Meeting, RankInfo
 from actors.words.errors import GangFailure, GangLost, Verdict
 from actors.words.executor import Revival
@@ -50,8 +50,8 @@ class Gang:
         self._ranks: list[RankInfo] = []
         self._serving: list[Any] = []  # one reference a rank: resolved when its loop ends
         self._phase_s: dict[str, float] = {}
-        self._buried: dict[int, Any] = {}  # by rank, references to what those that are gone have left
-        self._crew = Crew(config, topology, placement, device, self.actor_class)
+        self._crash_reports: dict[int, Any] = {}  # by rank, references to what those that are gone have left
+        self._pool = ActorPool(config, topology, placement, device, self.actor_class)
         self.executor = self._open_channel(StepClock(config.timeouts.collective_s))
 
     def start(self, plan: Plan, num_blocks: int | None = None) -> None:
@@ -90,11 +90,13 @@ class Gang:
     def ranks(self) -> list[RankInfo]:
         """The ranks as they stand now. Any thread."""
         now, executor = time.monotonic(), self.executor
-        standings, seconds = executor.standings, executor.seconds
+        progress_by_rank, seconds = executor.progress_by_rank, executor.seconds
         return [
             replace(
                 info,
-                heartbeat_age_s=round(now - standings[info.rank].heard, 3) if info.rank in standings else None,
+                heartbeat_age_s=round(now - progress_by_rank[info.rank].heard, 3)
+                if info.rank in progress_by_rank
+                else None,
                 seconds=seconds.get(info.rank, {}),
             )
             for info in self._ranks
@@ -114,7 +116,7 @@ class Gang:
         if self._serving:
             ray.wait(self._serving, num_returns=len(self._serving), timeout=patience_s)
         self._serving = []
-        self._crew.close()
+        self._pool.close()
 
     def _open_channel(self, clock: StepClock) -> EngineChannel:
         address = ray.util.get_node_ip_address()
@@ -127,8 +129,8 @@ class Gang:
         if verdict.cause == "silent":
             gone |= set(verdict.ranks)
         for rank in gone:
-            self._crew.replace(rank)
-        staying = {rank: actor for rank, actor in enumerate(self._crew.actors) if rank not in gone}
+            self._pool.replace(rank)
+        staying = {rank: actor for rank, actor in enumerate(self._pool.actors) if rank not in gone}
         parting = {actor.call.remote("part", rank in verdict.ranks): rank for rank, actor in staying.items()}
         deadline = time.monotonic() + self._config.recovery.clean_s
         while parting:
@@ -143,57 +145,57 @@ class Gang:
                     if isinstance(error, RayActorError):
                         dead[rank] = _in_words(error, rank)
                     logger.warning("rank %d does not stay: %s", rank, dead.get(rank) or repr(error).splitlines()[0])
-                    self._crew.replace(rank)
+                    self._pool.replace(rank)
         return dead
 
     def _assemble(self, plan: Plan, num_blocks: int | None, start_s: float) -> None:
         """Ranks that come from another epoch have weights and cache already, and say so at once."""
-        config, crew = self._config, self._crew
-        hellos: list[Hello] = self._phase("start", lambda: self._gather(crew.hellos, "started", start_s))
-        devices, self._buried = crew.heard(hellos), crew.bury()
-        self._phase("join", lambda: self._join(plan, hellos, devices))
+        config, pool = self._config, self._pool
+        infos: list[WorkerInfo] = self._phase("start", lambda: self._gather(pool.infos, "started", start_s))
+        devices, self._crash_reports = pool.heard(infos), pool.collect_crash_report()
+        self._phase("join", lambda: self._join(plan, infos, devices))
         bundle_nodes = placement_group_table(self._placement)["bundles_to_node_id"]
-        nodes = [bundle_nodes[self._topology.stage(rank)] for rank in range(len(hellos))]
+        nodes = [bundle_nodes[self._topology.stage(rank)] for rank in range(len(infos))]
         ranks_on, share = Counter(nodes), config.cache.memory_share
         loads = [
-            actor.call.remote("load", share, ranks_on[node]) for actor, node in zip(crew.actors, nodes, strict=True)
+            actor.call.remote("load", share, ranks_on[node]) for actor, node in zip(pool.actors, nodes, strict=True)
         ]
         loaded: list[Loaded] = self._phase("load", lambda: self._gather(loads, "loaded their weights"))
         self.num_blocks = num_blocks or _num_blocks(config, plan, loaded)
         self._phase("warm", lambda: self._gather(self._call_all("allocate", self.num_blocks), "warmed up"))
         self._ranks = [
             RankInfo(
-                shard.rank, shard.stage, shard.shard, node, hello.pid, device, shard.layers, load.weight_bytes, None,
+                shard.rank, shard.stage, shard.shard, node, info.pid, device, shard.layers, load.weight_bytes, None,
                 load_s=load.seconds,
             )
-            for shard, node, hello, device, load in zip(plan.shards, nodes, hellos, devices, loaded, strict=True)
+            for shard, node, info, device, load in zip(plan.shards, nodes, infos, devices, loaded, strict=True)
         ]  # fmt: skip
         self._serving = self._call_all("serve")
         watch = (self.executor, self._serving)
         threading.Thread(target=self._watch, args=watch, name="gang-monitor", daemon=True).start()
-        crew.fill_spares()
+        pool.fill_spares()
 
-    def _join(self, plan: Plan, hellos: list[Hello], devices: list[str]) -> None:
-        actors = self._crew.actors
+    def _join(self, plan: Plan, infos: list[WorkerInfo], devices: list[str]) -> None:
+        actors = self._pool.actors
         parts = [actor.assign.remote(plan, rank, devices[rank]) for rank, actor in enumerate(actors)]
         self.executor.admit(self._gather(parts, "taken their part of the plan"))
         port = self._gather([actors[0].call.remote("host_store")], "opened the store")[0]
-        meeting = Meeting(self.epoch, hellos[0].address, port, self.executor.address)
+        meeting = Meeting(self.epoch, infos[0].address, port, self.executor.address)
         self._gather(self._call_all("join", meeting), "joined their groups")
         self.executor.wait_for_ranks(self._config.timeouts.collective_s)
 
     def _inquire(self, verdict: Verdict, dead: dict[int, str]) -> Verdict:
         """What those that are gone have left says more than what their neighbours noticed."""
-        left: dict[int, LastWords] = {}
-        for rank, ref in self._buried.items():
+        left: dict[int, CrashReport] = {}
+        for rank, ref in self._crash_reports.items():
             if words := _result(ref, rank):
                 left[rank] = words
                 if words.text:
                     logger.error("rank %d, in step %d, left these words:\n%s", rank, words.step, words.text)
-        return after_inquest(verdict, dead, left)
+        return revise_verdict(verdict, dead, left)
 
     def _call_all(self, method: str, *args: Any) -> list[Any]:
-        return [actor.call.remote(method, *args) for actor in self._crew.actors]
+        return [actor.call.remote(method, *args) for actor in self._pool.actors]
 
     def _phase(self, name: str, work: Callable[[], Any]) -> Any:
         began = time.monotonic()

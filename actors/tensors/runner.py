@@ -18,7 +18,7 @@ from actors.tensors.backends.cuda.transfer import to_device
 from actors.tensors.feedback import FeedbackReceiver, FeedbackSender
 from actors.tensors.model.stage_model import StageModel, build
 from actors.tensors.sampling.logprobs import LogprobReader
-from actors.tensors.sampling.sampler import Draws, Sampler
+from actors.tensors.sampling.sampler import Sampler, SamplingBatch
 from actors.tensors.sequence_table import Row, SequenceTable, StepTensors
 from actors.tensors.weights.checkpoint import LoadReport, Progress, load_weights
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch, TokenLogprobs
@@ -138,8 +138,8 @@ class Runner:
         has_dot = all(
             dot_attention.suits(self.dtype, self.device, block_size, spec.key_dim, spec.value_dim) for spec in specs
         )
-        sights, longest = frozenset(spec.sight for spec in specs), dot_attention.LONGEST if has_dot else 0
-        return VisibilityMaker(block_size, sights, self.dtype, self.device, longest)
+        mask_specs, longest = frozenset(spec.mask_spec for spec in specs), dot_attention.LONGEST if has_dot else 0
+        return VisibilityMaker(block_size, mask_specs, self.dtype, self.device, longest)
 
     def load(self, folder: Path, progress: Progress | None = None) -> LoadReport:
         """Build this rank's model and read its weights. Raises ValueError, UnsupportedModel or CheckpointError."""
@@ -211,10 +211,10 @@ class Runner:
             self.cache.clear(to_device(torch.tensor(fresh_blocks), self.device))
 
     def _sample(self, step: StepBatch, tensors: StepTensors, logits_QV: torch.Tensor) -> Sampled:
-        """Draw, remember what was drawn, and read the log-probabilities that were asked for."""
+        """SamplingRow, remember what was drawn, and read the log-probabilities that were asked for."""
         num_sampled = len(tensors.sampled)
-        told_R, ids_R = self._draw(step, logits_QV[:num_sampled], tensors.draws)
-        ids: list[int] = told_R.tolist()
+        sampled_ids_R, ids_R = self._draw(step, logits_QV[:num_sampled], tensors.draws)
+        ids: list[int] = sampled_ids_R.tolist()
         for row, token_id in zip(tensors.sampled, ids, strict=True):
             row.ids.append(max(0, token_id))
         return Sampled(
@@ -223,13 +223,15 @@ class Runner:
             self._prompt_logprobs(tensors, logits_QV[num_sampled:]),
         )
 
-    def _draw(self, step: StepBatch, logits_RV: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+    def _draw(
+        self, step: StepBatch, logits_RV: torch.Tensor, draws: SamplingBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """→ ids [R] to tell, and to go on with: what is no number has no id, but may be in the next step already."""
-        told_R = self.sampler.sample(logits_RV, draws)
-        ids_R = told_R.clamp(min=0)
+        sampled_ids_R = self.sampler.sample(logits_RV, draws)
+        ids_R = sampled_ids_R.clamp(min=0)
         if self._sender is not None:
             self._sender.send(step, ids_R)
-        return told_R, ids_R
+        return sampled_ids_R, ids_R
 
     def _sampled_logprobs(
         self, sampled: tuple[Row, ...], logits_QV: torch.Tensor, ids_R: torch.Tensor

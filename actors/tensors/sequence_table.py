@@ -13,8 +13,8 @@ from actors.decisions.schedule.blocks import num_blocks_for
 from actors.tensors.attention.layer import StepAttention
 from actors.tensors.attention.metadata_builder import Chunk, VisibilityMaker, positions_of
 from actors.tensors.backends.cuda.transfer import to_device
-from actors.tensors.sampling.logits_processors import Draw
-from actors.tensors.sampling.sampler import Draws
+from actors.tensors.sampling.logits_processors import SamplingRow
+from actors.tensors.sampling.sampler import SamplingBatch
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
 
 ROWS_AT_FIRST = 8
@@ -48,7 +48,7 @@ class StepTensors:
     attention: StepAttention
     logits_rows_Q: torch.Tensor  # int64, among the tokens: the R that are sampled from, then those of `prompts`
     sampled: tuple[Row, ...]  # one a sampling entry, in entry order
-    draws: Draws
+    draws: SamplingBatch
     prompts: tuple["PromptChunk", ...]  # one an entry that wants them, in entry order
 
 
@@ -102,7 +102,7 @@ class SequenceTable:
             attention=self.visibility.of_step(chunks, self._tables, logits_rows),
             logits_rows_Q=to_device(torch.tensor(logits_rows, dtype=torch.int64), self.device),
             sampled=tuple(self.rows[entry.seq] for entry in sampling),
-            draws=Draws.of([self.draw(entry) for entry in sampling], self.device),
+            draws=SamplingBatch.of([self.draw(entry) for entry in sampling], self.device),
             prompts=tuple(prompts),
         )
 
@@ -111,10 +111,10 @@ class SequenceTable:
         """The blocks of every row, int64 [rows, blocks], on the host; behind a row's last one lies anything."""
         return self._tables
 
-    def draw(self, entry: Entry) -> Draw:
+    def draw(self, entry: Entry) -> SamplingRow:
         """How an entry's next id is drawn."""
         row = self.rows[entry.seq]
-        return Draw(row.sampling, entry.start + max(1, len(entry.ids)), row.ids, row.num_prompt)
+        return SamplingRow(row.sampling, entry.start + max(1, len(entry.ids)), row.ids, row.num_prompt)
 
     def _prompt_chunk(self, entry: Entry) -> PromptChunk:
         """What follows each of an entry's ids, as far as it is prompt (a sequence computed anew has more ids)."""

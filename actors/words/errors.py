@@ -4,8 +4,8 @@ import dataclasses
 from typing import Literal
 
 # killed: from outside · crashed: its process ended by itself · failed: it raised · hung: it stayed in a step ·
-# silent: stopped or cut off · books: our own account does not add up
-Cause = Literal["killed", "crashed", "failed", "hung", "silent", "books"]
+# silent: stopped or cut off · accounting: our own account does not add up
+Cause = Literal["killed", "crashed", "failed", "hung", "silent", "accounting"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class GangLost(GangFailure):
 
 
 class IntegrityError(RuntimeError):
-    """Our own books do not add up; the message has the numbers. Handled by the engine: it begins anew."""
+    """Our own accounting does not add up; the message has the numbers. Handled by the engine: it begins anew."""
 
 
 class EngineStopped(RuntimeError):

@@ -1,6 +1,6 @@
 """What CPU kernels are made of: addresses as typed pointers, bfloat16 as bits, prefetching, a vectorised exponential.
 
-An element type is named by `like`, a scalar: uint16 stands for bfloat16, float32 for itself.
+An element type is named by `dtype_tag`, a scalar: uint16 stands for bfloat16, float32 for itself.
 Words are int64; what one process stores with release, another that loads it with acquire sees with all before it.
 """
 
@@ -16,7 +16,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-LIKE = {torch.bfloat16: np.uint16(0), torch.float32: np.float32(0)}  # element types that the kernels know
+DTYPE_TAGS = {torch.bfloat16: np.uint16(0), torch.float32: np.float32(0)}  # element types that the kernels know
 _REORDERING = {
     "reassoc",
     "contract",
@@ -32,17 +32,17 @@ _LOG2_E = np.float32(math.log2(math.e))
 
 
 @intrinsic
-def pointer(typing_context: Any, address: Any, like: Any) -> Any:
-    """An address as a pointer to elements of the type of `like`."""
+def pointer(typing_context: Any, address: Any, dtype_tag: Any) -> Any:
+    """An address as a pointer to elements of the type of `dtype_tag`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
-    return types.CPointer(like)(address, like), generate
+    return types.CPointer(dtype_tag)(address, dtype_tag), generate
 
 
 @intrinsic
-def wide(typing_context: Any, element: Any) -> Any:
+def to_float32(typing_context: Any, element: Any) -> Any:
     """An element as float32: the bits of a bfloat16 are the upper half of a float32's."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -55,7 +55,7 @@ def wide(typing_context: Any, element: Any) -> Any:
 
 
 @intrinsic
-def narrow(typing_context: Any, number: Any, like: Any) -> Any:
+def round_to(typing_context: Any, number: Any, dtype_tag: Any) -> Any:
     """A float32 as an element, rounded to the nearest, to the even one of two."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -70,7 +70,7 @@ def narrow(typing_context: Any, number: Any, like: Any) -> Any:
         )
         return builder.trunc(builder.lshr(builder.select(is_nan, quiet, rounded), ir.Constant(_I32, 16)), _I16)
 
-    return like(types.float32, like), generate
+    return dtype_tag(types.float32, dtype_tag), generate
 
 
 @intrinsic

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numba import njit, types
 
-from cluster.collectives.elements import OPTIONS, load_acquire, narrow, pause, pointer, store_release, wide
+from cluster.collectives.elements import OPTIONS, load_acquire, pause, pointer, round_to, store_release, to_float32
 
 __all__ = ["all_reduce", "exchange", "shown_at", "sum_shards"]
 
-HERE, LATE, ABORTED = -1, -2, -3  # what came of an exchange; from 0 on: a shard that shows something else
+OK, TIMED_OUT, ABORTED = -1, -2, -3  # the status of an exchange; from 0 on: a shard that shows something else
 
 # Words of a state: where the shared memory begins, where its buffers; which shard of how many; exchanges begun so far;
 # how long to wait; nanoseconds spent in exchanges so far; and room for two numbers
@@ -77,13 +77,13 @@ def _wait(state: Any, words: Any, flag: int, op: int) -> int:
             return ABORTED
         asked = _now_ns(state)
         if asked - began > state[TIMEOUT_NS]:
-            return LATE
+            return TIMED_OUT
         _sched_yield()
         if _now_ns(state) - asked < _NOBODY_NS:
             _nap(state, nap_ns)
         if asked - began > _SHORT_NS:
             nap_ns = min(2 * nap_ns, _LONGEST_NAP_NS)
-    return HERE
+    return OK
 
 
 @njit(**_EXACT)
@@ -105,7 +105,7 @@ def shown_at(state: Any) -> Any:
 
 @njit(**_EXACT)
 def exchange(state: Any, description: int, source: int, nbytes: int) -> Any:
-    """Show at most BUFFER_BYTES to all shards and wait for all → what came of it.
+    """Show at most BUFFER_BYTES to all shards and wait for all → the status of it.
 
     What is shown stays until the next exchange.
     """
@@ -125,49 +125,49 @@ def exchange(state: Any, description: int, source: int, nbytes: int) -> Any:
         while load_acquire(words, flag) < op:
             looks += 1
             if looks > _NUM_LOOKS:
-                came = _wait(state, words, flag, op)
-                if came != HERE:
-                    return came
+                status = _wait(state, words, flag, op)
+                if status != OK:
+                    return status
             pause()
     state[SPENT_NS] += _now_ns(state) - began
     for other in range(size):
         if words[(NUM_HEAD_LINES + other) * LINE_WORDS + place] != description:
             return other
-    return HERE
+    return OK
 
 
 @njit(**_EXACT)
-def sum_shards(shown: int, size: int, out: int, count: int, like: Any) -> None:
+def sum_shards(shown: int, size: int, out: int, count: int, dtype_tag: Any) -> None:
     """Sum `count` numbers of each shard in the order of the shards, in float32, rounded once.
 
     `shown`: the address of shard 0's; the next shard's lie BUFFER_BYTES further.
     """
-    out_p, first, second = pointer(out, like), pointer(shown, like), pointer(shown + BUFFER_BYTES, like)
+    out_p, first, second = pointer(out, dtype_tag), pointer(shown, dtype_tag), pointer(shown + BUFFER_BYTES, dtype_tag)
     if size == 2:
         for i in range(count):
-            out_p[i] = narrow(wide(first[i]) + wide(second[i]), like)
+            out_p[i] = round_to(to_float32(first[i]) + to_float32(second[i]), dtype_tag)
         return
     total = np.empty(_TILE, np.float32)
     for start in range(0, count, _TILE):
         length = min(_TILE, count - start)
         for i in range(length):
-            total[i] = wide(first[start + i])
+            total[i] = to_float32(first[start + i])
         for shard in range(1, size):
-            theirs = pointer(shown + shard * BUFFER_BYTES, like)
+            theirs = pointer(shown + shard * BUFFER_BYTES, dtype_tag)
             for i in range(length):
-                total[i] += wide(theirs[start + i])
+                total[i] += to_float32(theirs[start + i])
         for i in range(length):
-            out_p[start + i] = narrow(total[i], like)
+            out_p[start + i] = round_to(total[i], dtype_tag)
 
 
 @njit(**_EXACT)
-def all_reduce(state: Any, kind: int, address: int, count: int, element_bytes: int, like: Any) -> Any:
-    """Sum `count` numbers over the shards, in place → what came of it."""
+def all_reduce(state: Any, kind: int, address: int, count: int, element_bytes: int, dtype_tag: Any) -> Any:
+    """Sum `count` numbers over the shards, in place → the status of it."""
     description, at_once = count * element_bytes * MOST_KINDS + kind, BUFFER_BYTES // element_bytes
     for first in range(0, max(1, count), at_once):
         here, length = address + first * element_bytes, min(at_once, count - first)
-        came = exchange(state, description, here, length * element_bytes)
-        if came != HERE:
-            return came
-        sum_shards(shown_at(state), state[SIZE], here, length, like)
-    return HERE
+        status = exchange(state, description, here, length * element_bytes)
+        if status != OK:
+            return status
+        sum_shards(shown_at(state), state[SIZE], here, length, dtype_tag)
+    return OK

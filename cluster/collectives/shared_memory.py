@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.collectives.elements import LIKE
+from cluster.collectives import exchange
+from cluster.collectives.elements import DTYPE_TAGS
 from cluster.collectives.exchange import BUFFER_BYTES, LINE_WORDS, MOST_KINDS, NUM_HEAD_LINES
-from cluster.collectives.interface import NeighbourLate, NeighbourLost, exchange
+from cluster.collectives.interface import NeighbourLate, NeighbourLost
 from cluster.collectives.rendezvous import EpochStore
 
 logger = logging.getLogger(__name__)
@@ -70,13 +71,13 @@ class SharedMemoryStage:
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the shards in shard order, in place; bfloat16 and float16 are summed in float32."""
-        like, kind = LIKE.get(tensor.dtype), _kind_of("all_reduce", tensor)
-        if like is None:
+        dtype_tag, kind = DTYPE_TAGS.get(tensor.dtype), _kind_of("all_reduce", tensor)
+        if dtype_tag is None:
             for piece in _pieces(tensor):
                 _sum_shards(self._exchange(kind, piece, tensor.nbytes), piece)
             return tensor
         state, _memory = self.lend_state()
-        self.check(exchange.all_reduce(state, kind, tensor.data_ptr(), tensor.numel(), tensor.itemsize, like))
+        self.check(exchange.all_reduce(state, kind, tensor.data_ptr(), tensor.numel(), tensor.itemsize, dtype_tag))
         return tensor
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -107,18 +108,18 @@ class SharedMemoryStage:
             raise NeighbourLost(f"stage group: {self._out_of_use or _aborted(self._words)}")
         return lent
 
-    def check(self, came: int) -> None:
-        """Raise what a kernel's exchange came to, unless all were there."""
-        if came == exchange.HERE:
+    def check(self, status: int) -> None:
+        """Raise the error of an exchange whose status is not OK."""
+        if status == exchange.OK:
             return
         words, op = self._words, self.num_operations
-        if came == exchange.ABORTED or self._out_of_use:
+        if status == exchange.ABORTED or self._out_of_use:
             raise NeighbourLost(f"stage group: {self._out_of_use or _aborted(words)}")
-        if came == exchange.LATE:
+        if status == exchange.TIMED_OUT:
             raise NeighbourLate(self._behind(words, op))
-        own, theirs = (words[(NUM_HEAD_LINES + shard) * LINE_WORDS + 1 + (op & 1)] for shard in (self.shard, came))
+        own, theirs = (words[(NUM_HEAD_LINES + shard) * LINE_WORDS + 1 + (op & 1)] for shard in (self.shard, status))
         self._out_of_use = (
-            f"operation {op} differs: shard {self.shard} called {_operation(own)}, shard {came} {_operation(theirs)}"
+            f"operation {op} differs: shard {self.shard} called {_operation(own)}, shard {status} {_operation(theirs)}"
         )
         raise RuntimeError(f"stage group: {self._out_of_use}")
 
@@ -233,10 +234,10 @@ def _kind_of(operation: str, tensor: torch.Tensor) -> int:
 def _sum_shards(shown: list[torch.Tensor], total: torch.Tensor) -> None:
     """Sum in shard order into `total`: every shard adds the same numbers in the same order."""
     if len(shown) > 2 and total.dtype in _LOW_PRECISION:
-        wide = shown[0].float()
+        to_float32 = shown[0].float()
         for theirs in shown[1:]:
-            wide += theirs
-        total.copy_(wide)
+            to_float32 += theirs
+        total.copy_(to_float32)
     else:  # two low-precision numbers are added in float32 and rounded once by torch itself
         torch.add(shown[0], shown[1], out=total)
         for theirs in shown[2:]:

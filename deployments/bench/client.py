@@ -51,7 +51,7 @@ class StreamError(Exception):
 
 
 class Stream:
-    """Cuts the bytes of an event stream into chunks, and notes in a timeline when those with a token came."""
+    """Truncation the bytes of an event stream into chunks, and notes in a timeline when those with a token came."""
 
     def __init__(self, timeline: Timeline) -> None:
         self._timeline = timeline

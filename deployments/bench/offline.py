@@ -24,6 +24,7 @@ from actors.decisions.model.plan import Plan, make_plan
 from actors.decisions.schedule.blocks import num_blocks_for
 from actors.remote.engine import Engine
 from actors.remote.gang import Gang
+from actors.tensors.backends.choose import placed_on
 from actors.words.errors import GangFailure
 from actors.words.messages import Event, Request, SamplingParams
 from cluster.placement.nodes import read_nodes, wait_for
@@ -51,7 +52,7 @@ def measure(options: argparse.Namespace) -> OfflineReport:
     plans = _plans(options)
     config, first = plans[0]
     with _connected_to_ray():
-        device = resolve_device(config.device, read_nodes())
+        device = resolve_device(placed_on(config.device), read_nodes())
         if options.gpu and device != "cuda":
             raise ValueError(f"--gpu: the gang runs on {device}, whose limits are not known; leave it out")
         for one, plan in plans:  # InfeasiblePlacement is a ValueError

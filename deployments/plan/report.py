@@ -110,7 +110,7 @@ def report(config: Config, plan: Plan, accelerator: Accelerator, context: int, s
         kv_bytes_per_token=kv_bytes_per_token(plan),
         kv_bytes_per_token_by_rank=tuple(kv_bytes_per_token(plan, rank) for rank in ranks),
         latent_kv_bytes_per_token=latent_bytes_per_token(plan),
-        has_windows=any(one.sight.window or one.sight.chunk for one in spec.attentions),
+        has_windows=any(one.mask_spec.window or one.mask_spec.chunk for one in spec.attentions),
         all_reduces_per_step=estimate.all_reduces,
         all_reduce_bytes_per_token=estimate.all_reduce_bytes_per_token,
         hop_bytes_per_token=estimate.hop_bytes_per_token if plan.topology.pipeline_parallel_size > 1 else 0,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.remote.crew import RankActor
+from actors.remote.actor_pool import RankActor
 from actors.words.messages import StepBatch
 
 MARK = [1001, 1002, 1001]

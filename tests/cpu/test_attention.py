@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from actors.decisions.model.shard_plan import AttentionShard
-from actors.decisions.model.spec import AttentionSpec, Sight
+from actors.decisions.model.spec import AttentionSpec, MaskSpec
+from actors.tensors.attention import metadata_builder as visibility
 from actors.tensors.attention.kv_cache import KVCache
 from actors.tensors.attention.layer import CurrentStep, LayerAttention
-from actors.tensors.attention.layer import metadata_builder as visibility
 from actors.tensors.attention.metadata_builder import Chunk, VisibilityMaker
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ def written_out(
     """Query [T, heads, D] at positions from `start` on; keys and values [K, KV heads, *] from 0 on → [T, heads, *]."""
     keys, values = keys.repeat_interleave(GROUPS, 1), values.repeat_interleave(GROUPS, 1)
     out = query.new_empty(*query.shape[:2], values.shape[2])
-    window, chunk = spec.sight.window, spec.sight.chunk
+    window, chunk = spec.mask_spec.window, spec.mask_spec.chunk
     for token in range(query.shape[0]):
         position = start + token
         first = 0 if window is None else max(0, position + 1 - window)
@@ -62,15 +62,19 @@ def test_random_worlds_equal_attention_written_out(seed: int, block_size: int, m
     monkeypatch.setattr(visibility, "_TILE", world.choice((1, 3, 256)))
     monkeypatch.setattr(visibility, "_KEYS_AT_ONCE", world.choice((1, 60, 1 << 17)))
     specs = [
-        AttentionSpec("", KV_HEADS * GROUPS, KV_HEADS, DIM, VALUE_DIM, sight, softcap, has_sinks)
-        for sight in (Sight(), Sight(window=world.choice((1, 2, 5, 100))), Sight(chunk=world.choice((1, 3, 8))))
+        AttentionSpec("", KV_HEADS * GROUPS, KV_HEADS, DIM, VALUE_DIM, mask_spec, softcap, has_sinks)
+        for mask_spec in (
+            MaskSpec(),
+            MaskSpec(window=world.choice((1, 2, 5, 100))),
+            MaskSpec(chunk=world.choice((1, 3, 8))),
+        )
         for softcap, has_sinks in ((None, False), (world.choice((None, 0.7)), world.random() < 0.5))
     ]
     shards = [AttentionShard(spec, (0, KV_HEADS * GROUPS), (0, KV_HEADS)) for spec in specs[:1]]
     cache = KVCache(shards, NUM_BLOCKS * 8 // block_size, block_size, torch.float32, CPU)
     for tensor in (*cache.keys, *cache.values):
         tensor.fill_(float("nan"))  # what others left behind
-    maker = VisibilityMaker(block_size, frozenset(spec.sight for spec in specs), torch.float32, CPU)
+    maker = VisibilityMaker(block_size, frozenset(spec.mask_spec for spec in specs), torch.float32, CPU)
     maker.reads_blocks = world.random() < 0.5  # else in groups, as where no kernel is
     maker.longest_as_rows = world.choice((0, 15, 40)) if maker.reads_blocks else 0
     free = list(range(cache.num_blocks))
@@ -111,25 +115,25 @@ def test_random_worlds_equal_attention_written_out(seed: int, block_size: int, m
 
 
 def test_rows_of_similar_length_share_a_group_and_long_ones_do_not_pad_short_ones() -> None:
-    maker = VisibilityMaker(4, frozenset({Sight()}), torch.float16, CPU)
+    maker = VisibilityMaker(4, frozenset({MaskSpec()}), torch.float16, CPU)
     starts = [3, 4, 5, 40, 41, 500]
     chunks = [Chunk(i, i, start, 1) for i, start in enumerate(starts)]
     tables = torch.arange(6 * 200).view(6, 200)
-    groups = maker.of_step(chunks, tables).by_sight[Sight()].groups
+    groups = maker.of_step(chunks, tables).by_mask[MaskSpec()].groups
     assert [(group.rows.start, group.rows.stop) for group in groups] == [(0, 3), (3, 5), (5, 6)]
     padded = sum(group.tables_BN.numel() for group in groups)
     assert padded <= 2 * sum(start // 4 + 1 for start in starts)
 
 
 def test_a_window_gathers_no_more_blocks_than_it_covers() -> None:
-    maker = VisibilityMaker(4, frozenset({Sight(6)}), torch.float16, CPU)
-    groups = maker.of_step([Chunk(0, 0, 1001, 1)], torch.arange(300).view(1, 300)).by_sight[Sight(6)].groups
+    maker = VisibilityMaker(4, frozenset({MaskSpec(6)}), torch.float16, CPU)
+    groups = maker.of_step([Chunk(0, 0, 1001, 1)], torch.arange(300).view(1, 300)).by_mask[MaskSpec(6)].groups
     assert groups[0].tables_BN.tolist() == [[249, 250]]
     assert (groups[0].mask_B11K == 0).sum() == 6
 
 
 def test_padding_names_blocks_of_the_same_sequence_only() -> None:
-    maker = VisibilityMaker(4, frozenset({Sight()}), torch.float16, CPU)
+    maker = VisibilityMaker(4, frozenset({MaskSpec()}), torch.float16, CPU)
     tables = torch.tensor([[11, 12, 0, 0], [21, 22, 23, 24]])
-    [group] = maker.of_step([Chunk(0, 0, 7, 1), Chunk(1, 1, 15, 1)], tables).by_sight[Sight()].groups
+    [group] = maker.of_step([Chunk(0, 0, 7, 1), Chunk(1, 1, 15, 1)], tables).by_mask[MaskSpec()].groups
     assert group.tables_BN.tolist() == [[11, 12, 12, 12], [21, 22, 23, 24]]

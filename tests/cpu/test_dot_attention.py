@@ -10,7 +10,7 @@ from actors.tensors.backends.cpu import kernels
 from actors.tensors.backends.cpu import paged_attention_avx512 as dot_attention
 from actors.tensors.backends.cpu.avx512 import has_dot_product
 
-LIKE = kernels.LIKE[torch.bfloat16]
+DTYPE_TAGS = kernels.DTYPE_TAGS[torch.bfloat16]
 needs_instruction = pytest.mark.skipif(not has_dot_product(), reason="this CPU has no AVX-512 dot product of bfloat16")
 
 
@@ -40,7 +40,7 @@ class Case:
         addresses = self.query.data_ptr(), self.keys.data_ptr(), self.values.data_ptr(), out.data_ptr()
         places, strides = np.arange(len(self.positions)), (self.query.stride(0), self.query.stride(1))
         rows = self.tables, places, self.positions, self.first_keys
-        attend(addresses, rows, sinks.numpy(), self.sizes, strides, self.sizes[2] ** -0.5, softcap, LIKE)
+        attend(addresses, rows, sinks.numpy(), self.sizes, strides, self.sizes[2] ** -0.5, softcap, DTYPE_TAGS)
         return out
 
 

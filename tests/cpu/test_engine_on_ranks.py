@@ -55,7 +55,7 @@ class Lent:
     def close(self) -> None: ...
 
 
-class Crew:
+class ActorPool:
     """The ranks of one layout in their loops, and engines over them, one after the other."""
 
     def __init__(self, pool: Any, plan: Plan, folder: Path) -> None:
@@ -127,16 +127,16 @@ class Events:
 @pytest.fixture(scope="module")
 def crew_of(
     pool: Any, plan_of: Callable[..., Plan], checkpoints: Callable[[str], Path]
-) -> Iterator[Callable[[int, int], Crew]]:
+) -> Iterator[Callable[[int, int], ActorPool]]:
     """The ranks of a layout; those of the layout before go home when another one is asked for."""
-    now: dict[tuple[int, int], Crew] = {}
+    now: dict[tuple[int, int], ActorPool] = {}
 
-    def get(tp: int, pp: int) -> Crew:
+    def get(tp: int, pp: int) -> ActorPool:
         if (tp, pp) not in now:
             for crew in [now.pop(layout) for layout in list(now)]:
                 crew.close()
             plan = plan_of("llama", tp, pp, model={"max_model_len": MAX_MODEL_LEN}, scheduler={"depth": 2})
-            now[tp, pp] = Crew(pool, plan, checkpoints("llama"))
+            now[tp, pp] = ActorPool(pool, plan, checkpoints("llama"))
         return now[tp, pp]
 
     yield get

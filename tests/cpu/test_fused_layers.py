@@ -22,8 +22,8 @@ from actors.tensors.backends.cpu.llama import kernel as layer_kernels
 from actors.tensors.backends.cpu.llama import layers as fused_layers
 from actors.tensors.backends.cpu.llama.layers import KernelLayer, LayerRun
 from actors.tensors.backends.cpu.module_kernels import computes_as
+from actors.tensors.model import stage_model as model
 from actors.tensors.model.spec_reader import read_spec
-from actors.tensors.model.stage_model import stage_model as model
 from actors.tensors.runner import Runner
 from actors.tensors.sequence_table import StepTensors
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch

@@ -12,8 +12,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from actors.tensors.backends.cpu.llama.attention import KernelAttention
-from actors.tensors.backends.cpu.module_kernels import KernelGatedMLP, KernelRMSNorm, PackedTogether, fuse
-from actors.tensors.model.linear import Dense, Packed
+from actors.tensors.backends.cpu.module_kernels import KernelGatedMLP, KernelRMSNorm, MergedPart, fuse
+from actors.tensors.model.linear import DenseLinear, OneDnnPackedLinear
 from actors.tensors.model.parallel_layers import ColwiseLinear, RowwiseLinear, rebase
 from cluster.collectives.interface import LoneShard
 
@@ -24,7 +24,7 @@ def colwise(module: nn.Module) -> nn.Module:
     """Every linear layer of a module is cut by rows, over one shard."""
     for child in list(module.modules()):
         if isinstance(child, nn.Linear):
-            rebase(child, ColwiseLinear).place(LoneShard(), Dense())
+            rebase(child, ColwiseLinear).place(LoneShard(), DenseLinear())
     return module.requires_grad_(False)
 
 
@@ -106,11 +106,11 @@ def test_layers_with_different_inputs_are_taken_apart_again() -> None:
     x = torch.randn(3, 8)
     expected = module(x)
     fuse(module)
-    assert isinstance(module.first.method, PackedTogether)
+    assert isinstance(module.first.method, MergedPart)
     for _ in range(2):
         torch.testing.assert_close(module(x), expected)
-    assert isinstance(module.first.method, Packed)
-    assert isinstance(module.second.method, Packed)
+    assert isinstance(module.first.method, OneDnnPackedLinear)
+    assert isinstance(module.second.method, OneDnnPackedLinear)
 
 
 def test_a_step_that_broke_off_leaves_nothing_behind() -> None:
@@ -122,5 +122,5 @@ def test_a_step_that_broke_off_leaves_nothing_behind() -> None:
     attention(x)
     attention.gate_proj(x)  # and then an error, before the other was asked
     torch.testing.assert_close(attention(y), expected)
-    assert isinstance(attention.gate_proj.method, PackedTogether)
+    assert isinstance(attention.gate_proj.method, MergedPart)
     assert not attention.gate_proj.method.siblings._parts

@@ -14,9 +14,9 @@ from actors.decisions.model.shard_plan import AttentionShard
 from actors.decisions.model.sizes import Sizes
 from actors.decisions.model.spec import AttentionSpec
 from actors.tensors.attention.kv_cache import KVCache, available_bytes
-from actors.tensors.model.linear import Dense, Packed, pack
+from actors.tensors.model.linear import DenseLinear, OneDnnPackedLinear, pack
 from actors.tensors.model.parallel_layers import RowwiseLinear, VocabParallelEmbedding, may_be_packed, rebase
-from actors.tensors.model.parallelize import parallelise
+from actors.tensors.model.parallelize import parallelize
 from actors.tensors.model.skeleton import build_skeleton, read_config
 from actors.tensors.model.spec_reader import read_spec
 from actors.tensors.model.stage_model import build
@@ -136,7 +136,7 @@ def test_spec_of_llama(checkpoints: Callable[[str], Path]) -> None:
 
 def test_windows_are_resolved_layer_by_layer(copy: Callable[..., Path], checkpoints: Callable[[str], Path]) -> None:
     def windows(folder: Path) -> list[int | None]:
-        return [attention.sight.window for attention in read_spec(folder).attentions]
+        return [attention.mask_spec.window for attention in read_spec(folder).attentions]
 
     assert windows(checkpoints("llama")) == [None] * 7
     assert windows(checkpoints("mistral")) == [5] * 7
@@ -225,7 +225,7 @@ def test_a_subclass_keeps_its_own_arithmetic() -> None:
     embedding = ScaledEmbedding(4, 2)
     ids = torch.tensor([[2, 0, 3]])
     expected = embedding(ids)
-    parallelise(embedding, "embedding_rowwise", Halves(), (2, 4))
+    parallelize(embedding, "embedding_rowwise", Halves(), (2, 4))
     embedding.weight = nn.Parameter(embedding.weight[2:4])
     assert isinstance(embedding, VocabParallelEmbedding)
     assert torch.equal(embedding(ids)[0, [0, 2]], expected[0, [0, 2]])
@@ -242,7 +242,7 @@ def test_a_rowwise_bias_is_added_once() -> None:
     linear = nn.Linear(4, 3)
     x = torch.randn(5, 4)
     expected = 2 * x @ linear.weight.T + linear.bias
-    parallelise(linear, "rowwise", Twice(), (0, 0))
+    parallelize(linear, "rowwise", Twice(), (0, 0))
     assert isinstance(linear, RowwiseLinear)
     torch.testing.assert_close(linear(x), expected)
 
@@ -250,13 +250,13 @@ def test_a_rowwise_bias_is_added_once() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_rows", [0, 1, 5, 40])
 def test_a_packed_weight_multiplies_as_before(dtype: torch.dtype, num_rows: int) -> None:
-    linear = rebase(nn.Linear(24, 10, dtype=dtype), RowwiseLinear).place(LoneShard(), Dense())
+    linear = rebase(nn.Linear(24, 10, dtype=dtype), RowwiseLinear).place(LoneShard(), DenseLinear())
     x = torch.randn(num_rows, 2, 48, dtype=dtype)[..., ::2]
     with torch.inference_mode():
         expected = linear(x)
         assert may_be_packed(linear)
         linear.method = pack(linear)
-        assert isinstance(linear.method, Packed)
+        assert isinstance(linear.method, OneDnnPackedLinear)
         assert linear.weight.numel() == 0
         torch.testing.assert_close(linear(x), expected)
 

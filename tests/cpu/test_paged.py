@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from actors.decisions.model.plan import Plan
-from actors.decisions.model.spec import AttentionSpec, Sight
+from actors.decisions.model.spec import AttentionSpec, MaskSpec
 from actors.tensors.backends.cuda import decode as device_runner
 from actors.tensors.backends.cuda.attention import PagedRows, VarlenKernel, choose_kernels, first_keys, kernel_fault
 from actors.tensors.backends.cuda.decode import DeviceRunner
@@ -72,13 +72,13 @@ def documented(
     [
         ({}, "bfloat16", 256, H100, None),
         ({}, "float16", 512, H100, None),
-        ({"sight": Sight(window=5)}, "bfloat16", 256, H100, None),
+        ({"mask_spec": MaskSpec(window=5)}, "bfloat16", 256, H100, None),
         ({}, "bfloat16", 256, KernelDevice("cpu"), "not on cpu"),
         ({}, "bfloat16", 256, KernelDevice("cuda", 75), "this device has 7.5"),
         ({}, "float32", 256, H100, "not in float32"),
         ({"softcap": 30.0}, "bfloat16", 256, H100, "soft cap"),
         ({"has_sinks": True}, "bfloat16", 256, H100, "sinks"),
-        ({"sight": Sight(chunk=64)}, "bfloat16", 256, H100, "chunks"),
+        ({"mask_spec": MaskSpec(chunk=64)}, "bfloat16", 256, H100, "chunks"),
         ({"value_dim": 8}, "bfloat16", 256, H100, "differ"),
         ({"key_dim": 20, "value_dim": 20}, "bfloat16", 256, H100, "multiple of 8"),
         ({"key_dim": 264, "value_dim": 264}, "bfloat16", 256, H100, "up to 256"),
@@ -93,17 +93,17 @@ def test_the_kernel_is_chosen_for_what_it_can(
     assert found is None if reason is None else reason in str(found)
 
 
-@pytest.mark.parametrize("sight", [Sight(), Sight(window=1), Sight(window=7), Sight(window=1000)])
+@pytest.mark.parametrize("mask_spec", [MaskSpec(), MaskSpec(window=1), MaskSpec(window=7), MaskSpec(window=1000)])
 @pytest.mark.parametrize("implementation", [None, "FA3"])
 def test_what_the_kernel_is_asked_is_what_is_meant(
-    sight: Sight, implementation: str | None, monkeypatch: pytest.MonkeyPatch
+    mask_spec: MaskSpec, implementation: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", documented)
-    spec, kernel = dataclasses.replace(SPEC, sight=sight), VarlenKernel(sight, implementation)
+    spec, kernel = dataclasses.replace(SPEC, mask_spec=mask_spec), VarlenKernel(mask_spec, implementation)
     for num_kv_heads in (2, 8):
         one = dataclasses.replace(spec, num_kv_heads=num_kv_heads)
         assert kernel_fault(kernel, one, torch.bfloat16, 16, CPU) is None
-    wrong = VarlenKernel(Sight(window=3), implementation)
+    wrong = VarlenKernel(MaskSpec(window=3), implementation)
     assert "differs by" in str(kernel_fault(wrong, spec, torch.bfloat16, 16, CPU))
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda *_, **__: _raise())
     assert "it fails on this device: no kernel image" in str(kernel_fault(kernel, spec, torch.bfloat16, 16, CPU))
@@ -131,8 +131,8 @@ def test_torch_takes_these_arguments() -> None:
         rows.max_keys,
     )
     query, cache = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((3, 8, 64), (5, 256, 2, 64)))
-    for sight in (Sight(), Sight(window=9)):
-        out = VarlenKernel(sight, None).attend(query, cache, cache, on_meta, 0.1, None)
+    for mask_spec in (MaskSpec(), MaskSpec(window=9)):
+        out = VarlenKernel(mask_spec, None).attend(query, cache, cache, on_meta, 0.1, None)
         assert (out.shape, out.dtype, out.is_meta) == (query.shape, query.dtype, True)
 
 
@@ -147,13 +147,13 @@ def test_prefill_and_decode_by_the_kernel_bring_the_same_ids(
     monkeypatch.setattr(
         device_runner,
         "choose_kernels",
-        lambda specs, *_: {spec.name: VarlenKernel(spec.sight, None) for spec in specs},
+        lambda specs, *_: {spec.name: VarlenKernel(spec.mask_spec, None) for spec in specs},
     )
     plan = plan_of(family, scheduler={"max_num_seqs": 5})
     run, world, make = worlds["run"], worlds["World"], worlds["make"]
     expected = run(world(3, plan.spec.vocab_size, 2), make(Runner, plan, checkpoints(family)).launch, 25)
     runner = make(DeviceRunner, plan, checkpoints(family))
-    assert runner.table.visibility.sights == frozenset(), "no masks are made for attentions that need none"
+    assert runner.table.visibility.mask_specs == frozenset(), "no masks are made for attentions that need none"
     assert len(runner._buckets.blocks) == 1
     found = run(world(3, plan.spec.vocab_size, 2), runner.launch, 25)
     assert [step.token_ids for step in found] == [step.token_ids for step in expected]
@@ -161,5 +161,5 @@ def test_prefill_and_decode_by_the_kernel_bring_the_same_ids(
 
 def test_first_keys_are_those_of_the_sight() -> None:
     positions = torch.arange(50)
-    for sight in (Sight(), Sight(window=7), Sight(chunk=8), Sight(window=5, chunk=8)):
-        assert first_keys(sight, positions).tolist() == [sight.first_key(position) for position in range(50)]
+    for mask_spec in (MaskSpec(), MaskSpec(window=7), MaskSpec(chunk=8), MaskSpec(window=5, chunk=8)):
+        assert first_keys(mask_spec, positions).tolist() == [mask_spec.first_key(position) for position in range(50)]

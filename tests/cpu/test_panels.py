@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from actors.tensors.backends.cpu import gemm as panels
-from actors.tensors.model.linear import Dense, Paneled, pack
+from actors.tensors.model.linear import DenseLinear, PanelPackedLinear, pack
 from actors.tensors.model.parallel_layers import ColwiseLinear, may_be_packed, rebase
 from cluster.collectives.interface import LoneShard
 
@@ -48,12 +48,12 @@ def test_a_product_is_torchs_and_no_row_depends_on_the_others(shape: tuple[int, 
 @needs_instruction
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_no_number_stays_none(value: float) -> None:
-    linear = rebase(nn.Linear(8, 32, bias=False, dtype=torch.bfloat16), ColwiseLinear).place(LoneShard(), Dense())
+    linear = rebase(nn.Linear(8, 32, bias=False, dtype=torch.bfloat16), ColwiseLinear).place(LoneShard(), DenseLinear())
     linear.requires_grad_(False)
     x = torch.ones(3, 8).bfloat16()
     assert may_be_packed(linear)
     linear.method = pack(linear)
-    assert isinstance(linear.method, Paneled)
+    assert isinstance(linear.method, PanelPackedLinear)
     assert linear.method.is_finite(linear)
     x[1, 5] = value
     assert linear(x).isfinite().all(dim=1).tolist() == [True, False, True]

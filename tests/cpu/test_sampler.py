@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from actors.decisions.model.shard_plan import split_evenly
-from actors.tensors.sampling.logits_processors import Draw
+from actors.tensors.sampling.logits_processors import SamplingRow
 from actors.tensors.sampling.noise import exponential, noise_key
-from actors.tensors.sampling.sampler import Draws, Sampler
+from actors.tensors.sampling.sampler import Sampler, SamplingBatch
 from actors.words.messages import SamplingParams
 from cluster.collectives.interface import LoneShard
 
@@ -45,7 +45,9 @@ def sample_on(num_shards: int, logits: torch.Tensor, rows: list[tuple[SamplingPa
     def run(shard: int) -> None:
         first, end = split_evenly(logits.shape[1], shard, num_shards)
         sampler = Sampler(ThreadGroup(num_shards, shard, slots, barrier), (first, end), logits.shape[1])
-        drawn[shard] = sampler.sample(logits[:, first:end], Draws.of([Draw(*row) for row in rows], CPU)).tolist()
+        drawn[shard] = sampler.sample(
+            logits[:, first:end], SamplingBatch.of([SamplingRow(*row) for row in rows], CPU)
+        ).tolist()
 
     threads = [threading.Thread(target=run, args=(shard,)) for shard in range(num_shards)]
     for thread in threads:
@@ -58,7 +60,7 @@ def sample_on(num_shards: int, logits: torch.Tensor, rows: list[tuple[SamplingPa
 def sample_alone(logits: torch.Tensor, rows: list[tuple[SamplingParams, int]]) -> list[int]:
     return (
         Sampler(LoneShard(), (0, logits.shape[1]), logits.shape[1])
-        .sample(logits, Draws.of([Draw(*row) for row in rows], CPU))
+        .sample(logits, SamplingBatch.of([SamplingRow(*row) for row in rows], CPU))
         .tolist()
     )
 
@@ -175,4 +177,4 @@ def test_no_rows_give_no_ids() -> None:
 
 def test_temperature_without_a_seed_is_our_own_mistake() -> None:
     with pytest.raises(AssertionError, match="seed"):
-        Draws.of([Draw(SamplingParams(1.0), 0)], CPU)
+        SamplingBatch.of([SamplingRow(SamplingParams(1.0), 0)], CPU)

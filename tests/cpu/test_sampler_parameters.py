@@ -16,10 +16,10 @@ from transformers import (
 )
 
 from actors.decisions.model.shard_plan import split_evenly
-from actors.tensors.sampling.logits_processors import Draw, Edits
-from actors.tensors.sampling.ranking import NOTHING, best_of_shard, ids_of, scores_of, standings_of
-from actors.tensors.sampling.sampler import Draws, Sampler
-from actors.tensors.sampling.truncation import NUM_CANDIDATES, Cuts, cut_thresholds
+from actors.tensors.sampling.logits_processors import LogitsProcessors, SamplingRow
+from actors.tensors.sampling.ranking import NOTHING, best_of_shard, ids_of, scores_of, sort_keys_of
+from actors.tensors.sampling.sampler import Sampler, SamplingBatch
+from actors.tensors.sampling.truncation import NUM_CANDIDATES, Truncation, truncation_thresholds
 from actors.words.messages import SamplingParams
 from cluster.collectives.interface import LoneShard
 
@@ -71,15 +71,15 @@ def on_shards(num_shards: int, logits: torch.Tensor, job: Callable[[Any, torch.T
 
 def allowed(num_shards: int, logits: torch.Tensor, sampling: Sequence[SamplingParams]) -> torch.Tensor:
     """Bool [R, V]: what the cuts leave of logits already divided by the temperature; the same on every shard."""
-    cuts = Cuts.of([Draw(params, 0) for params in sampling], CPU)
+    cuts = Truncation.of([SamplingRow(params, 0) for params in sampling], CPU)
     assert cuts is not None and len(cuts.rows_K) == len(sampling)
 
     def job(group: Any, mine: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor:
-        return cut_thresholds(mine, cuts, group, rows, logits.shape[1])
+        return truncation_thresholds(mine, cuts, group, rows, logits.shape[1])
 
     thresholds = on_shards(num_shards, logits, job)
     assert all(torch.equal(other, thresholds[0]) for other in thresholds)
-    return standings_of(logits, torch.arange(logits.shape[1])) >= thresholds[0]
+    return sort_keys_of(logits, torch.arange(logits.shape[1])) >= thresholds[0]
 
 
 def warped(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -94,16 +94,16 @@ def warped(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     return scores
 
 
-def sample_on(num_shards: int, logits: torch.Tensor, draws: list[Draw]) -> list[list[int]]:
+def sample_on(num_shards: int, logits: torch.Tensor, draws: list[SamplingRow]) -> list[list[int]]:
     def job(group: Any, mine: torch.Tensor, rows: tuple[int, int]) -> list[int]:
-        return Sampler(group, rows, logits.shape[1]).sample(mine, Draws.of(draws, CPU)).tolist()
+        return Sampler(group, rows, logits.shape[1]).sample(mine, SamplingBatch.of(draws, CPU)).tolist()
 
     return on_shards(num_shards, logits, job)
 
 
-def sample_alone(logits: torch.Tensor, draws: list[Draw]) -> list[int]:
+def sample_alone(logits: torch.Tensor, draws: list[SamplingRow]) -> list[int]:
     size = logits.shape[1]
-    return Sampler(LoneShard(), (0, size), size).sample(logits, Draws.of(draws, CPU)).tolist()
+    return Sampler(LoneShard(), (0, size), size).sample(logits, SamplingBatch.of(draws, CPU)).tolist()
 
 
 CUTS = [
@@ -148,7 +148,7 @@ def test_the_vocabulary_is_gathered_only_where_candidates_prove_nothing() -> Non
 
     def gathered(logits: torch.Tensor, sampling: SamplingParams) -> int:
         def job(group: ThreadGroup, mine: torch.Tensor, rows: tuple[int, int]) -> int:
-            Sampler(group, rows, vocab).sample(mine, Draws.of([Draw(sampling, 0)], CPU))
+            Sampler(group, rows, vocab).sample(mine, SamplingBatch.of([SamplingRow(sampling, 0)], CPU))
             return group.num_gathered
 
         return max(on_shards(2, logits[None], job))
@@ -163,13 +163,13 @@ def test_the_vocabulary_is_gathered_only_where_candidates_prove_nothing() -> Non
 def test_standings_order_by_score_then_lowest_id() -> None:
     scores = torch.tensor([float("-inf"), -3e38, -2.5, -1e-40, -0.0, 0.0, 1e-40, 0.5, 3e38, float("inf")])
     ids = torch.tensor([0, 4_000_000_000, 3, 2, 1, 9, 8, 7, 6, 5])
-    standings = standings_of(scores, ids)
-    assert standings.tolist() == sorted(standings.tolist()[:4]) + sorted(standings.tolist()[4:6], reverse=True) + (
-        sorted(standings.tolist()[6:])
+    sort_keys = sort_keys_of(scores, ids)
+    assert sort_keys.tolist() == sorted(sort_keys.tolist()[:4]) + sorted(sort_keys.tolist()[4:6], reverse=True) + (
+        sorted(sort_keys.tolist()[6:])
     )
-    assert standings[3] < standings[5] and standings[4] < standings[6]
-    assert torch.equal(scores_of(standings), scores) and torch.equal(ids_of(standings), ids)
-    assert int(standings[0]) > NOTHING
+    assert sort_keys[3] < sort_keys[5] and sort_keys[4] < sort_keys[6]
+    assert torch.equal(scores_of(sort_keys), scores) and torch.equal(ids_of(sort_keys), ids)
+    assert int(sort_keys[0]) > NOTHING
     assert ids_of(best_of_shard(torch.tensor([[1.0, 2.0, 2.0]]), 10, 3)).tolist() == [[11, 12, 10]]
     assert best_of_shard(torch.tensor([[1.0]]), 10, 3)[0, 1:].tolist() == [NOTHING] * 2
 
@@ -196,8 +196,8 @@ def test_penalties_are_transformers_and_openais() -> None:
     expected[3, 7] -= 1.5
     expected[3, 20] += 4.0
     before = logits.clone()
-    draws = [Draw(sampling, len(ids), ids, len(prompt)) for sampling in params]
-    edits = Edits.of(draws, CPU)
+    draws = [SamplingRow(sampling, len(ids), ids, len(prompt)) for sampling in params]
+    edits = LogitsProcessors.of(draws, CPU)
     assert edits is not None
     for num_shards in (1, 3):
         parts = on_shards(num_shards, logits, lambda _, mine, rows: edits.apply(mine, rows[0]))
@@ -209,12 +209,12 @@ def test_banned_ids_are_never_drawn_before_min_tokens() -> None:
     logits = torch.zeros(1, 6)
     logits[0, [2, 4]] = 50.0
     sampling = SamplingParams(0, min_tokens=3, banned_ids=[2, 4, 900], logit_bias={2: 100.0})
-    drawn = [sample_alone(logits, [Draw(sampling, position, [], 10)])[0] for position in range(10, 16)]
+    drawn = [sample_alone(logits, [SamplingRow(sampling, position, [], 10)])[0] for position in range(10, 16)]
     assert drawn == [0, 0, 0, 2, 2, 2]
-    assert Edits.of([Draw(SamplingParams(0, min_tokens=3, banned_ids=[2]), 13, [], 10)], CPU) is None
+    assert LogitsProcessors.of([SamplingRow(SamplingParams(0, min_tokens=3, banned_ids=[2]), 13, [], 10)], CPU) is None
 
 
-def mixed_draws(num: int, vocab: int) -> list[Draw]:
+def mixed_draws(num: int, vocab: int) -> list[SamplingRow]:
     """Every parameter alone and with others, over random histories."""
     generator = torch.Generator().manual_seed(8)
     kinds = [
@@ -231,7 +231,7 @@ def mixed_draws(num: int, vocab: int) -> list[Draw]:
     for row in range(num):
         ids = torch.randint(vocab, (5 + row,), generator=generator).tolist()
         sampling = SamplingParams(**{"temperature": 0.7, "seed": row, **kinds[row % len(kinds)]})
-        draws.append(Draw(sampling, len(ids), ids, 4))
+        draws.append(SamplingRow(sampling, len(ids), ids, 4))
     return draws
 
 
@@ -265,7 +265,9 @@ def test_draws_follow_the_exact_probabilities(parameters: dict[str, Any]) -> Non
     logits = torch.linspace(-1.5, 1.5, 16)[torch.randperm(16, generator=torch.Generator().manual_seed(0))]
     prompt, generated = [1, 2, 3], [4, 5, 4, 15]
     draws = [
-        Draw(SamplingParams(**{"temperature": 1.0, "seed": i % 100, **parameters}), 7 + i // 100, prompt + generated, 3)
+        SamplingRow(
+            SamplingParams(**{"temperature": 1.0, "seed": i % 100, **parameters}), 7 + i // 100, prompt + generated, 3
+        )
         for i in range(NUM_DRAWS)
     ]
     drawn = torch.tensor(sample_alone(logits.expand(NUM_DRAWS, -1), draws))

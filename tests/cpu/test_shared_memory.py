@@ -25,7 +25,7 @@ pytestmark = pytest.mark.timeout(90)
 
 @pytest.fixture
 def run():
-    """run(scenario, num_ranks, **arguments) → what came of each rank; the ranks meet at a store of their own."""
+    """run(scenario, num_ranks, **arguments) → what became of each rank; the ranks meet at a store of their own."""
     run_ranks = runpy.run_path(str(Path(__file__).with_name("group_process.py")))["run_ranks"]
     store, port = host_store(ADDRESS)
     yield functools.partial(run_ranks, __file__, port=port)
@@ -205,10 +205,10 @@ def test_sums_are_right_and_have_the_same_bits_on_all_shards(run, size):
     for dtype in DTYPES:
         for shape in SHAPES:
             total = contribution(0, shape, dtype)
-            wide = total.float() if dtype.is_floating_point else total
+            to_float32 = total.float() if dtype.is_floating_point else total
             for shard in range(1, size):
-                wide = wide + contribution(shard, shape, dtype)
-            expected.append(wide.to(dtype))
+                to_float32 = to_float32 + contribution(shard, shape, dtype)
+            expected.append(to_float32.to(dtype))
     assert by_shard == [results_of(expected)] * size
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
 
 from actors.decisions.model.plan import Plan, make_plan
-from actors.decisions.model.spec import AttentionSpec, Sight
+from actors.decisions.model.spec import AttentionSpec, MaskSpec
 from actors.tensors.backends.cuda.attention import (
     GatheredAttention,
     PagedRows,
@@ -217,8 +217,8 @@ SPEC = AttentionSpec("", 8, 2, 64, 64)
     "spec",
     [
         SPEC,
-        dataclasses.replace(SPEC, sight=Sight(window=100)),
-        dataclasses.replace(SPEC, sight=Sight(window=1)),
+        dataclasses.replace(SPEC, mask_spec=MaskSpec(window=100)),
+        dataclasses.replace(SPEC, mask_spec=MaskSpec(window=1)),
         dataclasses.replace(SPEC, num_kv_heads=8),
         dataclasses.replace(SPEC, key_dim=128, value_dim=128, num_heads=64, num_kv_heads=8),
         dataclasses.replace(SPEC, key_dim=256, value_dim=256),
@@ -230,13 +230,13 @@ def test_torch_s_kernel_agrees_with_attention_written_out(spec: AttentionSpec, d
     device = torch.device("cuda")
     where = kernel_device(device)
     assert why_no_kernel(spec, str(dtype).removeprefix("torch."), BLOCK_SIZE, where) is None
-    kernel = VarlenKernel(spec.sight, where.implementation)
+    kernel = VarlenKernel(spec.mask_spec, where.implementation)
     assert kernel_fault(kernel, spec, dtype, BLOCK_SIZE, device) is None
 
 
 def test_the_gather_runs_on_cuda() -> None:
-    spec = dataclasses.replace(SPEC, sight=Sight(window=100))
-    rows_only = GatheredAttention(spec.sight, None)
+    spec = dataclasses.replace(SPEC, mask_spec=MaskSpec(window=100))
+    rows_only = GatheredAttention(spec.mask_spec, None)
     keys = torch.randn(4, 16, 2, 64, device="cuda")
     rows = PagedRows.decode(
         torch.tensor([[0, 1], [2, 3]], dtype=torch.int32, device="cuda"),

@@ -20,12 +20,12 @@ import pytest
 
 ray = pytest.importorskip("ray")
 
+from actors.remote.crew import RankActor  # noqa: E402
 from ray import serve  # noqa: E402
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group  # noqa: E402
 
 from actors.decisions.model.plan import make_plan  # noqa: E402
 from actors.decisions.schedule.scheduler import SchedulerSettings  # noqa: E402
-from actors.remote.crew import RankActor  # noqa: E402
 from actors.remote.engine import Engine  # noqa: E402
 from actors.remote.gang import Gang  # noqa: E402
 from actors.words.errors import GangFailure, Verdict  # noqa: E402

@@ -101,7 +101,7 @@ def test_an_old_epoch_is_not_heard(engine):
     old = RankChannel(engine.address, keys, 0, epoch=0)
     old.answer(StepResult(0, 0, [[1]]))
     assert engine.wait(0.5) == []
-    assert engine.standings == {}
+    assert engine.progress_by_rank == {}
     old.close()
 
 
@@ -134,8 +134,8 @@ def test_heartbeats_tell_rank_and_step(engine):
     engine.submit(STEP)
     ranks[1].receive()
     deadline = time.monotonic() + 10
-    while engine.standings[1].step != 0 and time.monotonic() < deadline:
+    while engine.progress_by_rank[1].step != 0 and time.monotonic() < deadline:
         engine.wait(0.2)
-    assert engine.standings[1].step == 0
+    assert engine.progress_by_rank[1].step == 0
     for rank in ranks:
         rank.close()

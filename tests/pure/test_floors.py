@@ -21,7 +21,7 @@ HOUSE = [
         "actors/tensors",
         {"torch", "numpy", "transformers", "safetensors", "huggingface_hub", "msgspec", "numba", "llvmlite"},
     ),
-    (5, "actors/remote", {"ray", "zmq", "msgspec", "torch"}),
+    (5, "actors/remote", {"ray", "zmq", "msgspec", "torch", "transformers"}),
     (
         6,
         "deployments",
@@ -144,7 +144,7 @@ def test_the_checker_sees_lazy_typing_and_dynamic_imports() -> None:
     source = """
 from typing import TYPE_CHECKING
 if TYPE_CHECKING:
-    from actors.tensors.model.stage_model import parallel_layers as layers
+    from actors.tensors.model import parallel_layers
 def late():
     import torch
     import importlib

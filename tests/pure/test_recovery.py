@@ -12,17 +12,17 @@ import pytest
 
 from actors.decisions.failure.culprit import (
     Complaint,
-    LastWords,
-    Standing,
-    after_inquest,
+    CrashReport,
+    RankProgress,
     of_complaints,
     of_deaths,
     of_hang,
     of_silence,
+    revise_verdict,
 )
 from actors.decisions.failure.quarantine import Quarantine
 from actors.decisions.schedule.scheduler import SchedulerSettings
-from actors.remote.black_box import Remains, bury
+from actors.remote.black_box import CrashFile, collect_crash_report
 from actors.remote.engine import Engine
 from actors.words.errors import EngineStopped, GangFailure, GangLost, Verdict
 from actors.words.executor import Revival
@@ -56,35 +56,35 @@ def test_of_those_who_complain_the_one_furthest_behind_is_the_culprit() -> None:
 
 
 def test_in_a_hang_the_silent_come_first_then_step_stage_and_collective() -> None:
-    standings = {rank: Standing(100.0, 9, 40) for rank in range(4)}
-    standings[1] = Standing(100.0, 9, 39)
-    verdict = of_hang(9, standings, 2, now=100.5)
+    progress_by_rank = {rank: RankProgress(100.0, 9, 40) for rank in range(4)}
+    progress_by_rank[1] = RankProgress(100.0, 9, 39)
+    verdict = of_hang(9, progress_by_rank, 2, now=100.5)
     assert (verdict.cause, verdict.ranks, verdict.step, verdict.is_from_within) == ("hung", (1,), 9, True)
-    standings[3] = Standing(97.9, 9, 40)
-    verdict = of_hang(9, standings, 2, now=100.5)
+    progress_by_rank[3] = RankProgress(97.9, 9, 40)
+    verdict = of_hang(9, progress_by_rank, 2, now=100.5)
     assert (verdict.cause, verdict.ranks, verdict.is_from_within) == ("silent", (3,), False)
-    assert of_silence(standings, 100.5, 3.0) is None
+    assert of_silence(progress_by_rank, 100.5, 3.0) is None
 
 
 def test_last_words_tell_a_crash_from_a_kill() -> None:
     killed = of_deaths([Complaint(2, 5, "rank 2 died"), Complaint(0, 5, "rank 0 died")])
     assert (killed.cause, killed.ranks, killed.is_from_within) == ("killed", (0, 2), False)
-    left = {2: LastWords(11, ""), 0: LastWords(11, "")}
-    assert after_inquest(killed, {}, left) == killed
-    left[0] = LastWords(12, "Fatal Python error: Aborted\nstacks")
-    verdict = after_inquest(killed, {}, left)
+    left = {2: CrashReport(11, ""), 0: CrashReport(11, "")}
+    assert revise_verdict(killed, {}, left) == killed
+    left[0] = CrashReport(12, "Fatal Python error: Aborted\nstacks")
+    verdict = revise_verdict(killed, {}, left)
     assert (verdict.cause, verdict.ranks, verdict.step) == ("crashed", (0,), 12)
     assert verdict.reason == "rank 0 ended itself: Fatal Python error: Aborted"
     noticed = Verdict("failed", "rank 1 lost its neighbour", (1,), 11)
-    assert after_inquest(noticed, {0: "rank 0 died"}, {}) == Verdict("killed", "rank 0 died", (0,))
-    assert after_inquest(noticed, {}, {}) == noticed
+    assert revise_verdict(noticed, {0: "rank 0 died"}, {}) == Verdict("killed", "rank 0 died", (0,))
+    assert revise_verdict(noticed, {}, {}) == noticed
 
 
 def test_who_fell_silent_in_a_step_may_have_been_frozen_by_it() -> None:
     silent = Verdict("silent", "nothing is heard from rank 1, 2", (1, 2))
-    assert after_inquest(silent, {}, {}) == silent  # their node is gone
-    assert not after_inquest(silent, {}, {1: LastWords(-1, "")}).is_from_within  # between steps
-    found = after_inquest(silent, {}, {1: LastWords(-1, ""), 2: LastWords(7, ""), 0: LastWords(3, "")})
+    assert revise_verdict(silent, {}, {}) == silent  # their node is gone
+    assert not revise_verdict(silent, {}, {1: CrashReport(-1, "")}).is_from_within  # between steps
+    found = revise_verdict(silent, {}, {1: CrashReport(-1, ""), 2: CrashReport(7, ""), 0: CrashReport(3, "")})
     assert (found.cause, found.ranks, found.step, found.is_from_within) == ("silent", (1, 2), 7, True)
 
 
@@ -105,7 +105,7 @@ from actors.remote.black_box import BlackBox
 box = BlackBox()
 box.enter(41)
 box.enter(42)
-print(box.remains.pid, box.remains.started, box.remains.path, flush=True)
+print(box.crash_file.pid, box.crash_file.started, box.crash_file.path, flush=True)
 {end}
 """
     process = subprocess.Popen(
@@ -116,7 +116,7 @@ print(box.remains.pid, box.remains.started, box.remains.path, flush=True)
     pid, started, path = process.stdout.readline().split()
     if "sleep" not in end:
         process.wait(20)
-    left = bury(Remains(int(pid), int(started), path))
+    left = collect_crash_report(CrashFile(int(pid), int(started), path))
     assert left is not None
     assert left.step == 42
     assert left.text.splitlines()[:1] == ([words] if words else [])
@@ -125,7 +125,7 @@ print(box.remains.pid, box.remains.started, box.remains.path, flush=True)
     assert process.stderr is not None
     process.stderr.close()
     assert not list(tmp_path.iterdir())
-    assert bury(Remains(os.getpid(), 1, path)) is None  # another process by now: it is left alone
+    assert collect_crash_report(CrashFile(os.getpid(), 1, path)) is None  # another process by now: it is left alone
 
 
 # -- whose request it was ----------------------------------------------------------------------------------------

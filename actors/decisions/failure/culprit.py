@@ -10,7 +10,7 @@ _STALE_S = 3.2 * HEARTBEAT_S  # beside a step that is overdue, three missed hear
 
 
 @dataclass(frozen=True)
-class Standing:
+class RankProgress:
     """How far a rank has come, in its own words."""
 
     heard: float  # monotonic seconds
@@ -44,35 +44,38 @@ def of_deaths(deaths: Collection[Complaint]) -> Verdict:
     return Verdict("killed", reasons, tuple(sorted({death.rank for death in deaths})))
 
 
-def of_silence(standings: Mapping[int, Standing], now: float, patience_s: float) -> Verdict | None:
+def of_silence(progress_by_rank: Mapping[int, RankProgress], now: float, patience_s: float) -> Verdict | None:
     """Ranks that have said nothing for too long; None when all were heard."""
-    silent = [rank for rank, standing in standings.items() if now - standing.heard > patience_s]
+    silent = [rank for rank, progress in progress_by_rank.items() if now - progress.heard > patience_s]
     if not silent:
         return None
     words = f"nothing is heard from rank {', '.join(map(str, silent))}: dead, stopped or cut off"
     return Verdict("silent", words, tuple(silent))
 
 
-def of_hang(step: int, standings: Mapping[int, Standing], num_shards: int, now: float) -> Verdict:
+def of_hang(step: int, progress_by_rank: Mapping[int, RankProgress], num_shards: int, now: float) -> Verdict:
     """A step takes far too long: a rank that is not heard either has stopped; else the one furthest behind hangs."""
     late = f"step {step} takes far longer than steps do"
-    if silence := of_silence(standings, now, _STALE_S):
+    if silence := of_silence(progress_by_rank, now, _STALE_S):
         return replace(silence, reason=f"{late}; {silence.reason}")
-    behind = min(standings, key=lambda rank: (standings[rank].step, rank // num_shards, standings[rank].op, rank))
-    at = standings[behind]
+    behind = min(
+        progress_by_rank,
+        key=lambda rank: (progress_by_rank[rank].step, rank // num_shards, progress_by_rank[rank].op, rank),
+    )
+    at = progress_by_rank[behind]
     words = f"{late}; rank {behind} is furthest behind, at step {at.step}, collective {at.op}"
     return Verdict("hung", words, (behind,), at.step)
 
 
 @dataclass(frozen=True)
-class LastWords:
+class CrashReport:
     """What a process left that is gone."""
 
     step: int  # that it was executing; -1: none
     text: str  # empty: it was killed from outside
 
 
-def after_inquest(verdict: Verdict, dead: Mapping[int, str], left: Mapping[int, LastWords]) -> Verdict:
+def revise_verdict(verdict: Verdict, dead: Mapping[int, str], left: Mapping[int, CrashReport]) -> Verdict:
     """What is known once the dead are found (rank → in words) and what was left by those that are gone is read.
 
     A death outranks what neighbours said of it; whoever ended itself outranks whoever was killed.

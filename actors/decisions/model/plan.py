@@ -13,6 +13,8 @@ from actors.words.errors import UnsupportedModel
 from cluster.topology import Topology
 from configs.config import Config
 
+DEFAULT_BLOCK_SIZE = 16  # tokens, where the device's backend names no other
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -44,11 +46,15 @@ class Plan:
         return self.block_size * elements * self.spec.dtype_bytes
 
 
-def make_plan(config: Config, spec: ModelSpec) -> Plan:
-    """Raises ValueError (fields, reasons, what would work, a line each) or UnsupportedModel."""
+def make_plan(config: Config, spec: ModelSpec, default_block_size: int = DEFAULT_BLOCK_SIZE) -> Plan:
+    """`default_block_size` is the device's, in tokens, where the config names none.
+
+    Raises ValueError (fields, reasons, what would work, a line each) or UnsupportedModel.
+    """
     parallel, scheduler = config.parallel, config.scheduler
     topology = Topology(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
-    problems = _problems(config, spec, topology)
+    block_size = config.cache.block_size or default_block_size
+    problems = _problems(config, spec, topology, block_size)
     if problems:
         raise ValueError("\n".join(problems))
     spec = with_tp_plan(spec, parallel)
@@ -58,7 +64,7 @@ def make_plan(config: Config, spec: ModelSpec) -> Plan:
         topology=topology,
         shards=make_shard_plans(spec, topology, parallel.layers_per_stage),
         max_model_len=config.model.max_model_len or spec.max_position,
-        block_size=config.cache.block_size,
+        block_size=block_size,
         max_num_seqs=scheduler.max_num_seqs,
         max_num_batched_tokens=scheduler.max_num_batched_tokens,
         num_lanes=num_lanes,
@@ -78,7 +84,7 @@ def _check_num_blocks(num_blocks: int, max_model_len: int, block_size: int) -> N
         )
 
 
-def _problems(config: Config, spec: ModelSpec, topology: Topology) -> list[str]:
+def _problems(config: Config, spec: ModelSpec, topology: Topology, block_size: int) -> list[str]:
     """Everything that is wrong, all at once."""
     problems, scheduler = [], config.scheduler
     max_model_len = config.model.max_model_len or spec.max_position
@@ -88,7 +94,7 @@ def _problems(config: Config, spec: ModelSpec, topology: Topology) -> list[str]:
             f"use at most {spec.max_position}"
         )
     if config.cache.num_blocks is not None:
-        problems += _said(_check_num_blocks, config.cache.num_blocks, max_model_len, config.cache.block_size)
+        problems += _said(_check_num_blocks, config.cache.num_blocks, max_model_len, block_size)
     if scheduler.max_num_batched_tokens < scheduler.max_num_seqs:
         problems.append(
             f"scheduler.max_num_batched_tokens: a step of {scheduler.max_num_batched_tokens} tokens cannot hold one "

@@ -224,7 +224,7 @@ def _is_owned(spec: ModelSpec, plan: ShardPlan, parameter: Parameter) -> bool:
 
 @dataclass(frozen=True)
 class _Cutter:
-    """Cuts parameters for one rank."""
+    """Truncation parameters for one rank."""
 
     spec: ModelSpec
     plan: ShardPlan

@@ -36,7 +36,7 @@ class Parameter:
 
 
 @dataclass(frozen=True)
-class Sight:
+class MaskSpec:
     """How far back a token sees: `window` tokens (itself included), and not beyond the start of its `chunk`."""
 
     window: int | None = None
@@ -57,7 +57,7 @@ class AttentionSpec:
     num_kv_heads: int  # of the keys that are cached: for latent attention the expanded ones
     key_dim: int
     value_dim: int
-    sight: Sight = Sight()
+    mask_spec: MaskSpec = MaskSpec()
     softcap: float | None = None
     has_sinks: bool = False
 

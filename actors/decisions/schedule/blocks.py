@@ -96,7 +96,7 @@ class BlockPool:
             self._block_of[name] = block
             self._hash_of[block] = name
 
-    def unname(self, block: int) -> None:
+    def forget(self, block: int) -> None:
         """Say that a held block's contents are worth nothing to others."""
         name = self._hash_of.pop(block, None)
         if name is not None:

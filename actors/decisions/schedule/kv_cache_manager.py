@@ -4,7 +4,7 @@ from actors.decisions.schedule.blocks import BlockPool, num_blocks_for
 from actors.decisions.schedule.sequence import Sequence
 
 
-class Holdings:
+class KVCacheManager:
     """Changes a sequence's block table and the pool together."""
 
     def __init__(self, pool: BlockPool, reuses_prefixes: bool) -> None:
@@ -41,7 +41,7 @@ class Holdings:
         sequence.blocks += blocks
         return True
 
-    def name_full(self, sequence: Sequence) -> None:
+    def cache_full_blocks(self, sequence: Sequence) -> None:
         """Name the blocks that known ids fill, so that others may share them from the next entry on."""
         if not self._reuses_prefixes:
             return
@@ -53,10 +53,10 @@ class Holdings:
             self.pool.name(sequence.blocks[index], hashes[index])
         sequence.num_named = num_full
 
-    def disown(self, sequence: Sequence) -> None:
+    def never_share(self, sequence: Sequence) -> None:
         """What its blocks hold is not to be shared: nobody finds them by their names any more."""
         for block in sequence.blocks:
-            self.pool.unname(block)
+            self.pool.forget(block)
 
     def release(self, sequence: Sequence) -> None:
         """Give everything back; what is named stays known until its block is needed."""

@@ -20,10 +20,10 @@ _SHARE = 1.3  # seconds of prefill to one second of decode, over all lanes, wher
 _FEWEST_TOKENS = 16  # of a chunk: smaller ones only read the weights again
 _PORTION = 2  # decode steps that prompts may take in a pipeline: so long that reading the weights does not count
 _MOST_TOKENS = 512  # that any machine computes in the time in which it reads the weights; GPUs reach 300
-_TOGETHER = 0.25  # what took so little of its time, after a late one, was told with that: their times are one
-_MEMORY = 0.97  # weight of a step beside the next one
-_INERTIA = 0.01  # how much what is known stands against what the steps of late leave open, ...
-_INERTIAS = _INERTIA * np.diag((1.0, 64.0, 1.0))  # ... in squares of steps, of eight rows, and of single tokens
+_MERGE_BELOW = 0.25  # what took so little of its time, after a late one, was told with that: their times are one
+_FORGETTING = 0.97  # weight of a step beside the next one
+_RIDGE = 0.01  # how much what is known stands against what the steps of late leave open, ...
+_RIDGES = _RIDGE * np.diag((1.0, 64.0, 1.0))  # ... in squares of steps, of eight rows, and of single tokens
 
 
 class PrefillPace:
@@ -52,7 +52,7 @@ class PrefillPace:
         took_s, self._last_end = now - max(launched, self._last_end), now
         counts, before = np.array((1.0, num_rows, num_prompt)), self._known
         is_late = self._took_s > self._counts @ self.seconds
-        if is_late and took_s < _TOGETHER * (counts @ self.seconds):
+        if is_late and took_s < _MERGE_BELOW * (counts @ self.seconds):
             counts, took_s, before = counts + self._counts, took_s + self._took_s, self._before
         self._counts, self._took_s, self._before = counts, took_s, before
         if took_s > 0:
@@ -83,8 +83,8 @@ class PrefillPace:
 def _learned(known: Known, counts: Array) -> Known:
     """With one observation more: `counts` are those of one second."""
     products, sums, seconds = known
-    products, sums = _MEMORY * products + np.outer(counts, counts), _MEMORY * sums + counts
-    inertia = products[0, 0] * _INERTIAS
+    products, sums = _FORGETTING * products + np.outer(counts, counts), _FORGETTING * sums + counts
+    inertia = products[0, 0] * _RIDGES
     matrix, vector = products + inertia, sums + inertia @ seconds
     free = 3 if counts[2] else 2  # a step without prompts says nothing of what their tokens cost
     vector -= matrix[:, free:] @ seconds[free:]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import msgspec
 
 from actors.decisions.schedule.blocks import BlockCounts, BlockPool
-from actors.decisions.schedule.kv_cache_manager import Holdings
+from actors.decisions.schedule.kv_cache_manager import KVCacheManager
 from actors.decisions.schedule.lanes import Flights, Lane, Lanes, age
 from actors.decisions.schedule.pace import PrefillPace
 from actors.decisions.schedule.sequence import Sequence
@@ -61,7 +61,7 @@ class Scheduler:
 
     def _forget_ranks(self) -> None:
         settings = self.settings
-        self._holdings = Holdings(BlockPool(settings.num_blocks, settings.block_size), settings.prefix_cache)
+        self._holdings = KVCacheManager(BlockPool(settings.num_blocks, settings.block_size), settings.prefix_cache)
         self._lanes = Lanes(settings.num_lanes)
         self._waiting = Waiting()
         self._closing: list[int] = []  # rows that the ranks may drop
@@ -143,7 +143,7 @@ class Scheduler:
             ids, logprobs = next(sampled) if entry.sample else ([], [])
             sequence.num_pending -= entry.sample
             if sequence.finish_reason is None:
-                told = sequence.take_untold(entry, told)
+                told = sequence.take_unreported(entry, told)
                 event = self._append(sequence, entry, ids)
                 if logprobs or told:
                     logprobs = logprobs[: len(event.token_ids)]
@@ -235,7 +235,7 @@ class Scheduler:
         step.entries.append(entry)
         sequence.num_scheduled += count
         sequence.num_pending += sample
-        self._holdings.name_full(sequence)
+        self._holdings.cache_full_blocks(sequence)
         return count
 
     def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -263,7 +263,7 @@ class Scheduler:
     def _append(self, sequence: Sequence, entry: Entry, ids: list[int]) -> Event:
         """Take what an entry's result brings: the ids up to a stop id, and the end where it is one."""
         if NOT_A_NUMBER in ids:
-            self._holdings.disown(sequence)
+            self._holdings.never_share(sequence)
             return self._retire(sequence, "error", "the model's logits are not finite", "numerical_error")
         accepted, reason = sequence.accept(entry, ids)
         self.stats.num_generated += len(accepted)

@@ -85,11 +85,11 @@ class Sequence:
         self.lane, self.is_open = None, False
         self.blocks, self.num_scheduled, self.num_pending, self.num_named = [], 0, 0, 0
 
-    def take_untold(self, entry: Entry, told: list[TokenLogprobs]) -> list[TokenLogprobs]:
+    def take_unreported(self, entry: Entry, told: list[TokenLogprobs]) -> list[TokenLogprobs]:
         """Of an entry's prompt logprobs (of positions start + 1 on) those that no earlier computation told."""
-        untold = told[self.num_prompt_logprobs - entry.start :] if told else []
-        self.num_prompt_logprobs += len(untold)
-        return untold
+        unreported = told[self.num_prompt_logprobs - entry.start :] if told else []
+        self.num_prompt_logprobs += len(unreported)
+        return unreported
 
     def accept(self, entry: Entry, ids: list[int]) -> tuple[list[int], FinishReason | None]:
         """Append what an entry sampled, up to a stop id → what was appended, and why it ends if it does."""

@@ -2,7 +2,7 @@
 
 from bisect import insort
 
-from actors.decisions.schedule.kv_cache_manager import Holdings
+from actors.decisions.schedule.kv_cache_manager import KVCacheManager
 from actors.decisions.schedule.lanes import Lanes, age
 from actors.decisions.schedule.sequence import Sequence
 
@@ -24,7 +24,7 @@ class Waiting:
         """It has ended."""
         self._sequences.remove(sequence)
 
-    def deal(self, lanes: Lanes, holdings: Holdings, max_num_seqs: int, suspects: list[Sequence]) -> None:
+    def deal(self, lanes: Lanes, holdings: KVCacheManager, max_num_seqs: int, suspects: list[Sequence]) -> None:
         """Deal to the cheapest lanes while there is room for the known ids; suspects first: they hold up all others."""
         if not self._sequences:
             return

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from actors.decisions.model.spec import AttentionSpec, Sight
+from actors.decisions.model.spec import AttentionSpec, MaskSpec
 from actors.tensors.backends.cpu import kernels
 from actors.tensors.backends.cpu import paged_attention_avx512 as dot_attention
 from actors.tensors.backends.cuda.attention import PagedAttention, PagedRows
@@ -53,18 +53,18 @@ class PrefillTile:
 
 @dataclass(frozen=True)
 class Visibility:
-    """Who sees what, for all attentions of one sight."""
+    """Who sees what, for all attentions of one mask_spec."""
 
     groups: tuple[DecodeGroup | CachedRows, ...]
     tiles: tuple[PrefillTile, ...]
 
 
 @dataclass(frozen=True)
-class AskedRows:
+class LogitsRows:
     """Those of a step's tokens whose logits are asked for: no others are needed behind the last layer's keys."""
 
     rows_Q: torch.Tensor  # int64, among the tokens
-    by_sight: dict[Sight, CachedRows]
+    by_mask: dict[MaskSpec, CachedRows]
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class StepAttention:
     """What attention must know about one step."""
 
     slots_T: torch.Tensor  # int64: where each token's key and value go
-    by_sight: dict[Sight, Visibility]
-    asked: AskedRows | None = None  # None: all of them
+    by_mask: dict[MaskSpec, Visibility]
+    asked: LogitsRows | None = None  # None: all of them
     rows: PagedRows | None = None  # for those attentions that read block tables themselves
 
 
@@ -127,7 +127,7 @@ class LayerAttention:
         query_HGTD = query.view(num_kv_heads, -1, *query.shape[1:])
         out_THGD = query.new_empty(query.shape[1], *query_HGTD.shape[:2], value_dim)
         scores = Scores(scaling, self.spec.softcap, None if sinks is None else sinks.view(num_kv_heads, -1))
-        visibility = step.by_sight[self.spec.sight]
+        visibility = step.by_mask[self.spec.mask_spec]
         for group in visibility.groups:
             if isinstance(group, CachedRows):
                 self._decode_cached(group, query[:, group.rows], scores, out_THGD[group.rows])
@@ -154,7 +154,7 @@ class LayerAttention:
             (query_hBD.stride(1), query_hBD.stride(0)),
             scores.scaling,
             scores.softcap or 0.0,
-            kernels.LIKE[query_hBD.dtype],
+            kernels.DTYPE_TAGS[query_hBD.dtype],
         )
 
     def _decode(self, group: DecodeGroup, query_BHGD: torch.Tensor, scores: "Scores") -> torch.Tensor:

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from actors.decisions.model.spec import Sight
+from actors.decisions.model.spec import MaskSpec
 from actors.tensors.attention.layer import (
-    AskedRows,
     CachedRows,
     DecodeGroup,
     Indices,
+    LogitsRows,
     PrefillTile,
     StepAttention,
     Visibility,
 )
-from actors.tensors.backends.cpu.kernels import LIKE
+from actors.tensors.backends.cpu.kernels import DTYPE_TAGS
 from actors.tensors.backends.cuda.attention import first_keys
 from actors.tensors.backends.cuda.transfer import to_device
 
@@ -54,30 +54,30 @@ class _Tokens:
     places_T: Indices
     positions_T: Indices
 
-    def cached(self, rows: slice, which: "slice | Indices", sight: Sight) -> CachedRows:
+    def cached(self, rows: slice, which: "slice | Indices", mask_spec: MaskSpec) -> CachedRows:
         """Some of them, as rows."""
         positions = self.positions_T[which]
-        first = first_keys(sight, torch.from_numpy(positions)).numpy()
+        first = first_keys(mask_spec, torch.from_numpy(positions)).numpy()
         return CachedRows(rows, self.tables, self.places_T[which], positions, first)
 
 
 class VisibilityMaker:
-    """Knows the sights of a rank's attentions, and makes masks in the dtype of its queries."""
+    """Knows the mask_specs of a rank's attentions, and makes masks in the dtype of its queries."""
 
     def __init__(
         self,
         block_size: int,
-        sights: frozenset[Sight],
+        mask_specs: frozenset[MaskSpec],
         dtype: torch.dtype,
         device: torch.device,
         longest_as_rows: int = 0,
     ) -> None:
         """Chunks that end by position `longest_as_rows` are attended token by token, where a kernel reads blocks."""
         self.block_size = block_size
-        self.sights = sights
+        self.mask_specs = mask_specs
         self.dtype = dtype
         self.device = device
-        self.reads_blocks = device.type == "cpu" and dtype in LIKE  # no row is padded, and none needs a mask
+        self.reads_blocks = device.type == "cpu" and dtype in DTYPE_TAGS  # no row is padded, and none needs a mask
         self.longest_as_rows = longest_as_rows if self.reads_blocks else 0
 
     def of_step(self, chunks: list[Chunk], tables: torch.Tensor, asked: list[int] | None = None) -> StepAttention:
@@ -92,46 +92,48 @@ class VisibilityMaker:
         slots_T = blocks_T * self.block_size + positions_T % self.block_size
         return StepAttention(
             slots_T=to_device(torch.from_numpy(slots_T), self.device),
-            by_sight={sight: self._visibility(chunks, tables, tokens, sight) for sight in self.sights},
+            by_mask={mask_spec: self._visibility(chunks, tables, tokens, mask_spec) for mask_spec in self.mask_specs},
             asked=None if asked is None else self._asked(tokens, asked),
         )
 
-    def _asked(self, tokens: "_Tokens", asked: list[int]) -> AskedRows | None:
+    def _asked(self, tokens: "_Tokens", asked: list[int]) -> LogitsRows | None:
         if not self.longest_as_rows or len(asked) >= len(tokens.places_T):
             return None
         rows_Q, rows = np.array(asked, np.int64), slice(0, len(asked))
-        by_sight = {sight: tokens.cached(rows, rows_Q, sight) for sight in self.sights}
-        return AskedRows(torch.from_numpy(rows_Q), by_sight)
+        by_mask = {mask_spec: tokens.cached(rows, rows_Q, mask_spec) for mask_spec in self.mask_specs}
+        return LogitsRows(torch.from_numpy(rows_Q), by_mask)
 
-    def _visibility(self, chunks: list[Chunk], tables: torch.Tensor, tokens: "_Tokens", sight: Sight) -> Visibility:
+    def _visibility(
+        self, chunks: list[Chunk], tables: torch.Tensor, tokens: "_Tokens", mask_spec: MaskSpec
+    ) -> Visibility:
         groups: list[DecodeGroup | CachedRows] = []
         tiles: list[PrefillTile] = []
         for are_rows, neighbours in itertools.groupby(chunks, self._are_rows):
             run = list(neighbours)
             if not are_rows:
                 tiles += [
-                    self._tile(chunk, tables, first, min(first + _TILE, chunk.end), sight)
+                    self._tile(chunk, tables, first, min(first + _TILE, chunk.end), mask_spec)
                     for chunk in run
                     for first in range(chunk.start, chunk.end, _TILE)
                 ]
             elif self.reads_blocks:
                 rows = slice(run[0].row, run[-1].row + run[-1].num_tokens)
-                groups.append(tokens.cached(rows, rows, sight))
+                groups.append(tokens.cached(rows, rows, mask_spec))
             else:
-                groups += self._grouped(run, tables, sight)
+                groups += self._grouped(run, tables, mask_spec)
         return Visibility(tuple(groups), tuple(tiles))
 
     def _are_rows(self, chunk: Chunk) -> bool:
         return chunk.num_tokens == 1 or chunk.end <= self.longest_as_rows
 
-    def _grouped(self, rows: list[Chunk], tables: torch.Tensor, sight: Sight) -> list[DecodeGroup]:
-        return [self._group(rows[first:end], tables, sight) for first, end in self._similar(rows, sight)]
+    def _grouped(self, rows: list[Chunk], tables: torch.Tensor, mask_spec: MaskSpec) -> list[DecodeGroup]:
+        return [self._group(rows[first:end], tables, mask_spec) for first, end in self._similar(rows, mask_spec)]
 
-    def _similar(self, rows: list[Chunk], sight: Sight) -> list[tuple[int, int]]:
+    def _similar(self, rows: list[Chunk], mask_spec: MaskSpec) -> list[tuple[int, int]]:
         """Cut rows into runs: within one, tables are at most twice as long as the shortest, and not too many keys."""
         runs, first, shortest = [], 0, 0
         for i, row in enumerate(rows):
-            num_blocks = row.start // self.block_size - sight.first_key(row.start) // self.block_size + 1
+            num_blocks = row.start // self.block_size - mask_spec.first_key(row.start) // self.block_size + 1
             num_keys = (i + 1 - first) * num_blocks * self.block_size
             if i > first and (num_blocks > 2 * shortest or num_keys > _KEYS_AT_ONCE):
                 runs.append((first, i))
@@ -141,9 +143,9 @@ class VisibilityMaker:
         runs.append((first, len(rows)))
         return runs
 
-    def _group(self, rows: list[Chunk], tables: torch.Tensor, sight: Sight) -> DecodeGroup:
+    def _group(self, rows: list[Chunk], tables: torch.Tensor, mask_spec: MaskSpec) -> DecodeGroup:
         positions_B1 = torch.tensor([[row.start] for row in rows])
-        first_keys_B1 = torch.tensor([[sight.first_key(row.start)] for row in rows])
+        first_keys_B1 = torch.tensor([[mask_spec.first_key(row.start)] for row in rows])
         first_blocks_B1 = first_keys_B1 // self.block_size
         last_blocks_B1 = positions_B1 // self.block_size
         num_blocks = int((last_blocks_B1 - first_blocks_B1).max()) + 1
@@ -158,11 +160,11 @@ class VisibilityMaker:
             mask_B11K=self._mask(visible_BK)[:, None, None, :],
         )
 
-    def _tile(self, chunk: Chunk, tables: torch.Tensor, first: int, end: int, sight: Sight) -> PrefillTile:
-        first_key = sight.first_key(first)
+    def _tile(self, chunk: Chunk, tables: torch.Tensor, first: int, end: int, mask_spec: MaskSpec) -> PrefillTile:
+        first_key = mask_spec.first_key(first)
         mask = None
-        if first_key < first or sight.first_key(end - 1) > first:
-            first_keys_T1 = torch.tensor([[sight.first_key(query)] for query in range(first, end)])
+        if first_key < first or mask_spec.first_key(end - 1) > first:
+            first_keys_T1 = torch.tensor([[mask_spec.first_key(query)] for query in range(first, end)])
             keys_K = torch.arange(first_key, end)
             mask = self._mask((keys_K <= torch.arange(first, end)[:, None]) & (keys_K >= first_keys_T1))
         row = chunk.row + first - chunk.start

@@ -21,7 +21,7 @@ class LinearMethod(Protocol):
         """Whether what it keeps beside the layer's own tensors is numbers."""
 
 
-class Dense:
+class DenseLinear:
     """One weight [out, in], as it is in the checkpoint."""
 
     def prepare(self, layer: nn.Module) -> None:
@@ -38,7 +38,7 @@ class Dense:
         return True
 
 
-class Packed:
+class OneDnnPackedLinear:
     """On CPU: the weight in the order in which oneDNN reads it, once and for all; the original is let go."""
 
     def prepare(self, layer: nn.Module) -> None:
@@ -71,7 +71,7 @@ class Packed:
         return bool(self.multiply(layer, ones, None).isfinite().all())
 
 
-class Paneled:
+class PanelPackedLinear:
     """On CPUs whose dot product of bfloat16 is fastest so: the weight in panels; the original is let go."""
 
     def prepare(self, layer: nn.Module) -> None:
@@ -100,16 +100,16 @@ class Paneled:
         return bool(self._packed.sum(dtype=torch.float32).isfinite())
 
 
-def packing_of(weight: torch.Tensor) -> type[Packed] | type[Paneled] | None:
+def packing_of(weight: torch.Tensor) -> type[OneDnnPackedLinear] | type[PanelPackedLinear] | None:
     """How this machine multiplies fastest by a weight [out, in] that may be kept in another order; None: as it is."""
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         return None
     if panels.is_available() and panels.suits(weight):
-        return Paneled
-    return Packed if torch.backends.mkldnn.is_available() else None  # type: ignore[no-untyped-call]
+        return PanelPackedLinear
+    return OneDnnPackedLinear if torch.backends.mkldnn.is_available() else None  # type: ignore[no-untyped-call]
 
 
-def pack(layer: nn.Linear) -> Packed | Paneled:
+def pack(layer: nn.Linear) -> OneDnnPackedLinear | PanelPackedLinear:
     """Take over the weight of a layer that may be packed."""
     packing = packing_of(layer.weight)
     assert packing is not None, "may_be_packed was asked before"

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from actors.decisions.model.spec import Sight
+from actors.decisions.model.spec import MaskSpec
 from actors.words.errors import UnsupportedModel
 
 MaskFunction = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -16,8 +16,8 @@ MaskFunction = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]
 _MOST_POSITIONS = 1 << 18  # asked about; a window wider than that is no window to us
 
 
-def read_sight(mask_function: MaskFunction, max_position: int) -> Sight:
-    """The Sight that agrees with a function (batch, head, query position, key position) → visible.
+def read_mask(mask_function: MaskFunction, max_position: int) -> MaskSpec:
+    """The MaskSpec that agrees with a function (batch, head, query position, key position) → visible.
 
     Raises UnsupportedModel when none does: tokens that see the future, or patterns that are no window and no chunk.
     """
@@ -37,14 +37,14 @@ def read_sight(mask_function: MaskFunction, max_position: int) -> Sight:
     return _fit(queries, firsts)
 
 
-def _fit(queries: list[int], firsts: list[int]) -> Sight:
-    candidates = [Sight()]
+def _fit(queries: list[int], firsts: list[int]) -> MaskSpec:
+    candidates = [MaskSpec()]
     if any(firsts):
-        candidates += [Sight(window=max(query - first + 1 for query, first in zip(queries, firsts, strict=True)))]
-        candidates += [Sight(chunk=math.gcd(*firsts))]
-    for sight in candidates:
-        if all(sight.first_key(query) == first for query, first in zip(queries, firsts, strict=True)):
-            return sight
+        candidates += [MaskSpec(window=max(query - first + 1 for query, first in zip(queries, firsts, strict=True)))]
+        candidates += [MaskSpec(chunk=math.gcd(*firsts))]
+    for mask_spec in candidates:
+        if all(mask_spec.first_key(query) == first for query, first in zip(queries, firsts, strict=True)):
+            return mask_spec
     raise UnsupportedModel("the attention mask is neither a window nor a chunk; no rule covers it")
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from actors.decisions.model.shard_plan import Interval
 from actors.decisions.model.styles import STYLES
-from actors.tensors.model.linear import Dense
+from actors.tensors.model.linear import DenseLinear
 from actors.tensors.model.parallel_layers import (
     ColwiseEmbedding,
     ColwiseLinear,
@@ -32,18 +32,18 @@ _LINEAR: dict[str, type[ParallelLinear]] = {
 }
 
 
-def parallelise(module: nn.Module, style: str, group: StageGroup, interval: Interval, is_head: bool = False) -> None:
+def parallelize(module: nn.Module, style: str, group: StageGroup, interval: Interval, is_head: bool = False) -> None:
     """`interval`: what this shard has of the dimension that is cut. Raises UnsupportedModel where no layer is ready.
 
     The head's logits stay cut by vocabulary: the sampler never needs the gather that `colwise_gather_output` names.
     """
     assert style in STYLES, style
     if is_head:
-        rebase(module, ColwiseLinear).place(group, Dense())
+        rebase(module, ColwiseLinear).place(group, DenseLinear())
         return
     match style:
         case _ if style in _LINEAR:
-            linear = rebase(module, _LINEAR[style]).place(group, Dense())
+            linear = rebase(module, _LINEAR[style]).place(group, DenseLinear())
             if isinstance(linear, SplitInputRowwiseLinear):
                 linear.columns = interval
         case "embedding_rowwise":

@@ -12,7 +12,7 @@ import torch
 _HARMLESS = frozenset({"is_compileable", "is_sliding", "is_linear", "is_dummy"})
 
 
-class PackedPast:
+class PositionOnlyCache:
     """The past of packed tokens.
 
     Models that count positions themselves add the cache's length to 0, 1, 2 ...; the tokens of a step belong to many
@@ -34,7 +34,7 @@ class PackedPast:
         return key_states, value_states
 
 
-class ProbedPast:
+class ProbedCache:
     """An empty past that notes what else a model wants of it."""
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class ProbedPast:
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As PackedPast's."""
+        """As PositionOnlyCache's."""
         return key_states, value_states
 
     def __getattr__(self, name: str) -> Any:

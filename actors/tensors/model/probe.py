@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 
-from actors.decisions.model.spec import Sight
-from actors.tensors.model.mask_reader import MaskFunction, read_sight
-from actors.tensors.model.position_only_cache import ProbedPast
+from actors.decisions.model.spec import MaskSpec
+from actors.tensors.model.mask_reader import MaskFunction, read_mask
+from actors.tensors.model.position_only_cache import ProbedCache
 from actors.words.errors import UnsupportedModel
 
 PROBE_NAME = "stagemesh_probe"  # as attention implementation and as mask function
@@ -38,7 +38,7 @@ class AttentionCall:
     num_kv_heads: int
     key_dim: int
     value_dim: int
-    sight: Sight
+    mask_spec: MaskSpec
     softcap: float | None
     has_sinks: bool
 
@@ -63,7 +63,7 @@ class Probe:
         self._layers_name = layers_name
         self._max_position = max_position
         self._masks: list[tuple[torch.Tensor, MaskFunction]] = []  # that the model made, used or not
-        self._sights: dict[MaskFunction, Sight] = {}  # of those that are used
+        self._sights: dict[MaskFunction, MaskSpec] = {}  # of those that are used
         self._extras: list[torch.Tensor] = []  # what layers returned beside the hidden states
 
     def run(self) -> Trace:
@@ -74,7 +74,7 @@ class Probe:
         ids = torch.zeros(1, _NUM_TOKENS, dtype=torch.int64)
         arguments: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "use_cache": False}
         arguments["position_ids"] = torch.arange(_NUM_TOKENS).unsqueeze(0)
-        past = ProbedPast()
+        past = ProbedCache()
         try:
             with torch.inference_mode():
                 self._model(input_ids=ids, past_key_values=past, **arguments)
@@ -92,7 +92,7 @@ class Probe:
         self._refuse_state(past)
         return self.trace
 
-    def _refuse_state(self, past: ProbedPast) -> None:
+    def _refuse_state(self, past: ProbedCache) -> None:
         if past.wanted:
             raise UnsupportedModel(
                 f"{type(self._model).__name__} keeps more from token to token than keys and values "
@@ -131,13 +131,13 @@ class Probe:
         self._masks.append((mask, mask_function))
         return mask
 
-    def _sight(self, mask: torch.Tensor | None, module: nn.Module) -> Sight:
+    def _sight(self, mask: torch.Tensor | None, module: nn.Module) -> MaskSpec:
         function = next((function for made, function in self._masks if made is mask), None)
         if function is None:
             raise UnsupportedModel(f"{self._who(module)} makes a mask of its own; no rule says who sees what")
         if function not in self._sights:
             with unset_fake_temporarily():
-                self._sights[function] = read_sight(function, self._max_position)
+                self._sights[function] = read_mask(function, self._max_position)
         return self._sights[function]
 
     def _attend(
@@ -158,14 +158,23 @@ class Probe:
         unknown = sorted(name for name, given in kwargs.items() if _is_meant(name, given))
         if unknown:
             raise UnsupportedModel(f"{self._who(module)} hands {', '.join(unknown)} to attention; no rule covers that")
-        sight = self._sight(attention_mask, module)
-        if sliding_window not in (None, sight.window) and not _sees_all(sliding_window, self._max_position, sight):
+        mask_spec = self._sight(attention_mask, module)
+        if sliding_window not in (None, mask_spec.window) and not _sees_all(
+            sliding_window, self._max_position, mask_spec
+        ):
             raise UnsupportedModel(
-                f"{self._who(module)} asks for a window of {sliding_window}, its mask for {sight.window}"
+                f"{self._who(module)} asks for a window of {sliding_window}, its mask for {mask_spec.window}"
             )
         self.trace.attentions.append(
             AttentionCall(
-                module, query.shape[1], key.shape[1], key.shape[3], value.shape[3], sight, softcap, s_aux is not None
+                module,
+                query.shape[1],
+                key.shape[1],
+                key.shape[3],
+                value.shape[3],
+                mask_spec,
+                softcap,
+                s_aux is not None,
             )
         )
         return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3]), None
@@ -207,8 +216,8 @@ def _holds_tensors(module: nn.Module) -> bool:
     return any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False))
 
 
-def _sees_all(window: int, max_position: int, sight: Sight) -> bool:
-    return sight == Sight() and window >= max_position
+def _sees_all(window: int, max_position: int, mask_spec: MaskSpec) -> bool:
+    return mask_spec == MaskSpec() and window >= max_position
 
 
 def _is_meant(name: str, given: Any) -> bool:

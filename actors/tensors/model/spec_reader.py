@@ -143,7 +143,7 @@ class _Reader:
                     call.num_kv_heads,
                     call.key_dim,
                     call.value_dim,
-                    call.sight,
+                    call.mask_spec,
                     call.softcap,
                     call.has_sinks,
                 )

@@ -19,10 +19,10 @@ from actors.tensors.attention.kv_cache import KVCache
 from actors.tensors.attention.layer import MODULE_ATTRIBUTE, CurrentStep, LayerAttention, StepAttention
 from actors.tensors.backends.cpu.llama.layers import fuse_layers
 from actors.tensors.backends.cpu.module_kernels import fuse
-from actors.tensors.model.linear import Dense, pack
+from actors.tensors.model.linear import DenseLinear, pack
 from actors.tensors.model.parallel_layers import NoEmbedding, ParallelLinear, PassThrough, may_be_packed
-from actors.tensors.model.parallelize import parallelise
-from actors.tensors.model.position_only_cache import PackedPast
+from actors.tensors.model.parallelize import parallelize
+from actors.tensors.model.position_only_cache import PositionOnlyCache
 from actors.tensors.model.rotary import fix_rotary
 from actors.tensors.model.skeleton import build_skeleton, config_digest, read_config
 from actors.tensors.weights.checkpoint import Sources, find_sources
@@ -69,7 +69,7 @@ class StageModel:
         if is_on_cpu:
             fuse(self.module)
         for name, module in self.module.named_modules():
-            is_dense = isinstance(module, ParallelLinear) and isinstance(module.method, Dense)
+            is_dense = isinstance(module, ParallelLinear) and isinstance(module.method, DenseLinear)
             if is_dense and f"{name}.weight" not in shared and may_be_packed(module):
                 module.method = pack(module)
         layers = self.module.get_submodule(self.spec.layers_name)
@@ -121,7 +121,7 @@ class StageModel:
         arguments: dict[str, Any] = {
             "input_ids": ids_T.unsqueeze(0),
             "position_ids": positions_T.unsqueeze(0),
-            "past_key_values": PackedPast(positions_T),
+            "past_key_values": PositionOnlyCache(positions_T),
             "use_cache": False,
         }
         try:
@@ -170,8 +170,8 @@ def build(plan: Plan, rank: int, folder: Path, group: StageGroup, device: torch.
         style = spec.styles.get(pattern_of(name))
         if style is not None and not isinstance(module, PassThrough | NoEmbedding):
             interval = _interval(style, cut.get(f"{name}.weight"))
-            parallelise(module, style, present, interval, is_head=name == spec.head_name)
-    _localise_heads(spec, shard, skeleton)
+            parallelize(module, style, present, interval, is_head=name == spec.head_name)
+    _localize_heads(spec, shard, skeleton)
     _allocate(spec, shard, skeleton, device)
     return StageModel(spec, shard, skeleton, sources, present)
 
@@ -201,7 +201,7 @@ def _prune(spec: ModelSpec, shard: ShardPlan, model: nn.Module, dtype: torch.dty
             model.set_submodule(name, NoEmbedding(spec.hidden_size, dtype, device) if is_embedding else PassThrough())
 
 
-def _localise_heads(spec: ModelSpec, shard: ShardPlan, model: nn.Module) -> None:
+def _localize_heads(spec: ModelSpec, shard: ShardPlan, model: nn.Module) -> None:
     """A fused projection is taken apart by head counts of the module and its config: make them this shard's."""
     for attention in shard.attentions:
         module: Any = model.get_submodule(attention.spec.name)

@@ -1,40 +1,21 @@
-"""The race of all tokens for a row's next id: noise, scores, and the best of them; on CPU in one pass over the logits.
+"""The Gumbel arg-max over a row of logits, in plain torch: noise, scores, and the best of them.
 
-There the noise is that of `noise.exponential`, but for the last bits of its logarithms.
 R rows to sample · V vocabulary rows of this shard.
 """
 
-import math
-from typing import Any
-
-import numpy as np
 import torch
-from numba import njit
 
-from actors.tensors.sampling.noise import FRACTION_BITS, LAST_SHIFT, STEPS, WEYL, exponential
-from actors.tensors.sampling.ranking import MAGNITUDE
-from cluster.collectives.elements import LIKE, OPTIONS, bits_of, float_of, pointer, wide
-
-# Nothing may be reordered: 1 - w must not become something else, and NaN has to stay.
-_EXACT = {**OPTIONS, "fastmath": {"contract"}}
-_TILE = 512  # scores at a time: they stay in the first cache
-_LN_2 = np.float32(math.log(2))
-_UNIT, _LARGEST = np.float32(2.0**-FRACTION_BITS), np.float32(1 - 2**-24)
-_NAN, _MAGNITUDE = np.int32(0x7FC00000), np.int32(MAGNITUDE)
-_TWO_THIRDS = np.int32(0x3F2AAAAB)  # the bits of 2 / 3
-(_SHIFT_1, _FACTOR_1), (_SHIFT_2, _FACTOR_2) = ((np.uint64(shift), np.uint64(factor)) for shift, factor in STEPS)
-_SHIFT_3, _UNUSED_BITS, _STEP = np.uint64(LAST_SHIFT), np.uint64(64 - FRACTION_BITS), np.uint64(WEYL)
+from actors.tensors.sampling.noise import exponential
 
 
-def best_of_rows(
+def gumbel_argmax(
     logits_RV: torch.Tensor, first_id: int, temperatures_R1: torch.Tensor | None, keys_R1: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores and ids of the tokens that win, float32 and int64 [R]; of equal scores the lowest id, and NaN above all.
+    """Scores (float32) and ids (int64) of the best token of each row [R]; of equal scores the lowest id, NaN above all.
 
-    Of a row with a temperature logit / temperature - log(noise) is the score, elsewhere (0, or None for all) the logit.
+    The score is logit / temperature - log(noise) where a row has a temperature above 0, and the logit elsewhere (0, or
+    None for all rows).
     """
-    if logits_RV.device.type == "cpu" and logits_RV.dtype in LIKE:
-        return _best_on_cpu(logits_RV, first_id, temperatures_R1, keys_R1)
     scores_RV = logits_RV.float()
     if temperatures_R1 is not None and keys_R1 is not None:
         ids_V = torch.arange(first_id, first_id + logits_RV.shape[1], device=logits_RV.device)
@@ -42,96 +23,3 @@ def best_of_rows(
         scores_RV = torch.where(temperatures_R1 > 0, noisy_RV, scores_RV)
     best = scores_RV.max(dim=1)  # of equal ones the first, that is the lowest id; NaN is above all
     return best.values, best.indices + first_id
-
-
-def _best_on_cpu(
-    logits_RV: torch.Tensor, first_id: int, temperatures_R1: torch.Tensor | None, keys_R1: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    num_rows, num_ids = logits_RV.shape
-    logits_RV = logits_RV if logits_RV.stride(1) == 1 else logits_RV.contiguous()
-    scores_R, ids_R = torch.empty(num_rows), torch.empty(num_rows, dtype=torch.int64)
-    if temperatures_R1 is None or keys_R1 is None:
-        temperatures_R1, keys_R1 = torch.zeros(num_rows, 1), torch.zeros(num_rows, 1, dtype=torch.int64)
-    arrays = temperatures_R1.flatten().numpy(), keys_R1.flatten().numpy(), scores_R.numpy(), ids_R.numpy()
-    _race(logits_RV.data_ptr(), (logits_RV.stride(0), num_ids, first_id), *arrays, LIKE[logits_RV.dtype])
-    return scores_R, ids_R
-
-
-@njit(**_EXACT)
-def _log_of_ratio(above: Any, below: Any) -> Any:
-    """log((below + above) / (below - above)), where the quotient is at most 0.2: the series of 2 artanh."""
-    z = above / below
-    y = z * z
-    series = y * np.float32(1 / 11) + np.float32(1 / 9)
-    series = series * y + np.float32(1 / 7)
-    series = series * y + np.float32(1 / 5)
-    series = series * y + np.float32(1 / 3)
-    return np.float32(2) * (z + z * y * series)
-
-
-@njit(**_EXACT)
-def _log(x: Any) -> Any:
-    """Natural logarithm of a positive, normal float32: of its exponent, and of the rest, from 2/3 to 4/3."""
-    bits = bits_of(x)
-    exponent = (bits - _TWO_THIRDS) >> np.int32(23)
-    rest = float_of(bits - (exponent << np.int32(23)))
-    return np.float32(exponent) * _LN_2 + _log_of_ratio(rest - np.float32(1), rest + np.float32(1))
-
-
-@njit(**_EXACT)
-def _minus_log1p_of_minus(w: Any) -> Any:
-    """-log(1 - w) of a number from 2**-54 to 1 - 2**-24, also where 1 - w would lose it."""
-    near = -_log_of_ratio(-w, np.float32(2) - w)
-    far = -_log(np.float32(1) - w)
-    return near if w < np.float32(1 / 3) else far
-
-
-@njit(**_EXACT)
-def _noise(key: Any, token: Any) -> Any:
-    """As `noise.exponential`."""
-    x = key + token * _STEP
-    x = (x ^ (x >> _SHIFT_1)) * _FACTOR_1
-    x = (x ^ (x >> _SHIFT_2)) * _FACTOR_2
-    x = x ^ (x >> _SHIFT_3)
-    w = (np.float32(np.int64(x >> _UNUSED_BITS)) + np.float32(0.5)) * _UNIT
-    return _minus_log1p_of_minus(min(w, _LARGEST))
-
-
-@njit(**_EXACT)
-def _place_in_order(score: Any) -> Any:
-    """An int32 that ascends as float32 do (see `standing.standings_of`); -0.0 is 0.0, and NaN is above all."""
-    bits = bits_of(score)
-    bits = bits if score == score else _NAN
-    bits = bits if score != np.float32(0) else np.int32(0)
-    return bits ^ ((bits >> np.int32(31)) & _MAGNITUDE)
-
-
-@njit(**_EXACT)
-def _race(logits: int, sizes: Any, temperatures_R: Any, keys_R: Any, scores_R: Any, ids_R: Any, like: Any) -> None:
-    """Fills `scores_R` and `ids_R`; `sizes`: (elements from row to row, V, first id)."""
-    stride, num_ids, first_id = sizes
-    logits_p = pointer(logits, like)
-    places = np.empty(_TILE, np.int32)
-    for row in range(len(scores_R)):
-        temperature, key = temperatures_R[row], np.uint64(keys_R[row])
-        highest, winner = np.int32(-0x7FFFFFFF), 0
-        for start in range(0, num_ids, _TILE):
-            count, first = min(_TILE, num_ids - start), row * stride + start
-            if temperature > 0:
-                token = np.uint64(first_id + start)
-                for i in range(count):
-                    score = wide(logits_p[first + i]) / temperature - _log(_noise(key, token + np.uint64(i)))
-                    places[i] = _place_in_order(score)
-            else:
-                for i in range(count):
-                    places[i] = _place_in_order(wide(logits_p[first + i]))
-            best = places[0]
-            for i in range(count):
-                best = max(best, places[i])
-            if best > highest or start == 0:
-                highest, i = best, 0
-                while places[i] != best:
-                    i += 1
-                winner = start + i
-        scores_R[row] = float_of(highest ^ ((highest >> np.int32(31)) & _MAGNITUDE))
-        ids_R[row] = first_id + winner

@@ -14,7 +14,7 @@ from actors.words.messages import SamplingParams
 
 
 @dataclass(frozen=True)
-class Draw:
+class SamplingRow:
     """One id that is to be drawn: how, and after which ids."""
 
     sampling: SamplingParams
@@ -47,7 +47,7 @@ class History:
 
 
 @dataclass(frozen=True)
-class Edits:
+class LogitsProcessors:
     """How E of the R rows are changed, on the device."""
 
     rows_E: torch.Tensor  # int64
@@ -60,7 +60,7 @@ class Edits:
     biases_M: torch.Tensor  # float32
 
     @classmethod
-    def of(cls, draws: Sequence[Draw], device: torch.device) -> "Edits | None":
+    def of(cls, draws: Sequence[SamplingRow], device: torch.device) -> "LogitsProcessors | None":
         """None where no row is changed."""
         edited = [(row, draw) for row, draw in enumerate(draws) if draw.has_penalties or draw.biases]
         if not edited:
@@ -100,7 +100,7 @@ class Edits:
         return logits_RV.index_copy(0, self.rows_E, logits_EV)
 
 
-def _history(edited: list[Draw], device: torch.device) -> History | None:
+def _history(edited: list[SamplingRow], device: torch.device) -> History | None:
     flat = array("q")
     for draw in edited:
         if draw.has_penalties:

@@ -2,7 +2,7 @@
 
 R rows to sample · V vocabulary rows of this shard. Temperature is an exponential race (equivalently Gumbel noise): with
 E independent Exp(1) per token, argmax(logit / temperature - log E) is distributed as softmax(logit / temperature).
-Cuts let fewer tokens run. What a row draws depends on nothing but its own logits, parameters and history.
+Truncation let fewer tokens run. What a row draws depends on nothing but its own logits, parameters and history.
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ import torch
 
 from actors.decisions.model.shard_plan import Interval
 from actors.tensors.backends.cuda.transfer import to_device
-from actors.tensors.sampling.gumbel import best_of_rows
-from actors.tensors.sampling.logits_processors import Draw, Edits
+from actors.tensors.sampling.gumbel import gumbel_argmax
+from actors.tensors.sampling.logits_processors import LogitsProcessors, SamplingRow
 from actors.tensors.sampling.noise import noise_key
-from actors.tensors.sampling.ranking import ids_of, scores_of, standings_of
-from actors.tensors.sampling.truncation import Cuts, cut_thresholds
+from actors.tensors.sampling.ranking import ids_of, scores_of, sort_keys_of
+from actors.tensors.sampling.truncation import Truncation, truncation_thresholds
 from actors.words.messages import NOT_A_NUMBER
 from cluster.collectives.interface import StageGroup
 
@@ -24,18 +24,18 @@ _COLDEST = 1e-6  # below, finite logits could become infinite scores; it is as g
 
 
 @dataclass(frozen=True)
-class Draws:
+class SamplingBatch:
     """How each of R rows is drawn, on the device."""
 
     temperatures_R1: torch.Tensor | None  # float32, 0 where greedy; None: all rows are greedy
     keys_R1: torch.Tensor | None  # int64, of (seed, position)
-    edits: Edits | None
-    cuts: Cuts | None
+    edits: LogitsProcessors | None
+    cuts: Truncation | None
 
     @classmethod
-    def of(cls, draws: Sequence[Draw], device: torch.device) -> "Draws":
+    def of(cls, draws: Sequence[SamplingRow], device: torch.device) -> "SamplingBatch":
         """One draw a row."""
-        edits = Edits.of(draws, device)
+        edits = LogitsProcessors.of(draws, device)
         sampling = [draw.sampling for draw in draws]
         if all(params.temperature == 0 for params in sampling):
             return cls(None, None, edits, None)
@@ -45,7 +45,7 @@ class Draws:
             dtype=torch.float32,
         )
         keys = torch.tensor([[noise_key(draw.sampling.seed or 0, draw.position)] for draw in draws])
-        return cls(to_device(temperatures, device), to_device(keys, device), edits, Cuts.of(draws, device))
+        return cls(to_device(temperatures, device), to_device(keys, device), edits, Truncation.of(draws, device))
 
 
 class Sampler:
@@ -56,7 +56,7 @@ class Sampler:
         self.vocab_rows = vocab_rows
         self.vocab_size = vocab_size
 
-    def sample(self, logits_RV: torch.Tensor, draws: Draws) -> torch.Tensor:
+    def sample(self, logits_RV: torch.Tensor, draws: SamplingBatch) -> torch.Tensor:
         """Logits of this shard's vocabulary rows → ids [R], int64, the same on every shard.
 
         NOT_A_NUMBER where the best logit is none, or is infinite: no distribution is left to draw from.
@@ -67,7 +67,7 @@ class Sampler:
             logits_RV = draws.edits.apply(logits_RV.float(), self.vocab_rows[0])
         return self._best_of_all_shards(*self._best(logits_RV, draws))
 
-    def _best(self, logits_RV: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+    def _best(self, logits_RV: torch.Tensor, draws: SamplingBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """The best of this shard's tokens in each row: scores, float32 [R], and ids."""
         first, end = self.vocab_rows
         temperatures_R1 = draws.temperatures_R1
@@ -78,18 +78,18 @@ class Sampler:
             self._cut(scores_RV, draws.cuts, torch.arange(first, end, device=logits_RV.device))
             logits_RV = torch.where(is_drawn_R1, scores_RV, logits_RV.float())
             temperatures_R1 = is_drawn_R1.float()
-        return best_of_rows(logits_RV, first, temperatures_R1, draws.keys_R1)
+        return gumbel_argmax(logits_RV, first, temperatures_R1, draws.keys_R1)
 
-    def _cut(self, scores_RV: torch.Tensor, cuts: Cuts, ids_V: torch.Tensor) -> None:
+    def _cut(self, scores_RV: torch.Tensor, cuts: Truncation, ids_V: torch.Tensor) -> None:
         """Take the tokens that may not be drawn out of the race."""
         scores_KV = scores_RV.index_select(0, cuts.rows_K)
-        lowest_K1 = cut_thresholds(scores_KV, cuts, self.group, self.vocab_rows, self.vocab_size)
+        lowest_K1 = truncation_thresholds(scores_KV, cuts, self.group, self.vocab_rows, self.vocab_size)
         lowest_score_K1, last_id_K1 = scores_of(lowest_K1), ids_of(lowest_K1)
         is_out_KV = (scores_KV < lowest_score_K1) | ((scores_KV == lowest_score_K1) & (ids_V > last_id_K1))
         scores_RV.index_copy_(0, cuts.rows_K, scores_KV.masked_fill_(is_out_KV, float("-inf")))
 
     def _best_of_all_shards(self, scores_R: torch.Tensor, ids_R: torch.Tensor) -> torch.Tensor:
         scores_R = scores_R.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
-        standings_PR = self.group.all_gather(standings_of(scores_R, ids_R))
-        standings_R = standings_PR.amax(dim=0)
-        return torch.where(scores_of(standings_R).isfinite(), ids_of(standings_R), NOT_A_NUMBER)
+        sort_keys_PR = self.group.all_gather(sort_keys_of(scores_R, ids_R))
+        sort_keys_R = sort_keys_PR.amax(dim=0)
+        return torch.where(scores_of(sort_keys_R).isfinite(), ids_of(sort_keys_R), NOT_A_NUMBER)

@@ -3,7 +3,7 @@
 Over softmax(logit / temperature), each cut over what the one before left, as Transformers does:
 top_k keeps the k best; top_p the smallest set of the best whose share of the rest is at least top_p, the token that
 reaches it included; min_p whatever has at least that share of the most likely token's probability. Of equal logits the
-lower id stands higher. A threshold is a standing (see standing.py).
+lower id stands higher. A threshold is a sort_key (see sort_key.py).
 
 R rows to sample · K of them that are cut · V vocabulary rows of this shard · C candidates · P shards.
 """
@@ -15,8 +15,8 @@ import torch
 
 from actors.decisions.model.shard_plan import Interval
 from actors.tensors.backends.cuda.transfer import to_device
-from actors.tensors.sampling.logits_processors import Draw
-from actors.tensors.sampling.ranking import NOTHING, best_of_all, best_of_shard, lowest_with, scores_of
+from actors.tensors.sampling.logits_processors import SamplingRow
+from actors.tensors.sampling.ranking import NOTHING, best_of_all, best_of_shard, lowest_key_with, scores_of
 from cluster.collectives.interface import StageGroup
 
 NUM_CANDIDATES = 256  # of each shard; nearly always they hold the nucleus
@@ -25,7 +25,7 @@ _ALL = 1 << 62
 
 
 @dataclass(frozen=True)
-class Cuts:
+class Truncation:
     """How K of the R rows are cut, on the device."""
 
     rows_K: torch.Tensor  # int64
@@ -35,7 +35,7 @@ class Cuts:
     proven_with: int | None = None  # candidates that prove every row's threshold; None: that depends on the logits
 
     @classmethod
-    def of(cls, draws: Sequence[Draw], device: torch.device) -> "Cuts | None":
+    def of(cls, draws: Sequence[SamplingRow], device: torch.device) -> "Truncation | None":
         """None where no row is cut; greedy rows never are."""
         cut = [(row, draw.sampling) for row, draw in enumerate(draws) if _is_cut(draw)]
         if not cut:
@@ -52,12 +52,12 @@ class Cuts:
         rows, top_k, top_p, log_min_p = (to_device(tensor, device) for tensor in on_host)
         return cls(rows, top_k, top_p, log_min_p, proven_with)
 
-    def subset(self, rows: torch.Tensor) -> "Cuts":
+    def subset(self, rows: torch.Tensor) -> "Truncation":
         """Some of the K."""
-        return Cuts(self.rows_K[rows], self.top_k_K1[rows], self.top_p_K1[rows], self.log_min_p_K1[rows])
+        return Truncation(self.rows_K[rows], self.top_k_K1[rows], self.top_p_K1[rows], self.log_min_p_K1[rows])
 
     def thresholds(self, best_KC: torch.Tensor, log_total_K1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """From the best standings of the whole vocabulary → (lowest standing kept [K, 1], whether that is proven [K]).
+        """From the best sort_keys of the whole vocabulary → (lowest sort_key kept [K, 1], whether that is proven [K]).
 
         `log_total_K1`: log of the sum of exp(score) over the whole vocabulary, float64.
         """
@@ -74,13 +74,13 @@ class Cuts:
         is_listed_K1 = (self.top_k_K1 < _ALL) | self.top_p_K1.isfinite()
         lowest_K1 = best_KC.gather(1, num_kept_K1 - 1).where(is_listed_K1, NOTHING)
         is_proven_K1 = ~is_listed_K1 | knows_top_K1 | ((self.top_k_K1 == _ALL) & (reached_KC[:, -1:] >= share_K1))
-        return lowest_K1.maximum(lowest_with(best_K1 + self.log_min_p_K1)), is_proven_K1[:, 0]
+        return lowest_K1.maximum(lowest_key_with(best_K1 + self.log_min_p_K1)), is_proven_K1[:, 0]
 
 
-def cut_thresholds(
-    scores_KV: torch.Tensor, cuts: Cuts, group: StageGroup, vocab_rows: Interval, vocab_size: int
+def truncation_thresholds(
+    scores_KV: torch.Tensor, cuts: Truncation, group: StageGroup, vocab_rows: Interval, vocab_size: int
 ) -> torch.Tensor:
-    """Scores (logits / temperature) of this shard → the lowest standing that each row keeps [K, 1], on every shard.
+    """Scores (logits / temperature) of this shard → the lowest sort_key that each row keeps [K, 1], on every shard.
 
     Shards exchange their candidates and log-sum-exp; the vocabulary only of rows whose candidates prove no threshold.
     """
@@ -104,6 +104,6 @@ def cut_thresholds(
     return thresholds_K1
 
 
-def _is_cut(draw: Draw) -> bool:
+def _is_cut(draw: SamplingRow) -> bool:
     sampling = draw.sampling
     return sampling.temperature > 0 and (sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0)

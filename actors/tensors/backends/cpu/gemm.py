@@ -46,7 +46,7 @@ def unpack(packed: torch.Tensor, num_outputs: int) -> torch.Tensor:
     num_inputs = packed.numel() // num_outputs
     num_wide = num_outputs // (_WIDE * WIDTH) * _WIDE * WIDTH
     parts = torch.split(packed, [num_wide * num_inputs, (num_outputs - num_wide) * num_inputs])
-    shapes = [(-1, num_inputs // 2, wide, WIDTH, 2) for wide in (_WIDE, 1)]
+    shapes = [(-1, num_inputs // 2, to_float32, WIDTH, 2) for to_float32 in (_WIDE, 1)]
     return torch.cat(
         [
             part.view(shape).permute(0, 2, 3, 1, 4).reshape(-1, num_inputs)
@@ -64,30 +64,30 @@ def multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor) -> torch
     return out
 
 
-def _panels(weight: torch.Tensor, wide: int) -> torch.Tensor:
+def _panels(weight: torch.Tensor, to_float32: int) -> torch.Tensor:
     num_outputs, num_inputs = weight.shape
-    panels = weight.reshape(num_outputs // (wide * WIDTH), wide, WIDTH, num_inputs // 2, 2)
+    panels = weight.reshape(num_outputs // (to_float32 * WIDTH), to_float32, WIDTH, num_inputs // 2, 2)
     return panels.permute(0, 3, 1, 2, 4).reshape(-1)
 
 
-def _write_tile(writer: Writer, num_rows: int, wide: int, arguments: Any) -> None:
+def _write_tile(writer: Writer, num_rows: int, to_float32: int, arguments: Any) -> None:
     """The product of so many rows with one panel; all sums stay in registers. See `_tiles` for the arguments."""
     x, x_step, panel, num_pairs, bias, out, out_step, ahead, ahead_step = arguments
-    grid = [(row, i) for row in range(num_rows) for i in range(wide)]
+    grid = [(row, i) for row in range(num_rows) for i in range(to_float32)]
     rows = [writer.moved(x, x_step, I64(row)) for row in range(num_rows)]
-    biases = [writer.load_wide(writer.at(bias, first=2 * WIDTH * i)) for i in range(wide)]
+    biases = [writer.load_wide(writer.at(bias, first=2 * WIDTH * i)) for i in range(to_float32)]
 
     def add(pair: Any, sums: list[Any]) -> list[Any]:
         asked = writer.moved(ahead, ahead_step, pair)
         weights = []
-        for i in range(wide):
-            weights.append(writer.load_pairs(writer.at(panel, pair, 64 * wide, 64 * i), align=64))
+        for i in range(to_float32):
+            weights.append(writer.load_pairs(writer.at(panel, pair, 64 * to_float32, 64 * i), align=64))
             writer.ask_for(writer.at(asked, first=64 * i))
         summed: list[Any] = []
         for row in rows:  # one input at a time: there are no registers for more
             number = writer.builder.load(writer.at(row, pair, 4), typ=I32, align=2)
             same = writer.builder.bitcast(writer.everywhere(number, WORDS), PAIRS)
-            summed += [writer.add_dot(sums[len(summed) + i], weights[i], same) for i in range(wide)]
+            summed += [writer.add_dot(sums[len(summed) + i], weights[i], same) for i in range(to_float32)]
         return summed
 
     summed = writer.loop(num_pairs, [biases[i] for _, i in grid], add)
@@ -96,7 +96,7 @@ def _write_tile(writer: Writer, num_rows: int, wide: int, arguments: Any) -> Non
         writer.builder.store(writer.rounded(sum_), target, align=2)
 
 
-def _tiles(wide: int) -> Any:
+def _tiles(to_float32: int) -> Any:
     """A function for panels of so many registers."""
 
     @intrinsic
@@ -116,7 +116,7 @@ def _tiles(wide: int) -> Any:
                 block = builder.append_basic_block(f"rows{num_rows}")
                 choice.add_case(I64(num_rows), block)
                 builder.position_at_end(block)
-                _write_tile(Writer(builder), num_rows, wide, arguments[1:])
+                _write_tile(Writer(builder), num_rows, to_float32, arguments[1:])
                 builder.branch(end)
             builder.position_at_end(end)
             return context.get_dummy_value()

@@ -17,11 +17,11 @@ from transformers.models.llama import modeling_llama as known
 from actors.tensors.backends.cpu import kernels
 from actors.tensors.backends.cpu.llama.attention import KNOWN, fuse_attention
 from actors.tensors.backends.cuda.module_kernels import ROTARY_NAME
-from actors.tensors.model.linear import LinearMethod, Paneled, pack
+from actors.tensors.model.linear import LinearMethod, PanelPackedLinear, pack
 from actors.tensors.model.parallel_layers import ColwiseLinear, may_be_packed
 
 
-class Siblings:
+class MergedColwise:
     """Linear layers of one module that get the same input: their weights are packed, and multiplied, as one."""
 
     def __init__(self, layers: list[ColwiseLinear]) -> None:
@@ -42,8 +42,8 @@ class Siblings:
         return self._packed.multiply(self._whole, x, self._bias)
 
     def addresses(self) -> tuple[int, int] | None:
-        """See `Paneled.addresses`; None where their weights lie otherwise."""
-        return self._packed.addresses(self._bias) if isinstance(self._packed, Paneled) else None
+        """See `PanelPackedLinear.addresses`; None where their weights lie otherwise."""
+        return self._packed.addresses(self._bias) if isinstance(self._packed, PanelPackedLinear) else None
 
     def are_finite(self) -> bool:
         """Whether all their weights are numbers."""
@@ -53,14 +53,14 @@ class Siblings:
         """[*, in] → [*, out of one layer]: whoever asks first computes for all."""
         if self._input is not x or place not in self._parts:
             if self._parts and not self._are_proven:
-                return self._dissolve(place, x)
+                return self.split_again(place, x)
             self._input, self._parts = x, dict(enumerate(torch.split(self.product(x), self.sizes, dim=-1)))
         part = self._parts.pop(place)
         if not self._parts:
             self._input, self._are_proven = None, True
         return part
 
-    def _dissolve(self, place: int, x: torch.Tensor) -> torch.Tensor:
+    def split_again(self, place: int, x: torch.Tensor) -> torch.Tensor:
         """They do not get the same input: from now on each multiplies for itself."""
         for layer, weight in zip(self.layers, torch.split(self._packed.weight(), self.sizes), strict=True):
             layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
@@ -70,10 +70,10 @@ class Siblings:
         return layer.method.multiply(layer, x, layer.bias)
 
 
-class PackedTogether(LinearMethod):
+class MergedPart(LinearMethod):
     """One layer's part of what its siblings multiply."""
 
-    def __init__(self, siblings: Siblings, place: int) -> None:
+    def __init__(self, siblings: MergedColwise, place: int) -> None:
         self.siblings = siblings
         self.place = place
 
@@ -115,7 +115,7 @@ class KernelRMSNorm(nn.Module):
             rows.stride(0),
             size,
             self.variance_epsilon,
-            kernels.LIKE[rows.dtype],
+            kernels.DTYPE_TAGS[rows.dtype],
         )
         return out.view(hidden_states.shape)
 
@@ -123,7 +123,7 @@ class KernelRMSNorm(nn.Module):
 class KernelGatedMLP(nn.Module):
     """Llama's MLP with both projections in one product, and what is between them and the last in one pass."""
 
-    siblings: Siblings
+    siblings: MergedColwise
     down_proj: nn.Module
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -134,7 +134,7 @@ class KernelGatedMLP(nn.Module):
         out = both.new_empty(*both.shape[:-1], size)
         gate = both.data_ptr()
         kernels.silu_mul(
-            gate, gate + step, out.data_ptr(), num_rows, size, 2 * size, 2 * size, kernels.LIKE[both.dtype]
+            gate, gate + step, out.data_ptr(), num_rows, size, 2 * size, 2 * size, kernels.DTYPE_TAGS[both.dtype]
         )
         result: torch.Tensor = self.down_proj(out)
         return result
@@ -144,8 +144,13 @@ def rotate_both(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Llama's `apply_rotary_pos_emb`: q and k [1, heads, T, D], cos and sin [1, T, D] → the same, rotated."""
-    is_ours = unsqueeze_dim == 1 and q.shape[0] == 1 and cos.shape == (1, q.shape[2], q.shape[3])
-    if not is_ours or not q.dtype == k.dtype == cos.dtype or q.dtype not in kernels.LIKE or q.shape[3] != k.shape[3]:
+    can_use_kernel = unsqueeze_dim == 1 and q.shape[0] == 1 and cos.shape == (1, q.shape[2], q.shape[3])
+    if (
+        not can_use_kernel
+        or not q.dtype == k.dtype == cos.dtype
+        or q.dtype not in kernels.DTYPE_TAGS
+        or q.shape[3] != k.shape[3]
+    ):
         rotated: tuple[torch.Tensor, torch.Tensor] = known.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
         return rotated
     cos, sin = cos.contiguous(), sin.contiguous()
@@ -167,7 +172,7 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
         num_heads,
         size,
         strides,
-        kernels.LIKE[x.dtype],
+        kernels.DTYPE_TAGS[x.dtype],
     )
     return out.transpose(1, 2)
 
@@ -177,7 +182,7 @@ def fuse(model: nn.Module) -> None:
     for module in model.modules():
         _join_siblings(module)
     for module in model.modules():
-        if computes_as(module, known.LlamaRMSNorm) and module.weight.dtype in kernels.LIKE:
+        if computes_as(module, known.LlamaRMSNorm) and module.weight.dtype in kernels.DTYPE_TAGS:
             module.__class__ = KernelRMSNorm
         elif computes_as(module, known.LlamaMLP):
             _fuse_mlp(module)
@@ -192,16 +197,16 @@ def _join_siblings(parent: nn.Module) -> None:
             alike[child.in_features, child.weight.dtype, child.bias is None].append(child)
     for layers in alike.values():
         if len(layers) > 1:
-            siblings = Siblings(layers)
+            siblings = MergedColwise(layers)
             for place, layer in enumerate(layers):
-                layer.method = PackedTogether(siblings, place)
+                layer.method = MergedPart(siblings, place)
                 layer.method.prepare(layer)
 
 
 def _fuse_attention(module: Any) -> bool:
     method = getattr(module.q_proj, "method", None)
     rotary = inspect.unwrap(type(module).forward).__globals__.get(ROTARY_NAME)
-    return isinstance(method, PackedTogether) and _is_known_rotary(rotary) and fuse_attention(module, method.siblings)
+    return isinstance(method, MergedPart) and _is_known_rotary(rotary) and fuse_attention(module, method.siblings)
 
 
 def _is_known_rotary(function: Any) -> bool:
@@ -213,7 +218,7 @@ def _is_known_rotary(function: Any) -> bool:
 
 def _fuse_mlp(module: Any) -> None:
     gate, up = getattr(module.gate_proj, "method", None), getattr(module.up_proj, "method", None)
-    if not isinstance(gate, PackedTogether) or not isinstance(up, PackedTogether) or gate.siblings is not up.siblings:
+    if not isinstance(gate, MergedPart) or not isinstance(up, MergedPart) or gate.siblings is not up.siblings:
         return
     if isinstance(module.act_fn, nn.SiLU | SiLUActivation) and (gate.place, up.place, len(gate.siblings.layers)) == (
         0,

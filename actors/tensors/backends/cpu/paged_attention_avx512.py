@@ -12,7 +12,7 @@ from numba.extending import intrinsic
 
 from actors.tensors.backends.cpu.avx512 import F32, I64, SUMS, WIDTH, Writer, has_dot_product
 from actors.tensors.backends.cpu.kernels import weigh
-from cluster.collectives.elements import OPTIONS, narrow, pointer
+from cluster.collectives.elements import OPTIONS, pointer, round_to
 
 # Up to so many keys a prompt's tokens are as fast one by one as by torch, with few keys twice as fast
 LONGEST = 4096
@@ -81,13 +81,13 @@ def _adding(num_heads: int) -> Any:
             def add(index: Any, sums: list[Any]) -> list[Any]:
                 writer.ask_for(writer.at(writer.moved(ahead, ahead_step, index)))
                 value = writer.moved(values, value_step, index)
-                wide = [writer.load_wide(writer.at(value, first=2 * WIDTH * part)) for part in parts]
+                to_float32 = [writer.load_wide(writer.at(value, first=2 * WIDTH * part)) for part in parts]
                 factors = [
                     writer.everywhere(builder.load(writer.at(of_head, index, 4), typ=F32, align=4), SUMS)
                     for of_head in of_heads
                 ]
                 return [
-                    writer.add_product(sums[head * _VALUES_AT_ONCE + part], factors[head], wide[part])
+                    writer.add_product(sums[head * _VALUES_AT_ONCE + part], factors[head], to_float32[part])
                     for head in heads
                     for part in parts
                 ]
@@ -161,7 +161,14 @@ def _sum_row(
 
 @njit(**OPTIONS)
 def attend_decode(
-    addresses: Any, rows: Any, sinks: Any, sizes: Any, query_strides: Any, scaling: float, softcap: float, like: Any
+    addresses: Any,
+    rows: Any,
+    sinks: Any,
+    sizes: Any,
+    query_strides: Any,
+    scaling: float,
+    softcap: float,
+    dtype_tag: Any,
 ) -> None:
     """See `kernels.attend_decode`."""
     query, keys, values, out = addresses
@@ -172,7 +179,7 @@ def attend_decode(
     first_tiles, end_tiles = first_keys // WIDTH, positions // WIDTH + 1
     longest = (end_tiles - first_tiles).max() * WIDTH
     scores, sums = np.empty((num_heads, longest), np.float32), np.empty((num_heads, value_dim), np.float32)
-    out_p = pointer(out, like)
+    out_p = pointer(out, dtype_tag)
     for row in range(len(places)):
         table, count, skipped = tables[places[row]], positions[row] + 1 - first_keys[row], first_keys[row] % WIDTH
         seen = first_tiles[row], end_tiles[row]
@@ -194,4 +201,4 @@ def attend_decode(
         for head in range(num_heads):
             place = (row * num_heads + head) * value_dim
             for e in range(value_dim):
-                out_p[place + e] = narrow(sums[head, e], like)
+                out_p[place + e] = round_to(sums[head, e], dtype_tag)

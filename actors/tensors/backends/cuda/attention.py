@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from actors.decisions.model.spec import AttentionSpec, Sight
+from actors.decisions.model.spec import AttentionSpec, MaskSpec
 from actors.tensors.backends.cuda.varlen_support import KernelDevice, why_no_kernel
 
 logger = logging.getLogger(__name__)
@@ -60,8 +60,8 @@ class PagedAttention(Protocol):
 class VarlenKernel:
     """torch.nn.attention.varlen.varlen_attn: FlashAttention over block tables. CUDA only."""
 
-    def __init__(self, sight: Sight, implementation: str | None) -> None:
-        self._left = -1 if sight.window is None else sight.window - 1  # tokens before its own that a token sees
+    def __init__(self, mask_spec: MaskSpec, implementation: str | None) -> None:
+        self._left = -1 if mask_spec.window is None else mask_spec.window - 1  # tokens before its own that a token sees
         self._takes_first_keys = implementation is None  # FlashAttention 3 refuses them beside block tables
 
     def takes(self, rows: PagedRows) -> bool:
@@ -102,13 +102,13 @@ class VarlenKernel:
 
 
 class GatheredAttention:
-    """Written out for rows of one token: any dtype, dimension, sight, soft cap and sinks, on any device.
+    """Written out for rows of one token: any dtype, dimension, mask_spec, soft cap and sinks, on any device.
 
     It reads and copies whole tables, whatever the lengths: the shapes are the tables', so that a graph can hold it.
     """
 
-    def __init__(self, sight: Sight, softcap: float | None) -> None:
-        self._sight = sight
+    def __init__(self, mask_spec: MaskSpec, softcap: float | None) -> None:
+        self._sight = mask_spec
         self._softcap = softcap
 
     def takes(self, rows: PagedRows) -> bool:
@@ -150,12 +150,12 @@ def _gather(cache_NbHD: torch.Tensor, tables_BN: torch.Tensor) -> torch.Tensor:
     return cache_NbHD[tables_BN].flatten(1, 2).transpose(1, 2)
 
 
-def first_keys(sight: Sight, positions: torch.Tensor) -> torch.Tensor:
-    """`Sight.first_key` of many positions, int64 [*]."""
+def first_keys(mask_spec: MaskSpec, positions: torch.Tensor) -> torch.Tensor:
+    """`MaskSpec.first_key` of many positions, int64 [*]."""
     first = torch.zeros_like(positions)
-    if sight.window is not None:
-        first = (positions - sight.window + 1).clamp_(min=0)
-    return first if sight.chunk is None else first.maximum(positions // sight.chunk * sight.chunk)
+    if mask_spec.window is not None:
+        first = (positions - mask_spec.window + 1).clamp_(min=0)
+    return first if mask_spec.chunk is None else first.maximum(positions // mask_spec.chunk * mask_spec.chunk)
 
 
 def kernel_device(device: torch.device) -> KernelDevice:
@@ -173,12 +173,12 @@ def choose_kernels(
 ) -> dict[str, VarlenKernel]:
     """The attentions, by name, that torch's kernel computes; why others are not among them is logged, once a reason."""
     where, chosen, reasons = kernel_device(device), {}, dict[str, int]()
-    faults: dict[tuple[Sight, int, int, int], str | None] = {}
+    faults: dict[tuple[MaskSpec, int, int, int], str | None] = {}
     for spec in specs:
-        kernel = VarlenKernel(spec.sight, where.implementation)
+        kernel = VarlenKernel(spec.mask_spec, where.implementation)
         reason = why_no_kernel(spec, str(dtype).removeprefix("torch."), block_size, where)
         if reason is None:
-            kind = (spec.sight, spec.num_heads, spec.num_kv_heads, spec.key_dim)
+            kind = (spec.mask_spec, spec.num_heads, spec.num_kv_heads, spec.key_dim)
             if kind not in faults:
                 faults[kind] = kernel_fault(kernel, spec, dtype, block_size, device)
             reason = faults[kind]
@@ -205,7 +205,7 @@ def kernel_fault(
     keys, values = (random(6, block_size, num_kv_heads, spec.key_dim) for _ in range(2))
     lengths = [1, block_size + 3, 2 * block_size]
     tables_SN = torch.tensor([[4, 0], [1, 5], [2, 3]], dtype=torch.int32, device=device)
-    written_out = GatheredAttention(spec.sight, None)
+    written_out = GatheredAttention(spec.mask_spec, None)
     scaling = spec.key_dim**-0.5
     for num_queries in (1, 3):
         counts = [min(num_queries, length) for length in lengths]

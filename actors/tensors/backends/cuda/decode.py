@@ -21,7 +21,7 @@ from actors.tensors.backends.cuda.decode_step import LAST_ID, DecodeRows, Decode
 from actors.tensors.backends.cuda.module_kernels import fuse
 from actors.tensors.backends.cuda.transfer import Download, to_device
 from actors.tensors.runner import Done, Groups, Launched, Runner, Sampled
-from actors.tensors.sampling.sampler import Draws
+from actors.tensors.sampling.sampler import SamplingBatch
 from actors.tensors.sequence_table import ROWS_AT_FIRST, Row, StepTensors
 from actors.tensors.weights.checkpoint import LoadReport, Progress
 from actors.words.messages import StepBatch, TokenLogprobs
@@ -38,7 +38,7 @@ class PagedVisibility(VisibilityMaker):
     """Gives the block tables with each step: attentions that have a kernel need nothing else."""
 
     def of_step(self, chunks: list[Chunk], tables: torch.Tensor, asked: list[int] | None = None) -> StepAttention:
-        """See VisibilityMaker; `sights` are only those of attentions without a kernel."""
+        """See VisibilityMaker; `mask_specs` are only those of attentions without a kernel."""
         step = super().of_step(chunks, tables)
         max_keys = max(chunk.end for chunk in chunks)
         num_blocks = num_blocks_for(max_keys, self.block_size)
@@ -51,7 +51,7 @@ class PagedVisibility(VisibilityMaker):
         )
         tables_SN, lengths_S, first_tokens, first_keys = (to_device(x.int(), self.device) for x in on_host)
         rows = PagedRows(tables_SN, lengths_S, first_tokens, first_keys, int(counts_S.max()), max_keys)
-        return StepAttention(step.slots_T, step.by_sight, rows=rows)
+        return StepAttention(step.slots_T, step.by_mask, rows=rows)
 
 
 class Sampling:
@@ -107,7 +107,7 @@ class DeviceRunner(Runner):
     def _visibility(self) -> VisibilityMaker:
         others = [shard.spec for shard in self.shard.attentions if shard.spec.name not in self._kernels]
         maker = PagedVisibility if self._kernels else VisibilityMaker
-        return maker(self.plan.block_size, frozenset(spec.sight for spec in others), self.dtype, self.device)
+        return maker(self.plan.block_size, frozenset(spec.mask_spec for spec in others), self.dtype, self.device)
 
     def load(self, folder: Path, progress: Progress | None = None) -> LoadReport:
         """See Runner."""
@@ -124,7 +124,7 @@ class DeviceRunner(Runner):
         self._trash_block = num_blocks
         for attention in self.model.attentions:
             kernel = self._kernels.get(attention.spec.name)
-            attention.paged = kernel or GatheredAttention(attention.spec.sight, attention.spec.softcap)
+            attention.paged = kernel or GatheredAttention(attention.spec.mask_spec, attention.spec.softcap)
         longest = self.plan.num_blocks_for_longest
         gathers = len(self._kernels) < len(self.model.attentions)
         first_blocks = min(longest, num_blocks_for(_TOKENS_GATHERED, self.plan.block_size)) if gathers else None
@@ -198,10 +198,10 @@ class DeviceRunner(Runner):
         draws = [self.table.draw(entry) for entry in step.entries]
         if any(draw.has_penalties for draw in draws):
             self._settle()  # they count every id before this one
-        told_R, ids_R = self._draw(step, logits_RV, Draws.of(draws, self.device))
+        sampled_ids_R, ids_R = self._draw(step, logits_RV, SamplingBatch.of(draws, self.device))
         self._last_ids.put(places_R, ids_R)
         logprobs = self._sampled_logprobs(rows, logits_RV, ids_R)  # where they are asked for, the host waits
-        self._unsettled.append(Sampling(rows, Download(told_R), logprobs))
+        self._unsettled.append(Sampling(rows, Download(sampled_ids_R), logprobs))
         return self._unsettled[-1]
 
     def _sample(self, step: StepBatch, tensors: StepTensors, logits_QV: torch.Tensor) -> Sampled:

@@ -86,7 +86,7 @@ class DecodeStep:
         blocks_B = tables_BN.gather(1, (positions_B // self._block_size).unsqueeze(1)).squeeze(1).long()
         attention = StepAttention(
             slots_T=blocks_B * self._block_size + positions_B % self._block_size,
-            by_sight={},
+            by_mask={},
             rows=PagedRows.decode(tables_BN, (positions_B + 1).int(), self._block_size),
         )
         return self._model.forward(ids_B, positions_B, self._rows_B, attention, self._state_BH)

@@ -33,7 +33,7 @@ def why_no_kernel(spec: AttentionSpec, dtype: str, block_size: int, device: Kern
         return "it has no soft cap"
     if spec.has_sinks:
         return "it has no sinks"
-    if spec.sight.chunk is not None:
+    if spec.mask_spec.chunk is not None:
         return "it has no chunks"
     if spec.key_dim != spec.value_dim:
         return f"keys of dimension {spec.key_dim} and values of {spec.value_dim} differ"

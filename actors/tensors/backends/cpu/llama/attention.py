@@ -12,14 +12,14 @@ from actors.tensors.attention.layer import MODULE_ATTRIBUTE, LayerAttention
 from actors.tensors.backends.cpu import kernels
 from actors.tensors.model.parallel_layers import ColwiseLinear
 
-# All three do the same; the window that two of them name is in the attention's sight.
+# All three do the same; the window that two of them name is in the attention's mask_spec.
 KNOWN = (LlamaAttention, MistralAttention, Qwen2Attention)
 
 
 class KernelAttention(nn.Module):
     """Stands for one of KNOWN whose projections are siblings, in the order of queries, keys and values."""
 
-    siblings: Any  # see fusions.Siblings
+    siblings: Any  # see fusions.MergedColwise
     o_proj: nn.Module
     head_dim: int
     scaling: float
@@ -53,7 +53,7 @@ class KernelAttention(nn.Module):
             layer.values_SHD.data_ptr(),
             step.slots_T.numpy(),
             (num_heads, num_kv_heads, size),
-            kernels.LIKE[dtype],
+            kernels.DTYPE_TAGS[dtype],
         )
         out_ThD = layer.attend_stored(query_ThD.transpose(0, 1), self.scaling)
         return self.o_proj(out_ThD.view(1, num_tokens, -1)), None
@@ -63,7 +63,7 @@ def fuse_attention(module: Any, siblings: Any) -> bool:
     """Make it one, where its projections are `siblings` and nothing else is; False where not."""
     names = ("q_proj", "k_proj", "v_proj")
     layers: list[ColwiseLinear] = siblings.layers
-    if [getattr(module, name) for name in names] != layers or layers[0].weight.dtype not in kernels.LIKE:
+    if [getattr(module, name) for name in names] != layers or layers[0].weight.dtype not in kernels.DTYPE_TAGS:
         return False
     module.siblings, module.original = siblings, type(module)
     module.__class__ = KernelAttention

@@ -12,22 +12,22 @@ import torch
 from numba import njit
 
 from actors.tensors.backends.cpu.gemm import multiply_rows
-from actors.tensors.backends.cpu.kernels import LIKE, rms_norm, rotate_and_store, silu_mul
+from actors.tensors.backends.cpu.kernels import DTYPE_TAGS, rms_norm, rotate_and_store, silu_mul
 from actors.tensors.backends.cpu.paged_attention_avx512 import attend_decode
-from cluster.collectives.elements import OPTIONS, narrow, pointer, wide
-from cluster.collectives.exchange import HERE, SIZE, all_reduce
+from cluster.collectives.elements import OPTIONS, pointer, round_to, to_float32
+from cluster.collectives.exchange import OK, SIZE, all_reduce
 from cluster.collectives.shared_memory import kind_of_all_reduce
 
 __all__ = ["run"]
 
 DTYPE = torch.bfloat16
-_LIKE = LIKE[DTYPE]
+_TAG = DTYPE_TAGS[DTYPE]
 _KIND = kind_of_all_reduce(DTYPE)
 _NO_SINKS = np.zeros(0, np.float32)
 
 PROJECT, ATTEND, FINISH = 1, 2, 4  # parts of a layer
 
-# What a layer's row of the table says: addresses, and which of a step's sights its attention has
+# What a layer's row of the table says: addresses, and which of a step's mask_specs its attention has
 NORM, QKV, QKV_BIAS, OUT, MLP_NORM, GATE_UP, GATE_UP_BIAS, DOWN, NO_BIAS, KEYS, VALUES, SIGHT = range(12)
 
 
@@ -39,46 +39,46 @@ def _project(layer: Any, buffers: Any, angles: Any, slots: Any, sizes: Any) -> N
     num_outputs = (num_heads + 2 * num_kv_heads) * head_dim
     multiply_rows(normed, layer[QKV], layer[QKV_BIAS], product, len(slots), hidden, num_outputs, layer[OUT])
     heads = num_heads, num_kv_heads, head_dim
-    rotate_and_store(product, angles[0], angles[1], query, layer[KEYS], layer[VALUES], slots, heads, _LIKE)
+    rotate_and_store(product, angles[0], angles[1], query, layer[KEYS], layer[VALUES], slots, heads, _TAG)
 
 
 @njit(**OPTIONS)
 def _add(x: int, other: int, count: int) -> None:
-    x_p, other_p = pointer(x, _LIKE), pointer(other, _LIKE)
+    x_p, other_p = pointer(x, _TAG), pointer(other, _TAG)
     for i in range(count):
-        x_p[i] = narrow(wide(x_p[i]) + wide(other_p[i]), _LIKE)
+        x_p[i] = round_to(to_float32(x_p[i]) + to_float32(other_p[i]), _TAG)
 
 
 @njit(**OPTIONS)
 def _add_reduced(state: Any, part: int, x: int, norm: int, normed: int, num_rows: int, size: int, eps: float) -> Any:
-    """Sum the shards' parts [T, H], add that to `x`, and norm it (0: do not) → what came of the exchange.
+    """Sum the shards' parts [T, H], add that to `x`, and norm it (0: do not) → the status of the exchange.
 
     A row at a time, so that the norm finds it in the first cache; `normed` may lie where `part` does.
     """
     if state[SIZE] > 1:
-        came = all_reduce(state, _KIND, part, num_rows * size, 2, _LIKE)
-        if came != HERE:
-            return came
+        status = all_reduce(state, _KIND, part, num_rows * size, 2, _TAG)
+        if status != OK:
+            return status
     for row in range(num_rows):
         here = row * 2 * size
         _add(x + here, part + here, size)
         if norm:
-            rms_norm(x + here, norm, normed + here, 1, size, size, size, eps, _LIKE)
-    return HERE
+            rms_norm(x + here, norm, normed + here, 1, size, size, size, eps, _TAG)
+    return OK
 
 
 @njit(**OPTIONS)
 def _finish(layers: Any, i: int, attended: int, buffers: Any, num_rows: int, sizes: Any, eps: float, state: Any) -> Any:
-    """What follows attention in layer `i`, and the norm before the next one's → what came of its exchanges."""
+    """What follows attention in layer `i`, and the norm before the next one's → the status of its exchanges."""
     x, normed, _, _, _, both, activated = buffers
     hidden, inside, num_heads, _, head_dim, _ = sizes
     layer = layers[i]
     multiply_rows(attended, layer[OUT], layer[NO_BIAS], normed, num_rows, num_heads * head_dim, hidden, layer[GATE_UP])
-    came = _add_reduced(state, normed, x, layer[MLP_NORM], normed, num_rows, hidden, eps)
-    if came != HERE:
-        return came
+    status = _add_reduced(state, normed, x, layer[MLP_NORM], normed, num_rows, hidden, eps)
+    if status != OK:
+        return status
     multiply_rows(normed, layer[GATE_UP], layer[GATE_UP_BIAS], both, num_rows, hidden, 2 * inside, layer[DOWN])
-    silu_mul(both, both + 2 * inside, activated, num_rows, inside, 2 * inside, 2 * inside, _LIKE)
+    silu_mul(both, both + 2 * inside, activated, num_rows, inside, 2 * inside, 2 * inside, _TAG)
     is_last = i + 1 == len(layers)
     next_read, next_norm = (layer[DOWN], 0) if is_last else (layers[i + 1, QKV], layers[i + 1, NORM])
     multiply_rows(activated, layer[DOWN], layer[NO_BIAS], normed, num_rows, inside, hidden, next_read)
@@ -90,10 +90,10 @@ def run(
     layers: Any, first: int, end: int, parts: int, buffers: Any, angles: Any, slots: Any, rows: Any, sizes: Any,
     eps: float, scaling: float, state: Any,
 ) -> Any:  # fmt: skip
-    """Some layers, or parts of them → what came of their exchanges.
+    """Some layers, or parts of them → the status of their exchanges.
 
     `slots` is of the tokens that are projected, `rows` of those that are attended and finished: as the rows of
-    `attend_decode`, but the first keys of each sight [sights, B]. Whole layers and parts run the same instructions, so
+    `attend_decode`, but the first keys of each mask_spec [mask_specs, B]. Whole layers and parts run the same instructions, so
     that what becomes of a row does not depend, even in its last bit, on what else is attended here.
     """
     query, attended = buffers[3], buffers[4]
@@ -107,9 +107,9 @@ def run(
         if parts & ATTEND:
             addresses = query, layer[KEYS], layer[VALUES], attended
             of_rows = tables, places, positions, first_keys[layer[SIGHT]]
-            attend_decode(addresses, of_rows, _NO_SINKS, cache, strides, scaling, 0.0, _LIKE)
+            attend_decode(addresses, of_rows, _NO_SINKS, cache, strides, scaling, 0.0, _TAG)
         if parts & FINISH:
-            came = _finish(layers, i, attended, buffers, len(places), sizes, eps, state)
-            if came != HERE:
-                return came
-    return HERE
+            status = _finish(layers, i, attended, buffers, len(places), sizes, eps, state)
+            if status != OK:
+                return status
+    return OK

@@ -22,24 +22,26 @@ from actors.tensors.attention.layer import (
     LayerAttention,
     StepAttention,
 )
-from actors.tensors.backends.cpu.kernels import LIKE, rms_norm
+from actors.tensors.backends.cpu.kernels import DTYPE_TAGS, rms_norm
 from actors.tensors.backends.cpu.llama import kernel as layer_kernels
 from actors.tensors.backends.cpu.llama.attention import KernelAttention
 from actors.tensors.backends.cpu.llama.kernel import ATTEND, DTYPE, FINISH, PROJECT
 from actors.tensors.backends.cpu.module_kernels import KernelGatedMLP, KernelRMSNorm, computes_as
-from actors.tensors.model.linear import Paneled
+from actors.tensors.model.linear import PanelPackedLinear
 from actors.tensors.model.parallel_layers import RowwiseLinear, norm_eps
-from cluster.collectives.exchange import HERE, SPENT_NS, alone
+from cluster.collectives.exchange import OK, SPENT_NS, alone
 from cluster.collectives.interface import LoneShard, PresentGroup
 from cluster.collectives.shared_memory import SharedMemoryStage
 
-_Rows: TypeAlias = "tuple[Indices, Indices, Indices, Indices]"  # tables, places, positions, first keys of each sight
+_Rows: TypeAlias = (
+    "tuple[Indices, Indices, Indices, Indices]"  # tables, places, positions, first keys of each mask_spec
+)
 _NONE = np.zeros(0, np.int64)
 _NO_ROWS: _Rows = _NONE[None], _NONE, _NONE, _NONE[None]
 
 
 def _rows_of(of_sights: Sequence[DecodeGroup | CachedRows]) -> _Rows:
-    """The same rows for each of the sights."""
+    """The same rows for each of the mask_specs."""
     rows = [of_sight for of_sight in of_sights if isinstance(of_sight, CachedRows)]
     assert len(rows) == len(of_sights), "a kernel reads rows from the cache"
     return rows[0].tables, rows[0].places_B, rows[0].positions_B, np.stack([one.first_keys_B for one in rows])
@@ -106,7 +108,7 @@ class LayerRun:
                 self._known_group, self._is_proven, self._proof = self._group.group, False, _Proof(self.layers)
             self._output = self._all(hidden, *arguments["position_embeddings"]) if self._is_proven else None
         else:
-            assert self._output is None or hidden is self._output, "something came between the layers"
+            assert self._output is None or hidden is self._output, "something status between the layers"
         return self._output
 
     def prove(self, layer: Any, hidden: torch.Tensor, arguments: dict[str, Any], output: torch.Tensor) -> None:
@@ -120,9 +122,14 @@ class LayerRun:
     def _all(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor | None:
         attentions = [getattr(layer.self_attn, MODULE_ATTRIBUTE) for layer in self.layers]
         step, num_tokens = attentions[0].current.attention, hidden.shape[1]
-        is_ours = hidden.dtype == cos.dtype == DTYPE and cos.shape == (1, num_tokens, self._head_dim)
+        can_use_kernel = hidden.dtype == cos.dtype == DTYPE and cos.shape == (1, num_tokens, self._head_dim)
         group = self._group.group
-        if not is_ours or step is None or step.rows is not None or not isinstance(group, LoneShard | SharedMemoryStage):
+        if (
+            not can_use_kernel
+            or step is None
+            or step.rows is not None
+            or not isinstance(group, LoneShard | SharedMemoryStage)
+        ):
             return None
         if attentions != self._attentions:
             self._tabulate(attentions)
@@ -133,47 +140,47 @@ class LayerRun:
         buffers = (x.data_ptr(), *self._buffers(num_tokens))
         cos, sin = cos.contiguous(), sin.contiguous()
         spent_ns, norm, size = state[SPENT_NS], self._table[0, layer_kernels.NORM], self._hidden
-        rms_norm(buffers[0], norm, buffers[1], num_tokens, size, size, size, self._eps, LIKE[DTYPE])
+        rms_norm(buffers[0], norm, buffers[1], num_tokens, size, size, size, self._eps, DTYPE_TAGS[DTYPE])
         calculation = _Calculation(buffers, (cos.data_ptr(), sin.data_ptr()), step.slots_T.numpy(), state)
-        came = self._compute(step, calculation, x[0])
+        status = self._compute(step, calculation, x[0])
         self._group.add_seconds(float(state[SPENT_NS] - spent_ns) / 1e9)
         if isinstance(group, SharedMemoryStage):
-            group.check(came)
+            group.check(status)
         return x
 
     def _compute(self, step: StepAttention, of: "_Calculation", x_TH: torch.Tensor) -> Any:
         """All layers; the last one of a model goes on only with those tokens that are asked for."""
         asked = step.asked if self._ends_model else None
         last, num_layers = len(self.layers) - 1, len(self.layers)
-        came = self._run(step, of, 0, num_layers if asked is None else last)
-        if asked is None or came != HERE:
-            return came
+        status = self._run(step, of, 0, num_layers if asked is None else last)
+        if asked is None or status != OK:
+            return status
         self._call(of, last, PROJECT, _NO_ROWS)
         if not len(asked.rows_Q):
-            return HERE
+            return OK
         x_QH, query_QhD = x_TH[asked.rows_Q], self._query_ThD[asked.rows_Q]
         _, normed, product, _, *others = of.buffers
         compact = replace(of, buffers=(x_QH.data_ptr(), normed, product, query_QhD.data_ptr(), *others))
-        rows = _rows_of([asked.by_sight[sight] for sight in self._sights])
-        came = self._call(compact, last, ATTEND | FINISH, rows)
+        rows = _rows_of([asked.by_mask[mask_spec] for mask_spec in self._sights])
+        status = self._call(compact, last, ATTEND | FINISH, rows)
         x_TH[asked.rows_Q] = x_QH
-        return came
+        return status
 
     def _run(self, step: StepAttention, of: "_Calculation", first: int, end: int) -> Any:
         """Some layers for all tokens; torch computes the attention of steps with a prompt that is too long for ours."""
-        of_sights = [step.by_sight[sight] for sight in self._sights]
+        of_sights = [step.by_mask[mask_spec] for mask_spec in self._sights]
         if not any(visibility.tiles for visibility in of_sights):
             rows = _rows_of([visibility.groups[0] for visibility in of_sights])
             return self._call(of, first, PROJECT | ATTEND | FINISH, rows, end)
-        came, places = HERE, np.zeros(len(of.slots), np.int64)
+        status, places = OK, np.zeros(len(of.slots), np.int64)
         for i in range(first, end):
-            if came == HERE:
+            if status == OK:
                 self._call(of, i, PROJECT, _NO_ROWS)
                 self._attended_ThD[:] = self._attentions[i].attend_stored(
                     self._query_ThD.transpose(0, 1), self._scaling
                 )
-                came = self._call(of, i, FINISH, (_NO_ROWS[0], places, *_NO_ROWS[2:]))
-        return came
+                status = self._call(of, i, FINISH, (_NO_ROWS[0], places, *_NO_ROWS[2:]))
+        return status
 
     def _call(self, of: "_Calculation", first: int, parts: int, rows: _Rows, end: int | None = None) -> Any:
         which = first, first + 1 if end is None else end, parts
@@ -202,7 +209,7 @@ class LayerRun:
         """Write down where everything lies; the cache is another when it was allocated anew."""
         self._attentions = attentions
         self._suits_cache = all(attention.has_dot and attention.spec.softcap is None for attention in attentions)
-        self._sights = sorted({attention.spec.sight for attention in attentions}, key=repr)
+        self._sights = sorted({attention.spec.mask_spec for attention in attentions}, key=repr)
         _, block_size, num_kv_heads, _ = attentions[0].keys_NbHD.shape
         self._sizes = self._hidden, self._inside, self._num_heads, num_kv_heads, self._head_dim, block_size
         self._table = np.array(
@@ -214,8 +221,8 @@ class LayerRun:
         (out, no_bias), (down, _) = layer.self_attn.o_proj.method.addresses(), layer.mlp.down_proj.method.addresses()
         norm, mlp_norm = layer.input_layernorm.weight.data_ptr(), layer.post_attention_layernorm.weight.data_ptr()
         keys, values = attention.keys_NbHD.data_ptr(), attention.values_NbHD.data_ptr()
-        sight = self._sights.index(attention.spec.sight)
-        return [norm, *qkv, out, mlp_norm, *gate_up, down, no_bias, keys, values, sight]
+        mask_spec = self._sights.index(attention.spec.mask_spec)
+        return [norm, *qkv, out, mlp_norm, *gate_up, down, no_bias, keys, values, mask_spec]
 
 
 class KernelLayer(nn.Module):
@@ -263,7 +270,7 @@ def _suits(layer: Any) -> bool:
     outs: list[Any] = [attention.o_proj, mlp.down_proj]
     return (
         all(type(norm) is KernelRMSNorm and norm.weight.dtype == DTYPE for norm in norms)
-        and all(type(out) is RowwiseLinear and isinstance(out.method, Paneled) for out in outs)
+        and all(type(out) is RowwiseLinear and isinstance(out.method, PanelPackedLinear) for out in outs)
         and [out.bias for out in outs] == [None, None]
         and attention.siblings.addresses() is not None
         and mlp.siblings.addresses() is not None

@@ -10,9 +10,9 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.decisions.failure.culprit import LastWords
+from actors.decisions.failure.culprit import CrashReport
 from actors.decisions.model.plan import Plan
-from actors.remote.black_box import BlackBox, Remains, bury
+from actors.remote.black_box import BlackBox, CrashFile, collect_crash_report
 from actors.remote.imports import collector_paused, compiler_left_out
 from actors.remote.meeting import Assignment
 from cluster.placement.devices import own_cuda_index
@@ -21,13 +21,13 @@ from configs.config import Config
 
 
 @dataclass(frozen=True)
-class Hello:
+class WorkerInfo:
     """What a rank's process says of itself once it is up."""
 
     pid: int
     address: str  # of its node
     device: str  # cpu, or cuda:<index>
-    remains: Remains
+    crash_file: CrashFile
 
 
 class RankActor:
@@ -44,15 +44,15 @@ class RankActor:
         self._black_box = BlackBox()
         gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
         device = f"cuda:{own_cuda_index(gpus[0])}" if gpus else "cpu"
-        self._hello = Hello(os.getpid(), ray.util.get_node_ip_address(), device, self._black_box.remains)
+        self._hello = WorkerInfo(os.getpid(), ray.util.get_node_ip_address(), device, self._black_box.crash_file)
 
-    def hello(self) -> Hello:
+    def info(self) -> WorkerInfo:
         """Returns once the process is up."""
         return self._hello
 
-    def bury(self, remains: Remains) -> LastWords | None:
+    def collect_crash_report(self, crash_file: CrashFile) -> CrashReport | None:
         """End a process of this node, and read what it left; None when there is nothing."""
-        return bury(remains)
+        return collect_crash_report(crash_file)
 
     def assign(self, plan: Plan, rank: int, device: str) -> bytes:
         """Be a rank of a plan, in one more epoch; returns its public key."""
@@ -81,11 +81,11 @@ class RankActor:
 @dataclass
 class _Member:
     actor: Any
-    hello: Any  # reference
-    said: Hello | None = None
+    info: Any  # reference
+    said: WorkerInfo | None = None
 
 
-class Crew:
+class ActorPool:
     """A member for each rank; whoever follows another is on the same node, unless Ray has moved the bundle."""
 
     def __init__(
@@ -97,7 +97,7 @@ class Crew:
         self._placement = placement
         self._device = device
         self._actor_class = actor_class
-        self._predecessors: dict[int, Hello] = {}  # by rank, of those that are not buried yet
+        self._predecessors: dict[int, WorkerInfo] = {}  # by rank, of those that are not collecting yet
         self._spares: list[list[_Member]] = [[] for _ in range(topology.pipeline_parallel_size)]
         stages = map(topology.stage, range(topology.num_ranks))
         self._members = [self._create(stage, takes_share=True) for stage in stages]
@@ -108,19 +108,19 @@ class Crew:
         return [member.actor for member in self._members]
 
     @property
-    def hellos(self) -> list[Any]:
+    def infos(self) -> list[Any]:
         """References, by rank."""
-        return [member.hello for member in self._members]
+        return [member.info for member in self._members]
 
-    def heard(self, hellos: list[Hello]) -> list[str]:
-        """All have said hello → the device of each: whoever follows another on its node takes its device over."""
+    def heard(self, infos: list[WorkerInfo]) -> list[str]:
+        """All processes are up → the device of each: whoever follows another on its node takes its device over."""
         devices = []
-        for rank, (member, hello) in enumerate(zip(self._members, hellos, strict=True)):
+        for rank, (member, info) in enumerate(zip(self._members, infos, strict=True)):
             if member.said is None:
                 before = self._predecessors.get(rank)
-                is_heir = before is not None and before.address == hello.address
-                device = before.device if before is not None and is_heir else hello.device
-                member.said = Hello(hello.pid, hello.address, device, hello.remains)
+                is_successor = before is not None and before.address == info.address
+                device = before.device if before is not None and is_successor else info.device
+                member.said = WorkerInfo(info.pid, info.address, device, info.crash_file)
             devices.append(member.said.device)
         return devices
 
@@ -135,13 +135,14 @@ class Crew:
         # On CPU it takes no share of the bundle: that of a stopped process is given back seconds later.
         self._members[rank] = spares.pop(0) if spares else self._create(stage, takes_share=self._device == "cuda")
 
-    def bury(self) -> dict[int, Any]:
-        """Let those that follow see to it that those before them are gone → references to LastWords, by rank."""
-        buried = {
-            rank: self._members[rank].actor.bury.remote(hello.remains) for rank, hello in self._predecessors.items()
+    def collect_crash_report(self) -> dict[int, Any]:
+        """Let those that follow see to it that those before them are gone → references to CrashReport, by rank."""
+        collecting = {
+            rank: self._members[rank].actor.collect_crash_report.remote(info.crash_file)
+            for rank, info in self._predecessors.items()
         }
         self._predecessors = {}
-        return buried
+        return collecting
 
     def fill_spares(self) -> None:
         """Start as many as the config asks for."""
@@ -167,4 +168,4 @@ class Crew:
             .options(scheduling_strategy=strategy, max_restarts=0, **options)
             .remote(self._config)
         )
-        return _Member(actor, actor.hello.remote())
+        return _Member(actor, actor.info.remote())
