@@ -56,7 +56,8 @@ def test_the_demo_fits_two_cpus() -> None:
     config = read_config(ROOT / "configs/demo.yaml")
     assert 4 * config.placement.cpus_per_rank + config.placement.cpus_per_replica <= 2
     assert config.served_name == "stagemesh-demo"
-    assert (config.cache.num_blocks or 0) * config.cache.block_size >= (config.model.max_model_len or 0)
+    block_size = config.cache.block_size or 16  # the CPU's default
+    assert (config.cache.num_blocks or 0) * block_size >= (config.model.max_model_len or 0)
 
 
 def test_defaults_and_the_served_name() -> None:
@@ -98,7 +99,9 @@ def test_all_problems_are_said_at_once_by_key() -> None:
         ({"parallel": {"tensor_parallel_size": True}}, "a valid integer, but it is True (a truth value)"),
         ({"parallel": {"layers_per_stage": [3, 0]}}, "args.parallel.layers_per_stage.1: "),
         ({"cache": {"memory_share": float("inf")}}, "a finite number"),
-        ({"device": "gpu"}, "should be 'auto', 'cpu' or 'cuda', but it is 'gpu'"),
+        ({"device": "gpu"}, "'cuda' or the class of a backend, package.module:Class, but it is 'gpu'"),
+        ({"device": "package.module"}, "package.module:Class, but it is 'package.module'"),
+        ({"device": "package.module:Class "}, "package.module:Class, but it is 'package.module:Class '"),
         ({"scheduler": None}, "should be a mapping, but it is empty; remove the key"),
         ({"scheduler": [1]}, "should be a mapping, but it is [1] (a list)"),
         ({"model": {}}, "args.model.source: missing"),
@@ -108,6 +111,10 @@ def test_all_problems_are_said_at_once_by_key() -> None:
 def test_each_message_has_what_would_work(args: dict[str, Any], words: str) -> None:
     (problem,) = problems_of(MINIMAL | args)
     assert words in problem
+
+
+def test_a_device_may_name_the_class_of_a_backend() -> None:
+    assert parse_args(MINIMAL | {"device": "package.module:Class"}).device == "package.module:Class"
 
 
 def test_whole_numbers_and_lists_are_taken_where_they_mean_the_same() -> None:
