@@ -5,28 +5,18 @@ Words are int64; what one process stores with release, another that loads it wit
 """
 
 import math
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from cluster.collectives.compile import kernel
+
 DTYPE_TAGS = {torch.bfloat16: np.uint16(0), torch.float32: np.float32(0)}  # element types that the kernels know
-_REORDERING = {
-    "reassoc",
-    "contract",
-    "arcp",
-    "nsz",
-}  # sums in any order; NaN stays NaN, so that a fault shows in the end
-# Kept beside the source where that can be written to. What is kept knows its own file only: who changes this file has
-# to touch the files of the kernels too.
-_IS_KEPT = os.access(Path(__file__).parent, os.W_OK)
-OPTIONS: dict[str, Any] = {"cache": _IS_KEPT, "nogil": True, "fastmath": _REORDERING, "error_model": "numpy"}
 _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _LOG2_E = np.float32(math.log2(math.e))
 
@@ -150,7 +140,7 @@ def pause(typing_context: Any) -> Any:
     return types.void(), generate
 
 
-@njit(**OPTIONS)
+@kernel()
 def exp(x: Any) -> Any:
     """Exponential with float32's precision for x from -87 to 87, in a form that runs on many numbers at once.
 

@@ -6,9 +6,10 @@ A stage's state is an array of int64, one a process; see its words below. Addres
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
-from cluster.collectives.elements import OPTIONS, load_acquire, pause, pointer, round_to, store_release, to_float32
+from cluster.collectives.compile import kernel
+from cluster.collectives.elements import load_acquire, pause, pointer, round_to, store_release, to_float32
 
 __all__ = ["all_reduce", "exchange", "shown_at", "sum_shards"]
 
@@ -25,7 +26,7 @@ LINE_WORDS, NUM_HEAD_LINES = 8, 2  # a cache line: no two shards write to the sa
 BUFFER_BYTES = 1 << 20  # of one shard; larger messages go in pieces, each of which still fits a core's cache
 MOST_KINDS = 64  # a message is described by its bytes times this, plus its kind
 
-_EXACT = {**OPTIONS, "fastmath": False}  # sums in the order of the shards
+_exact_kernel = kernel(fastmath=False)  # sums in the order of the shards
 _TILE = 512  # numbers of a sum that are kept in float32 at a time
 _WORD, _BYTE = np.int64(0), np.uint8(0)
 
@@ -49,21 +50,21 @@ def alone() -> "np.ndarray[Any, np.dtype[np.int64]]":
     return state
 
 
-@njit(**_EXACT)
+@_exact_kernel
 def _now_ns(state: Any) -> Any:
     room = state[_ROOM:]
     _clock_gettime(_CLOCK_MONOTONIC, room.ctypes.data)
     return room[0] * 1_000_000_000 + room[1]
 
 
-@njit(**_EXACT)
+@_exact_kernel
 def _nap(state: Any, duration_ns: int) -> None:
     room = state[_ROOM:]
     room[0], room[1] = 0, duration_ns
     _nanosleep(room.ctypes.data, 0)
 
 
-@njit(**_EXACT)
+@_exact_kernel
 def _wait(state: Any, words: Any, flag: int, op: int) -> int:
     """Wait until a flag is at least `op`: give the core to whoever waits for it, else nap.
 
@@ -86,7 +87,7 @@ def _wait(state: Any, words: Any, flag: int, op: int) -> int:
     return OK
 
 
-@njit(**_EXACT)
+@_exact_kernel
 def _copy(source: int, target: int, nbytes: int) -> None:
     whole = nbytes // 8
     from_words, to_words = pointer(source, _WORD), pointer(target, _WORD)
@@ -97,13 +98,13 @@ def _copy(source: int, target: int, nbytes: int) -> None:
         to_bytes[i] = from_bytes[i]
 
 
-@njit(**_EXACT)
+@_exact_kernel
 def shown_at(state: Any) -> Any:
     """The address of what shard 0 shows in the present exchange; the next shard's lies BUFFER_BYTES further."""
     return state[BUFFERS] + (state[OPERATION] & 1) * state[SIZE] * BUFFER_BYTES
 
 
-@njit(**_EXACT)
+@_exact_kernel
 def exchange(state: Any, description: int, source: int, nbytes: int) -> Any:
     """Show at most BUFFER_BYTES to all shards and wait for all → the status of it.
 
@@ -136,7 +137,7 @@ def exchange(state: Any, description: int, source: int, nbytes: int) -> Any:
     return OK
 
 
-@njit(**_EXACT)
+@_exact_kernel
 def sum_shards(shown: int, size: int, out: int, count: int, dtype_tag: Any) -> None:
     """Sum `count` numbers of each shard in the order of the shards, in float32, rounded once.
 
@@ -160,7 +161,7 @@ def sum_shards(shown: int, size: int, out: int, count: int, dtype_tag: Any) -> N
             out_p[start + i] = round_to(total[i], dtype_tag)
 
 
-@njit(**_EXACT)
+@_exact_kernel
 def all_reduce(state: Any, kind: int, address: int, count: int, element_bytes: int, dtype_tag: Any) -> Any:
     """Sum `count` numbers over the shards, in place → the status of it."""
     description, at_once = count * element_bytes * MOST_KINDS + kind, BUFFER_BYTES // element_bytes

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
 from actors.tensors.backends.cpu.avx512 import I32, I64, PAIRS, WIDTH, WORDS, Writer, has_dot_product, has_matrix_tiles
-from cluster.collectives.elements import OPTIONS, pointer
+from actors.tensors.backends.cpu.compile import kernel
+from cluster.collectives.elements import pointer
 
 _WIDE = 2  # registers of a panel
 _MOST_ROWS = 12  # of the input at a time: 24 sums, 2 weights and an input in 32 registers
@@ -129,7 +130,7 @@ def _tiles(to_float32: int) -> Any:
 _wide_tile, _slim_tile = _tiles(_WIDE), _tiles(1)
 
 
-@njit(**OPTIONS)
+@kernel()
 def multiply_rows(
     x: int, packed: int, bias: int, out: int, num_rows: int, num_inputs: int, num_outputs: int, following: int
 ) -> None:
@@ -151,7 +152,7 @@ def multiply_rows(
         first += count
 
 
-@njit(**OPTIONS)
+@kernel()
 def _copy_rows(source: int, step: int, target: int, target_step: int, num_rows: int) -> None:
     """Rows of `step` bytes, put `target_step` apart. It takes some hundredths of a product, collisions a quarter."""
     for row in range(num_rows):
@@ -160,7 +161,7 @@ def _copy_rows(source: int, step: int, target: int, target_step: int, num_rows: 
             to_p[pair] = from_p[pair]
 
 
-@njit(**OPTIONS)
+@kernel()
 def _multiply_some(
     x: int, x_step: int, packed: int, bias: int, out: int, num_rows: int, num_inputs: int, num_outputs: int,
     following: int,

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 
+from actors.tensors.backends.cpu.compile import kernel
 from actors.tensors.sampling.noise import FRACTION_BITS, LAST_SHIFT, STEPS, WEYL
 from actors.tensors.sampling.ranking import MAGNITUDE
-from cluster.collectives.elements import DTYPE_TAGS, OPTIONS, bits_of, float_of, pointer, to_float32
+from cluster.collectives.elements import DTYPE_TAGS, bits_of, float_of, pointer, to_float32
 
 # Nothing may be reordered: 1 - w must not become something else, and NaN has to stay.
-_EXACT = {**OPTIONS, "fastmath": {"contract"}}
+_exact_kernel = kernel(fastmath={"contract"})
 _TILE = 512  # scores at a time: they stay in the first cache
 _LN_2 = np.float32(math.log(2))
 _UNIT, _LARGEST = np.float32(2.0**-FRACTION_BITS), np.float32(1 - 2**-24)
@@ -38,7 +38,7 @@ def gumbel_argmax(
     return scores_R, ids_R
 
 
-@njit(**_EXACT)
+@_exact_kernel
 def _log_of_ratio(above: Any, below: Any) -> Any:
     """log((below + above) / (below - above)), where the quotient is at most 0.2: the series of 2 artanh."""
     z = above / below
@@ -50,7 +50,7 @@ def _log_of_ratio(above: Any, below: Any) -> Any:
     return np.float32(2) * (z + z * y * series)
 
 
-@njit(**_EXACT)
+@_exact_kernel
 def _log(x: Any) -> Any:
     """Natural logarithm of a positive, normal float32: of its exponent, and of the rest, from 2/3 to 4/3."""
     bits = bits_of(x)
@@ -59,7 +59,7 @@ def _log(x: Any) -> Any:
     return np.float32(exponent) * _LN_2 + _log_of_ratio(rest - np.float32(1), rest + np.float32(1))
 
 
-@njit(**_EXACT)
+@_exact_kernel
 def _minus_log1p_of_minus(w: Any) -> Any:
     """-log(1 - w) of a number from 2**-54 to 1 - 2**-24, also where 1 - w would lose it."""
     near = -_log_of_ratio(-w, np.float32(2) - w)
@@ -67,7 +67,7 @@ def _minus_log1p_of_minus(w: Any) -> Any:
     return near if w < np.float32(1 / 3) else far
 
 
-@njit(**_EXACT)
+@_exact_kernel
 def _noise(key: Any, token: Any) -> Any:
     """As `noise.exponential`."""
     x = key + token * _STEP
@@ -78,7 +78,7 @@ def _noise(key: Any, token: Any) -> Any:
     return _minus_log1p_of_minus(min(w, _LARGEST))
 
 
-@njit(**_EXACT)
+@_exact_kernel
 def _place_in_order(score: Any) -> Any:
     """An int32 that ascends as float32 do (see `sort_key.sort_keys_of`); -0.0 is 0.0, and NaN is above all."""
     bits = bits_of(score)
@@ -87,7 +87,7 @@ def _place_in_order(score: Any) -> Any:
     return bits ^ ((bits >> np.int32(31)) & _MAGNITUDE)
 
 
-@njit(**_EXACT)
+@_exact_kernel
 def _argmax_rows(
     logits: int, sizes: Any, temperatures_R: Any, keys_R: Any, scores_R: Any, ids_R: Any, dtype_tag: Any
 ) -> None:

@@ -8,14 +8,14 @@ T tokens · B decode rows · H KV heads · D dimension of a key (E of a value).
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-from cluster.collectives.elements import DTYPE_TAGS, OPTIONS, exp, pointer, prefetch, round_to, to_float32
+from actors.tensors.backends.cpu.compile import kernel
+from cluster.collectives.elements import DTYPE_TAGS, exp, pointer, prefetch, round_to, to_float32
 
 __all__ = ["DTYPE_TAGS", "attend_decode", "rms_norm", "rotate", "rotate_and_store", "silu_mul", "weigh"]
 
 
-@njit(**OPTIONS)
+@kernel()
 def rms_norm(
     x: int, weight: int, out: int, num_rows: int, size: int, x_stride: int, out_stride: int, eps: float, dtype_tag: Any
 ) -> None:
@@ -33,7 +33,7 @@ def rms_norm(
             out_p[first_out + i] = round_to(normed * to_float32(weight_p[i]), dtype_tag)
 
 
-@njit(**OPTIONS)
+@kernel()
 def silu_mul(
     gate: int, up: int, out: int, num_rows: int, size: int, gate_stride: int, up_stride: int, dtype_tag: Any
 ) -> None:
@@ -47,7 +47,7 @@ def silu_mul(
             out_p[first_out + i] = round_to(activated * to_float32(up_p[first_up + i]), dtype_tag)
 
 
-@njit(**OPTIONS)
+@kernel()
 def _rotate_head(
     x: Any, first: int, out: Any, first_out: int, cos: Any, sin: Any, angle: int, half: int, dtype_tag: Any
 ) -> None:
@@ -59,7 +59,7 @@ def _rotate_head(
         out[first_out + half + i] = round_to(turned, dtype_tag)
 
 
-@njit(**OPTIONS)
+@kernel()
 def rotate(
     x: int, cos: int, sin: int, out: int, num_tokens: int, num_heads: int, size: int, x_strides: Any, dtype_tag: Any
 ) -> None:
@@ -79,7 +79,7 @@ def rotate(
             _rotate_head(x_p, first, out_p, first_out, cos_p, sin_p, angle, half, dtype_tag)
 
 
-@njit(**OPTIONS)
+@kernel()
 def rotate_and_store(
     product: int, cos: int, sin: int, query: int, keys: int, values: int, slots: Any, sizes: Any, dtype_tag: Any
 ) -> None:
@@ -105,7 +105,7 @@ def rotate_and_store(
             values_p[out + i] = product_p[first + i]
 
 
-@njit(**OPTIONS)
+@kernel()
 def _locate(cached: Any, tables: Any, position: int, last: int, cache: Any) -> Any:
     """Where a position's heads begin in keys or values; asks early for those that lie a block further.
 
@@ -120,7 +120,7 @@ def _locate(cached: Any, tables: Any, position: int, last: int, cache: Any) -> A
     return (tables[block] * block_size + offset) * size
 
 
-@njit(**OPTIONS)
+@kernel()
 def _score(queries: Any, scores: Any, keys: Any, tables: Any, first: int, count: int, cache: Any) -> None:
     """Products of all queries [heads, D] with `count` keys from position `first` on → scores [heads, keys]."""
     num_kv_heads, dim, _, _ = cache
@@ -136,7 +136,7 @@ def _score(queries: Any, scores: Any, keys: Any, tables: Any, first: int, count:
                 scores[head, j] = score
 
 
-@njit(**OPTIONS)
+@kernel()
 def weigh(scores: Any, count: int, sink: Any, softcap: float) -> None:
     """Scores of one head → weights that sum to 1, together with that of its sink: an array of one logit, or of none."""
     cap = np.float32(softcap)
@@ -154,7 +154,7 @@ def weigh(scores: Any, count: int, sink: Any, softcap: float) -> None:
         scores[j] /= total
 
 
-@njit(**OPTIONS)
+@kernel()
 def _sum_values(weights: Any, sums: Any, values: Any, tables: Any, first: int, count: int, cache: Any) -> None:
     """Values weighted [heads, keys] and summed → [heads, E]."""
     num_kv_heads, dim, _, _ = cache
@@ -170,7 +170,7 @@ def _sum_values(weights: Any, sums: Any, values: Any, tables: Any, first: int, c
                     sums[head, e] += weight * to_float32(values[place + e])
 
 
-@njit(**OPTIONS)
+@kernel()
 def attend_decode(
     addresses: Any,
     rows: Any,

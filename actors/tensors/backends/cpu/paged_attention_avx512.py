@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
 from actors.tensors.backends.cpu.avx512 import F32, I64, SUMS, WIDTH, Writer, has_dot_product
+from actors.tensors.backends.cpu.compile import kernel
 from actors.tensors.backends.cpu.kernels import weigh
-from cluster.collectives.elements import OPTIONS, pointer, round_to
+from cluster.collectives.elements import pointer, round_to
 
 # Up to so many keys a prompt's tokens are as fast one by one as by torch, with few keys twice as fast
 LONGEST = 4096
@@ -105,14 +106,14 @@ def _adding(num_heads: int) -> Any:
 _add_values, _add_values_of_two = _adding(1), _adding(2)
 
 
-@njit(**OPTIONS)
+@kernel()
 def _place(tables: Any, tile: int, block_size: int) -> int:
     """The slot of a tile's first key."""
     first = tile * WIDTH
     return int(tables[first // block_size]) * block_size + first % block_size
 
 
-@njit(**OPTIONS)
+@kernel()
 def _score_row(
     query: int, query_step: int, keys: int, ahead: int, scores: int, seen: Any, table: Any, sizes: Any
 ) -> None:
@@ -129,7 +130,7 @@ def _score_row(
             _score(query + head * query_step, here + head // group * 2 * dim, key_step, dim // 32, target, asked, share)
 
 
-@njit(**OPTIONS)
+@kernel()
 def _sum_row(
     weights: int, values: int, ahead: int, sums: int, seen: Any, skipped: int, end: int, table: Any, sizes: Any
 ) -> None:
@@ -159,7 +160,7 @@ def _sum_row(
                 asked += WIDTH * share
 
 
-@njit(**OPTIONS)
+@kernel()
 def attend_decode(
     addresses: Any,
     rows: Any,

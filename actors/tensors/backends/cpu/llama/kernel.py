@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 
+from actors.tensors.backends.cpu.compile import kernel
 from actors.tensors.backends.cpu.gemm import multiply_rows
 from actors.tensors.backends.cpu.kernels import DTYPE_TAGS, rms_norm, rotate_and_store, silu_mul
 from actors.tensors.backends.cpu.paged_attention_avx512 import attend_decode
-from cluster.collectives.elements import OPTIONS, pointer, round_to, to_float32
+from cluster.collectives.elements import pointer, round_to, to_float32
 from cluster.collectives.exchange import OK, SIZE, all_reduce
 from cluster.collectives.shared_memory import kind_of_all_reduce
 
@@ -31,7 +31,7 @@ PROJECT, ATTEND, FINISH = 1, 2, 4  # parts of a layer
 NORM, QKV, QKV_BIAS, OUT, MLP_NORM, GATE_UP, GATE_UP_BIAS, DOWN, NO_BIAS, KEYS, VALUES, SIGHT = range(12)
 
 
-@njit(**OPTIONS)
+@kernel()
 def _project(layer: Any, buffers: Any, angles: Any, slots: Any, sizes: Any) -> None:
     """Normed rows → queries, and keys and values in the cache."""
     _, normed, product, query, _, _, _ = buffers
@@ -42,14 +42,14 @@ def _project(layer: Any, buffers: Any, angles: Any, slots: Any, sizes: Any) -> N
     rotate_and_store(product, angles[0], angles[1], query, layer[KEYS], layer[VALUES], slots, heads, _TAG)
 
 
-@njit(**OPTIONS)
+@kernel()
 def _add(x: int, other: int, count: int) -> None:
     x_p, other_p = pointer(x, _TAG), pointer(other, _TAG)
     for i in range(count):
         x_p[i] = round_to(to_float32(x_p[i]) + to_float32(other_p[i]), _TAG)
 
 
-@njit(**OPTIONS)
+@kernel()
 def _add_reduced(state: Any, part: int, x: int, norm: int, normed: int, num_rows: int, size: int, eps: float) -> Any:
     """Sum the shards' parts [T, H], add that to `x`, and norm it (0: do not) → the status of the exchange.
 
@@ -67,7 +67,7 @@ def _add_reduced(state: Any, part: int, x: int, norm: int, normed: int, num_rows
     return OK
 
 
-@njit(**OPTIONS)
+@kernel()
 def _finish(layers: Any, i: int, attended: int, buffers: Any, num_rows: int, sizes: Any, eps: float, state: Any) -> Any:
     """What follows attention in layer `i`, and the norm before the next one's → the status of its exchanges."""
     x, normed, _, _, _, both, activated = buffers
@@ -85,7 +85,7 @@ def _finish(layers: Any, i: int, attended: int, buffers: Any, num_rows: int, siz
     return _add_reduced(state, normed, x, next_norm, normed, num_rows, hidden, eps)
 
 
-@njit(**OPTIONS)
+@kernel()
 def run(
     layers: Any, first: int, end: int, parts: int, buffers: Any, angles: Any, slots: Any, rows: Any, sizes: Any,
     eps: float, scaling: float, state: Any,
