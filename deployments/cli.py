@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from deployments.bench import command as bench_command
-from deployments.bench import profile as profile_command
+from deployments.bench import profile
 from deployments.plan import command as plan_command
 
 
@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="stagemesh", description="Serve large models on Ray, in shards and stages.")
     commands = parser.add_subparsers(dest="command", required=True)
     plan_command.add_to(commands)
-    profile_command.add_to(commands)
+    profile.add_to(commands)
     bench_command.add_to(commands)
     options = parser.parse_args(argv)
     code: int = options.run(options)

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from deployments.api_error import ApiError
+from deployments.api.errors import ApiError
 
 RETRY_AFTER_S = 1
 

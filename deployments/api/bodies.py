@@ -1,16 +1,17 @@
 """Request bodies: every field that clients are known to send, and for each whether we take, pass or refuse it.
 
 A field that is not supported yet is an entry `name: only(neutral values)`; supporting it begins by giving it a type.
-How tokens are drawn stands in sampling_fields.py, what a prompt is in prompts.py.
+How tokens are drawn stands in sampling_fields.py, what a prompt is in prompt_fields.py.
 """
 
 from typing import Annotated, ClassVar, Self
 
 from pydantic import BeforeValidator, FailFast, Field, model_validator
 
-from deployments.api.prompts import Messages, Prompt, Prompts, conversation
+from deployments.api.prompt_fields import Messages, Prompts, conversation
 from deployments.api.sampling_fields import NumLogprobs, SamplingBody
 from deployments.api.strict_body import Body, only, wrong
+from deployments.text.prompts import Prompt
 
 MAX_STOPS = 16  # OpenAI takes 4
 MAX_STOP_CHARS = 1024

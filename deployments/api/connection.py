@@ -7,7 +7,7 @@ from collections.abc import Coroutine
 from starlette.requests import Request
 from starlette.types import Receive, Send
 
-from deployments.api_error import ApiError
+from deployments.api.errors import ApiError
 
 Headers = list[tuple[bytes, bytes]]
 

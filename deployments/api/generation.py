@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from actors.remote.engine import Engine
 from actors.words.errors import EngineStopped
 from actors.words.messages import Event, Request, TokenLogprobs
+from deployments.api.errors import ApiError
 from deployments.api.metrics import Stopwatch
 from deployments.api.outbox import Mailbox, Outbox
 from deployments.api.responses import Piece, Usage
-from deployments.api_error import ApiError, public_text
+from deployments.text.prompts import public_text
 from deployments.text.transcript import Transcript
 
 NOT_READY_RETRY_AFTER_S = 5

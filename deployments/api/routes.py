@@ -14,13 +14,13 @@ from starlette.types import Receive, Scope, Send
 
 from deployments.api.bodies import ChatBody, CompletionBody, GenerationBody
 from deployments.api.connection import ClientGoneError, Connection, Headers, read_body
+from deployments.api.errors import ApiError
 from deployments.api.generation import Generation, draining, not_ready
 from deployments.api.metrics import CONTENT_TYPE
 from deployments.api.responses import DONE, ChatReply, CompletionReply, Piece, Reply
 from deployments.api.service import Service
 from deployments.api.strict_body import parse_body
 from deployments.api.token_pages import TokenPages
-from deployments.api_error import ApiError
 
 logger = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ from actors.words.messages import Request
 from cluster.topology import Topology
 from deployments.api.admission import Admission
 from deployments.api.bodies import GenerationBody
+from deployments.api.errors import ApiError
 from deployments.api.generation import Answer, Echo, Generation, draining, too_late
 from deployments.api.metrics import Latencies, Metrics, Stopwatch
 from deployments.api.outbox import Outbox
-from deployments.api.prompts import Prompt
-from deployments.api_error import ApiError
+from deployments.text.prompts import ConversationError, Prompt
 from deployments.text.tokenizer import Text
 
 
@@ -89,7 +89,7 @@ class Service:
         with self.admission.reserve(len(prompts) * body.n):
             answers: list[Answer] = []
             num_prompt_tokens = 0
-            for prompt, prompt_ids in zip(prompts, await self._encode(prompts, deadline), strict=True):
+            for prompt, prompt_ids in zip(prompts, await self.encode(prompts, deadline=deadline), strict=True):
                 self._check_prompt(body, prompt_ids)
                 num_prompt_tokens += len(prompt_ids)
                 for choice in range(body.n):
@@ -116,10 +116,16 @@ class Service:
             raise ApiError(400, message, param="timeout")
         return arrived + (limit_s if body.timeout is None else body.timeout)
 
-    async def _encode(self, prompts: list[Prompt], deadline: float) -> list[list[int]]:
+    async def encode(
+        self, prompts: list[Prompt], add_special_tokens: bool = True, deadline: float | None = None
+    ) -> list[list[int]]:
+        """Token ids of prompts. Raises ApiError: 400 for a conversation without a text, 504 at the deadline."""
         try:
-            async with asyncio.timeout(deadline - time.monotonic()):
-                return await self.text.encode(prompts)
+            async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
+                return await self.text.encode(prompts, add_special_tokens)
+        except ConversationError as error:
+            code = "context_length_exceeded" if error.is_too_long else None
+            raise ApiError(400, str(error), param="messages", code=code) from None
         except TimeoutError:
             raise too_late() from None
 

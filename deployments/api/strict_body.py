@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
-from deployments.api_error import ApiError, shown
+from deployments.api.errors import ApiError, shown
 
 MAX_CONTAINERS = 10_000  # lists and objects of one body: each takes microseconds to read, and the event loop waits
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)  # possessive, and unending ones match: linear

@@ -8,10 +8,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from deployments.api.connection import read_body
-from deployments.api.prompts import Messages, Prompt, conversation
+from deployments.api.prompt_fields import Messages, conversation
 from deployments.api.sampling_fields import TokenId
 from deployments.api.service import Service
 from deployments.api.strict_body import Body, only, parse_body, wrong
+from deployments.text.prompts import Prompt
 
 
 class TokenizeBody(Body):
@@ -65,7 +66,7 @@ class TokenPages:
         """POST /tokenize: the ids that a completion or a chat would start from."""
         body = parse_body(await self._read(request), TokenizeBody)
         self._service.check_model(body.model or self._service.identity.model)
-        (ids,) = await self._service.text.encode([body.text_or_messages], body.add_special_tokens is not False)
+        (ids,) = await self._service.encode([body.text_or_messages], body.add_special_tokens is not False)
         return _json(Tokens(ids, len(ids), self._service.limits.max_model_len))
 
     async def detokenize(self, request: Request) -> Response:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from deployments.api_error import ApiError, public_text
+from deployments.text.prompts import ConversationError, public_text
 
 CPU_S = 1.0  # processor time for one conversation
 MEMORY_BYTES = 256 * 1024 * 1024  # beside what the process has when it starts
@@ -34,7 +34,7 @@ class ChatTemplate:
 
     def check(self) -> None:
         """Raises ValueError for a template that does not end; one that refuses a single word may have its reasons."""
-        with contextlib.suppress(ApiError):
+        with contextlib.suppress(ConversationError):
             if self._answer([{"role": "user", "content": "x"}]) is None:
                 raise ValueError(
                     f"the model's chat template needs more than {CPU_S:g} s of processor time for one word; "
@@ -42,7 +42,7 @@ class ChatTemplate:
                 )
 
     def render(self, messages: list[dict[str, str]]) -> str:
-        """The text that the model reads. Raises ApiError (400) when the template refuses the messages or takes long."""
+        """The text that the model reads. Raises ConversationError where there is none, or it takes too long."""
         if not self._knows_developers:  # the newer name of the system role, which such a template would drop
             messages = [{**m, "role": "system" if m["role"] == "developer" else m["role"]} for m in messages]
         answer = self._answer(messages)
@@ -53,7 +53,7 @@ class ChatTemplate:
                 f"messages: the chat template makes {answer['too_long']} characters of them; "
                 f"send at most {self._setup['max_chars']}"
             )
-            raise ApiError(400, message, param="messages", code="context_length_exceeded")
+            raise ConversationError(message, is_too_long=True)
         if "text" not in answer:
             raise _refused(public_text(answer["refused"]) if "refused" in answer else "it failed on them")
         return str(answer["text"])
@@ -86,7 +86,7 @@ class ChatTemplate:
     def _start(self) -> socket.socket:
         ours, theirs = socket.socketpair()
         program = str(Path(__file__).with_name("template_process.py"))
-        # -P: the program's own folder is no place to import from; it has a http.py
+        # -P: nothing is imported from the program's own folder, whose files could hide others
         self._process = subprocess.Popen([sys.executable, "-P", program], stdin=theirs.fileno(), stdout=theirs.fileno())
         theirs.close()
         ours.settimeout(_WALL_S)
@@ -99,6 +99,5 @@ def _line(value: object) -> bytes:
     return json.dumps(value).encode() + b"\n"
 
 
-def _refused(reason: str) -> ApiError:
-    message = f"messages: the model's chat template refuses them: {reason[:200]}"
-    return ApiError(400, message, param="messages")
+def _refused(reason: str) -> ConversationError:
+    return ConversationError(f"messages: the model's chat template refuses them: {reason[:200]}")

@@ -9,9 +9,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from deployments.api.prompts import Conversation, Prompt
-from deployments.api_error import ApiError
 from deployments.text.chat_template import ChatTemplate
+from deployments.text.prompts import Conversation, ConversationError, Prompt
 from deployments.text.token_text import TokenTexts
 from deployments.text.transcript import Decoder, Transcript
 
@@ -50,8 +49,8 @@ class Text:
     async def encode(self, prompts: list[Prompt], add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of prompts, as the tokenizer and for messages the chat template make them; ids pass as they are.
 
-        Messages have the special tokens that the template writes, never more. Raises ApiError (400) when the template
-        refuses the messages.
+        Messages have the special tokens that the template writes, never more. Raises ConversationError when the
+        template refuses the messages, or there is none.
         """
         encode = partial(self._encode, add_special_tokens=add_special_tokens)
         has_conversation = any(isinstance(prompt, Conversation) for prompt in prompts)
@@ -93,7 +92,7 @@ class Text:
 
     def _render(self, conversation: Conversation) -> str:
         if self._template is None:
-            raise ApiError(400, "messages: this model has no chat template; use /v1/completions", param="messages")
+            raise ConversationError("messages: this model has no chat template; use /v1/completions")
         return self._template.render(conversation.messages)
 
     def _decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:

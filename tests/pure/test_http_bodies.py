@@ -7,9 +7,9 @@ import pytest
 
 from actors.words.messages import SamplingParams
 from deployments.api.bodies import ChatBody, CompletionBody
+from deployments.api.errors import ApiError
 from deployments.api.sampling_fields import choice_seed
 from deployments.api.strict_body import parse_body
-from deployments.api_error import ApiError
 
 REQUIRED = {
     CompletionBody: {"model": "m", "prompt": "p"},

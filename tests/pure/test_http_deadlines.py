@@ -139,7 +139,7 @@ def test_in_time_is_in_time(world):
 def test_a_late_prompt_never_reaches_the_engine(make_world, error_of, monkeypatch):
     world = make_world()
 
-    async def slow_encode(prompts):
+    async def slow_encode(prompts, add_special_tokens):
         await asyncio.sleep(60)
 
     monkeypatch.setattr(world.text, "encode", slow_encode)

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from actors.remote.meeting import RankInfo
+from deployments.text.tokenizer import Text
 
 COMPLETION = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 4, "temperature": 0}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "temperature": 0}
@@ -230,9 +231,23 @@ def test_refused_parts_and_fields_are_named(world, error_of):
     assert error["code"] == "unknown_parameter"
 
 
-def test_the_reason_of_a_chat_template_is_told(world, error_of):
-    error = error_of(world.post(CHATS, {**CHAT, "messages": [{"role": "user", "content": "fail"}]}), 400)
+@pytest.mark.parametrize(("path", "body"), [(CHATS, CHAT), ("/tokenize", {})])
+def test_the_reason_of_a_chat_template_is_told(world, error_of, path, body):
+    error = error_of(world.post(path, {**body, "messages": [{"role": "user", "content": "fail"}]}), 400)
     assert "roles must alternate" in error["message"]
+    assert (error["param"], error["code"]) == ("messages", None)
+
+
+@pytest.mark.parametrize(("path", "body"), [(CHATS, CHAT), ("/tokenize", {})])
+def test_a_conversation_that_renders_too_long_is_refused(world, error_of, tokenizer_folder, monkeypatch, path, body):
+    monkeypatch.setattr("deployments.text.chat_template.MAX_RENDERED_CHARS", 1000)
+    world.service.text = Text.load(tokenizer_folder)
+    try:
+        error = error_of(world.post(path, {**body, "messages": [{"role": "user", "content": "x" * 1001}]}), 400)
+    finally:
+        world.service.text.close()
+    assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
+    assert "at most 1000" in error["message"]
 
 
 def test_unknown_models_are_404(world, error_of):

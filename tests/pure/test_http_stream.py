@@ -292,7 +292,7 @@ def test_a_client_may_leave_while_its_prompt_is_tokenized(make_world, monkeypatc
     async def go():
         started, gate = asyncio.Event(), asyncio.Event()
 
-        async def slow_encode(prompts):
+        async def slow_encode(prompts, add_special_tokens):
             started.set()
             await gate.wait()
 

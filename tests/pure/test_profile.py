@@ -7,7 +7,7 @@ import pytest
 
 from actors.decisions.schedule.phase_clock import PHASES, PhaseClock, bubble_ratio
 from deployments import cli
-from deployments.bench import profile as profile_command
+from deployments.bench import profile
 
 
 def test_every_moment_belongs_to_one_phase() -> None:
@@ -29,8 +29,8 @@ def answer(*spent: dict[str, float], epoch: int = 0) -> dict[str, Any]:
 
 def asked(monkeypatch: pytest.MonkeyPatch, answers: list[dict[str, Any]]) -> None:
     left = iter(answers)
-    monkeypatch.setattr(profile_command, "cluster", lambda url: next(left))
-    monkeypatch.setattr(profile_command.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(profile, "cluster", lambda url: next(left))
+    monkeypatch.setattr(profile.time, "sleep", lambda seconds: None)
 
 
 def test_the_command_shows_what_passed_between(

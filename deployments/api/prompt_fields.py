@@ -1,24 +1,14 @@
-"""Prompts: what a request may ask an answer to, as texts, token ids or a conversation."""
+"""Prompt fields: `prompt` and `messages` of a request body, parsed into texts, token ids or a conversation."""
 
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, FailFast, Field, PlainValidator, model_validator
 
+from deployments.api.errors import shown
 from deployments.api.strict_body import Body, only, wrong
-from deployments.api_error import shown
+from deployments.text.prompts import Conversation, Prompt
 
 MAX_MESSAGES = 2048
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages for the chat template: dicts with role, content and maybe name, all of them text."""
-
-    messages: list[dict[str, str]]
-
-
-Prompt = str | list[int] | Conversation
 
 
 def _prompts(value: object) -> list[Prompt]:

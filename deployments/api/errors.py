@@ -6,7 +6,6 @@ import msgspec
 
 MAX_MESSAGE_CHARS = 500  # six bytes each at worst in JSON: a body stays below 4 KB
 _PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
-_PRIVATE = re.compile(r"(?:/[\w.@+-]+){2,}/?|0x[0-9a-fA-F]+")  # paths and addresses
 
 
 class ApiError(Exception):
@@ -48,8 +47,3 @@ class ApiError(Exception):
 def shown(name: object) -> str:
     """A name that the client chose, if it is fit to be repeated; else a stand-in."""
     return name if isinstance(name, str) and _PLAIN_NAME.fullmatch(name) else "(unprintable name)"
-
-
-def public_text(text: str) -> str:
-    """The first line of an inner error, without paths and addresses."""
-    return _PRIVATE.sub("…", text.strip().partition("\n")[0])
