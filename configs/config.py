@@ -1,8 +1,26 @@
-"""The frozen Config: every key a user may set, with its default, unit and bounds."""
+"""The frozen Config: every key a user may set, with its default, unit and bounds.
 
+docs/configuration.md is made of this; `python tests/docs_pages.py` writes it anew.
+"""
+
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What a number counts; for the documentation only."""
+
+    name: str
+
+
+Tokens = Annotated[int, Unit("tokens")]
+Sequences = Annotated[int, Unit("sequences")]
+Bytes = Annotated[int, Unit("bytes")]
+CPUs = Annotated[float, Unit("CPUs")]
+Seconds = Annotated[float, Unit("seconds")]
 
 
 def is_backend_class(device: str) -> bool:
@@ -26,80 +44,232 @@ class Group(BaseModel):
 class ModelConfig(Group):
     """Which checkpoint is served, and how its numbers are held."""
 
-    source: str = Field(min_length=1)  # a folder (relative ones start at the project's root) or a hub id
-    revision: str | None = None  # hub ids only: branch, tag or commit
-    name: str | None = None  # the served id; None: the last part of source
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as config.json says
-    max_model_len: int | None = Field(default=None, ge=2)  # prompt + generated tokens; None: the model's own
+    source: str = Field(
+        min_length=1,
+        description="A folder, or a hub id like `org/name`. Relative folders start at the project's root. Always set.",
+    )
+    revision: str | None = Field(
+        default=None,
+        description="Branch, tag or commit of a hub id; none: the hub's default branch. "
+        "Set it to a commit so that every start loads the same weights.",
+    )
+    name: str | None = Field(
+        default=None,
+        description="What clients send as `model`; none: the last part of `source`. Set it for a name of your own.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Type of weights, activations and KV cache; `auto`: as config.json says. "
+        "Set it where config.json names none of these, or `float32` to compare results exactly.",
+    )
+    max_model_len: Tokens | None = Field(
+        default=None,
+        ge=2,
+        description="Prompt and generated tokens of one request together; none: as many positions as the model knows. "
+        "Lower it where the KV cache does not hold one request of full length.",
+    )
 
 
 class ParallelConfig(Group):
     """How the model is cut."""
 
-    tensor_parallel_size: int = Field(default=1, ge=1, le=1024)
-    pipeline_parallel_size: int = Field(default=1, ge=1, le=1024)
-    # The model's own plan, or rules with Transformers' patterns and styles: {"layers.*.mlp.up_proj": "colwise"}
-    tp_plan: Literal["auto"] | dict[str, str] = "auto"
-    tp_plan_mode: Literal["amend", "replace"] = "amend"  # what such rules do to the model's own
-    allow_replication: bool = False  # let every shard hold large matrices whole that no rule cuts
-    layers_per_stage: tuple[Annotated[int, Strict(), Field(ge=1)], ...] | None = Field(  # None: dealt by cost
+    tensor_parallel_size: Annotated[int, Unit("shards")] = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="Shards of every weight matrix; all shards of a stage are on one node. "
+        "Raise it first, up to the GPUs of a node that are joined by fast links; it must divide heads and ffn columns.",
+    )
+    pipeline_parallel_size: Annotated[int, Unit("stages")] = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="Stages of consecutive layers; each is on one node. "
+        "Raise it where one node cannot hold the model, or its links are slow.",
+    )
+    tp_plan: Literal["auto"] | dict[str, str] = Field(
+        default="auto",
+        description="The model's own tensor-parallel plan, or rules of your own by Transformers' patterns and styles. "
+        "Set rules to cut what the model's plan keeps whole, or the other way round; see docs/models.md.",
+    )
+    tp_plan_mode: Literal["amend", "replace"] = Field(
+        default="amend",
+        description="Whether rules in `tp_plan` are added to the model's own plan or stand in its place. "
+        "Set `replace` where the model's own plan is not wanted at all.",
+    )
+    allow_replication: bool = Field(
+        default=False,
+        description="Let every shard hold whole what no rule cuts, also large matrices. "
+        "Set it when a start is refused for that, and the memory is there.",
+    )
+    layers_per_stage: tuple[Annotated[int, Strict(), Field(ge=1)], ...] | None = Field(
         default=None,
         strict=False,  # YAML has lists, no tuples
+        description="Layers of each stage, a list with one number a stage; none: dealt by cost, the head counted. "
+        "Set it to fix the cut, for example where nodes differ.",
     )
 
 
 class CacheConfig(Group):
     """The paged KV cache of each rank."""
 
-    block_size: int | None = Field(default=None, ge=1, le=1024)  # tokens in a block; None: what the device is best at
-    num_blocks: int | None = Field(default=None, ge=1)  # None: as many as memory_share allows
-    memory_share: float = Field(default=0.8, gt=0, lt=1)  # of the device memory that is free once loaded
-    prefix_cache: bool = True  # keep blocks for requests that begin alike
+    block_size: Tokens | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="Tokens of one block; none: what the device is best at. "
+        "Set it to share shorter prefixes (small blocks): only full blocks are shared.",
+    )
+    num_blocks: Annotated[int, Unit("blocks")] | None = Field(
+        default=None,
+        ge=1,
+        description="Blocks of every rank; none: as many as `memory_share` allows on the fullest rank. "
+        "Set it where the size must not depend on what else uses the memory, as in tests.",
+    )
+    memory_share: Annotated[float, Unit("share")] = Field(
+        default=0.8,
+        gt=0,
+        lt=1,
+        description="Share of the memory that is free once the weights are loaded; ranks of one CPU node divide it. "
+        "Lower it when ranks run out of memory; raise it for more sequences at once.",
+    )
+    prefix_cache: bool = Field(
+        default=True,
+        description="Keep the blocks of ended requests for others that begin alike. "
+        "Unset it to measure without reuse, or where a prompt's speed must not tell what others have sent.",
+    )
 
 
 class SchedulerConfig(Group):
     """How much runs at once."""
 
-    max_num_seqs: int = Field(default=64, ge=1)  # sequences that hold blocks at the same time
-    max_num_batched_tokens: int = Field(default=2048, ge=1)  # tokens of one step
-    num_lanes: int | None = Field(default=None, ge=1)  # None: one a stage
-    depth: int | None = Field(default=None, ge=1, le=4)  # steps in flight of one lane; None: 2
+    max_num_seqs: Sequences = Field(
+        default=64,
+        ge=1,
+        description="Sequences that hold KV blocks at the same time; more wait. "
+        "Raise it for more tokens a second in all, lower it for sooner tokens of each.",
+    )
+    max_num_batched_tokens: Tokens = Field(
+        default=2048,
+        ge=1,
+        description="Tokens of one step, prompts included; at least `max_num_seqs`. "
+        "Raise it for faster prompts; activations take more memory, and steps more time.",
+    )
+    num_lanes: Annotated[int, Unit("lanes")] | None = Field(
+        default=None,
+        ge=1,
+        description="Groups of sequences that take turns in the pipeline; none: one a stage. "
+        "Set one more than stages where a stage still waits for the engine (`stagemesh profile` shows it).",
+    )
+    depth: Annotated[int, Unit("steps")] | None = Field(
+        default=None,
+        ge=1,
+        le=4,
+        description="Steps of one lane in flight; none: 2, which hides the way to the engine. Set 1 to debug.",
+    )
 
 
 class AdmissionConfig(Group):
-    """What is let in; more is answered 503, a larger body 413 before it costs anything."""
+    """What is let in; what is above is refused before it costs anything."""
 
-    max_requests: int = Field(default=256, ge=1)  # running and waiting together
-    max_body_bytes: int = Field(default=1024 * 1024, ge=1024)  # a MiB of ids takes 20 ms to read, of the one event loop
+    max_requests: Sequences = Field(
+        default=256,
+        ge=1,
+        description="Answers running and waiting together (`n` and lists of prompts count each); more get 503. "
+        "Raise it for longer queues, lower it to let a load balancer go elsewhere sooner.",
+    )
+    max_body_bytes: Bytes = Field(
+        default=1024 * 1024,  # a MiB of ids takes 20 ms to read, of the one event loop
+        ge=1024,
+        description="Size of one request's body; a larger one gets 413. "
+        "Raise it for prompts that are longer; reading 1 MiB of token ids holds up other requests for 20 ms.",
+    )
 
 
 class PlacementConfig(Group):
     """Where the stages go."""
 
-    strategy: Literal["auto", "PACK", "STRICT_PACK", "STRICT_SPREAD"] = "auto"
-    cpus_per_rank: float = Field(default=1.0, ge=0)
-    cpus_per_replica: float = Field(default=1.0, ge=0)  # HTTP and engine, in bundle 0
-    label_selector: dict[str, str] = Field(default_factory=dict)  # for every bundle, e.g. ray.io/accelerator-type
-    wait_s: float = Field(default=0.0, ge=0)  # for nodes that an autoscaler brings
+    strategy: Literal["auto", "PACK", "STRICT_PACK", "STRICT_SPREAD"] = Field(
+        default="auto",
+        description="Ray's strategy; `auto`: `STRICT_PACK` for one stage, else `PACK`. Set `STRICT_SPREAD` for one "
+        "stage a node.",
+    )
+    cpus_per_rank: CPUs = Field(
+        default=1.0,
+        ge=0,
+        description="CPUs that Ray reserves for each rank. Lower it where ranks may share cores, as in the demo.",
+    )
+    cpus_per_replica: CPUs = Field(
+        default=1.0,
+        ge=0,
+        description="CPUs reserved for HTTP and engine, beside the first stage. Lower it on machines with few cores.",
+    )
+    label_selector: dict[str, str] = Field(
+        default_factory=dict,
+        description="Labels of every node used, as in `{ray.io/accelerator-type: H100}`. Set it where nodes differ.",
+    )
+    wait_s: Seconds = Field(
+        default=0.0,
+        ge=0,
+        description="How long a start waits for nodes that are missing or busy. "
+        "Set it where an autoscaler brings nodes; with 0 what is short is said at once.",
+    )
 
 
 class TimeoutConfig(Group):
-    """Limits of patience, in seconds."""
+    """Limits of patience."""
 
-    start_s: float = Field(default=900.0, gt=0)  # from actors asked for to gang ready
-    collective_s: float = Field(default=60.0, gt=0)  # one collective or one hop between stages
-    request_s: float = Field(default=600.0, gt=0)  # one request, from its arrival to its end; clients may ask for less
-    drain_s: float = Field(default=30.0, ge=0)  # for what runs when a replica has to stop, or a stage's node is drained
+    start_s: Seconds = Field(
+        default=900.0,
+        gt=0,
+        description="Each phase of a start: processes, groups, weights, warm-up. Raise it for large checkpoints.",
+    )
+    collective_s: Seconds = Field(
+        default=60.0,
+        gt=0,
+        description="One exchange between shards, or one hop between stages; also the first step. "
+        "Raise it where first steps take longer, for example while kernels are compiled.",
+    )
+    request_s: Seconds = Field(
+        default=600.0,
+        gt=0,
+        description="One request from its arrival to its end; then it gets 504. Clients may ask for less (`timeout`). "
+        "Raise it for long answers of slow models.",
+    )
+    drain_s: Seconds = Field(
+        default=30.0,
+        ge=0,
+        description="What runs may take to finish when a replica stops, or a node of it is drained; then it is cut. "
+        "Raise it to the length of your longest answers.",
+    )
 
 
 class RecoveryConfig(Group):
     """What happens when a rank is lost."""
 
-    # rejoin: the others keep process and weights; restart_all: all start again, as they also do when rejoining fails
-    mode: Literal["rejoin", "restart_all"] = "rejoin"
-    warm_spares: int = Field(default=0, ge=0, le=8)  # processes of each stage that wait, without weights, to take over
-    clean_s: float = Field(default=3.0, gt=0)  # a rank that has not left the lost epoch by then is ended
-    wait_s: float = Field(default=300.0, gt=0)  # for processes in place of those lost, and for a lost node to be back
+    mode: Literal["rejoin", "restart_all"] = Field(
+        default="rejoin",
+        description="`rejoin`: the other ranks keep processes and weights; `restart_all`: all start again, which is "
+        "also done when rejoining fails. Set `restart_all` where survivors are not trusted.",
+    )
+    warm_spares: Annotated[int, Unit("processes")] = Field(
+        default=0,
+        ge=0,
+        le=8,
+        description="Processes of each stage that wait with everything imported, without weights. "
+        "Set 1 so that a lost rank costs no start of a process; each takes the memory of its imports.",
+    )
+    clean_s: Seconds = Field(
+        default=3.0,
+        gt=0,
+        description="For survivors to leave the lost epoch; then they are ended too. Raise it where they are slow.",
+    )
+    wait_s: Seconds = Field(
+        default=300.0,
+        gt=0,
+        description="How long recovery waits for processes in place of lost ones, and for a lost node to be back. "
+        "Raise it where a new node takes longer to come.",
+    )
 
 
 class Config(Group):
@@ -107,10 +277,16 @@ class Config(Group):
 
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
-    # A backend of your own, `package.module:Class`, is imported by the ranks; see CONTRIBUTING.md
-    device: Annotated[str, AfterValidator(_device)] = "auto"
-    # auto: the device's kernels stand for the model's own modules where they compute the same; none: nowhere
-    substitutions: Literal["auto", "none"] = "auto"
+    device: Annotated[str, AfterValidator(_device)] = Field(
+        default="auto",
+        description="`cpu`, `cuda`, `auto` (CUDA where any node has a GPU), or a backend of your own as "
+        "`package.module:Class`, which every node can import. Set it so that no start takes another device than meant.",
+    )
+    substitutions: Literal["auto", "none"] = Field(
+        default="auto",
+        description="`auto`: the device's kernels stand in for the model's own modules where they compute the same; "
+        "`none`: nowhere. Set `none` to find out whether a kernel is at fault; it is slower.",
+    )
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     admission: AdmissionConfig = AdmissionConfig()
