@@ -11,7 +11,7 @@ import ray
 from ray._private.state import available_resources_per_node
 from ray._private.state import state as cluster_state
 
-from cluster.placement.placement import InfeasiblePlacement, Strategy, Verdict, check
+from cluster.placement.placement import Fit, InfeasiblePlacement, Strategy, check
 from cluster.placement.resources import NodeFree, StageNeed
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def wait_for(
     wait_s: float,
     may_be_busy: bool = False,
     read: Callable[[], list[NodeFree]] = read_nodes,
-) -> Verdict:
+) -> Fit:
     """Check until the stages fit, for at most `wait_s` seconds; 0 checks once. Raises InfeasiblePlacement.
 
     `may_be_busy` lets pass what would fit an idle cluster: when an application is deployed anew, its old replica
@@ -65,14 +65,14 @@ def wait_for(
     deadline = time.monotonic() + wait_s
     said_at = float("-inf")
     while True:
-        verdict = check(needs, strategy, read())
-        if verdict.node_ids is not None or (verdict.busy and may_be_busy):
-            return verdict
+        fit = check(needs, strategy, read())
+        if fit.node_ids is not None or (fit.busy and may_be_busy):
+            return fit
         now = time.monotonic()
         if now >= deadline:
             waited = f" after {wait_s:g} s" if wait_s else ""
-            raise InfeasiblePlacement(f"placement{waited}: {verdict.explanation}")
+            raise InfeasiblePlacement(f"placement{waited}: {fit.explanation}")
         if now - said_at >= _SAY_EVERY_S:
             said_at = now
-            logger.warning("waiting up to %.0f s for nodes: %s", deadline - now, verdict.explanation)
+            logger.warning("waiting up to %.0f s for nodes: %s", deadline - now, fit.explanation)
         time.sleep(min(_POLL_S, deadline - now))

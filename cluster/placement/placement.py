@@ -6,8 +6,8 @@ from typing import Literal
 
 from cluster.placement import resources
 from cluster.placement.packing import pack, spread
-from cluster.placement.placement_table import explain
 from cluster.placement.resources import Amounts, NodeFree, StageNeed, matches
+from cluster.placement.table import explain
 from cluster.topology import Topology
 from configs.config import PlacementConfig
 
@@ -16,11 +16,11 @@ Device = Literal["cpu", "cuda"]
 
 __all__ = [  # with the data of `resources`: who places stages needs one import
     "Device",
+    "Fit",
     "InfeasiblePlacement",
     "NodeFree",
     "StageNeed",
     "Strategy",
-    "Verdict",
     "check",
     "make_bundles",
     "make_label_selectors",
@@ -31,7 +31,7 @@ __all__ = [  # with the data of `resources`: who places stages needs one import
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Fit:
     """Whether the stages fit, and how: a way to place them (Ray may choose another one), or what is short."""
 
     node_ids: tuple[str, ...] | None  # by stage; None: they do not fit now
@@ -87,14 +87,14 @@ def make_label_selectors(needs: Sequence[StageNeed]) -> list[dict[str, str]] | N
     return [dict(need.labels) for need in needs] if any(need.labels for need in needs) else None
 
 
-def check(needs: Sequence[StageNeed], strategy: Strategy, nodes: Sequence[NodeFree]) -> Verdict:
+def check(needs: Sequence[StageNeed], strategy: Strategy, nodes: Sequence[NodeFree]) -> Fit:
     """Find a node for every stage, or say in one table what is short."""
     alive = [node for node in nodes if node.alive]
     chosen = _assign(needs, strategy, alive, [resources.free(node) for node in alive])
     if chosen is not None:
-        return Verdict(tuple(alive[index].node_id for index in chosen), busy=False, explanation="the stages fit")
+        return Fit(tuple(alive[index].node_id for index in chosen), busy=False, explanation="the stages fit")
     busy = _assign(needs, strategy, alive, [resources.has(node) for node in alive]) is not None
-    return Verdict(None, busy, explain(needs, strategy, nodes, busy))
+    return Fit(None, busy, explain(needs, strategy, nodes, busy))
 
 
 def _assign(

@@ -37,7 +37,7 @@ from cluster.placement.placement import (
     resolve_strategy,
 )
 from configs.config import Config
-from deployments.bench.scaling import LayoutFigures, OfflineReport, Round, Speed, as_text, speed_of
+from deployments.bench.scaling import BatchSpeed, LayoutFigures, OfflineReport, Round, as_text, speed_of
 from deployments.plan.command import config_of
 from deployments.serve.replica import settings_of
 
@@ -142,7 +142,7 @@ def _measure_layout(config: Config, plan: Plan, device: Device, options: argpars
             gang.close()
 
 
-def _figures(gang: Gang, plan: Plan, start_s: float, speeds: tuple[Speed, ...]) -> LayoutFigures:
+def _figures(gang: Gang, plan: Plan, start_s: float, speeds: tuple[BatchSpeed, ...]) -> LayoutFigures:
     here = ray.get_runtime_context().get_node_id()
     ranks = gang.ranks()
     return LayoutFigures(
@@ -212,7 +212,7 @@ def _running(gang: Gang, plan: Plan) -> Iterator[_Bench]:
         bench.engine.close()
 
 
-def _measure_batch(bench: _Bench, name: str, batch: int, config: Config, options: argparse.Namespace) -> Speed:
+def _measure_batch(bench: _Bench, name: str, batch: int, config: Config, options: argparse.Namespace) -> BatchSpeed:
     """Rounds with prompts of their own, so that no prefix is cached, after a short one that does not count."""
     plan, length = bench.plan, options.input_len + options.output_len
     needed = batch * num_blocks_for(length, plan.block_size)

@@ -16,18 +16,18 @@ from deployments.bench.drive import Extent, Progress, drive
 from deployments.bench.figures import Figures, Load, Timeline, figures
 from deployments.bench.load import CHAT, Ask, RandomPrompts, Workload, read_conversations
 from deployments.bench.progress import shown
-from deployments.bench.text import Report
+from deployments.bench.text import OnlineReport
 
 _OPEN_SECONDS = 30.0  # of arrivals, where nothing is asked
 _FEWEST, _PER_CLIENT = 16, 4  # requests of a closed loop, where nothing is asked
 
 
-def measure(options: argparse.Namespace, key: str | None) -> Report:
+def measure(options: argparse.Namespace, key: str | None) -> OnlineReport:
     """Load the server as the options say. Raises ValueError when it cannot be loaded, with the remedy."""
     return uvloop.run(_measure(options, key))
 
 
-async def _measure(options: argparse.Namespace, key: str | None) -> Report:
+async def _measure(options: argparse.Namespace, key: str | None) -> OnlineReport:
     url = base_url(options.target)
     shared = {"stream": True, "stream_options": {"include_usage": True}, "temperature": options.temperature}
     async with Client(url, key, options.timeout, shared) as client:
@@ -40,7 +40,7 @@ async def _measure(options: argparse.Namespace, key: str | None) -> Report:
         found = []
         for level, load in enumerate(loads(options)):
             found.append(await _level(send, level, load, options))
-    return Report(
+    return OnlineReport(
         url=url,
         model=model["id"],
         prompts=str(workload),

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from deployments.bench.figures import Figures, Spread
-from deployments.bench.text import Report
+from deployments.bench.text import OnlineReport
 
 SUFFIXES = (".png", ".svg")
 _P50, _P99 = "#1f5fa8", "#d1642e"
@@ -27,7 +27,7 @@ def check_plot(path: Path, num_loads: int) -> None:
         ) from None
 
 
-def write_plot(report: Report, path: Path) -> None:
+def write_plot(report: OnlineReport, path: Path) -> None:
     """Two rows, TTFT and TPOT; two columns, against load and against output tokens/s. Raises OSError."""
     from matplotlib.figure import Figure
 

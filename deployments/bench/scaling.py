@@ -34,7 +34,7 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Speed:
+class BatchSpeed:
     """Of one batch on one layout; medians of the rounds."""
 
     batch: int
@@ -61,7 +61,7 @@ class LayoutFigures:
     weight_bytes: tuple[int, ...]
     cache_bytes: tuple[int, ...]
     process_bytes: tuple[int | None, ...]  # private memory of the process; None: on another node
-    speeds: tuple[Speed, ...]
+    speeds: tuple[BatchSpeed, ...]
 
     @property
     def num_ranks(self) -> int:
@@ -95,9 +95,11 @@ class OfflineReport:
     layouts: tuple[LayoutFigures, ...]
 
 
-def speed_of(batch: int, input_len: int, rounds: Sequence[Round], best: tuple[float | None, float | None]) -> Speed:
+def speed_of(
+    batch: int, input_len: int, rounds: Sequence[Round], best: tuple[float | None, float | None]
+) -> BatchSpeed:
     """Medians; `best` are the limits of prefill and decode. Raises ValueError as `Round` does."""
-    return Speed(
+    return BatchSpeed(
         batch,
         statistics.median(one.prefill_tokens_per_s(input_len) for one in rounds),
         statistics.median(one.decode_tokens_per_s() for one in rounds),
@@ -106,8 +108,8 @@ def speed_of(batch: int, input_len: int, rounds: Sequence[Round], best: tuple[fl
 
 
 def scaling(
-    layouts: Sequence[LayoutFigures], batch: int, rate: Callable[[Speed], float]
-) -> list[tuple[LayoutFigures, Speed, Scaling]]:
+    layouts: Sequence[LayoutFigures], batch: int, rate: Callable[[BatchSpeed], float]
+) -> list[tuple[LayoutFigures, BatchSpeed, Scaling]]:
     """Every layout at one batch size, against the first."""
     rows = [(layout, next(one for one in layout.speeds if one.batch == batch)) for layout in layouts]
     first_layout, first_speed = rows[0]
@@ -155,7 +157,7 @@ def _memory(report: OfflineReport) -> list[str]:
 
 
 def _speeds(
-    report: OfflineReport, name: str, rate: Callable[[Speed], float], best: Callable[[Speed], float | None]
+    report: OfflineReport, name: str, rate: Callable[[BatchSpeed], float], best: Callable[[BatchSpeed], float | None]
 ) -> list[str]:
     has_best = report.accelerator is not None
     ms = ["ms a token"] if name == "Decode" else []

@@ -11,7 +11,7 @@ _BUSY = 0.7  # of a core
 
 
 @dataclass(frozen=True)
-class Report:
+class OnlineReport:
     """A whole load test."""
 
     url: str
@@ -25,14 +25,14 @@ class Report:
     figures: tuple[Figures, ...]  # by load, in the order asked for
 
 
-def as_text(report: Report) -> str:
+def as_text(report: OnlineReport) -> str:
     """All sections."""
     sections = [_head(report), _throughput(report), _latency(report.figures), _failures(report.figures)]
     sections.append([f"  - {note}" for note in notes(report)])
     return "\n\n".join("\n".join(section) for section in sections if section) + "\n"
 
 
-def _head(report: Report) -> list[str]:
+def _head(report: OnlineReport) -> list[str]:
     ends = "end of sequence ignored" if report.ignore_eos else "may end earlier"
     return [
         f"{report.model} at {report.url}",
@@ -43,7 +43,7 @@ def _head(report: Report) -> list[str]:
     ]
 
 
-def _throughput(report: Report) -> list[str]:
+def _throughput(report: OnlineReport) -> list[str]:
     rows = [("  load", "done", "failed", "seconds", "in flight", "requests/s", "output tok/s", "total tok/s")]
     rows += [
         (
@@ -98,7 +98,7 @@ def _failures(found: Sequence[Figures]) -> list[str]:
     return ["Failed", *lines] if lines else []
 
 
-def notes(report: Report) -> list[str]:
+def notes(report: OnlineReport) -> list[str]:
     """What a reader has to know to read the figures right."""
     said = []
     done = [one for one in report.figures if one.completed]

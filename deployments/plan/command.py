@@ -17,7 +17,7 @@ from actors.decisions.model.accelerators import ACCELERATORS
 from actors.words.errors import UnsupportedModel
 from configs.config import Config
 from configs.files import read_config
-from deployments.plan.report import Report, layouts, report, shortfalls
+from deployments.plan.report import PlanReport, layouts, make_report, shortfalls
 from deployments.plan.text import as_text
 
 _DEFAULT_GPU = "h100-80gb"
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     return 1 if found.problems else 0
 
 
-def plan_report(config: Config, gpu: str, context: int | None = None) -> Report:
+def plan_report(config: Config, gpu: str, context: int | None = None) -> PlanReport:
     """The plan of a config on an accelerator. Raises ValueError with every problem, or UnsupportedModel."""
     from actors.decisions.model.plan import make_plan  # the model is built to be read: torch is imported only here
     from actors.tensors.model.spec_reader import read_spec
@@ -67,7 +67,7 @@ def plan_report(config: Config, gpu: str, context: int | None = None) -> Report:
         raise ValueError(f"--context: {context} tokens, but model.max_model_len is {plan.max_model_len}; ask for fewer")
     context = context or min(_DEFAULT_CONTEXT, plan.max_model_len)
     source = "the public values that are shipped" if is_shipped else str(folder / "config.json")
-    found = report(config, plan, ACCELERATORS[gpu], context, source)
+    found = make_report(config, plan, ACCELERATORS[gpu], context, source)
     return dataclasses.replace(
         found,
         layouts=layouts(config, spec, ACCELERATORS[gpu], context),

@@ -56,7 +56,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Report:
+class PlanReport:
     """Everything that is said."""
 
     architecture: str
@@ -89,13 +89,13 @@ class Report:
     problems: tuple[str, ...] = ()
 
 
-def report(config: Config, plan: Plan, accelerator: Accelerator, context: int, source: str) -> Report:
+def make_report(config: Config, plan: Plan, accelerator: Accelerator, context: int, source: str) -> PlanReport:
     """Of one plan."""
     estimate = _estimate(config, plan, accelerator)
     spec, ranks = plan.spec, range(plan.topology.num_ranks)
     parameters = sum(parameter.numel for parameter in spec.parameters)
     num_blocks = estimate.num_blocks
-    return Report(
+    return PlanReport(
         architecture=spec.architecture,
         source=source,
         accelerator=accelerator.name,

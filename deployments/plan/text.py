@@ -1,15 +1,15 @@
-"""`stagemesh plan` for people: the Report as aligned text of at most 100 columns."""
+"""`stagemesh plan` for people: the PlanReport as aligned text of at most 100 columns."""
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from actors.decisions.model.estimate import Speed
-from deployments.plan.report import RankRow, Report
+from deployments.plan.report import PlanReport, RankRow
 
 _FEW = 8  # ranks that are listed one by one
 
 
-def as_text(report: Report) -> str:
+def as_text(report: PlanReport) -> str:
     """All sections."""
     sections = [
         _head(report),
@@ -25,7 +25,7 @@ def as_text(report: Report) -> str:
     return "\n\n".join("\n".join(section) for section in sections if section) + "\n"
 
 
-def _head(report: Report) -> list[str]:
+def _head(report: PlanReport) -> list[str]:
     tp, pp = report.tensor_parallel_size, report.pipeline_parallel_size
     return [
         f"{report.architecture}, {report.parameters / 1e9:.2f} B parameters, read from {report.source}",
@@ -33,7 +33,7 @@ def _head(report: Report) -> list[str]:
     ]
 
 
-def _ranks(report: Report) -> list[str]:
+def _ranks(report: PlanReport) -> list[str]:
     """One row a rank; where there are many, equal shards of a stage share one."""
     if len(report.ranks) <= _FEW:
         rows = [(str(row.rank), str(row.shard), row) for row in report.ranks]
@@ -65,7 +65,7 @@ def _largest(rows: Sequence[RankRow]) -> RankRow:
     return max(rows, key=lambda row: row.weight_bytes)
 
 
-def _memory(report: Report) -> list[str]:
+def _memory(report: PlanReport) -> list[str]:
     fullest = min(report.ranks, key=lambda row: row.memory.cache_bytes)
     memory = fullest.memory
     lines = [
@@ -95,7 +95,7 @@ def _memory(report: Report) -> list[str]:
     return lines
 
 
-def _exchange(report: Report) -> list[str]:
+def _exchange(report: PlanReport) -> list[str]:
     lines = [
         "Exchange",
         (
@@ -108,7 +108,7 @@ def _exchange(report: Report) -> list[str]:
     return lines
 
 
-def _speed(report: Report) -> list[str]:
+def _speed(report: PlanReport) -> list[str]:
     rows = [("  batch", "ms a token", "tokens/s", "limited by")]
     rows += [
         (
@@ -126,7 +126,7 @@ def _speed(report: Report) -> list[str]:
     ]
 
 
-def _layouts(report: Report) -> list[str]:
+def _layouts(report: PlanReport) -> list[str]:
     if not report.layouts:
         return []
     rows = [("  TP x PP", "GPUs", "fits", "longest context", "ms a token, batch 1", "tokens/s, batch 64")]

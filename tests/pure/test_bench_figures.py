@@ -13,9 +13,9 @@ import pytest
 from deployments.bench.figures import Figures, Load, Spread, Timeline, figures, percentile, spread
 from deployments.bench.load import CHAT, COMPLETIONS, RandomPrompts, arrivals_s, read_conversations, words
 from deployments.bench.plot import check_plot, write_plot
-from deployments.bench.scaling import LayoutFigures, OfflineReport, Round, Speed, scaling, speed_of
+from deployments.bench.scaling import BatchSpeed, LayoutFigures, OfflineReport, Round, scaling, speed_of
 from deployments.bench.scaling import as_text as offline_text
-from deployments.bench.text import Report, as_text
+from deployments.bench.text import OnlineReport, as_text
 
 # Powers of two: every sum and quotient is exact
 FIRST = Timeline(sent_s=8.0, chunks_s=[8.5, 8.75, 9.25], ended_s=9.25, prompt_tokens=10, output_tokens=4)
@@ -155,8 +155,8 @@ def test_files_without_conversations(tmp_path: Path) -> None:
             read_conversations(tmp_path / name)
 
 
-def a_report(*found_ones: Figures, limits: dict[str, float] | None = None) -> Report:
-    return Report("http://x", "m", "64 random token ids", 64, True, 0.0, 1, limits or {}, found_ones)
+def a_report(*found_ones: Figures, limits: dict[str, float] | None = None) -> OnlineReport:
+    return OnlineReport("http://x", "m", "64 random token ids", 64, True, 0.0, 1, limits or {}, found_ones)
 
 
 def test_people_read_failures_and_what_makes_figures_doubtful() -> None:
@@ -220,13 +220,13 @@ def test_medians_of_rounds() -> None:
     slow = Round(((4.0, 6.0, 8.0, 10.0),))
     fast = Round(((1.0, 2.0, 3.0, 4.0),))
     speed = speed_of(1, 8, [slow, fast, fast], (None, None))
-    assert speed == Speed(1, 8, 1, None, None)
+    assert speed == BatchSpeed(1, 8, 1, None, None)
     assert speed.ms_per_token == 1000
 
 
 def test_scaling_is_against_the_first_layout() -> None:
     def layout(tp: int, pp: int, rate: float) -> LayoutFigures:
-        speeds = (Speed(1, 10 * rate, rate, None, 1000.0),)
+        speeds = (BatchSpeed(1, 10 * rate, rate, None, 1000.0),)
         return LayoutFigures(tp, pp, 9.0, 1.0, 16, (4000,) * tp * pp, (2000,) * tp * pp, (None,) * tp * pp, speeds)
 
     layouts = (layout(1, 2, 100.0), layout(2, 2, 150.0), layout(1, 1, 80.0))

@@ -10,7 +10,7 @@ import pytest
 
 from deployments import cli
 from deployments.bench import command as bench_command
-from deployments.bench.text import Report, as_text
+from deployments.bench.text import OnlineReport, as_text
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,7 +21,7 @@ COMMAND = (
 
 
 def test_the_readme_shows_what_is_printed() -> None:
-    report = msgspec.json.decode(EXAMPLE.read_bytes(), type=Report)
+    report = msgspec.json.decode(EXAMPLE.read_bytes(), type=OnlineReport)
     shown = f"```\n$ {COMMAND}\n{as_text(report).rstrip()}\n```"
     assert shown in README, f"README.md shows other figures; these are:\n{shown}"
 

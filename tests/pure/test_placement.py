@@ -114,11 +114,9 @@ def test_the_first_stage_is_not_forgotten_in_tight_nodes():
 
 
 def test_a_group_never_spans_nodes():
-    verdict = check(needs_of(8, 1), "STRICT_PACK", [node("a", gpus=4), node("b", gpus=4)])
-    assert verdict.node_ids is None and not verdict.busy
-    assert (
-        "no node has 8 GPUs; the largest has 4: set parallel.tensor_parallel_size to at most 4" in verdict.explanation
-    )
+    fit = check(needs_of(8, 1), "STRICT_PACK", [node("a", gpus=4), node("b", gpus=4)])
+    assert fit.node_ids is None and not fit.busy
+    assert "no node has 8 GPUs; the largest has 4: set parallel.tensor_parallel_size to at most 4" in fit.explanation
 
 
 def test_the_table_says_needs_and_nodes_and_sums():
@@ -174,16 +172,16 @@ def test_alike_nodes_share_a_row():
     ],
 )
 def test_the_last_line_says_what_would_work(needs, strategy, nodes, remedy):
-    verdict = check(needs, strategy, nodes)
-    assert verdict.node_ids is None and not verdict.busy
-    assert verdict.explanation.splitlines()[-1].startswith("what would work: ")
-    assert remedy in verdict.explanation.splitlines()[-1]
+    fit = check(needs, strategy, nodes)
+    assert fit.node_ids is None and not fit.busy
+    assert fit.explanation.splitlines()[-1].startswith("what would work: ")
+    assert remedy in fit.explanation.splitlines()[-1]
 
 
 def test_busy_is_told_from_absent():
-    verdict = check(needs_of(4, 1), "STRICT_PACK", [node("a", gpus=4, free_gpus=3)])
-    assert verdict.node_ids is None and verdict.busy
-    assert "busy: GPU" in verdict.explanation and "placement.wait_s" in verdict.explanation
+    fit = check(needs_of(4, 1), "STRICT_PACK", [node("a", gpus=4, free_gpus=3)])
+    assert fit.node_ids is None and fit.busy
+    assert "busy: GPU" in fit.explanation and "placement.wait_s" in fit.explanation
     assert "do not fit" in check(needs_of(4, 2), "PACK", [node("a", gpus=8, free_gpus=4)]).explanation
 
 
