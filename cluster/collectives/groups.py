@@ -4,30 +4,22 @@ import logging
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
+from cluster.collectives.cpu_transport import CpuTransport
+from cluster.collectives.cuda_transport import CudaTransport
 from cluster.collectives.interface import Link, LoneShard, StageGroup
-from cluster.collectives.process_group import ProcessGroup, TorchLink, TorchStage
-from cluster.collectives.rendezvous import EpochStore, pin_nccl
-from cluster.collectives.shared_memory import SharedMemoryStage, share_memory
-from cluster.collectives.socket_link import connect_links
-from cluster.collectives.symmetric_memory import with_symmetric_memory
+from cluster.collectives.process_group import GlooGroup
+from cluster.collectives.rendezvous import EpochStore
+from cluster.collectives.transport import Held, Member, Transport
 from cluster.topology import Topology
 
 logger = logging.getLogger(__name__)
 
 
-class _Held(Protocol):
-    """What a rank must let go of when the epoch ends."""
-
-    @property
-    def num_operations(self) -> int: ...
-
-    def abort(self) -> None: ...
-
-    def close(self) -> None: ...
+# By the type of a torch device. A backend whose tensors are on the CPU uses the CPU's, whatever computes them.
+_TRANSPORTS: dict[str, type[Transport]] = {"cpu": CpuTransport, "cuda": CudaTransport}
 
 
 @dataclass
@@ -38,8 +30,8 @@ class Groups:
     previous: Link | None  # None on the first stage
     next: Link | None  # None on the last stage
     feedback: Link | None  # what the last stage sampled, to the same shard of the first; None on the others, and alone
-    control: ProcessGroup  # every rank, CPU tensors
-    held: list[_Held] = field(repr=False)
+    control: GlooGroup  # every rank, CPU tensors
+    held: list[Held] = field(repr=False)
 
     @property
     def num_operations(self) -> int:
@@ -58,13 +50,7 @@ class Groups:
 
 
 def join(
-    topology: Topology,
-    rank: int,
-    store: EpochStore,
-    device: torch.device,
-    address: str,
-    timeout_s: float,
-    use_shared_memory: bool = True,
+    topology: Topology, rank: int, store: EpochStore, device: torch.device, address: str, timeout_s: float
 ) -> Groups:
     """Meet the other ranks of this epoch and warm every group up.
 
@@ -73,64 +59,31 @@ def join(
     previous stage, link to the next, feedback. Raises TimeoutError (which names who is missing), RuntimeError, or
     JoinCancelled; nothing stays open then.
     """
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        pin_nccl(address)
-    member = _Member(topology, rank, store, device, address, timeout_s)
-    held: list[_Held] = []
+    member = Member(topology, rank, store, device, address, timeout_s)
+    if device.type not in _TRANSPORTS:
+        raise ValueError(f"ranks exchange tensors on {' and '.join(_TRANSPORTS)} only, not on {device}")
+    transport = _TRANSPORTS[device.type](member)
+    held: list[Held] = []
     with ExitStack() as undo:
         undo.callback(_let_go, held)
         store.roll_call("ranks", rank, topology.num_ranks)
-        member.say("all ranks are here")
-        control = member.group("control", list(range(topology.num_ranks)), torch.device("cpu"))
+        _say(member, "all ranks are here")
+        control = GlooGroup("control", store, list(range(topology.num_ranks)), rank, address, timeout_s)
         held.append(control)
-        member.say("control group connected")
-        stage = _join_stage(member, use_shared_memory)
+        _say(member, "control group connected")
+        stage = LoneShard() if topology.tensor_parallel_size == 1 else transport.join_stage()
         held.append(stage)
-        member.say(f"stage group connected ({type(stage).__name__}, {stage.size} shards)")
-        links = _join_links(member, held)
-        member.say("links connected")
+        _say(member, f"stage group connected ({type(stage).__name__}, {stage.size} shards)")
+        links = _join_links(member, transport, held)
+        _say(member, "links connected")
         _warm_up(member, stage, *links)
         control.barrier()
-        member.say("all groups work")
+        _say(member, "all groups work")
         undo.pop_all()
     return Groups(stage, *links, control, held)
 
 
-@dataclass(frozen=True)
-class _Member:
-    """One rank on its way into an epoch."""
-
-    topology: Topology
-    rank: int
-    store: EpochStore
-    device: torch.device
-    address: str
-    timeout_s: float
-
-    def group(self, name: str, ranks: list[int], device: torch.device) -> ProcessGroup:
-        return ProcessGroup(name, self.store, ranks, self.rank, device, self.address, self.timeout_s)
-
-    def say(self, what: str) -> None:
-        logger.info("epoch %d, rank %d of %d: %s", self.store.epoch, self.rank, self.topology.num_ranks, what)
-
-
-def _join_stage(member: _Member, use_shared_memory: bool) -> StageGroup:
-    topology, stage = member.topology, member.topology.stage(member.rank)
-    shard, size = topology.shard(member.rank), topology.tensor_parallel_size
-    if size == 1:
-        return LoneShard()
-    if member.device.type == "cpu" and use_shared_memory:
-        mapping = share_memory(member.store, stage, size, shard)
-        if mapping is not None:
-            return SharedMemoryStage(mapping, size, shard, member.timeout_s)
-    group = TorchStage(member.group(f"stage{stage}", topology.stage_ranks(stage), member.device))
-    if member.device.type == "cuda":
-        return with_symmetric_memory(group, member.store, stage, member.device)
-    return group
-
-
-def _join_links(member: _Member, held: list[_Held]) -> tuple[Link | None, Link | None, Link | None]:
+def _join_links(member: Member, transport: Transport, held: list[Held]) -> tuple[Link | None, Link | None, Link | None]:
     """(from the previous stage, to the next stage, feedback); what was made goes to `held` at once."""
     topology, rank = member.topology, member.rank
     is_first, is_last = topology.is_first_stage(rank), topology.is_last_stage(rank)
@@ -138,38 +91,20 @@ def _join_links(member: _Member, held: list[_Held]) -> tuple[Link | None, Link |
     after = None if is_last else topology.next_rank(rank)
     # The first stage starts with its only link, so the ranks of a pipeline complete their groups one after the other;
     # feedback closes the circle only once that line is complete.
-    previous, following = _connect(member, "link", before, after, held)
+    previous, following = transport.connect("link", before, after)
+    held.extend(link for link in (previous, following) if link is not None)
     if is_first == is_last:
         return previous, following, None
     shard = topology.shard(rank)
     last = topology.rank(topology.pipeline_parallel_size - 1, shard) if is_first else None
     first = topology.rank(0, shard) if is_last else None
-    from_last, to_first = _connect(member, "feedback", last, first, held)
-    return previous, following, from_last or to_first
-
-
-def _connect(
-    member: _Member, name: str, before: int | None, after: int | None, held: list[_Held]
-) -> tuple[Link | None, Link | None]:
-    """(link from rank `before`, link to rank `after`)."""
-    rank = member.rank
-    if member.device.type == "cpu":
-        links = connect_links(member.store, rank, before, after, member.address, member.timeout_s, name)
-        held.extend(link for link in links if link is not None)
-        return links
-
-    def link_between(sender: int | None, receiver: int | None) -> Link | None:
-        if sender is None or receiver is None:
-            return None
-        link = TorchLink(member.group(f"{name}{sender}to{receiver}", [sender, receiver], member.device))
-        held.append(link)
-        return link
-
-    return link_between(before, rank), link_between(rank, after)
+    feedback = next(link for link in transport.connect("feedback", last, first) if link is not None)
+    held.append(feedback)
+    return previous, following, feedback
 
 
 def _warm_up(
-    member: _Member, stage: StageGroup, previous: Link | None, following: Link | None, feedback: Link | None
+    member: Member, stage: StageGroup, previous: Link | None, following: Link | None, feedback: Link | None
 ) -> None:
     """One small operation on each group: what is broken shows now, and the first request finds everything connected."""
     topology, rank, own = member.topology, member.rank, torch.full((1,), float(member.rank), device=member.device)
@@ -193,7 +128,11 @@ def _warm_up(
         )
 
 
-def _let_go(held: Iterable[_Held]) -> None:
+def _say(member: Member, what: str) -> None:
+    logger.info("epoch %d, rank %d of %d: %s", member.store.epoch, member.rank, member.topology.num_ranks, what)
+
+
+def _let_go(held: Iterable[Held]) -> None:
     for group in held:
         group.abort()
         group.close()

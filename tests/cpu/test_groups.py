@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import cluster.collectives.cpu_transport as cpu_transport
 import cluster.collectives.shared_memory as shared_memory
 from cluster.collectives.groups import join
 from cluster.collectives.process_group import TorchStage
@@ -35,9 +36,11 @@ def run():
     del store
 
 
-def join_all(rank, port, layout, epoch=1, timeout_s=20.0, address=ADDRESS, **options):
+def join_all(rank, port, layout, epoch=1, timeout_s=20.0, address=ADDRESS, shared=True):
+    if not shared:
+        cpu_transport.share_memory = lambda *_: None  # as where memory cannot be shared
     store = join_store(ADDRESS, port, epoch, 20.0)
-    return join(Topology(*layout), rank, store, CPU, address, timeout_s, **options)
+    return join(Topology(*layout), rank, store, CPU, address, timeout_s)
 
 
 def use(groups, topology, rank):
@@ -82,7 +85,7 @@ def join_and_rejoin(rank, port, layout, shared):
     topology = Topology(*layout)
     kinds = []
     for epoch in (1, 2, 3):
-        groups = join_all(rank, port, layout, epoch, use_shared_memory=shared)
+        groups = join_all(rank, port, layout, epoch, shared=shared)
         use(groups, topology, rank)
         kinds.append(type(groups.stage).__name__)
         if epoch == 2:
@@ -132,7 +135,7 @@ def listening_addresses():
 
 
 def listen_somewhere(rank, port, address, shared):
-    groups = join_all(rank, port, (2, 2), address=address, use_shared_memory=shared)
+    groups = join_all(rank, port, (2, 2), address=address, shared=shared)
     use(groups, Topology(2, 2), rank)
     addresses = listening_addresses()
     groups.control.barrier()
@@ -209,7 +212,7 @@ def knock_as_a_stranger(rank, port):
 
 def stage_fails(rank, port, how):
     """On gloo, as where there is no shared memory."""
-    groups = join_all(rank, port, (2, 1), timeout_s=1.0 if how == "timeout" else 30.0, use_shared_memory=False)
+    groups = join_all(rank, port, (2, 1), timeout_s=1.0 if how == "timeout" else 30.0, shared=False)
     if rank == 1:
         if how == "death":
             os._exit(7)
@@ -246,6 +249,11 @@ def test_gloo_takes_the_stage_when_shared_memory_is_not_wanted(run):
 
 def test_gloo_takes_the_stage_when_one_shard_cannot_share_memory(run):
     is_ok(run("join_where_memory_is_out_of_reach", 2))
+
+
+def test_a_device_without_a_transport_is_refused():
+    with pytest.raises(ValueError, match="on cpu and cuda only, not on meta"):
+        join(Topology(1, 1), 0, None, torch.device("meta"), ADDRESS, 1.0)
 
 
 def test_missing_rank_is_named(run):

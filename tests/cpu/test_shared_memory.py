@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import cluster.collectives.shared_memory as shared_memory
-from cluster.collectives.process_group import ProcessGroup, TorchStage
+from cluster.collectives.process_group import GlooGroup, TorchStage
 from cluster.collectives.rendezvous import host_store, join_store
 from cluster.collectives.shared_memory import BUFFER_BYTES, SharedMemoryStage, share_memory
 
@@ -173,7 +173,7 @@ def share_where_one_cannot(rank, size, port, reason):
 def measure(rank, size, port):
     store = join_store(ADDRESS, port, 1, 20.0)
     mapping = share_memory(store, 0, size, rank)
-    gloo = TorchStage(ProcessGroup("gloo", store, list(range(size)), rank, torch.device("cpu"), ADDRESS, 20.0))
+    gloo = TorchStage(GlooGroup("gloo", store, list(range(size)), rank, ADDRESS, 20.0))
     groups = [SharedMemoryStage(mapping, size, rank, 20.0), gloo]
     lines = []
     for nbytes in (4096, 65536, 1 << 20):

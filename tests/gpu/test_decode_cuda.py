@@ -24,7 +24,7 @@ from actors.tensors.model.spec_reader import read_spec
 from actors.tensors.runner import Runner
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
 from cluster.collectives.interface import LoneShard, PresentGroup
-from cluster.collectives.process_group import ProcessGroup, TorchStage
+from cluster.collectives.process_group import NcclGroup, TorchStage
 from cluster.collectives.rendezvous import host_store, join_store
 from configs.config import Config
 
@@ -198,7 +198,7 @@ def test_graphs_hold_nccl_s_all_reduce(tmp_path: Path) -> None:
     device = torch.device("cuda", 0)
     server, port = host_store("127.0.0.1")
     store = join_store("127.0.0.1", port, 1, 30.0)
-    stage = TorchStage(ProcessGroup("stage0", store, [0], 0, device, "127.0.0.1", 30.0))
+    stage = TorchStage(NcclGroup("stage0", store, [0], 0, device, 30.0))
     stage.all_reduce(torch.ones(1, device=device))
     runner = make(DeviceRunner, "llama", tmp_path, "cuda", "float32", stage)
     assert isinstance(runner.model._group, PresentGroup) and runner._steps

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cluster.collectives.groups import join
-from cluster.collectives.process_group import ProcessGroup, TorchStage
+from cluster.collectives.process_group import NcclGroup, TorchStage
 from cluster.collectives.rendezvous import host_store, join_store
 from cluster.topology import Topology
 
@@ -36,7 +36,7 @@ def talk_alone(rank, port):
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     store = join_store(ADDRESS, port, 1, 30.0)
-    stage = TorchStage(ProcessGroup("stage0", store, [0], 0, device, ADDRESS, 30.0))
+    stage = TorchStage(NcclGroup("stage0", store, [0], 0, device, 30.0))
     total = stage.all_reduce(torch.full((5,), 3.0, device=device))
     gathered = stage.all_gather(torch.arange(4, device=device))
     result = total.tolist(), gathered.tolist()
