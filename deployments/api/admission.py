@@ -1,4 +1,4 @@
-"""Admission: how many sequences are let in at once; what is above is refused before it costs anything."""
+"""Admission: limits how many sequences are let in at once; a request above that is refused before it costs anything."""
 
 import asyncio
 from collections.abc import Iterator
@@ -19,12 +19,12 @@ class Admission:
         self._is_idle.set()
 
     async def wait_until_idle(self) -> None:
-        """Returns when nobody is admitted any more."""
+        """Returns when no admitted sequence is left."""
         await self._is_idle.wait()
 
     @contextmanager
     def reserve(self, count: int) -> Iterator[None]:
-        """Hold `count` places. Raises ApiError: 503 when they are taken, 400 when there never were that many."""
+        """Let `count` sequences in while the block runs. Raises ApiError: 503 when full, 400 when never possible."""
         if count > self.max_requests:
             raise ApiError(
                 400,

@@ -1,7 +1,7 @@
-"""Request bodies: every field that clients are known to send, and for each whether we take, pass or refuse it.
+"""Request bodies: every field that clients are known to send, and for each whether it is used, ignored or refused.
 
-A field that is not supported yet is an entry `name: only(neutral values)`; supporting it begins by giving it a type.
-How tokens are drawn stands in sampling_fields.py, what a prompt is in prompt_fields.py.
+A field that is not supported yet is an entry `name: only(neutral values)`; to support it, begin by giving it a type.
+The fields of sampling are in sampling_fields.py, prompts and messages in prompt_fields.py.
 """
 
 from typing import Annotated, ClassVar, Self
@@ -19,7 +19,7 @@ MAX_CHOICES = 16
 
 
 class StreamOptions(Body):
-    """What a stream tells beside its text."""
+    """`stream_options`: what a stream contains beside its text."""
 
     include_usage: bool = False
     continuous_usage_stats: Annotated[object, only(False)] = None
@@ -34,10 +34,10 @@ StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
 class GenerationBody(SamplingBody):
-    """What both endpoints take."""
+    """The fields that completions and chats share."""
 
     default_max_tokens: ClassVar[int | None]  # None: what the context has left
-    continues_prompt: ClassVar[bool]  # the answer's text goes on from the prompt's, or is a text of its own
+    continues_prompt: ClassVar[bool]  # whether the answer's text goes on from the prompt's, or begins anew
 
     model: str
     max_tokens: int | None = Field(default=None, ge=1)
@@ -68,10 +68,10 @@ class GenerationBody(SamplingBody):
     response_format: Annotated[object, only({"type": "text"})] = None
     structured_outputs: Annotated[object, only()] = None
     repetition_detection: Annotated[object, only()] = None
-    # where it ends
+    # where the answer ends
     include_stop_str_in_output: Annotated[object, only(False)] = None
     thinking_token_budget: Annotated[object, only()] = None
-    # what is said about the tokens
+    # what the response says about its tokens
     prompt_logprobs: Annotated[object, only()] = None
     skip_special_tokens: Annotated[object, only(True)] = None
     spaces_between_special_tokens: Annotated[object, only(True)] = None
@@ -81,7 +81,7 @@ class GenerationBody(SamplingBody):
     # how the prompt is read
     truncate_prompt_tokens: Annotated[object, only()] = None
     truncation_side: Annotated[object, only()] = None
-    # who comes first, and where the cache is
+    # scheduling and caching
     priority: Annotated[object, only(0)] = None
     request_id: Annotated[object, only()] = None
     cache_salt: Annotated[object, only()] = None
@@ -89,12 +89,12 @@ class GenerationBody(SamplingBody):
 
     @property
     def prompts(self) -> list[Prompt]:
-        """One for every `n` sequences asked for."""
+        """The prompts; each gets `n` answers."""
         raise NotImplementedError
 
     @property
     def prompt_field(self) -> str:
-        """The field that holds them."""
+        """The name of the field that holds the prompts."""
         raise NotImplementedError
 
     @property
@@ -136,7 +136,7 @@ class CompletionBody(GenerationBody):
 
     @property
     def prompts(self) -> list[Prompt]:
-        """As the client gave them."""
+        """See GenerationBody."""
         return self.prompt
 
     @property
@@ -156,7 +156,7 @@ class CompletionBody(GenerationBody):
 
     @property
     def num_prompt_logprobs(self) -> int | None:
-        """What is shown is told of: the prompt when it is echoed."""
+        """As many as for the answer where the prompt is echoed, else none."""
         return self.logprobs if self.echo else None
 
     @model_validator(mode="after")
@@ -200,7 +200,7 @@ class ChatBody(GenerationBody):
 
     @property
     def prompts(self) -> list[Prompt]:
-        """The conversation."""
+        """One conversation."""
         return [conversation(self.messages)]
 
     @property
@@ -210,7 +210,7 @@ class ChatBody(GenerationBody):
 
     @property
     def token_limit(self) -> tuple[str, int | None]:
-        """`max_completion_tokens`, or its old name."""
+        """`max_completion_tokens`, or `max_tokens`, its older name."""
         if self.max_completion_tokens is not None:
             return "max_completion_tokens", self.max_completion_tokens
         return "max_tokens", self.max_tokens

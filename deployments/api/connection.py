@@ -12,11 +12,11 @@ from deployments.api.errors import ApiError
 Headers = list[tuple[bytes, bytes]]
 
 BODY_S = 30.0  # from a request's arrival to the last byte of its body
-GRACE_S = 5.0  # after a request's deadline: then a client that does not read what it is told is left
+GRACE_S = 5.0  # after a request's deadline, for a client to read the error; then the connection is given up
 
 
 class ClientGoneError(Exception):
-    """The client has left: there is nobody to tell. Handled in deployments/api/routes.py."""
+    """The client has closed the connection, so nothing can be sent. Handled in deployments/api/routes.py."""
 
 
 class Connection:
@@ -37,7 +37,7 @@ class Connection:
         await self._emit({"type": "http.response.body", "body": body, "more_body": not is_last})
 
     async def fail(self, error: ApiError) -> None:
-        """The error's own response, or when a stream has begun an error event, then its end without `[DONE]`."""
+        """Send an error: as the response, or as the last event of a stream that has begun (without `[DONE]`)."""
         try:
             if self.has_started:
                 await self.write(b"data: " + error.body() + b"\n\n", is_last=True)

@@ -1,4 +1,4 @@
-"""ApiError: what is wrong with a request, as a status, a code and words that a client may read."""
+"""ApiError: what is wrong with a request, as an HTTP status, a code and a message that a client may read."""
 
 import re
 
@@ -45,5 +45,5 @@ class ApiError(Exception):
 
 
 def shown(name: object) -> str:
-    """A name that the client chose, if it is fit to be repeated; else a stand-in."""
+    """A name that the client chose, if it is plain enough to be repeated; else a stand-in."""
     return name if isinstance(name, str) and _PLAIN_NAME.fullmatch(name) else "(unprintable name)"

@@ -1,4 +1,4 @@
-"""Generation: the answers of one HTTP request, from the engine's events to pieces of text."""
+"""Generation: the answers to one HTTP request, from the engine's events to pieces of text."""
 
 import time
 from dataclasses import dataclass
@@ -14,23 +14,23 @@ from deployments.text.prompts import public_text
 from deployments.text.transcript import Transcript
 
 NOT_READY_RETRY_AFTER_S = 5
-PING_S = 5.0  # between two signs of life while the gang recovers; proxies drop what is silent for 30 s or more
+PING_S = 5.0  # between two pings of a stream while the gang recovers: proxies drop what is silent for 30 s or more
 
 
 @dataclass(frozen=True)
 class Echo:
-    """The prompt as the client wrote it; None where it sent ids."""
+    """Says that the answer begins with the prompt: as the client wrote it, or None where it sent ids."""
 
     prompt: str | None
 
 
 class Answer:
-    """One sequence of a request on its way to text."""
+    """One answer: turns the events of its sequence into pieces of text."""
 
     def __init__(
         self, index: int, request: Request, transcript: Transcript, stopwatch: Stopwatch, echo: Echo | None = None
     ) -> None:
-        """`echo`: the prompt is shown before the answer."""
+        """`echo`: the prompt is shown before the answer; None: it is not."""
         self.index = index
         self.request = request
         self.transcript = transcript
@@ -44,7 +44,7 @@ class Answer:
         return self.transcript.finish_reason is not None
 
     def push(self, event: Event) -> Piece | None:
-        """What an event adds; None while the prompt is being computed."""
+        """The piece that an event adds; None while the prompt is being computed."""
         self._prompt_logprobs += event.prompt_logprobs
         if not event.token_ids and not event.finish_reason:
             return None
@@ -58,12 +58,13 @@ class Answer:
         echo, self._echo = self._echo, None
         if echo is None:
             return ""
-        is_told = self.request.sampling.prompt_logprobs is not None
-        return self.transcript.echo(echo.prompt, self.request.prompt_ids, self._prompt_logprobs if is_told else None)
+        has_logprobs = self.request.sampling.prompt_logprobs is not None
+        logprobs = self._prompt_logprobs if has_logprobs else None
+        return self.transcript.echo(echo.prompt, self.request.prompt_ids, logprobs)
 
 
 class Generation:
-    """All answers of one HTTP request."""
+    """All answers to one HTTP request."""
 
     def __init__(
         self, engine: Engine, outbox: Outbox, answers: list[Answer], num_prompt_tokens: int, deadline: float
@@ -91,7 +92,7 @@ class Generation:
 
     @property
     def usage(self) -> Usage:
-        """Tokens so far."""
+        """The token counts so far."""
         num_prompt = self._num_prompt_tokens
         num_generated = sum(answer.transcript.num_tokens for answer in self._answers.values())
         return Usage(num_prompt, num_generated, num_prompt + num_generated)
@@ -106,14 +107,14 @@ class Generation:
             raise not_ready() from None
 
     def end(self) -> None:
-        """Make the engine drop what is not finished. May be called twice, and before `start`."""
+        """End the sequences that are not finished. May be called twice, and before `start`."""
         for request_id, answer in self._answers.items():
             self._outbox.close(request_id)
             if not answer.is_finished:
                 self._engine.finish(request_id)
 
     async def take(self) -> list[Piece]:
-        """Wait for news and return all of it, at most one piece an answer; none when it is time for a sign of life.
+        """Wait for events and return what they add, at most one piece an answer; an empty list when a ping is due.
 
         Raises ApiError when the engine failed, or the deadline has passed.
         """
@@ -121,14 +122,14 @@ class Generation:
         while not pieces:
             events = await self._mailbox.take(self._patience_s())
             if events is None and time.monotonic() >= self._deadline:
-                raise too_late()  # the engine's thread is busy with the recovery; it hears of it later
+                raise too_late()  # the engine's thread is busy with the recovery, and ends the request later
             if events is None:
                 break
             pieces = [piece for event in events if (piece := self._read(event))]
         return pieces
 
     def _patience_s(self) -> float | None:
-        """None, and so no timer, but while the gang recovers."""
+        """How long to wait for events: None, and so no timer, except while the gang recovers."""
         if self._engine.state != "recovering":
             return None
         return min(PING_S, max(0.0, self._deadline - time.monotonic()))
@@ -142,13 +143,13 @@ class Generation:
         piece = answer.push(event)
         if answer.is_finished:
             self._outbox.close(event.request_id)
-            if event.finish_reason is None:  # a stop string: the engine does not know
+            if event.finish_reason is None:  # a stop string, which the engine does not know of
                 self._engine.finish(event.request_id, "stop")
         return piece
 
 
 def _failed(event: Event) -> ApiError:
-    """The engine gave a request up: for what computing it does, or because it could not go on or was told to stop."""
+    """The engine gave a request up: its own computation failed (500), or the engine could not go on (503)."""
     reason = public_text(event.error or "the request was aborted")
     message = f"the engine could not finish this request: {reason}"
     if event.code == "numerical_error":
@@ -159,18 +160,18 @@ def _failed(event: Event) -> ApiError:
 
 
 def too_late() -> ApiError:
-    """The deadline has passed."""
+    """504: the deadline has passed."""
     message = "the request was not finished in time; ask for fewer tokens, or for more time where `timeout` was sent"
     return ApiError(504, message, code="timeout")
 
 
 def draining() -> ApiError:
-    """What runs is finished, nothing more is taken."""
+    """503: the replica finishes what runs and takes no new requests."""
     message = "the server is about to stop and takes no more requests; try again later"
     return ApiError(503, message, code="server_draining", retry_after_s=NOT_READY_RETRY_AFTER_S)
 
 
 def not_ready() -> ApiError:
-    """The gang does not serve: still starting, failed, or shutting down."""
+    """503: the gang does not serve; it is starting, has failed, or is shutting down."""
     message = "the model is not being served at the moment; try again later"
     return ApiError(503, message, code="not_ready", retry_after_s=NOT_READY_RETRY_AFTER_S)

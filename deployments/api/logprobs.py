@@ -8,20 +8,20 @@ from actors.words.messages import TokenLogprobs
 from deployments.text.token_text import TokenTexts
 from deployments.text.transcript import ScoredToken
 
-LOWEST = -9999.0  # JSON has no infinities; OpenAI's value for tokens that cannot be
+LOWEST = -9999.0  # for tokens of probability 0, as OpenAI has it: JSON has no infinities
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):
-    """Of /v1/completions: lists with one entry a token."""
+    """`logprobs` of a completion: lists with one entry a token."""
 
     text_offset: list[int]  # characters of the choice's text before the token
     token_logprobs: list[float | None]  # null for the first token of an echoed prompt
     tokens: list[str]
-    top_logprobs: list[dict[str, float] | None]  # the likeliest, and the token itself where it is none of them
+    top_logprobs: list[dict[str, float] | None]  # the likeliest tokens, and always the token itself
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
-    """A likely token."""
+    """One of the likeliest tokens at one position."""
 
     token: str
     logprob: float
@@ -29,7 +29,7 @@ class TopLogprob(msgspec.Struct, frozen=True):
 
 
 class ContentLogprob(msgspec.Struct, frozen=True):
-    """A token of a message."""
+    """A token of a message, and the likeliest ones in its place."""
 
     token: str
     logprob: float
@@ -38,13 +38,13 @@ class ContentLogprob(msgspec.Struct, frozen=True):
 
 
 class ChatLogprobs(msgspec.Struct, frozen=True):
-    """Of /v1/chat/completions."""
+    """`logprobs` of a chat."""
 
     content: list[ContentLogprob]
 
 
 def completion_logprobs(tokens: Sequence[ScoredToken], texts: TokenTexts) -> CompletionLogprobs:
-    """Of the tokens whose text is shown."""
+    """The object that tells of `tokens` in a completion."""
     return CompletionLogprobs(
         text_offset=[token.offset for token in tokens],
         token_logprobs=[_finite(token.logprobs.logprob) if token.logprobs else None for token in tokens],
@@ -54,7 +54,7 @@ def completion_logprobs(tokens: Sequence[ScoredToken], texts: TokenTexts) -> Com
 
 
 def chat_logprobs(tokens: Sequence[ScoredToken], texts: TokenTexts) -> ChatLogprobs:
-    """Of the tokens whose text is shown."""
+    """The object that tells of `tokens` in a chat."""
     content = []
     for token in tokens:
         assert token.logprobs is not None, "only an echoed prompt begins with a token without one"
@@ -71,7 +71,7 @@ def _by_text(token_id: int, logprobs: TokenLogprobs | None, texts: TokenTexts) -
         return None
     by_text: dict[str, float] = {}
     for top_id, logprob in [*_top(logprobs), (token_id, _finite(logprobs.logprob))]:
-        by_text.setdefault(texts.of(top_id).text, logprob)  # of tokens that look alike the likeliest
+        by_text.setdefault(texts.of(top_id).text, logprob)  # tokens may have the same text: the likeliest is kept
     return by_text
 
 

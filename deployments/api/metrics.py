@@ -1,4 +1,4 @@
-"""Metrics: what the engine counts and what clients wait for, as Prometheus reads it. Names begin with stagemesh_."""
+"""Metrics: what the engine counts and how long clients wait, in Prometheus' format. Names begin with stagemesh_."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ STATES: tuple[EngineState, ...] = ("starting", "ready", "recovering", "failed", 
 
 
 class Latencies:
-    """What clients wait for. Written in the event loop's thread."""
+    """How long clients wait. Written in the event loop's thread."""
 
     def __init__(self) -> None:
         self.first_token_s = Histogram(FIRST_TOKEN_SECONDS)
@@ -35,17 +35,17 @@ class Latencies:
 
 
 class Stopwatch:
-    """Measures one answer at the edge, where its tokens are handed to the client."""
+    """Measures one answer where its tokens are handed to the client."""
 
     def __init__(self, latencies: Latencies, began: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """`began`: when the request was understood, in seconds of `clock`; tokenizing and queueing count as waiting."""
+        """`began`: when the request was parsed, in seconds of `clock`; tokenizing and queueing count as waiting."""
         self._latencies = latencies
         self._began = began
         self._clock = clock
         self._last_token: float | None = None
 
     def tokens(self, count: int) -> None:
-        """So many tokens are here; those that come together share the time since the ones before."""
+        """Count tokens that arrive now; those that arrive together share the time since the ones before."""
         if not count:
             return
         now = self._clock()
@@ -58,12 +58,12 @@ class Stopwatch:
         self._last_token = now
 
     def end(self) -> None:
-        """The answer is complete. Those that are cut short by their client or by a failure are not measured."""
+        """The answer is complete. To be called for complete answers only, not for cancelled or failed ones."""
         self._latencies.request_s.observe(self._clock() - self._began)
 
 
 class Metrics:
-    """All metrics of one replica, in a registry of its own. Numbers are read when they are asked for."""
+    """All metrics of one replica, in a registry of its own. Numbers are read when the page is asked for."""
 
     def __init__(
         self, engine: Engine, latencies: Latencies, model: str, ranks: Callable[[], Sequence[RankInfo]]
@@ -76,11 +76,11 @@ class Metrics:
         self._registry.register(self)
 
     def page(self) -> bytes:
-        """Prometheus' text format."""
+        """The page that /metrics answers, in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """What prometheus_client asks of a collector."""
+        """All metrics, as prometheus_client asks a collector for them."""
         yield from self._gauges()
         yield from self._counters()
         yield from self._histograms()
@@ -114,7 +114,7 @@ class Metrics:
             ("prompt_tokens", "Prompt tokens of requests that have begun to run", stats.num_prompt),
             ("generation_tokens", "Tokens generated", stats.num_generated),
             ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", stats.num_prompt),
-            ("prefix_cache_hits", "Prompt tokens found there", stats.num_prompt_cached),
+            ("prefix_cache_hits", "Prompt tokens found in the prefix cache", stats.num_prompt_cached),
             ("preemptions", "Times that a sequence gave up its KV blocks to an older one", stats.num_preemptions),
             ("steps", "Steps given to the gang", stats.num_steps),
             (
@@ -122,17 +122,17 @@ class Metrics:
                 "Times that a running sequence was computed again in another epoch",
                 stats.num_replayed,
             ),
-            ("tokens_replayed", "Tokens that were computed again so", stats.num_replayed_tokens),
+            ("tokens_replayed", "Tokens of replayed sequences that were computed again", stats.num_replayed_tokens),
         ]
         for name, words, value in counters:
             counter = CounterMetricFamily(f"stagemesh_{name}", words, labels=["model_name"])
             counter.add_metric([self._model], value)
             yield counter
-        words = "Sequences that ended, by why"
+        words = "Sequences that ended, by reason"
         yield self._labelled("requests_finished", words, "finished_reason", stats.num_finished)
         phases = "; ".join(map(": ".join, RECOVERY_PHASES.items()))
-        yield self._labelled("gang_rebuilds", "Epochs that ended with a failure, by why", "cause", stats.num_rebuilds)
-        yield self._labelled("recovery_seconds", f"What coming back took: {phases}", "phase", stats.recovery_s)
+        yield self._labelled("gang_rebuilds", "Epochs that ended with a failure, by cause", "cause", stats.num_rebuilds)
+        yield self._labelled("recovery_seconds", f"Seconds that recoveries took: {phases}", "phase", stats.recovery_s)
         yield self._rank_seconds()
 
     def _labelled(self, name: str, words: str, label: str, values: Mapping[Any, float]) -> Metric:
@@ -166,7 +166,7 @@ class Metrics:
 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
-    """Bound → how many lie at or below it."""
+    """(bound, how many observations are at or below it), as Prometheus counts."""
     total, buckets = 0, []
     for bound, count in zip([*map(float, histogram.bounds), float("inf")], list(histogram.counts), strict=True):
         total += count

@@ -1,8 +1,8 @@
 """The outbox: carries events from the engine's thread to the coroutines that wait for them.
 
-One wake-up of the event loop a step, however many requests the step had. What a slow reader has not taken yet is
-merged into one event a request, so that nothing queues up behind it. No events at all mean that the engine's state
-changed: whoever waits gets to look at it.
+A step wakes the event loop once, however many requests it had. Events that a slow reader has not taken yet are merged
+into one for each request, so that no queue grows. A delivery without events says that the engine's state has changed:
+every waiting coroutine wakes up and looks at it.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class Mailbox:
-    """Events of some requests, merged until they are taken."""
+    """The events of one HTTP request's sequences, merged until they are taken."""
 
     def __init__(self) -> None:
         self._pending: dict[str, Event] = {}
@@ -37,11 +37,11 @@ class Mailbox:
         self._has_mail.set()
 
     def poke(self) -> None:
-        """End the wait of `take`, though there may be nothing."""
+        """End the wait of `take`, though there may be no events."""
         self._has_mail.set()
 
     async def take(self, patience_s: float | None = None) -> list[Event] | None:
-        """Wait until there is something, then take all of it: at most one event a request; none after a `poke`.
+        """Wait for events, then take them all: at most one a sequence; an empty list after a `poke`.
 
         None when `patience_s` is over; without it no timer is set.
         """
@@ -78,7 +78,7 @@ class Outbox:
     def deliver(self, events: list[Event]) -> None:
         """Called in the engine's thread with all events of a step, or none for a new state; never blocks."""
         if self._loop is None:
-            return  # nobody has ever asked for anything
+            return  # no request has come yet
         try:
             self._loop.call_soon_threadsafe(self._hand_over, events)
         except RuntimeError:  # the loop is closed; that must not end the engine

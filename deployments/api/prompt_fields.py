@@ -12,7 +12,7 @@ MAX_MESSAGES = 2048
 
 
 def _prompts(value: object) -> list[Prompt]:
-    """A text, texts, ids or lists of ids, taken apart. Whether ids are in the vocabulary is seen later."""
+    """The prompts in a text, texts, ids or lists of ids. Whether ids are in the vocabulary is checked in service.py."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
@@ -37,7 +37,7 @@ class TextPart(Body):
 
     @model_validator(mode="before")
     @classmethod
-    def _textonly(cls, data: object) -> object:
+    def _text_only(cls, data: object) -> object:
         if isinstance(data, dict) and isinstance(data.get("type"), str) and data["type"] != "text":
             raise wrong(
                 "unsupported_parameter", "{kind} is not supported; send text parts only", kind=shown(data["type"])
@@ -54,7 +54,7 @@ def _parts(value: object) -> object:
 
 
 class Message(Body):
-    """One turn. What answers of OpenAI carry beside role and content passes when it is empty."""
+    """One message. The other fields of OpenAI's answers pass when empty, so that an answer can be sent back whole."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[TextPart], FailFast(), BeforeValidator(_parts)]
@@ -69,7 +69,7 @@ class Message(Body):
     reasoning_content: Annotated[object, only("")] = None
 
     def for_template(self) -> dict[str, str]:
-        """Text only; several parts are joined by line breaks."""
+        """The message as chat templates read it; several parts are joined by line breaks."""
         message: dict[str, str] = {"role": self.role, "content": "\n".join(part.text for part in self.content)}
         if self.name is not None:
             message["name"] = self.name
@@ -80,5 +80,5 @@ Messages = Annotated[list[Message], FailFast(), Field(min_length=1, max_length=M
 
 
 def conversation(messages: list[Message]) -> Conversation:
-    """What the chat template gets of them."""
+    """The messages as plain data for the chat template."""
     return Conversation([message.for_template() for message in messages])

@@ -1,4 +1,4 @@
-"""OpenAI's response objects: what a completion and a chat look like, whole and as chunks of a stream."""
+"""OpenAI's response objects: completions and chats, whole or as chunks of a stream."""
 
 import time
 import uuid
@@ -20,7 +20,7 @@ DONE = b"data: [DONE]\n\n"
 
 @dataclass(frozen=True)
 class Piece:
-    """What is new of one answer."""
+    """A part of one answer: its new text, and with the last part why it ended."""
 
     index: int
     text: str
@@ -28,7 +28,7 @@ class Piece:
     scored: Sequence[ScoredToken] = ()  # the tokens of this text, where their log-probabilities were asked for
 
     def joined(self, next_piece: "Piece") -> "Piece":
-        """Itself and the piece after it, in one."""
+        """One piece: this one with the next one appended."""
         scored = [*self.scored, *next_piece.scored]
         return Piece(self.index, self.text + next_piece.text, next_piece.finish_reason, scored)
 
@@ -82,19 +82,19 @@ class _Object(msgspec.Struct, frozen=True):
 
 
 class Reply(Protocol):
-    """How one request is answered; the parts of a stream are server-sent events."""
+    """Writes the answer to one request; the parts of a stream are server-sent events."""
 
     def whole(self, answers: list[Piece], usage: Usage) -> bytes:
-        """The one body of a plain response."""
+        """The body of a response that is not streamed."""
 
     def opening(self, index: int) -> bytes:
-        """Comes before the first chunk of an answer; may be empty."""
+        """What a stream contains before the first chunk of an answer; may be empty."""
 
     def chunk(self, piece: Piece) -> bytes:
-        """The text of a piece and, in a chunk of its own, why the answer ended.
+        """The text of a piece; then, in a chunk of its own, why the answer ended.
 
-        New tokens whose text is held back (half a character, the beginning of a stop string) show as an empty text:
-        clients see that the answer goes on, and time tokens, not characters.
+        New tokens whose text is held back (half a character, the beginning of a stop string) give a chunk with an empty
+        text: clients see that the answer goes on, and measure times between tokens, not characters.
         """
 
     def usage_chunk(self, usage: Usage) -> bytes:
@@ -102,14 +102,14 @@ class Reply(Protocol):
 
 
 class _OpenAIReply:
-    """What both kinds share: every part of an answer has the same id, time and model."""
+    """What completions and chats share: every part of an answer has the same id, time and model."""
 
     id_prefix: str
     whole_object: str
     chunk_object: str
 
     def __init__(self, model: str, include_usage: bool = False, token_texts: TokenTexts | None = None) -> None:
-        """`include_usage`: all chunks have a usage, which is null but in the last.
+        """`include_usage`: all chunks have a usage, which is null except in the last.
 
         `token_texts`: log-probabilities are shown, with these texts.
         """
@@ -146,7 +146,7 @@ class CompletionReply(_OpenAIReply):
         return self._whole(choices, usage)
 
     def opening(self, index: int) -> bytes:
-        """Nothing: the first text opens the stream."""
+        """Empty: a completion begins with its first text."""
         return b""
 
     def chunk(self, piece: Piece) -> bytes:
@@ -181,7 +181,7 @@ class ChatReply(_OpenAIReply):
         return self._whole(choices, usage)
 
     def opening(self, index: int) -> bytes:
-        """The role."""
+        """A chunk with the role."""
         return self._event([_DeltaChoice(index, _Message("assistant", ""))])
 
     def chunk(self, piece: Piece) -> bytes:

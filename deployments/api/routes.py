@@ -58,7 +58,7 @@ def build_app(service: Service) -> Starlette:
 
 
 class GenerationRoute:
-    """POST a body, get an answer: an ASGI app, so that the life of a request is one block of code."""
+    """The route of completions or chats: an ASGI app, so that the life of a request is one block of code."""
 
     def __init__(
         self, service: Service, kind: type[GenerationBody], reply: type[CompletionReply] | type[ChatReply]
@@ -68,10 +68,10 @@ class GenerationRoute:
         self._reply = reply
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request; whatever happens ends it in the engine and gives its place back."""
+        """Answer one request. However it ends, its sequences end in the engine and its admission is released."""
         connection, arrived = Connection(receive, send), time.monotonic()
         try:
-            raw = await read_body(Request(scope, receive), self._service.limits.max_body_bytes)
+            raw = await read_body(Request(scope, receive), self._service.limits.admission.max_body_bytes)
             body = parse_body(raw, self._kind)
             deadline = self._service.deadline(body, arrived)
             await connection.run(self._answer(body, connection, deadline), deadline)
@@ -94,10 +94,10 @@ class GenerationRoute:
 
 
 async def _stream(generation: Generation, reply: Reply, connection: Connection, include_usage: bool) -> None:
-    """Send each piece as soon as it is there. The response starts with the first: an error before it has a status.
+    """Send each piece as soon as it is there. The response starts with the first piece: an error before has a status.
 
-    A gang that recovers makes it start earlier, with a ping: an error after that is an event, as in any stream that has
-    begun. The other choice would be silence, which proxies take for a dead server, so that the status would be theirs.
+    While the gang recovers it starts earlier, with a ping, and an error after that is an event, as in any stream that
+    has begun. Without pings proxies would take the silence for a dead server, and answer with a status of their own.
     """
     opening, is_last = b"".join(map(reply.opening, range(generation.num_answers))), False
     while not is_last:
@@ -126,7 +126,7 @@ async def _respond(generation: Generation, reply: Reply, connection: Connection)
 
 
 class Pages:
-    """The routes that only look."""
+    """The routes that only read the replica's state."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -196,12 +196,12 @@ class Pages:
 
 
 def internal_error() -> ApiError:
-    """A fault of ours, without its details."""
+    """500: a bug in the server; its details are in the log only."""
     return ApiError(500, "internal error; the server's log says more", code="internal_error")
 
 
 def log_unexpected(error: Exception) -> None:
-    """Where it happened, but not the message: it may quote a prompt."""
+    """Log where an error happened, but not its message, which may quote a prompt."""
     frames = "".join(traceback.format_tb(error.__traceback__))
     logger.error("unexpected %s while answering a request:\n%s", type(error).__name__, frames)
 
@@ -221,7 +221,7 @@ async def _api_error(request: Request, error: Exception) -> Response:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """What Starlette itself raises: no such route, or another method."""
+    """Errors that Starlette raises: no such route, or another method."""
     assert isinstance(error, HTTPException)
     headers = dict(error.headers or {})
     words = {404: "there is no such route", 405: f"this route takes {headers.get('Allow', 'other methods')}"}

@@ -1,4 +1,4 @@
-"""Sampling fields: how the next token is drawn, as clients write it and as the engine reads it."""
+"""Sampling fields: how the next token is drawn, from the request's fields to the engine's SamplingParams."""
 
 import hashlib
 import re
@@ -12,17 +12,17 @@ from deployments.api.strict_body import Body, wrong
 MAX_STOP_TOKEN_IDS = 128
 MAX_BIASES = 1024
 MAX_LOGPROBS = 20
-GREEDY_BELOW = 1e-5  # temperatures below are as good as 0, and would divide logits into infinities
+GREEDY_BELOW = 1e-5  # lower temperatures count as 0: dividing logits by them would overflow
 
-_SEED_MASK = 2**63 - 1  # clients may send negative seeds, the engine has 63 bits
+_SEED_MASK = 2**63 - 1  # clients may send negative seeds; the engine's have 63 bits
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]  # whether it is in the vocabulary is seen later
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]  # whether it is in the vocabulary is checked in service.py
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
 
 def _ids_for_keys(value: object) -> object:
-    """JSON's keys are texts."""
+    """Parse the keys: JSON writes them as texts."""
     if not isinstance(value, dict):
         raise wrong("invalid_type", 'must be an object of token ids and numbers, as in {"17": -100}')
     if not all(isinstance(key, str) and _TOKEN_ID.fullmatch(key) for key in value):
@@ -46,23 +46,23 @@ class SamplingBody(Body):
         Field(max_length=MAX_BIASES),
         BeforeValidator(_ids_for_keys),
     ] = Field(default_factory=dict)
-    min_tokens: int = Field(default=0, ge=0)  # before so many, no stop id, end of sequence or stop string ends it
+    min_tokens: int = Field(default=0, ge=0)  # stop ids, end of sequence and stop strings do not count before
     stop_token_ids: Annotated[list[TokenId], FailFast(), Field(max_length=MAX_STOP_TOKEN_IDS)] = Field(
         default_factory=list
     )
 
     @property
     def num_logprobs(self) -> int | None:
-        """How many of the likeliest tokens are told of beside each generated one; None: no log-probability is."""
+        """How many of the likeliest tokens are shown beside each generated one; None: no log-probabilities at all."""
         return None
 
     @property
     def num_prompt_logprobs(self) -> int | None:
-        """The same of the prompt's tokens."""
+        """The same for the prompt's tokens."""
         return None
 
     def sampling(self, choice: int, vocab_size: int) -> SamplingParams:
-        """For the sequence that becomes this choice (from 0) of a prompt."""
+        """The parameters of the sequence that is this choice (from 0) of a prompt."""
         return SamplingParams(
             temperature=self.temperature if self.temperature >= GREEDY_BELOW else 0.0,
             seed=None if self.seed is None else choice_seed(self.seed, choice),
@@ -80,9 +80,9 @@ class SamplingBody(Body):
 
 
 def choice_seed(seed: int, choice: int) -> int:
-    """The first choice has the request's own seed, the others the first 63 bits of SHA-256 of "seed:choice".
+    """The first choice has the request's own seed, the others 63 bits of the SHA-256 of "seed:choice".
 
-    Not seed + choice: that would make the second choice of seed 7 the first of seed 8.
+    Not seed + choice: the second choice of seed 7 would equal the first of seed 8.
     """
     if choice == 0:
         return seed & _SEED_MASK

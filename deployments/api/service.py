@@ -1,4 +1,4 @@
-"""The service: what the routes need of a replica, and how a parsed body becomes requests of the engine."""
+"""The service: what the routes need of a replica, and how a parsed body becomes requests to the engine."""
 
 import asyncio
 import time
@@ -11,6 +11,7 @@ from actors.remote.engine import Engine
 from actors.remote.meeting import RankInfo
 from actors.words.messages import Request
 from cluster.topology import Topology
+from configs.config import AdmissionConfig
 from deployments.api.admission import Admission
 from deployments.api.bodies import GenerationBody
 from deployments.api.errors import ApiError
@@ -23,18 +24,17 @@ from deployments.text.tokenizer import Text
 
 @dataclass(frozen=True)
 class Limits:
-    """What this replica can take."""
+    """The largest requests that this replica takes."""
 
     max_model_len: int  # tokens: prompt + generated; what one sequence can have in the KV cache at most
     vocab_size: int  # width of the logits: ids below it exist
-    max_requests: int
-    max_body_bytes: int
+    admission: AdmissionConfig
     request_s: float  # from a request's arrival to the end of its answer
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What this replica says of itself."""
+    """What this replica tells clients about itself."""
 
     model: str  # the served id
     replica: str
@@ -60,9 +60,9 @@ class Service:
         self.identity = identity
         self.limits = limits
         self.ranks = ranks
-        self.admission = Admission(limits.max_requests)
+        self.admission = Admission(limits.admission.max_requests)
         self.text = text
-        self.is_draining = False  # what runs is finished, nothing more is taken; may be set from any thread
+        self.is_draining = False  # new requests are refused, running ones finish; may be set from any thread
         self._outbox = outbox
         self._latencies = Latencies()
         self.metrics = Metrics(engine, self._latencies, identity.model, ranks)
@@ -74,10 +74,10 @@ class Service:
 
     @asynccontextmanager
     async def generate(self, body: GenerationBody, deadline: float) -> AsyncIterator[Generation]:
-        """Let a request in, start it, and when the block is left end what still runs and give its places back.
+        """Admit a request and start it; when the block is left, end what still runs and release the admission.
 
         Raises ApiError: 404 for another model, 400 for a prompt that cannot be served, 503 when full or not serving,
-        504 when it is late before it began.
+        504 when the deadline passes before it has started.
         """
         began = time.monotonic()
         if self.is_draining:
@@ -103,13 +103,13 @@ class Service:
                 generation.end()
 
     def check_model(self, model: str) -> None:
-        """Raises ApiError (404) for another model than the one served."""
+        """Raises ApiError (404) when another model is asked for than the one served."""
         if model != self.identity.model:
             message = f"model: there is no such model here; this server has {self.identity.model}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def deadline(self, body: GenerationBody, arrived: float) -> float:
-        """When a request that arrived then must have ended, in monotonic seconds. Raises ApiError (400)."""
+        """When a request that arrived at `arrived` must have ended, in monotonic seconds. Raises ApiError (400)."""
         limit_s = self.limits.request_s
         if body.timeout is not None and body.timeout > limit_s:
             message = f"timeout: {body.timeout:g} s is more than this server gives; send at most {limit_s:g}"
@@ -186,7 +186,7 @@ class Service:
             raise ApiError(
                 400,
                 f"min_tokens: {body.min_tokens} is more than {field} allows, which is {max_tokens}; "
-                f"send at most so many, or a larger {field}",
+                f"send at most that many, or a larger {field}",
                 param="min_tokens",
             )
         return max_tokens

@@ -10,17 +10,17 @@ from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
 from deployments.api.errors import ApiError, shown
 
-MAX_CONTAINERS = 10_000  # lists and objects of one body: each takes microseconds to read, and the event loop waits
-_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)  # possessive, and unending ones match: linear
+MAX_CONTAINERS = 10_000  # lists and objects of one body: reading each takes microseconds of the event loop
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)  # possessive, and takes unterminated ones: linear
 
 
 def wrong(code: str, message: str, **context: object) -> PydanticCustomError:
-    """An error of our own; `field` in the context names a field below the place where it is raised."""
+    """A validation error in our words; `field` in the context names a field of the object that is validated."""
     return PydanticCustomError(code, message, context)
 
 
 def only(*neutral: object) -> PlainValidator:
-    """Let nothing pass but values that leave the answer as it is (null always does)."""
+    """Accept only values that do not change the answer; null is always one."""
 
     def check(value: object) -> object:
         if any(value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in neutral):
@@ -32,7 +32,7 @@ def only(*neutral: object) -> PlainValidator:
 
 
 class Body(BaseModel):
-    """A JSON object: strict types, null is as good as absent, and a field without a name here is refused."""
+    """A JSON object with strict types: null means absent, and unknown fields are refused."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -51,7 +51,7 @@ AnyBody = TypeVar("AnyBody", bound=Body)
 
 
 def parse_body(raw: bytes, kind: type[AnyBody]) -> AnyBody:
-    """Raises ApiError (400) that names the first wrong field and the remedy."""
+    """The body in `raw`. Raises ApiError (400) that names the first wrong field and the remedy."""
     if _num_openers(raw) > MAX_CONTAINERS and _num_openers(_STRING.sub(b"", raw)) > MAX_CONTAINERS:
         raise ApiError(400, f"the body has more than {MAX_CONTAINERS} lists and objects; send several requests")
     try:
@@ -78,9 +78,9 @@ _OWN_WORDS: dict[str, Callable[[ErrorDetails], str]] = {
 
 
 def _as_api_error(error: ErrorDetails) -> ApiError:
-    place = [str(part) for part in error["loc"]]
+    path = [str(part) for part in error["loc"]]
     field = error.get("ctx", {}).get("field")
-    param = ".".join([*place, *([field] if field else [])]) or None
+    param = ".".join([*path, *([field] if field else [])]) or None
     words = _OWN_WORDS.get(error["type"])
     message = words(error) if words else error["msg"].replace("Input should be", "must be")
     code = error["type"] if error["type"] in ("unsupported_parameter", "unknown_parameter") else None

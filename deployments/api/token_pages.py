@@ -1,4 +1,4 @@
-"""The routes that only count: texts and conversations as the model's token ids, and ids as text again."""
+"""The routes /tokenize and /detokenize: texts and conversations as the model's token ids, and ids as text."""
 
 from typing import Annotated, Self
 
@@ -21,7 +21,7 @@ class TokenizeBody(Body):
     model: str | None = None
     prompt: str | None = None
     messages: Messages = Field(default_factory=list)
-    add_special_tokens: bool | None = None  # to a prompt, unless told; messages have those that the template writes
+    add_special_tokens: bool | None = None  # for a prompt, true by default; a template writes its own
 
     add_generation_prompt: Annotated[object, only(True)] = None
     continue_final_message: Annotated[object, only(False)] = None
@@ -57,7 +57,7 @@ class Tokens(msgspec.Struct, frozen=True):
 
 
 class TokenPages:
-    """Needs no engine: answers while the gang does not serve, too."""
+    """The two routes. They need no engine, and so also answer while the gang does not serve."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -70,14 +70,14 @@ class TokenPages:
         return _json(Tokens(ids, len(ids), self._service.limits.max_model_len))
 
     async def detokenize(self, request: Request) -> Response:
-        """POST /detokenize: their text, special tokens included."""
+        """POST /detokenize: the text of ids, special tokens included."""
         body = parse_body(await self._read(request), DetokenizeBody)
         self._service.check_model(body.model or self._service.identity.model)
         self._service.check_ids("tokens", body.tokens)
         return _json({"prompt": await self._service.text.decode(body.tokens)})
 
     async def _read(self, request: Request) -> bytes:
-        return await read_body(request, self._service.limits.max_body_bytes)
+        return await read_body(request, self._service.limits.admission.max_body_bytes)
 
 
 def _json(value: object) -> Response:

@@ -1,4 +1,4 @@
-"""The chat template of a model, rendered in a process of its own that may be killed: conversations become text."""
+"""Renders a model's chat template in a process of its own that can be killed: conversations become text."""
 
 import contextlib
 import json
@@ -13,11 +13,11 @@ from deployments.text.prompts import ConversationError, public_text
 CPU_S = 1.0  # processor time for one conversation
 MEMORY_BYTES = 256 * 1024 * 1024  # beside what the process has when it starts
 MAX_RENDERED_CHARS = 4 * 1024 * 1024
-_WALL_S = 20.0  # for a process that is starved, or stopped
+_WALL_S = 20.0  # to wait for an answer: the process may get no CPU, or be stopped
 
 
 class ChatTemplate:
-    """Used by one thread at a time. The process starts with a conversation, and again after one that ends it."""
+    """Used by one thread at a time. The process starts with the first conversation, and anew after one that ends it."""
 
     def __init__(self, template: str, special_tokens: dict[str, Any]) -> None:
         """`special_tokens`: name → text, as the tokenizer has them and templates use them."""
@@ -33,7 +33,7 @@ class ChatTemplate:
         self._socket: socket.socket | None = None
 
     def check(self) -> None:
-        """Raises ValueError for a template that does not end; one that refuses a single word may have its reasons."""
+        """Raises ValueError for a template that does not end; that it refuses a one-word message is no error."""
         with contextlib.suppress(ConversationError):
             if self._answer([{"role": "user", "content": "x"}]) is None:
                 raise ValueError(
@@ -47,7 +47,7 @@ class ChatTemplate:
             messages = [{**m, "role": "system" if m["role"] == "developer" else m["role"]} for m in messages]
         answer = self._answer(messages)
         if answer is None:
-            raise _refused("it takes too long with them; send fewer or shorter ones")
+            raise _refused("rendering takes too long; send fewer or shorter messages")
         if "too_long" in answer:
             message = (
                 f"messages: the chat template makes {answer['too_long']} characters of them; "
@@ -67,7 +67,7 @@ class ChatTemplate:
         self._process = self._socket = None
 
     def _answer(self, messages: list[dict[str, str]]) -> dict[str, Any] | None:
-        """None when the process had to be ended, or ended itself."""
+        """What the process answers; None when it ended, or had to be killed."""
         try:
             connection = self._socket or self._start()
             connection.sendall(_line(messages))

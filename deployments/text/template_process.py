@@ -1,8 +1,9 @@
 """The process that renders chat templates: a template and each conversation in, text out, and limits that end it.
 
-A chat template is a program of the model's, run on what clients write. Here it cannot hold up anybody else: each line
-on standard input is one JSON request, each line on standard output its answer, and the kernel ends the process at the
-first conversation that takes more processor time than allowed. It ends with its parent, too. See chat_template.py.
+A chat template is a program that comes with the model and runs on what clients write. Here it cannot delay other
+requests: each line on standard input is one JSON request, each line on standard output its answer, and the kernel
+ends the process at the first conversation that takes more processor time than allowed. It also ends with its parent.
+See chat_template.py.
 """
 
 import json
@@ -17,20 +18,20 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 
 def limit_memory(more_bytes: int) -> None:
-    """From here on so much more address space than is mapped already; what asks for more meets MemoryError."""
+    """Limit the address space to what is mapped now and `more_bytes`; allocations beyond that raise MemoryError."""
     mapped = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + more_bytes, mapped + more_bytes))
 
 
 def render(template: str, special_tokens: dict[str, str], messages: list[dict[str, str]], max_chars: int) -> object:
-    """`{"text"}`, or why there is none: `{"refused"}` by the template itself, `{"failed"}`, `{"too_long"}` in chars."""
+    """`{"text"}`, or why there is none: `{"refused": why}`, `{"failed": exception}`, `{"too_long": characters}`."""
     try:
         (text,), _ = render_jinja_template(
             [messages], chat_template=template, add_generation_prompt=True, **special_tokens
         )
     except TemplateError as error:
         return {"refused": str(error)[:1000]}
-    except Exception as error:  # noqa: BLE001 - a program of the model's, and the messages are its input
+    except Exception as error:  # noqa: BLE001 - the model's program may raise anything
         return {"failed": type(error).__name__}
     return {"text": text} if len(text) <= max_chars else {"too_long": len(text)}
 

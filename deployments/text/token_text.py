@@ -10,14 +10,14 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 @dataclass(frozen=True)
 class TokenText:
-    """One token. `raw` is None where the tokenizer does not say which bytes it stands for."""
+    """The text of one token and its bytes; `raw` is None where the tokenizer does not say which bytes those are."""
 
-    text: str  # where it is no whole characters, as OpenAI writes it: bytes:\\xe4\\xbd
+    text: str  # bytes that are no whole characters are written as OpenAI does: bytes:\\xe4\\xbd
     raw: list[int] | None
 
 
 class TokenTexts:
-    """Looks tokens up, and remembers them: at most one entry for each token of the vocabulary."""
+    """Finds the text of token ids, and keeps each for the next time: at most one entry a token of the vocabulary."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class TokenTexts:
     ) -> None:
         """`name` gives a token as the vocabulary writes it; `is_byte_level` when each of its characters is a byte.
 
-        `before` is some ordinary text: decoders drop the space of a token that nothing stands before.
+        `before` are the ids of some ordinary text: decoders drop the space of a token that comes first.
         """
         self._decode = decode
         self._name = name
@@ -37,7 +37,7 @@ class TokenTexts:
         self._known: dict[int, TokenText] = {}
 
     def of(self, token_id: int) -> TokenText:
-        """Ids that the tokenizer does not know (vocabularies are padded) have no text."""
+        """The text of one id; empty for ids that the tokenizer does not know (vocabularies are padded)."""
         if token_id not in self._known:
             self._known[token_id] = self._look_up(token_id)
         return self._known[token_id]
@@ -64,4 +64,4 @@ def _byte_level_alphabet() -> dict[str, int]:
     """Character → byte, as GPT-2's tokenizer writes bytes: visible Latin-1 as itself, the others from U+0100 on."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(0x100 + place): byte for place, byte in enumerate(hidden)}
+    return {chr(byte): byte for byte in visible} | {chr(0x100 + index): byte for index, byte in enumerate(hidden)}

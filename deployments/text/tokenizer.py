@@ -1,4 +1,4 @@
-"""Text: the model's tokenizer and chat template. Prompts become token ids, and ids become text again."""
+"""Text: the model's tokenizer and chat template. Prompts become token ids, and ids become text."""
 
 import asyncio
 import json
@@ -14,11 +14,11 @@ from deployments.text.prompts import Conversation, ConversationError, Prompt
 from deployments.text.token_text import TokenTexts
 from deployments.text.transcript import Decoder, Transcript
 
-INLINE_CHARS = 4096  # of a request's prompts together; more of it is tokenized in a thread, as it takes milliseconds
+INLINE_CHARS = 4096  # of a request's prompts together; more takes milliseconds, and is tokenized in another thread
 
 
 class Text:
-    """Used in the event loop's thread; long texts and conversations take a thread of their own, one after the other."""
+    """Used in the event loop's thread; long texts and conversations are encoded in another thread, one at a time."""
 
     def __init__(self, tokenizer: Any, eos_token_ids: frozenset[int] = frozenset()) -> None:
         """`tokenizer` is one of Transformers'; `eos_token_ids` end an answer beside the tokenizer's own."""
@@ -68,12 +68,12 @@ class Text:
         return await asyncio.get_running_loop().run_in_executor(self._thread, decode)
 
     def close(self) -> None:
-        """End what runs for it beside this process. May be called twice."""
+        """End the process of the chat template. May be called twice."""
         if self._template is not None:
             self._template.close()
 
     def transcript(self, stops: list[str], min_tokens: int = 0) -> Transcript:
-        """Turns one sequence's ids into text."""
+        """A Transcript, which turns one sequence's ids into text."""
         return Transcript(Decoder(self._decode, self._special_ids), stops, min_tokens)
 
     def _encode(self, prompt: Prompt, add_special_tokens: bool) -> list[int]:
@@ -115,7 +115,7 @@ class Text:
 def _chat_template(tokenizer: Any) -> ChatTemplate | None:
     try:
         template = tokenizer.get_chat_template()
-    except ValueError:  # none, or several and none of them the default
+    except ValueError:  # there is none, or several without a default
         return None
     return ChatTemplate(template, tokenizer.special_tokens_map)
 

@@ -1,4 +1,4 @@
-"""Transcript: one sequence's token ids turned into text as they come, cut at the first stop string."""
+"""Transcript: turns one sequence's token ids into text as they come, and cuts it at the first stop string."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from actors.words.messages import FinishReason, TokenLogprobs
 
 _REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are not (yet) a character
-_MAX_UNSETTLED = 16  # ids; a character has at most four bytes, so a longer tail is no half of anything
+_MAX_UNSETTLED = 16  # ids; a character has at most four bytes, so a longer tail is not half a character
 _CONTEXT = 8  # ids of a prompt that decide how an answer to it begins: with a space, or with half a character
 
 
@@ -37,7 +37,8 @@ class Decoder:
             piece = text[self._num_sent :]
             self._move_window(self._num_settled_ids, num_unsent=0)
             return piece
-        if len(self._window) - self._num_settled_ids > _MAX_UNSETTLED:  # no text at all: let it out as it is
+        if len(self._window) - self._num_settled_ids > _MAX_UNSETTLED:
+            # These bytes are no text: they are shown as replacement characters.
             num_complete = max(num_complete, len(text) - 3, self._num_sent)
             piece = text[self._num_sent : num_complete]
             self._move_window(len(self._window) - 4, num_unsent=len(text) - num_complete)
@@ -60,18 +61,18 @@ class Decoder:
 
 
 class StopStrings:
-    """Lets text pass up to the first stop string; holds back what may be the beginning of one."""
+    """Lets text pass up to the first stop string, and holds back what may be the beginning of one."""
 
     def __init__(self, stops: list[str]) -> None:
         self._stops = stops
         self._first_chars = frozenset(stop[0] for stop in stops)
         self._longest = max(map(len, stops), default=0)
         self._held = ""
-        self._num_exempt = 0  # characters of the held text: a stop string that ends within them is none
+        self._num_exempt = 0  # characters of the held text: a stop string that ends within them does not count
         self.is_found = False
 
     def push(self, text: str, is_exempt: bool = False) -> str:
-        """The text that may be shown now. Nothing after a stop string was found.
+        """The text that may be shown now; empty once a stop string was found.
 
         A stop string that ends in exempt text does not count; one that ends after it does, though it began there.
         """
@@ -81,9 +82,9 @@ class StopStrings:
         if is_exempt:
             self._num_exempt = len(self._held)
         found = [
-            place
+            index
             for stop in self._stops
-            if (place := self._held.find(stop, max(0, self._num_exempt - len(stop) + 1))) >= 0
+            if (index := self._held.find(stop, max(0, self._num_exempt - len(stop) + 1))) >= 0
         ]
         if found:
             self.is_found = True
@@ -95,12 +96,12 @@ class StopStrings:
         return self._release(len(self._held))
 
     def _first_beginning(self) -> int:
-        """Where the held text first ends in the beginning of a stop string."""
-        for place in range(max(0, len(self._held) - self._longest + 1), len(self._held)):
-            if self._held[place] in self._first_chars:
-                tail = self._held[place:]
+        """Index from which the held text could become a stop string; its length where it could not."""
+        for index in range(max(0, len(self._held) - self._longest + 1), len(self._held)):
+            if self._held[index] in self._first_chars:
+                tail = self._held[index:]
                 if any(stop.startswith(tail) and stop != tail for stop in self._stops):
-                    return place
+                    return index
         return len(self._held)
 
     def _release(self, num_chars: int) -> str:
@@ -114,7 +115,7 @@ class ScoredToken:
     """A token whose log-probabilities were asked for, and where its text begins."""
 
     token_id: int
-    offset: int  # characters before it
+    offset: int  # characters of the sequence's text before it
     logprobs: TokenLogprobs | None  # None for the first token of a prompt
 
 
@@ -122,23 +123,23 @@ class Transcript:
     """What a client sees of one sequence: its text, how many ids it took, and why it ended."""
 
     def __init__(self, decoder: Decoder, stops: list[str], min_tokens: int = 0) -> None:
-        """No stop string counts that ends within the first `min_tokens` generated ids."""
+        """A stop string that ends within the first `min_tokens` generated ids does not count."""
         self._decoder = decoder
         self._stops = StopStrings(stops)
         self._min_tokens = min_tokens
         self._num_decoded = 0  # characters
         self._num_shown = 0
-        self._scored: deque[ScoredToken] = deque()  # whose text is not shown yet
+        self._scored: deque[ScoredToken] = deque()  # tokens whose text is not shown yet
         self.num_tokens = 0  # generated ids, the stop id or those of the stop string included
         self.finish_reason: FinishReason | None = None
 
     def follow(self, prompt_ids: list[int]) -> None:
-        """Let the text go on from the prompt's, without showing that. Before the first `push`."""
+        """Decode what follows as a continuation of the prompt, which is not shown. Call it before the first `push`."""
         for token_id in prompt_ids[-_CONTEXT:]:
             self._decoder.push(token_id)
 
     def echo(self, prompt: str | None, prompt_ids: list[int], logprobs: list[TokenLogprobs] | None) -> str:
-        """The prompt's text, from its ids where it was not given as text. Instead of `follow`.
+        """The prompt's text, shown first; decoded from its ids where `prompt` is None. Call it instead of `follow`.
 
         `logprobs` are those of the second id and on; None when they were not asked for.
         """
@@ -157,15 +158,15 @@ class Transcript:
     ) -> str:
         """The text that these ids add. With "stop" the last id is the stop id, which has no text.
 
-        When a stop string is found, `finish_reason` turns "stop" and `num_tokens` says after which id; the rest of the
-        ids is not looked at.
+        When a stop string is found, `finish_reason` becomes "stop", and `num_tokens` counts up to the id that completed
+        it; the ids after that are ignored.
         """
         text = self._push(token_ids, finish_reason, logprobs)
         self._num_shown += len(text)
         return text
 
     def take_scored(self) -> list[ScoredToken]:
-        """Tokens whose text has been shown, at least in part, since the last call. Those cut off are never there."""
+        """Tokens whose text has been shown, at least in part, since the last call; none that a stop string cut off."""
         is_whole = self.finish_reason is not None and not self._stops.is_found
         scored = []
         while self._scored and (is_whole or self._scored[0].offset < self._num_shown):
@@ -175,9 +176,9 @@ class Transcript:
     def _push(self, token_ids: list[int], finish_reason: FinishReason | None, logprobs: Sequence[TokenLogprobs]) -> str:
         has_stop_id = finish_reason == "stop"
         text = ""
-        for place, token_id in enumerate(token_ids[:-1] if has_stop_id else token_ids):
+        for index, token_id in enumerate(token_ids[:-1] if has_stop_id else token_ids):
             if logprobs:
-                self._scored.append(ScoredToken(token_id, self._num_decoded, logprobs[place]))
+                self._scored.append(ScoredToken(token_id, self._num_decoded, logprobs[index]))
             self.num_tokens += 1
             piece = self._decoder.push(token_id)
             self._num_decoded += len(piece)
