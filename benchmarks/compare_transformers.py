@@ -20,7 +20,7 @@ from servers import ROOT, Server, add_layout, measure_by_ours, ours, running
 def by_transformers(options: argparse.Namespace) -> dict[int, float]:
     """Tokens/s by batch; a start of its own each time."""
     command = [options.python, "-m", "torch.distributed.run", "--nproc-per-node", str(options.tp)]
-    command += [str(ROOT / "tests" / "peers" / "transformers_generate.py"), str(options.checkpoint)]
+    command += [str(ROOT / "benchmarks" / "transformers_generate.py"), str(options.checkpoint)]
     command += ["--input-len", str(options.input_len), "--output-len", str(options.output_len)]
     command += ["--batch", *map(str, options.batch)]
     alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
