@@ -16,10 +16,11 @@ from pathlib import Path
 
 import uvicorn
 
-from actors.decisions.schedule.scheduler import SchedulerSettings
+from actors.decisions.schedule.settings import SchedulerSettings
 from actors.remote.engine import Engine
 from actors.words.messages import Request, SamplingParams, StepBatch, StepResult
 from cluster.topology import Topology
+from configs.config import AdmissionConfig
 from deployments.api.outbox import Outbox
 from deployments.api.routes import build_app
 from deployments.api.service import Identity, Limits, Service
@@ -59,12 +60,12 @@ class AtOnce:
 
 def settings(num_seqs: int) -> SchedulerSettings:
     tokens = max(2048, num_seqs)
-    return SchedulerSettings(num_seqs * 32, 16, num_seqs, tokens, num_lanes=1, depth=2)
+    return SchedulerSettings(16, num_seqs, tokens, num_lanes=1, depth=2)
 
 
 def step_ms(num_seqs: int) -> float:
     """One turn of the engine: a result in, events out, the next step made."""
-    engine = Engine(AtOnce(), settings(num_seqs), lambda events: None)
+    engine = Engine(AtOnce(), settings(num_seqs), num_seqs * 32, lambda events: None)
     engine._state = "ready"  # its thread is this one
     for number in range(num_seqs):
         engine.add(Request(f"r{number}", [3 + number % 90] * 64, 400, SamplingParams(temperature=0)))
@@ -81,9 +82,9 @@ def step_ms(num_seqs: int) -> float:
 def first_chunk_ms() -> float:
     """From a request's first byte to its first chunk's, over a loopback socket."""
     text, outbox = Text.load(ROOT / "configs" / "demo"), Outbox()
-    engine = Engine(AtOnce(), settings(64), outbox.deliver)
+    engine = Engine(AtOnce(), settings(64), 64 * 32, outbox.deliver)
     identity = Identity("demo", "replica", "0", 0, Topology(1, 1))
-    limits = Limits(max_model_len=512, vocab_size=512, max_requests=64, max_body_bytes=1 << 20, request_s=600.0)
+    limits = Limits(max_model_len=512, vocab_size=512, admission=AdmissionConfig(), request_s=600.0)
     app = build_app(Service(engine, outbox, text, identity, limits, list))
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off"))
     thread = threading.Thread(target=server.run, daemon=True)

@@ -58,17 +58,9 @@ class RankActor:
         """Be a rank of a plan, in one more epoch; returns its public key."""
         from actors.remote.rank import Rank
 
-        config, self._rank_number = self._config, rank
+        self._rank_number = rank
         if self._rank is None:
-            assignment = Assignment(
-                plan=plan,
-                rank=rank,
-                source=config.model.source,
-                revision=config.model.revision,
-                address=self._hello.address,
-                device=device,
-                timeout_s=config.timeouts.collective_s,
-            )
+            assignment = Assignment(self._config, plan, rank, self._hello.address, device)
             self._rank = Rank(assignment, self._black_box.enter)
         key: bytes = self._rank.new_key()
         return key

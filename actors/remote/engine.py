@@ -16,8 +16,9 @@ from typing import Literal
 
 from actors.decisions.failure.quarantine import Quarantine
 from actors.decisions.schedule.deadlines import Deadlines
-from actors.decisions.schedule.scheduler import Scheduler, SchedulerSettings
+from actors.decisions.schedule.scheduler import Scheduler
 from actors.decisions.schedule.sequence import completed
+from actors.decisions.schedule.settings import SchedulerSettings
 from actors.decisions.schedule.stats import Stats
 from actors.remote.revival import Attempt
 from actors.words.errors import EngineStopped, GangFailure, GangLost, IntegrityError, Verdict
@@ -54,16 +55,18 @@ class Engine:
         self,
         executor: Executor,
         settings: SchedulerSettings,
+        num_blocks: int,
         deliver: Callable[[list[Event]], None],
         revive: Revive | None = None,
     ) -> None:
         """`deliver` is called in the engine's thread with all events of a step (none: a new state); it must not block.
 
-        `revive` makes an executor for another epoch when one failed; without it a failure is the end.
+        `num_blocks`: of the KV cache of every rank. `revive` makes an executor for another epoch when one failed;
+        without it a failure is the end.
         """
         self._executor = executor
         self.stats = Stats()
-        self._scheduler = Scheduler(settings, stats=self.stats)
+        self._scheduler = Scheduler(settings, num_blocks, self.stats)
         self._deliver = deliver
         self._revive = revive
         self._deadlines = Deadlines()  # of every epoch

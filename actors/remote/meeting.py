@@ -4,19 +4,18 @@ from dataclasses import dataclass, field
 
 from actors.decisions.model.plan import Plan
 from actors.remote.channel import ChannelAddress
+from configs.config import Config
 
 
 @dataclass(frozen=True)
 class Assignment:
     """What a rank is told when it starts."""
 
+    config: Config
     plan: Plan
     rank: int
-    source: str  # model.source
-    revision: str | None
     address: str  # of its node, for everything that it binds
     device: str  # cpu, or cuda:<index>
-    timeout_s: float  # one collective, one hop
 
 
 @dataclass(frozen=True)

@@ -62,12 +62,13 @@ class Rank:
     def join(self, meeting: Meeting) -> None:
         """Come together: step channel, store, process groups (warmed up). Raises TimeoutError or JoinCancelled."""
         this, started = self.assignment, time.monotonic()
+        timeout_s = this.config.timeouts.collective_s
         self._is_over = threading.Event()
         self._channel = RankChannel(
             meeting.channel, self._keys, this.rank, meeting.epoch, self._end_epoch, self._num_operations
         )
-        store = join_store(meeting.store_address, meeting.store_port, meeting.epoch, this.timeout_s, self._is_over)
-        self._groups = join(this.plan.topology, this.rank, store, self._device, this.address, this.timeout_s)
+        store = join_store(meeting.store_address, meeting.store_port, meeting.epoch, timeout_s, self._is_over)
+        self._groups = join(this.plan.topology, this.rank, store, self._device, this.address, timeout_s)
         if self._is_over.is_set():  # nobody could abort groups that were not there yet
             raise JoinCancelled(f"epoch {meeting.epoch} was given up")
         if self._runner is not None:
@@ -94,7 +95,7 @@ class Rank:
             return self._loaded
         this = self.assignment
         self._runner = runner_type(self._device)(this.plan, this.rank, self._groups, self._device)
-        folder = resolve_source(this.source, this.revision)
+        folder = resolve_source(this.config.model.source, this.config.model.revision)
         report = self._runner.load(folder, self._progress())
         self._say("loaded %.1f MB in %.1f s", report.bytes_copied / 1e6, report.seconds)
         fits = self._runner.num_blocks_that_fit(memory_share, ranks_on_node)

@@ -105,7 +105,7 @@ class Runner:
         self.sampler = Sampler(groups.stage, self.shard.vocab_rows, self.plan.spec.vocab_size)
         self.logprobs = LogprobReader(groups.stage, self.shard.vocab_rows, self.plan.spec.vocab_size)
         self._receiver = self._sender = None
-        if self.plan.depth > 1 and groups.feedback is not None:
+        if self.plan.scheduler.depth > 1 and groups.feedback is not None:
             self._receiver = FeedbackReceiver(groups.feedback, self.device) if self.is_first_stage else None
             self._sender = None if self.is_first_stage else FeedbackSender(groups.feedback)
         self.table = SequenceTable(

@@ -39,7 +39,6 @@ from cluster.placement.placement import (
 from configs.config import Config
 from deployments.bench.scaling import BatchSpeed, LayoutFigures, OfflineReport, Round, as_text, speed_of
 from deployments.plan.command import config_of
-from deployments.serve.replica import settings_of
 
 __all__ = ["as_text", "measure"]
 
@@ -83,8 +82,8 @@ def _plans(options: argparse.Namespace) -> list[tuple[Config, Plan]]:
     spec = read_spec(resolve_source(model.source, model.revision), model.dtype)
     plans = [(config, make_plan(config, spec)) for config in configs]
     most, tokens = plans[0][1], options.input_len + options.output_len
-    if max(options.batch) > most.max_num_seqs:
-        raise ValueError(f"--batch: {max(options.batch)}, but scheduler.max_num_seqs is {most.max_num_seqs}")
+    if max(options.batch) > most.scheduler.max_num_seqs:
+        raise ValueError(f"--batch: {max(options.batch)}, but scheduler.max_num_seqs is {most.scheduler.max_num_seqs}")
     if tokens > most.max_model_len:
         raise ValueError(
             f"--input-len and --output-len: {tokens} tokens together, but model.max_model_len is {most.max_model_len}"
@@ -172,7 +171,7 @@ class _Bench:
     def __init__(self, gang: Gang, plan: Plan) -> None:
         self.plan, self.num_blocks = plan, gang.num_blocks
         self._events: queue.SimpleQueue[tuple[float, list[Event]]] = queue.SimpleQueue()
-        self.engine = Engine(gang.executor, settings_of(plan, gang.num_blocks), self._deliver)
+        self.engine = Engine(gang.executor, plan.scheduler, gang.num_blocks, self._deliver)
 
     def _deliver(self, events: list[Event]) -> None:
         self._events.put((time.perf_counter(), events))

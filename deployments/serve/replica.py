@@ -12,7 +12,6 @@ from ray import serve
 from ray.util.placement_group import PlacementGroup
 
 from actors.decisions.model.plan import Plan, make_plan
-from actors.decisions.schedule.scheduler import SchedulerSettings
 from actors.remote.engine import Engine
 from actors.remote.gang import Gang
 from actors.remote.imports import collector_paused
@@ -28,7 +27,7 @@ class Replica:
     """HTTP app, engine and gang in one process. The constructor returns when the gang serves."""
 
     def __init__(self, config: Config, device: str, placement: PlacementGroup) -> None:
-        """`device` is cpu or cuda. Raises what is wrong with the model or the gang, in words for people."""
+        """`device` is cpu or cuda. Raises an error that says what is wrong with the model or the gang."""
         _log_to_stdout()
         parallel = config.parallel
         topology = Topology(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
@@ -40,9 +39,9 @@ class Replica:
         except BaseException:
             self._gang.close()
             raise
-        settings = settings_of(plan, self._gang.num_blocks)
         outbox = Outbox()
-        self._engine = Engine(self._gang.executor, settings, outbox.deliver, self._gang.revive)
+        gang = self._gang
+        self._engine = Engine(gang.executor, plan.scheduler, gang.num_blocks, outbox.deliver, gang.revive)
         self.app = app_of(self._engine, outbox, self._gang.ranks)
         calm_collector()
         self._engine.start()
@@ -62,27 +61,14 @@ class Replica:
 
 
 def calm_collector() -> None:
-    """Keep the garbage collector from what stays, and from looking after every few steps: each look holds up a step."""
+    """Let the garbage collector skip what exists now, and run more rarely: each run delays a step."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
 
 
-def settings_of(plan: Plan, num_blocks: int) -> SchedulerSettings:
-    """The limits of a gang: the plan's, and the cache that its ranks have."""
-    return SchedulerSettings(
-        num_blocks=num_blocks,
-        block_size=plan.block_size,
-        max_num_seqs=plan.max_num_seqs,
-        max_num_batched_tokens=plan.max_num_batched_tokens,
-        num_lanes=plan.num_lanes,
-        depth=plan.depth,
-        prefix_cache=plan.prefix_cache,
-    )
-
-
 def _read_model(config: Config) -> tuple[Plan, Any]:
-    """The plan, and what makes the HTTP app once the engine is there. Imports torch and transformers."""
+    """The plan, and a function that makes the HTTP app once the engine exists. Imports torch and Transformers."""
     from actors.tensors.model.spec_reader import read_spec
     from actors.tensors.weights.source import resolve_source
     from deployments.api.routes import build_app
@@ -104,8 +90,7 @@ def _read_model(config: Config) -> tuple[Plan, Any]:
         limits = Limits(
             max_model_len=plan.max_model_len,
             vocab_size=plan.spec.vocab_size,
-            max_requests=config.admission.max_requests,
-            max_body_bytes=config.admission.max_body_bytes,
+            admission=config.admission,
             request_s=config.timeouts.request_s,
         )
         return build_app(Service(engine, outbox, text, identity, limits, ranks))
@@ -114,9 +99,9 @@ def _read_model(config: Config) -> tuple[Plan, Any]:
 
 
 def _log_to_stdout() -> None:
-    """Our own progress lines reach whoever started the server; Serve's logger has its own files."""
+    """Show our progress lines to whoever started the server; Serve's own lines go into its files."""
     handler = logging.StreamHandler(sys.__stdout__)  # Serve sends sys.stdout into its file
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-    for room in ("cluster", "actors", "deployments"):
-        logging.getLogger(room).addHandler(handler)
-        logging.getLogger(room).setLevel(logging.INFO)
+    for package in ("cluster", "actors", "deployments"):
+        logging.getLogger(package).addHandler(handler)
+        logging.getLogger(package).setLevel(logging.INFO)

@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from actors.decisions.failure.patience import StepClock
 from actors.decisions.model.plan import Plan
-from actors.decisions.schedule.scheduler import SchedulerSettings
+from actors.decisions.schedule.settings import SchedulerSettings
 from actors.remote.channel import EngineChannel
 from actors.remote.engine import Engine
 from actors.remote.meeting import Assignment, Meeting
 from actors.words.messages import Event, Request, SamplingParams, StepBatch, StepResult
+from configs.config import Config
 
 ADDRESS = "127.0.0.1"
 PATIENCE_S = 60.0
@@ -62,9 +63,9 @@ class ActorPool:
         """In the order in which a gang comes together."""
         self.pool, self.plan = pool, plan
         self.num_ranks = plan.topology.num_ranks
-        assignments = [
-            Assignment(plan, shard.rank, str(folder), None, ADDRESS, "cpu", PATIENCE_S) for shard in plan.shards
-        ]
+        asked = {"model": {"source": str(folder)}, "timeouts": {"collective_s": PATIENCE_S}}
+        config = Config.model_validate(asked)
+        assignments = [Assignment(config, plan, shard.rank, ADDRESS, "cpu") for shard in plan.shards]
         keys = pool.ask([("hire", (assignment,)) for assignment in assignments])
         self.channel = EngineChannel(ADDRESS, 0, StepClock(PATIENCE_S))
         self.channel.admit(keys)
@@ -82,12 +83,14 @@ class ActorPool:
         self.channel.close()
         self.pool.hear(self.num_ranks)
 
-    def generate(self, requests: list[Request], at_once: bool = True, **settings: Any) -> tuple[list[list[int]], Any]:
+    def generate(
+        self, requests: list[Request], at_once: bool = True, num_blocks: int = LARGE, **settings: Any
+    ) -> tuple[list[list[int]], Any]:
         """A new engine, idle again when it ends → the ids of each request, and the engine."""
-        limits = {"num_blocks": LARGE, "block_size": BLOCK_SIZE, "max_num_seqs": 40, "max_num_batched_tokens": 2048}
-        limits |= {"num_lanes": self.plan.num_lanes}
+        limits = {"block_size": BLOCK_SIZE, "max_num_seqs": 40, "max_num_batched_tokens": 2048}
+        limits |= {"num_lanes": self.plan.scheduler.num_lanes}
         executor, events = Lent(self.channel), Events()
-        engine = Engine(executor, SchedulerSettings(**{**limits, **settings}), events.take)
+        engine = Engine(executor, SchedulerSettings(**{**limits, **settings}), num_blocks, events.take)
         engine.start()
         for requested in [requests] if at_once else [[request] for request in requests]:
             for request in requested:

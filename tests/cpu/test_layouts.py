@@ -92,7 +92,7 @@ class Driver:
 
     def step(self, entries: list[Entry]) -> tuple[list[list[int]], Any]:
         self.random.shuffle(entries)
-        lane = self.num_steps % self.gang.plan.num_lanes
+        lane = self.num_steps % self.gang.plan.scheduler.num_lanes
         step = StepBatch(self.gang.pool.epoch, self.num_steps, lane, self.opened, self.closed, entries)
         self.opened, self.closed = [], []
         self.num_steps += 1

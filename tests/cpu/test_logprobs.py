@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors.decisions.schedule.scheduler import Scheduler, SchedulerSettings
+from actors.decisions.schedule.scheduler import Scheduler
+from actors.decisions.schedule.settings import SchedulerSettings
 from actors.words.messages import Request, SamplingParams, StepResult, TokenLogprobs
 
 TOLERANCE = 1e-4
@@ -39,10 +40,12 @@ class Told:
         self.prompt_logprobs: list[TokenLogprobs] = []
 
 
-def run(gang: Any, requests: list[Request], **settings: Any) -> tuple[dict[str, Told], list[int], Scheduler]:
+def run(
+    gang: Any, requests: list[Request], num_blocks: int = NUM_BLOCKS, **settings: Any
+) -> tuple[dict[str, Told], list[int], Scheduler]:
     """Requests through a scheduler, step after step → what was told, rows of logits of each step, the scheduler."""
-    limits = {"num_blocks": NUM_BLOCKS, "block_size": gang.plan.block_size, "max_num_seqs": 32, "num_lanes": 1}
-    scheduler = Scheduler(SchedulerSettings(**{**limits, "max_num_batched_tokens": 2048, **settings}))
+    limits = {"block_size": gang.plan.block_size, "max_num_seqs": 32, "num_lanes": 1}
+    scheduler = Scheduler(SchedulerSettings(**{**limits, "max_num_batched_tokens": 2048, **settings}), num_blocks)
     told = {request.request_id: Told() for request in requests}
     for request in requests:
         scheduler.add(request)

@@ -235,8 +235,8 @@ def test_attention_to_a_prompt_grows_with_its_square() -> None:
 def test_chosen_experts_count_in_the_activations() -> None:
     mixtral = Estimate(planned("mistralai/Mixtral-8x7B-Instruct-v0.1", 1, 1), ACCELERATORS["h200"], 0.8)
     plan = mixtral.plan
-    hidden = plan.max_num_batched_tokens * (4 * 4096 + 2 * (2 * 2 * 14336)) * 2
-    assert mixtral.activation_bytes(0) == hidden + 2 * plan.max_num_seqs * 32000 * 4
+    hidden = plan.scheduler.max_num_batched_tokens * (4 * 4096 + 2 * (2 * 2 * 14336)) * 2
+    assert mixtral.activation_bytes(0) == hidden + 2 * plan.scheduler.max_num_seqs * 32000 * 4
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from actors.decisions.model.plan import make_plan
-from actors.decisions.schedule.scheduler import SchedulerSettings
+from actors.decisions.schedule.settings import SchedulerSettings
 from actors.remote.engine import Engine
 from actors.tensors.model.spec_reader import read_spec
 from actors.tensors.runner import Runner
@@ -106,8 +106,8 @@ def echo(runner: Runner, num_ids: int) -> OneRank:
                 ended.set()
 
     plan = runner.plan
-    settings = SchedulerSettings(513, plan.block_size, 4, 2048, 1, 1)
-    engine = Engine(executor, settings, take)
+    settings = SchedulerSettings(plan.block_size, 4, 2048, 1, 1)
+    engine = Engine(executor, settings, 513, take)
     engine.start()
     prompt = [number * 7 % VOCAB for number in range(num_ids)]
     engine.add(Request("echo", prompt, 1, SamplingParams(temperature=0, prompt_logprobs=5, logprobs=5)))

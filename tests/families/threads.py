@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from actors.decisions.model.plan import Plan
-from actors.decisions.schedule.scheduler import SchedulerSettings
+from actors.decisions.schedule.settings import SchedulerSettings
 from actors.remote.engine import Engine
 from actors.tensors.runner import Runner
 from actors.tensors.sequence_table import StepTensors
@@ -193,14 +193,13 @@ def serve(gang: ThreadGang, prompts: list[list[int]], num_new: int) -> list[tupl
             ended.set()
 
     settings = SchedulerSettings(
-        num_blocks=gang.num_blocks,
         block_size=plan.block_size,
         max_num_seqs=len(prompts),
         max_num_batched_tokens=9,
-        num_lanes=plan.num_lanes,
-        depth=plan.depth,
+        num_lanes=plan.scheduler.num_lanes,
+        depth=plan.scheduler.depth,
     )
-    engine = Engine(executor, settings, take)
+    engine = Engine(executor, settings, gang.num_blocks, take)
     engine.start()
     for number, prompt in enumerate(prompts):
         engine.add(Request(str(number), prompt, num_new, GREEDY))

@@ -25,7 +25,7 @@ from ray import serve  # noqa: E402
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group  # noqa: E402
 
 from actors.decisions.model.plan import make_plan  # noqa: E402
-from actors.decisions.schedule.scheduler import SchedulerSettings  # noqa: E402
+from actors.decisions.schedule.settings import SchedulerSettings  # noqa: E402
 from actors.remote.engine import Engine  # noqa: E402
 from actors.remote.gang import Gang  # noqa: E402
 from actors.words.errors import GangFailure, Verdict  # noqa: E402
@@ -448,7 +448,7 @@ def test_a_rank_that_raises_or_hangs_is_noticed_and_every_request_goes_on(
         noticed_s.append(time.monotonic() - listener.gained_at)
         return gang.revive(epoch, verdict, is_fresh)
 
-    engine = Engine(gang.executor, SchedulerSettings(512, 16, 8, 64, 2), listener, revive)
+    engine = Engine(gang.executor, SchedulerSettings(16, 8, 64, 2), 512, listener, revive)
     engine.start()
     try:
         pids = [rank.pid for rank in gang.ranks()]
@@ -511,7 +511,7 @@ def test_a_gang_that_cannot_come_back_fails_the_health_check() -> None:
         raise GangFailure("no way")
 
     executor = FakeExecutor()
-    engine = Engine(executor, SchedulerSettings(64, 16, 8, 64, 2), lambda events: None, revive)
+    engine = Engine(executor, SchedulerSettings(16, 8, 64, 2), 64, lambda events: None, revive)
     replica = Replica.__new__(Replica)
     replica._engine = engine
     engine.start()

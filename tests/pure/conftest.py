@@ -12,9 +12,10 @@ import uvicorn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from actors.decisions.schedule.scheduler import SchedulerSettings
+from actors.decisions.schedule.settings import SchedulerSettings
 from actors.remote.engine import Engine
 from cluster.topology import Topology
+from configs.config import AdmissionConfig
 from deployments.api.outbox import Outbox
 from deployments.api.routes import build_app
 from deployments.api.service import Identity, Limits, Service
@@ -84,12 +85,11 @@ class World:
         self.text = text
         self.executor = executor or FakeExecutor(vocab_size=VOCAB_SIZE)
         self.outbox = Outbox()
-        settings = SchedulerSettings(
-            num_blocks=256, block_size=16, max_num_seqs=8, max_num_batched_tokens=64, num_lanes=2
-        )
-        self.engine = Engine(self.executor, settings, self.outbox.deliver)
-        values = {"max_model_len": 128, "vocab_size": VOCAB_SIZE, "max_requests": 16, "max_body_bytes": 65536}
-        values |= {"request_s": 600.0} | limits
+        settings = SchedulerSettings(block_size=16, max_num_seqs=8, max_num_batched_tokens=64, num_lanes=2)
+        self.engine = Engine(self.executor, settings, 256, self.outbox.deliver)
+        admission = {"max_requests": 16, "max_body_bytes": 65536}
+        admission = AdmissionConfig(**{name: limits.pop(name, value) for name, value in admission.items()})
+        values = {"max_model_len": 128, "vocab_size": VOCAB_SIZE, "admission": admission, "request_s": 600.0} | limits
         identity = Identity(MODEL, "replica-1", "0.1.0", 1, Topology(2, 2))
         self.service = Service(self.engine, self.outbox, text, identity, Limits(**values), ranks)
         self.app = build_app(self.service)

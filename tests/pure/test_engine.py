@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from actors.decisions.schedule.scheduler import SchedulerSettings
+from actors.decisions.schedule.settings import SchedulerSettings
 from actors.remote.engine import Engine
 from actors.words.errors import EngineStopped, GangFailure
 from actors.words.messages import Event, Request, SamplingParams
@@ -15,7 +15,7 @@ GREEDY = SamplingParams(0.0)
 
 
 def settings(**changes):
-    values = {"num_blocks": 64, "block_size": 16, "max_num_seqs": 8, "max_num_batched_tokens": 64, "num_lanes": 2}
+    values = {"block_size": 16, "max_num_seqs": 8, "max_num_batched_tokens": 64, "num_lanes": 2}
     return SchedulerSettings(**(values | changes))
 
 
@@ -48,9 +48,9 @@ class Listener:
 def make_engine():
     engines = []
 
-    def make(executor=None, **changes):
+    def make(executor=None, num_blocks=64, **changes):
         listener = Listener()
-        engine = Engine(executor or FakeExecutor(), settings(**changes), listener)
+        engine = Engine(executor or FakeExecutor(), settings(**changes), num_blocks, listener)
         engine.start()
         engines.append(engine)
         return engine, listener

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from actors.decisions.schedule.deadlines import Deadlines
-from actors.decisions.schedule.scheduler import SchedulerSettings
+from actors.decisions.schedule.settings import SchedulerSettings
 from actors.remote.engine import Engine
 from actors.words.messages import Request, SamplingParams
 from deployments.api import connection, generation
@@ -69,9 +69,8 @@ def test_the_engine_ends_what_is_late_and_computes_none_of_it(num_running):
     """Waiting on an executor that says nothing: only the deadline itself can wake it."""
     events, woken = [], threading.Event()
     executor = FakeExecutor(is_manual=True)
-    engine = Engine(
-        executor, SchedulerSettings(64, 16, num_running or 1, 64, 1), lambda e: (events.extend(e), woken.set())
-    )
+    settings = SchedulerSettings(16, num_running or 1, 64, 1)
+    engine = Engine(executor, settings, 64, lambda e: (events.extend(e), woken.set()))
     engine.start()
     if not num_running:
         engine.add(Request("first", [1, 2, 3], 50, SamplingParams(0.0)))

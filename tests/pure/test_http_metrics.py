@@ -6,7 +6,8 @@ import time
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from actors.decisions.schedule.scheduler import Scheduler, SchedulerSettings
+from actors.decisions.schedule.scheduler import Scheduler
+from actors.decisions.schedule.settings import SchedulerSettings
 from actors.decisions.schedule.stats import Histogram, Stats
 from actors.remote.meeting import RankInfo
 from actors.words.errors import GangFailure
@@ -110,8 +111,8 @@ def test_two_replicas_in_one_process_do_not_meet(make_world):
 def test_what_is_computed_again_after_a_preemption_counts_once():
     now = [0.0]
     stats = Stats(clock=lambda: now[0])
-    settings = SchedulerSettings(num_blocks=6, block_size=4, max_num_seqs=4, max_num_batched_tokens=16, num_lanes=1)
-    scheduler, executor = Scheduler(settings, stats=stats), FakeExecutor(block_size=4)
+    settings = SchedulerSettings(block_size=4, max_num_seqs=4, max_num_batched_tokens=16, num_lanes=1)
+    scheduler, executor = Scheduler(settings, num_blocks=6, stats=stats), FakeExecutor(block_size=4)
     for name in "abc":
         scheduler.add(Request(name, [1, 2, 3, 4, 5], 12, SamplingParams(0.0)))
     while scheduler.num_live:

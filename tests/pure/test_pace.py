@@ -5,7 +5,8 @@ import random
 import pytest
 
 from actors.decisions.schedule.pace import PrefillPace
-from actors.decisions.schedule.scheduler import Scheduler, SchedulerSettings
+from actors.decisions.schedule.scheduler import Scheduler
+from actors.decisions.schedule.settings import SchedulerSettings
 from actors.decisions.schedule.stats import Stats
 from actors.words.messages import Entry, Request, SamplingParams, StepBatch, StepResult
 
@@ -130,8 +131,8 @@ def test_slow_prompts_do_not_starve() -> None:
 
 def test_the_scheduler_keeps_to_it_and_running_streams_go_on() -> None:
     now = [0.0]
-    settings = SchedulerSettings(1024, 16, 16, 2048, num_lanes=1)
-    scheduler = Scheduler(settings, stats=Stats(lambda: now[0]))
+    settings = SchedulerSettings(16, 16, 2048, num_lanes=1)
+    scheduler = Scheduler(settings, num_blocks=1024, stats=Stats(lambda: now[0]))
     waits: list[float] = []
 
     def run(num_steps: int) -> None:

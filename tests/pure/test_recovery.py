@@ -21,7 +21,7 @@ from actors.decisions.failure.culprit import (
     revise_verdict,
 )
 from actors.decisions.failure.quarantine import Quarantine
-from actors.decisions.schedule.scheduler import SchedulerSettings
+from actors.decisions.schedule.settings import SchedulerSettings
 from actors.remote.black_box import CrashFile, collect_crash_report
 from actors.remote.engine import Engine
 from actors.words.errors import EngineStopped, GangFailure, GangLost, Verdict
@@ -30,9 +30,8 @@ from actors.words.messages import NOT_A_NUMBER, Request, SamplingParams
 from tests.fakes.fake_executor import FakeExecutor, logprobs_of, next_id
 
 GREEDY = SamplingParams(0.0)
-SETTINGS = SchedulerSettings(
-    num_blocks=64, block_size=4, max_num_seqs=16, max_num_batched_tokens=64, num_lanes=2, depth=2
-)
+SETTINGS = SchedulerSettings(block_size=4, max_num_seqs=16, max_num_batched_tokens=64, num_lanes=2, depth=2)
+NUM_BLOCKS = 64
 
 
 # -- who ended it ------------------------------------------------------------------------------------------------
@@ -220,7 +219,7 @@ class Gangs:
         self.tries: list[tuple[int, str, bool]] = []
         self.may_revive = threading.Event()
         self.may_revive.set()
-        self.engine = Engine(self.made[0], SETTINGS, self.listener, self.revive)
+        self.engine = Engine(self.made[0], SETTINGS, NUM_BLOCKS, self.listener, self.revive)
         self.engine.start()
 
     def revive(self, epoch, verdict, is_fresh) -> Revival:

@@ -7,7 +7,8 @@ from collections import deque
 
 import pytest
 
-from actors.decisions.schedule.scheduler import Scheduler, SchedulerSettings
+from actors.decisions.schedule.scheduler import Scheduler
+from actors.decisions.schedule.settings import SchedulerSettings
 from actors.decisions.schedule.stats import Stats
 from actors.words.messages import Request, SamplingParams, StepBatch, StepResult
 
@@ -16,8 +17,8 @@ class Pipeline:
     """Ends steps in the order of their submission; remembers whose they were."""
 
     def __init__(self, num_lanes: int, depth: int, max_num_batched_tokens: int = 2048) -> None:
-        settings = SchedulerSettings(256, 16, 16, max_num_batched_tokens, num_lanes, depth)
-        self.scheduler = Scheduler(settings, stats=Stats(lambda: 0.0))
+        settings = SchedulerSettings(16, 16, max_num_batched_tokens, num_lanes, depth)
+        self.scheduler = Scheduler(settings, num_blocks=256, stats=Stats(lambda: 0.0))
         self.flights: deque[StepBatch] = deque()
         self.steps: list[StepBatch] = []
 

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from actors.decisions.schedule.scheduler import Scheduler, SchedulerSettings
+from actors.decisions.schedule.scheduler import Scheduler
+from actors.decisions.schedule.settings import SchedulerSettings
 from actors.words.messages import Event, Request, SamplingParams, StepBatch, TokenLogprobs
 from tests.fakes.fake_executor import FakeExecutor, logprobs_of, next_id
 
@@ -36,8 +37,8 @@ class World:
         self.random = rng = random.Random(seed)
         block_size = rng.choice([1, 2, 4, 16])
         max_num_seqs = rng.randint(1, 8)
+        self.num_blocks = max(1, rng.randint(12, 60) // block_size)
         self.settings = SchedulerSettings(
-            num_blocks=max(1, rng.randint(12, 60) // block_size),
             block_size=block_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_seqs + rng.choice([0, 1, 5, 100]),
@@ -47,8 +48,8 @@ class World:
         )
         self.loss = loss
         self.executor = FakeExecutor(VOCAB_SIZE, block_size, is_manual=True)
-        self.scheduler = Scheduler(self.settings)
-        self.capacity = self.settings.num_blocks * block_size
+        self.scheduler = Scheduler(self.settings, self.num_blocks)
+        self.capacity = self.num_blocks * block_size
         self.requests: dict[str, Request] = {}
         self.generated: dict[str, list[int]] = {}
         self.logprobs: dict[str, list[TokenLogprobs]] = {}
@@ -121,7 +122,7 @@ class World:
         lost = self.scheduler.begin_epoch()
         assert in_flight <= set(lost)
         assert not (self.scheduler.num_in_flight or self.scheduler.num_running)
-        assert self.scheduler.counts().free == self.settings.num_blocks
+        assert self.scheduler.counts().free == self.num_blocks
         self.executor = FakeExecutor(VOCAB_SIZE, self.settings.block_size, is_manual=True)
         places = {name: place for step in lost.values() for name, place in step.items()}
         self.scheduler.suspect({name: place for name, place in places.items() if self.random.random() < 0.5})

@@ -73,10 +73,10 @@ class Estimate:
 
     def activation_bytes(self, rank: int) -> int:
         """Of the largest step: four hidden states, one layer's widest projections, and logits in float32."""
-        plan, shard = self.plan, self.plan.shards[rank]
+        spec, limits, shard = self.plan.spec, self.plan.scheduler, self.plan.shards[rank]
         widest = max((self._width(tensor) for tensor in shard.tensors if self._is_in_layer(tensor)), default=0)
-        hidden = plan.max_num_batched_tokens * (4 * plan.spec.hidden_size + 2 * widest) * plan.spec.dtype_bytes
-        logits = plan.max_num_seqs * (shard.vocab_rows[1] - shard.vocab_rows[0]) * 4 if shard.has_head else 0
+        hidden = limits.max_num_batched_tokens * (4 * spec.hidden_size + 2 * widest) * spec.dtype_bytes
+        logits = limits.max_num_seqs * (shard.vocab_rows[1] - shard.vocab_rows[0]) * 4 if shard.has_head else 0
         return hidden + 2 * logits
 
     def _width(self, tensor: TensorSlice) -> int:
@@ -128,7 +128,7 @@ class Estimate:
     def decode(self, batch: int, context: int) -> Speed:
         """One token for each of `batch` sequences of `context` tokens, or for as many of them as may run at a time."""
         num_stages = self.plan.topology.pipeline_parallel_size
-        room = min(self.plan.max_num_seqs, self.num_blocks // num_blocks_for(context, self.plan.block_size))
+        room = min(self.plan.scheduler.max_num_seqs, self.num_blocks // num_blocks_for(context, self.plan.block_size))
         running = min(batch, room) if self.fits() else 0
         if not running:
             return Speed(batch, 0.0, 0.0, "does not fit", 0)
@@ -143,7 +143,7 @@ class Estimate:
 
     def prefill_tokens_per_s(self) -> float:
         """Of long prompts, in steps of max_num_batched_tokens, through the slowest stage."""
-        tokens = self.plan.max_num_batched_tokens
+        tokens = self.plan.scheduler.max_num_batched_tokens
         num_stages = self.plan.topology.pipeline_parallel_size
         pairs = tokens * (tokens + 1) // 2  # each token attends to those before it and to itself
         return tokens / max(sum(self._stage_s(stage, tokens, tokens, pairs).values()) for stage in range(num_stages))

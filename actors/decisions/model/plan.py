@@ -9,6 +9,7 @@ from actors.decisions.model.sizes import Sizes, broken_constraints
 from actors.decisions.model.spec import ModelSpec
 from actors.decisions.model.tp_plan import with_tp_plan
 from actors.decisions.schedule.blocks import num_blocks_for
+from actors.decisions.schedule.settings import SchedulerSettings
 from actors.words.errors import UnsupportedModel
 from cluster.topology import Topology
 from configs.config import Config
@@ -24,12 +25,12 @@ class Plan:
     topology: Topology
     shards: tuple[ShardPlan, ...]  # in rank order
     max_model_len: int  # tokens: prompt + generated
-    block_size: int  # tokens
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    num_lanes: int
-    depth: int  # steps in flight of one lane
-    prefix_cache: bool
+    scheduler: SchedulerSettings
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of one block of the KV cache."""
+        return self.scheduler.block_size
 
     @property
     def num_blocks_for_longest(self) -> int:
@@ -58,20 +59,21 @@ def make_plan(config: Config, spec: ModelSpec, default_block_size: int = DEFAULT
     if problems:
         raise ValueError("\n".join(problems))
     spec = with_tp_plan(spec, parallel)
-    num_lanes = scheduler.num_lanes or topology.pipeline_parallel_size
     return Plan(
         spec=spec,
         topology=topology,
         shards=make_shard_plans(spec, topology, parallel.layers_per_stage),
         max_model_len=config.model.max_model_len or spec.max_position,
-        block_size=block_size,
-        max_num_seqs=scheduler.max_num_seqs,
-        max_num_batched_tokens=scheduler.max_num_batched_tokens,
-        num_lanes=num_lanes,
-        # A second step in flight hides the way to the engine and back. A lane more than there are stages would hide it
-        # too, but makes every step smaller: the weights are read more often for the same tokens.
-        depth=scheduler.depth or 2,
-        prefix_cache=config.cache.prefix_cache,
+        scheduler=SchedulerSettings(
+            block_size=block_size,
+            max_num_seqs=scheduler.max_num_seqs,
+            max_num_batched_tokens=scheduler.max_num_batched_tokens,
+            num_lanes=scheduler.num_lanes or topology.pipeline_parallel_size,
+            # A second step in flight hides the way to the engine and back. A lane more than there are stages would
+            # hide it too, but makes every step smaller: the weights are read more often for the same tokens.
+            depth=scheduler.depth or 2,
+            prefix_cache=config.cache.prefix_cache,
+        ),
     )
 
 

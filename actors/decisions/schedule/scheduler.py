@@ -5,7 +5,6 @@ block that is released here may be handed out again at once: whatever still uses
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import msgspec
 
@@ -14,6 +13,7 @@ from actors.decisions.schedule.kv_cache_manager import KVCacheManager
 from actors.decisions.schedule.lanes import Flights, Lane, Lanes, age
 from actors.decisions.schedule.pace import PrefillPace
 from actors.decisions.schedule.sequence import Sequence
+from actors.decisions.schedule.settings import SchedulerSettings
 from actors.decisions.schedule.stats import Stats
 from actors.decisions.schedule.waiting import Waiting
 from actors.words.messages import (
@@ -31,25 +31,13 @@ from actors.words.messages import (
 _PROMPT_LOGPROBS_CHUNK = 256  # ids of a step whose logprobs are asked: bounds the logits [ids, vocabulary rows]
 
 
-@dataclass(frozen=True)
-class SchedulerSettings:
-    """Limits of one gang."""
-
-    num_blocks: int
-    block_size: int  # tokens
-    max_num_seqs: int  # sequences that hold blocks at the same time
-    max_num_batched_tokens: int  # tokens of one step; at least max_num_seqs
-    num_lanes: int
-    depth: int = 1  # steps in flight of one lane
-    prefix_cache: bool = True
-
-
 class Scheduler:
     """All live sequences of one gang, where they stand, and what the ranks have been asked for."""
 
-    def __init__(self, settings: SchedulerSettings, stats: Stats | None = None) -> None:
-        """`stats` has a clock of its own."""
+    def __init__(self, settings: SchedulerSettings, num_blocks: int, stats: Stats | None = None) -> None:
+        """`num_blocks`: of the ranks' KV cache. `stats` has a clock of its own."""
         self.settings = settings
+        self.num_blocks = num_blocks
         self.epoch = 0
         self.stats = stats or Stats()
         self._live: dict[str, Sequence] = {}
@@ -61,7 +49,7 @@ class Scheduler:
 
     def _forget_ranks(self) -> None:
         settings = self.settings
-        self._holdings = KVCacheManager(BlockPool(settings.num_blocks, settings.block_size), settings.prefix_cache)
+        self._holdings = KVCacheManager(BlockPool(self.num_blocks, settings.block_size), settings.prefix_cache)
         self._lanes = Lanes(settings.num_lanes)
         self._waiting = Waiting()
         self._closing: list[int] = []  # rows that the ranks may drop

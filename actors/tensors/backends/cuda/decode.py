@@ -89,7 +89,7 @@ class DeviceRunner(Runner):
     def __init__(self, plan: Plan, rank: int, groups: Groups, device: torch.device) -> None:
         self._buckets = Buckets((), ())
         super().__init__(plan, rank, groups, device)
-        num_places = 2 * max(ROWS_AT_FIRST, plan.max_num_seqs)  # the table doubles
+        num_places = 2 * max(ROWS_AT_FIRST, plan.scheduler.max_num_seqs)  # the table doubles
         self._last_ids = LastIds(num_places, device)
 
     def join(self, groups: Groups) -> None:
@@ -128,11 +128,11 @@ class DeviceRunner(Runner):
         longest = self.plan.num_blocks_for_longest
         gathers = len(self._kernels) < len(self.model.attentions)
         first_blocks = min(longest, num_blocks_for(_TOKENS_GATHERED, self.plan.block_size)) if gathers else None
-        self._buckets = Buckets.of(self.plan.max_num_seqs, longest, first_blocks)
+        self._buckets = Buckets.of(self.plan.scheduler.max_num_seqs, longest, first_blocks)
         self._steps.clear()
         self._state_BH = None
         if self.groups.previous is not None:
-            shape = (self.plan.max_num_seqs, *self.plan.spec.state_shape)
+            shape = (self.plan.scheduler.max_num_seqs, *self.plan.spec.state_shape)
             self._state_BH = torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     @torch.inference_mode()
