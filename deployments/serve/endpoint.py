@@ -17,7 +17,7 @@ class Endpoint:
 
     @classmethod
     def of(cls, document: dict[str, Any], application: dict[str, Any]) -> "Endpoint":
-        """From a Serve config file and its application, with Serve's defaults. Raises ValueError without the file."""
+        """From a Serve config file and its application, with Serve's defaults. Raises ValueError (without the file)."""
         options = document.get("http_options") or {}
         if not isinstance(options, dict):
             raise ValueError("http_options: should be a mapping, for example {host: 127.0.0.1, port: 8000}")
@@ -47,7 +47,7 @@ class Endpoint:
                 ) from None
 
     def is_ready(self) -> bool:
-        """Whether GET /ready answers 200. With TLS Serve's own word is taken: the certificate is for another host."""
+        """Whether GET /ready answers 200. Not asked with TLS, as the certificate is for another host: always True."""
         if self.tls:
             return True
         address = self.url.removeprefix("http://").removesuffix(self.prefix)

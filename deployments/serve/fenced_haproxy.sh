@@ -1,6 +1,6 @@
 #!/bin/sh
-# Runs HAProxy with closed doors: Serve lets its metrics (9101) and statistics (8404) listen on all interfaces, and any
-# user of the machine write to its admin socket. Serve writes the config file anew before each start, then calls this.
+# Runs HAProxy closed to other machines and users: Serve lets its metrics (9101) and statistics (8404) listen on all
+# interfaces, and any user write to its admin socket. Serve writes the config file before each start, then calls this.
 set -eu
 for argument in "$@"; do
   case "$argument" in

@@ -1,17 +1,17 @@
-"""Finds, in the tracebacks that Serve reports, the words that people need."""
+"""Finds our own error messages in the tracebacks that Serve reports."""
 
 import os
 import re
 from pathlib import Path
 
-HOUSE = Path(__file__).resolve().parents[2]
-ROOMS = tuple(str(HOUSE / room) + os.sep for room in ("configs", "cluster", "actors", "deployments"))
-# A replica whose start fails with one of these fails again with the same words: no use in Serve's further tries.
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = tuple(str(ROOT / package) + os.sep for package in ("configs", "cluster", "actors", "deployments"))
+# A replica whose start fails with one of these would fail again with the same message: Serve's retries are useless.
 FINAL_ERRORS = ("ValueError", "CheckpointError", "UnsupportedModel", "InfeasiblePlacement")
 
 
 def for_people(text: str) -> str:
-    """Our own exception's message without the traceback around it; any other text whole, as somebody must debug it."""
+    """The message alone where the exception is one of ours; any other text whole, as it has to be debugged."""
     own = _own_error(text)
     return own[1] if own else text.strip()
 
@@ -23,9 +23,9 @@ def is_final(text: str) -> bool:
 
 
 def _own_error(text: str) -> tuple[str, str] | None:
-    """(class name, message) of the last exception in the text, when its innermost frame is in this house."""
+    """(class name, message) of the last exception in the text, when its innermost frame is in our packages."""
     frames = list(re.finditer(r'^ +File "(.+?)", line .*\n', text, re.MULTILINE))
-    if not frames or not frames[-1][1].startswith(ROOMS):
+    if not frames or not frames[-1][1].startswith(PACKAGES):
         return None
     raised = re.search(r"^(?:\w+\.)*(\w+): ((?:.|\n)*)", text[frames[-1].end() :], re.MULTILINE)
     return (raised[1], raised[2].strip()) if raised else None

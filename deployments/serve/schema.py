@@ -1,4 +1,4 @@
-"""Ray Serve's own part of a config file: refuses what Serve does not take, and what it would ignore in silence."""
+"""Ray Serve's own part of a config file: refuses what Serve does not take, and what it would silently ignore."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +23,7 @@ def check_schema(path: str | Path) -> None:
 
 
 def _ignored(written: dict[str, Any], parsed: BaseModel, where: str = "") -> Iterator[str]:
-    """The keys, at any depth, that stand in the file and in no field of what Serve made of it."""
+    """A line for each key of the file, at any depth, that is no field of Serve's schema."""
     known = type(parsed).model_fields
     for key, value in written.items():
         if key not in known:
