@@ -10,7 +10,11 @@ from deployments.plan import command as plan_command
 
 def main(argv: list[str] | None = None) -> int:
     """Run one sub-command and return its exit code."""
-    parser = argparse.ArgumentParser(prog="stagemesh", description="Serve large models on Ray, in shards and stages.")
+    parser = argparse.ArgumentParser(
+        prog="stagemesh",
+        description="Plan and measure large models that are served on Ray, in shards and stages.",
+        epilog="To serve one: make serve CONFIG=configs/demo.yaml",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     plan_command.add_to(commands)
     profile.add_to(commands)

@@ -1,7 +1,7 @@
-"""The load test's HTTP client: one request to an OpenAI-compatible server, and when each of its chunks came.
+"""The load test's HTTP client: sends one request to an OpenAI-compatible server, and notes when each chunk came.
 
-It shares the machine with the server that it measures, so it does next to nothing a chunk: one typed parse that skips
-what nobody asks for. With aiohttp on uvloop a chunk takes 13 µs of CPU in all (32 streams); asyncio's own loop would
+It shares the machine with the server that it measures, so it does little for each chunk: one typed parse that skips
+unused fields. With aiohttp on uvloop a chunk takes 13 µs of CPU in all (32 streams); asyncio's own loop would
 double that, httpx would take four times as much.
 """
 
@@ -47,11 +47,11 @@ _decode = msgspec.json.Decoder(_Chunk).decode
 
 
 class StreamError(Exception):
-    """The answer is no stream of chunks, or an error stands in it. The request counts as failed."""
+    """The answer is no stream of chunks, or contains an error. The request counts as failed."""
 
 
 class Stream:
-    """Truncation the bytes of an event stream into chunks, and notes in a timeline when those with a token came."""
+    """Splits the bytes of an event stream into chunks, and notes in a timeline when those with a token came."""
 
     def __init__(self, timeline: Timeline) -> None:
         self._timeline = timeline
@@ -59,7 +59,7 @@ class Stream:
         self.is_done = False  # [DONE] came
 
     def feed(self, data: bytes, now_s: float) -> None:
-        """Bytes as they come. Raises StreamError."""
+        """Take bytes as they come. Raises StreamError."""
         lines = (self._rest + data).split(b"\n")
         self._rest = lines.pop()
         for line in lines:
@@ -86,9 +86,9 @@ class Stream:
 
 
 def _has_token(choice: _Choice, came_alone: bool) -> bool:
-    """A token may have no text (half a character); a chunk that only opens a chat, or ends an answer, is none.
+    """A token may have no text (half a character); a chunk that only opens a chat, or ends an answer, has no token.
 
-    Some servers end an answer in its last token's chunk, others in one more that comes with it.
+    Some servers end an answer in its last token's chunk, others in one more that arrives together with it.
     """
     delta = choice.delta
     if choice.text or (delta and (delta.content or delta.reasoning_content or delta.reasoning)):
@@ -97,7 +97,7 @@ def _has_token(choice: _Choice, came_alone: bool) -> bool:
 
 
 class Client:
-    """One server, over connections that are kept. To be used in `async with`."""
+    """One server, over connections that are kept open. To be used in `async with`."""
 
     def __init__(self, url: str, key: str | None, timeout_s: float, shared_fields: dict[str, Any]) -> None:
         """`url` without /v1; `timeout_s` is for one whole answer; `shared_fields` go into every body."""
@@ -118,7 +118,7 @@ class Client:
         await self._session.close()
 
     async def send(self, ask: Ask) -> Timeline:
-        """Ask, and read the answer to its end. Whatever goes wrong is said in the timeline."""
+        """Send a request and read the answer to its end. Any error is recorded in the timeline."""
         body = msgspec.json.encode({**self._shared_fields, **ask.fields})
         timeline = Timeline(time.perf_counter(), prompt_tokens=ask.prompt_tokens)
         try:
@@ -141,7 +141,7 @@ class Client:
         return timeline
 
     async def look(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
-        """Status and JSON of a page; text where it is no JSON. Raises OSError or aiohttp.ClientError."""
+        """Status and JSON of a route; its text where that is no JSON. Raises OSError or aiohttp.ClientError."""
         timeout = aiohttp.ClientTimeout(total=_LOOK_TIMEOUT_S)
         method = "GET" if body is None else "POST"
         async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
@@ -167,16 +167,16 @@ def _what_is_missing(timeline: Timeline, stream: Stream) -> str:
     return "" if timeline.chunks_s else "an answer without tokens"
 
 
-def error_words(told: Any) -> str:
-    """What an error says: OpenAI's object, as JSON or not, or any text."""
-    if isinstance(told, str):
+def error_words(error: Any) -> str:
+    """The message of an error: of OpenAI's object, as JSON or not, or any text."""
+    if isinstance(error, str):
         try:
-            told = json.loads(told)
+            error = json.loads(error)
         except ValueError:
-            return " ".join(told.split())[:_MAX_ERROR_CHARS] or "no words"
-    inner = told.get("error", told) if isinstance(told, dict) else told
+            return " ".join(error.split())[:_MAX_ERROR_CHARS] or "no message"
+    inner = error.get("error", error) if isinstance(error, dict) else error
     message = (inner.get("message") or inner.get("detail")) if isinstance(inner, dict) else inner
-    return str(message or told)[:_MAX_ERROR_CHARS]
+    return str(message or error)[:_MAX_ERROR_CHARS]
 
 
 def connection_words(error: BaseException) -> str:

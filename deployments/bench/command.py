@@ -28,48 +28,61 @@ _LEN = 64  # tokens
 
 def add_to(commands: Any) -> None:
     """Register the sub-command."""
-    parser = commands.add_parser("bench", help="how fast a server is under load, or with --offline a gang without HTTP")
-    parser.add_argument("target", nargs="?", help=f"the URL of a server; default: {_DEFAULT_URL}; or a config file")
-    parser.add_argument("--offline", action="store_true", help="start gangs from a config file, and no HTTP")
-    parser.add_argument("--input-len", type=count, default=_LEN, help=f"tokens of a prompt; default: {_LEN}")
-    parser.add_argument("--output-len", type=count, default=_LEN, help=f"tokens of an answer; default: {_LEN}")
-    parser.add_argument(
-        "--seed", type=_count_or_zero, help="of prompts, arrivals and sampling; default: another one each time"
+    parser = commands.add_parser(
+        "bench",
+        help="measure a server under load, or with --offline gangs without HTTP",
+        usage="stagemesh bench [URL] [options]\n       stagemesh bench CONFIG --offline [options]",
+        description="Measure a running server under load, or with --offline gangs that are started for it.",
     )
-    parser.add_argument("--json", action="store_true", help="everything, for programs")
+    add = parser.add_argument
+    add("target", nargs="?", help=f"URL of a server (default: {_DEFAULT_URL}); with --offline a config file")
+    add("--offline", action="store_true", help="measure gangs started from a config file, without HTTP")
+    add("--input-len", type=count, metavar="N", default=_LEN, help=f"tokens of a prompt; default: {_LEN}")
+    add("--output-len", type=count, metavar="N", default=_LEN, help=f"tokens of an answer; default: {_LEN}")
+    add("--seed", type=_count_or_zero, metavar="N", help="for prompts, arrivals and sampling; default: a new one")
+    add("--json", action="store_true", help="print all figures as JSON")
     modes = {False: _add_online(parser), True: _add_offline(parser)}
     parser.set_defaults(run=run, refuse=parser.error, modes=modes)
 
 
 def _add_online(parser: argparse.ArgumentParser) -> Any:
-    group = parser.add_argument_group("of a server")
-    load = group.add_mutually_exclusive_group()
-    load.add_argument("--concurrency", type=count, nargs="+", help="clients that wait for their answers; default: 1")
-    load.add_argument("--rate", type=_positive, nargs="+", help="requests a second that arrive by chance (Poisson)")
-    group.add_argument("--num-requests", type=count, help="of each load; default: 4 a client, at least 16")
-    group.add_argument("--seconds", type=_positive, help="of each load; default with --rate: 30")
-    group.add_argument("--prefix-len", type=_count_or_zero, default=0, help="shared tokens before the input")
-    group.add_argument("--num-prefixes", type=count, default=1, help="different shared prefixes; default: 1")
-    group.add_argument("--conversations", metavar="FILE", help="JSONL of chat messages, instead of random prompts")
-    group.add_argument("--chat", action="store_true", help="random words as chats, for servers without completions")
-    group.add_argument("--tokenizer", help="folder or hub id; default: ask the server, else prompts are words")
-    group.add_argument("--model", help="default: the server's first")
-    group.add_argument("--ignore-eos", action="store_true", help="answers go on to their full length")
-    group.add_argument("--temperature", type=_zero_or_more, default=0.0, help="default: 0, the likeliest token")
-    group.add_argument("--goodput", type=_limit, nargs="+", help=f"limits, NAME:MS of {', '.join(LIMITS)}")
-    group.add_argument("--warmup", type=count, default=1, help="requests before the first load; default: 1")
-    group.add_argument("--timeout", type=_positive, default=600.0, help="seconds for one answer; default: 600")
-    group.add_argument("--api-key-file", metavar="FILE", help="default: the variable OPENAI_API_KEY")
-    group.add_argument("--plot", metavar="FILE", help="picture of latency against load, .png or .svg")
+    group = parser.add_argument_group("measuring a server")
+    load, add = group.add_mutually_exclusive_group(), group.add_argument
+    load.add_argument(
+        "--concurrency", type=count, metavar="N", nargs="+", help="clients; each waits for its answer; default: 1"
+    )
+    load.add_argument("--rate", type=_positive, metavar="R", nargs="+", help="requests a second, in a Poisson process")
+    add("--num-requests", type=count, metavar="N", help="requests of each load; default: 4 a client, at least 16")
+    add("--seconds", type=_positive, metavar="S", help="how long each load lasts; default with --rate: 30")
+    add("--prefix-len", type=_count_or_zero, metavar="N", default=0, help="shared tokens before those of the input")
+    add("--num-prefixes", type=count, metavar="N", default=1, help="number of different prefixes; default: 1")
+    add("--conversations", metavar="FILE", help="JSONL file of chats, instead of random prompts")
+    add("--chat", action="store_true", help="random words as chats, for servers without completions")
+    add("--tokenizer", metavar="NAME", help="folder or hub id, for random ids; default: ask the server, else words")
+    add("--model", metavar="ID", help="which of the server's models; default: the first")
+    add("--ignore-eos", action="store_true", help="let answers go on to their full length")
+    add("--temperature", type=_zero_or_more, metavar="X", default=0.0, help="default: 0, the likeliest token")
+    add(
+        "--goodput",
+        type=_limit,
+        metavar="NAME:MS",
+        nargs="+",
+        help=f"count requests within limits on {', '.join(LIMITS)}",
+    )
+    add("--warmup", type=count, metavar="N", default=1, help="requests before the first load; default: 1")
+    add("--timeout", type=_positive, metavar="S", default=600.0, help="seconds for one answer; default: 600")
+    add("--api-key-file", metavar="FILE", help="the API key; default: the variable OPENAI_API_KEY")
+    add("--plot", metavar="FILE", help="draw latency against load, as .png or .svg")
     return group
 
 
 def _add_offline(parser: argparse.ArgumentParser) -> Any:
-    group = parser.add_argument_group("of a gang (--offline)")
-    group.add_argument("--layouts", type=_layout, nargs="+", help="TPxPP, in turn; default: the config's own")
-    group.add_argument("--batch", type=count, nargs="+", default=[1, 8], help="sequences at once; default: 1 8")
-    group.add_argument("--rounds", type=count, default=3, help="of each batch; the median counts; default: 3")
-    group.add_argument("--gpu", choices=list(ACCELERATORS), help="adds what this device could reach at best")
+    group = parser.add_argument_group("measuring gangs (--offline)")
+    add = group.add_argument
+    add("--layouts", type=_layout, metavar="TPxPP", nargs="+", help="shards x stages, in turn; default: the config's")
+    add("--batch", type=count, metavar="N", nargs="+", default=[1, 8], help="sequences at once; default: 1 8")
+    add("--rounds", type=count, metavar="N", default=3, help="rounds of each batch; the median counts; default: 3")
+    add("--gpu", choices=list(ACCELERATORS), metavar="NAME", help=f"show its limits too: {', '.join(ACCELERATORS)}")
     return group
 
 
@@ -88,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _refuse_foreign(options: argparse.Namespace) -> None:
-    """An option of the other kind of measurement would mean nothing."""
+    """Refuse options of the other kind of measurement, and options that contradict each other."""
     for action in options.modes[not options.offline]._group_actions:  # noqa: SLF001 - argparse has no public way
         if getattr(options, action.dest) != action.default:
             fitting = "a server that runs: leave --offline out" if options.offline else "gangs: give --offline"

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from deployments.bench.figures import Load, Timeline
 from deployments.bench.load import arrivals_s
 
-_PAUSE_S = 0.1  # of a client whose request failed: a server that refuses is not asked as fast as it can refuse
+_PAUSE_S = 0.1  # of a client whose request failed, so that a server that refuses is not flooded
 
-Send = Callable[[int], Awaitable[Timeline]]  # the request of this index
+Send = Callable[[int], Awaitable[Timeline]]  # sends the request of this index
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Extent:
 
 @dataclass
 class Progress:
-    """How far one load is. Read while it runs."""
+    """How much of one load is done. Read while it runs."""
 
     load: Load
     extent: Extent
@@ -36,7 +36,7 @@ class Progress:
 
     @property
     def elapsed_s(self) -> float:
-        """Since it began."""
+        """Seconds since the load began."""
         return time.perf_counter() - self.began_s
 
     @property
@@ -53,12 +53,12 @@ class Progress:
         return self.extent.seconds is None or self.elapsed_s < self.extent.seconds
 
     def next_index(self) -> int:
-        """Of a request that is about to be sent."""
+        """The index of the next request, which counts as sent from now on."""
         self.num_sent += 1
         return self.num_sent - 1
 
     def add(self, timeline: Timeline) -> None:
-        """A request has ended."""
+        """Record a request that has ended."""
         self.timelines.append(timeline)
         self.num_failed += bool(timeline.error)
         self.num_tokens += 0 if timeline.error else timeline.num_tokens
@@ -76,7 +76,7 @@ async def drive(send: Send, progress: Progress, seed: int) -> float:
 
 
 async def _client(send: Send, progress: Progress) -> None:
-    """One after the other."""
+    """One client: sends its next request when the last one has ended."""
     while progress.may_send():
         timeline = await send(progress.next_index())
         progress.add(timeline)
@@ -85,7 +85,7 @@ async def _client(send: Send, progress: Progress) -> None:
 
 
 async def _arrivals(send: Send, progress: Progress, at_s: Iterator[float]) -> None:
-    """Each when it is due, whatever became of those before."""
+    """Send each request when it is due, whether or not earlier ones have ended."""
 
     async def one(index: int) -> None:
         progress.add(await send(index))

@@ -1,4 +1,4 @@
-"""What a load test found, from when each chunk came: TTFT, TPOT, ITL, throughput and goodput. Pure arithmetic.
+"""The figures of a load test, from when each chunk came: TTFT, TPOT, ITL, throughput and goodput. Pure arithmetic.
 
 Formulas as `vllm bench serve` has them, over the requests that completed:
     TTFT        first token - request sent
@@ -9,19 +9,19 @@ Formulas as `vllm bench serve` has them, over the requests that completed:
     goodput     requests that keep every limit / the same seconds; TPOT of a single token counts as 0
     percentiles by linear interpolation, as numpy's
 Tokens are counted by the server's `usage`; without one each chunk counts as a token. GenAI-Perf's ITL is what is called
-TPOT here, and where a chunk carries several tokens the gaps are longer than tokens take: `tokens_per_chunk` tells.
+TPOT here, and where a chunk carries several tokens the gaps are longer than a token takes: see `tokens_per_chunk`.
 """
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-LIMITS = ("ttft_ms", "tpot_ms", "e2e_ms")  # what goodput may be asked of
+LIMITS = ("ttft_ms", "tpot_ms", "e2e_ms")  # latencies that goodput may limit
 
 
 @dataclass(slots=True)
 class Timeline:
-    """One request, as its client saw it; seconds by one clock."""
+    """One request as its client saw it; all times in seconds of one clock."""
 
     sent_s: float
     chunks_s: list[float] = field(default_factory=list)  # when each chunk with a token came
@@ -58,7 +58,7 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Load:
-    """How hard a server is driven: so many clients that each wait for their answer, or so many arrivals a second."""
+    """The load on a server: a number of clients that each wait for their answer, or of arrivals a second."""
 
     concurrency: int | None = None
     rate: float | None = None
@@ -69,7 +69,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Spread:
-    """Of one kind of latency, in milliseconds."""
+    """Mean and percentiles of one kind of latency, in milliseconds."""
 
     mean: float
     p50: float
@@ -79,7 +79,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one load."""
+    """Everything measured under one load."""
 
     concurrency: int | None
     rate: float | None
@@ -103,14 +103,14 @@ class Figures:
 
     @property
     def load(self) -> Load:
-        """What was asked for."""
+        """The load that was asked for."""
         return Load(self.concurrency, self.rate)
 
 
 def figures(
     load: Load, timelines: Sequence[Timeline], client_cpu_s: float, limits: dict[str, float] | None = None
 ) -> Figures:
-    """Of all requests of one load; `limits` are milliseconds by the names in LIMITS."""
+    """The Figures of all requests of one load; `limits` are milliseconds by the names in LIMITS."""
     duration_s = max(one.ended_s for one in timelines) - min(one.sent_s for one in timelines)
     done = [one for one in timelines if not one.error]
     output_tokens = sum(one.num_tokens for one in done)
@@ -142,13 +142,13 @@ def figures(
 
 
 def keeps(timeline: Timeline, limits: dict[str, float]) -> bool:
-    """Whether a completed request keeps every limit."""
+    """Whether a completed request stays within every limit."""
     took_s = {"ttft_ms": timeline.ttft_s, "tpot_ms": timeline.tpot_s or 0.0, "e2e_ms": timeline.latency_s}
     return all(took_s[name] * 1e3 <= limit_ms for name, limit_ms in limits.items())
 
 
 def spread(seconds: Sequence[float]) -> Spread | None:
-    """In milliseconds; None of nothing."""
+    """Mean and percentiles in milliseconds; None of an empty list."""
     if not seconds:
         return None
     ascending = sorted(one * 1e3 for one in seconds)
@@ -156,7 +156,7 @@ def spread(seconds: Sequence[float]) -> Spread | None:
 
 
 def percentile(ascending: Sequence[float], share: float) -> float:
-    """By linear interpolation between the two nearest of sorted values."""
+    """A percentile of sorted values, interpolated linearly between the two nearest; `share` from 0 to 1."""
     at = share * (len(ascending) - 1)
     below = int(at)
     above = min(below + 1, len(ascending) - 1)

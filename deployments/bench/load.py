@@ -1,4 +1,4 @@
-"""What a load test asks, and when: random prompts, shared prefixes, or conversations of a file; Poisson arrivals."""
+"""What a load test sends, and when: random prompts, shared prefixes, or conversations of a file; Poisson arrivals."""
 
 import json
 import random
@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-_WORDS = 4000  # that are asked what ids a tokenizer has
+_WORDS = 4000  # of the text whose tokens tell which ids a tokenizer has
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One request: where, and its body without what all requests share."""
+    """One request: its path, and the fields of its body that are not the same in all requests."""
 
     path: str
     fields: dict[str, Any]
@@ -29,13 +29,13 @@ class Workload(Protocol):
         ...
 
     def __str__(self) -> str:
-        """For people."""
+        """A description for people."""
         ...
 
 
 @dataclass(frozen=True)
 class RandomPrompts:
-    """Prompts of one length, each its own; with a shared prefix before them where `prefix_len` is set.
+    """Different random prompts of one length; with a shared prefix before them where `prefix_len` is set.
 
     As `vllm bench serve --dataset-name random`: the prefix comes on top of the input. They are token ids drawn from
     `ids`, or words where the server's ids are not known (then the lengths count words) or it only takes chats.
@@ -69,7 +69,7 @@ class RandomPrompts:
 
 @dataclass(frozen=True)
 class Conversations:
-    """Conversations of a file, in its order, and from the start again when there are no more."""
+    """Conversations of a file, in its order, and again from its start after the last."""
 
     path: str
     messages: Sequence[list[dict[str, Any]]]
@@ -121,7 +121,7 @@ def words(rng: random.Random, count: int) -> list[str]:
 
 
 def sample_text() -> str:
-    """Text of many different tokens: what a tokenizer makes of it are ids that prompts may be drawn from."""
+    """Text of many different tokens: its ids, by a tokenizer, are what random prompts are drawn from."""
     return " ".join(words(random.Random(0), _WORDS))  # noqa: S311 - load, no secrets
 
 

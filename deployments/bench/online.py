@@ -1,4 +1,4 @@
-"""A load test of a server that runs, from what the command line asks to a report."""
+"""A load test of a running server, from the command line's options to a report."""
 
 import argparse
 import asyncio
@@ -18,12 +18,12 @@ from deployments.bench.load import CHAT, Ask, RandomPrompts, Workload, read_conv
 from deployments.bench.progress import shown
 from deployments.bench.text import OnlineReport
 
-_OPEN_SECONDS = 30.0  # of arrivals, where nothing is asked
-_FEWEST, _PER_CLIENT = 16, 4  # requests of a closed loop, where nothing is asked
+_OPEN_SECONDS = 30.0  # of arrivals, by default
+_FEWEST, _PER_CLIENT = 16, 4  # requests of a closed loop, by default
 
 
 def measure(options: argparse.Namespace, key: str | None) -> OnlineReport:
-    """Load the server as the options say. Raises ValueError when it cannot be loaded, with the remedy."""
+    """Put load on the server as the options say. Raises ValueError, with the remedy, when that is impossible."""
     return uvloop.run(_measure(options, key))
 
 
@@ -54,13 +54,13 @@ async def _measure(options: argparse.Namespace, key: str | None) -> OnlineReport
 
 
 class Sender:
-    """Turns (level, index) into a request with everything that the options say."""
+    """Sends requests with the fields that the options ask for."""
 
     def __init__(self, client: Client, workload: Workload, options: argparse.Namespace, model: str) -> None:
         self._client, self._workload, self._options, self._model = client, workload, options, model
 
     async def __call__(self, level: int, index: int) -> Timeline:
-        """Send it."""
+        """Send request `index` of a load, which is the `level`th of the sweep."""
         options, ask = self._options, self._workload.ask(level, index)
         limit = "max_completion_tokens" if ask.path == CHAT else "max_tokens"
         fields: dict[str, Any] = {"model": self._model, limit: options.output_len, **ask.fields}
@@ -72,21 +72,21 @@ class Sender:
 
 
 def base_url(url: str) -> str:
-    """Without /v1 and slashes at its end. Raises ValueError for what is no URL."""
+    """The URL without `/v1` and slashes at its end. Raises ValueError for anything else."""
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"{url} is no URL; give one such as http://127.0.0.1:8000, or --offline with a config file")
     return url.rstrip("/").removesuffix("/v1")
 
 
 def loads(options: argparse.Namespace) -> list[Load]:
-    """In the order asked for."""
+    """All loads, in the order asked for."""
     if options.rate:
         return [Load(rate=rate) for rate in options.rate]
     return [Load(concurrency=concurrency) for concurrency in options.concurrency or [1]]
 
 
 def extent(options: argparse.Namespace, load: Load) -> Extent:
-    """As asked for, or enough for a first look."""
+    """When to stop sending: as asked for, or by default."""
     if options.num_requests or options.seconds:
         return Extent(options.num_requests, options.seconds)
     if load.concurrency:
@@ -96,7 +96,7 @@ def extent(options: argparse.Namespace, load: Load) -> Extent:
 
 @contextlib.contextmanager
 def _connection_said(url: str) -> Iterator[None]:
-    """A server that is not there is said in words."""
+    """Turns a connection error into a ValueError with the remedy."""
     try:
         yield
     except (aiohttp.ClientError, OSError) as error:
@@ -137,7 +137,7 @@ async def _workload(client: Client, options: argparse.Namespace, model: str) -> 
 
 
 def _ids_of(source: str) -> list[int]:
-    """Every id of a tokenizer but its special ones."""
+    """Every id of a tokenizer, except its special tokens."""
     from transformers import AutoTokenizer
 
     try:
@@ -148,7 +148,7 @@ def _ids_of(source: str) -> list[int]:
 
 
 def _check_lengths(options: argparse.Namespace, workload: Workload, most: int | None) -> None:
-    """Refuse what the server would refuse every time."""
+    """Refuse lengths that the server would refuse in every request."""
     if not isinstance(workload, RandomPrompts) or workload.ids is None or most is None:
         return
     asked = options.prefix_len + options.input_len + options.output_len
@@ -160,7 +160,7 @@ def _check_lengths(options: argparse.Namespace, workload: Workload, most: int | 
 
 
 async def _warm_up(send: Sender, url: str, count: int) -> None:
-    """One request first, alone: what is wrong with it is wrong with all. Raises ValueError."""
+    """Send one request first, alone: its error would be the error of all. Raises ValueError."""
     first = await send(-1, 0)
     if first.error:
         raise ValueError(f"{url}: the first request failed: {first.error}{remedy(first.error)}")

@@ -1,4 +1,4 @@
-"""The picture of a load test: TTFT and TPOT against load, and against the throughput that it brought. PNG or SVG."""
+"""The picture of a load test: TTFT and TPOT against load, and against the throughput reached. PNG or SVG."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +12,11 @@ _P50, _P99 = "#1f5fa8", "#d1642e"
 
 
 def check_plot(path: Path, num_loads: int) -> None:
-    """Raises ValueError when no picture could be written there; to be asked before the load."""
+    """Raises ValueError when no picture could be written there. To be called before the load starts."""
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"--plot: {path} must end in .png or .svg")
     if not path.absolute().parent.is_dir():
-        raise ValueError(f"--plot: the folder of {path} is not there; make it first")
+        raise ValueError(f"--plot: the folder of {path} does not exist; make it first")
     if num_loads < 2:
         raise ValueError("--plot: one load is one point; give several, for example --concurrency 1 2 4 8")
     try:
@@ -66,7 +66,7 @@ def _name_points(axes: Any, across: Sequence[float], spreads: Sequence[Spread], 
 
 
 def _ticks(top: Any, bottom: Any, loads: Sequence[float]) -> None:
-    """Loads are mostly powers of two: on a logarithmic axis they stand evenly, each with its number."""
+    """A logarithmic axis with a tick at each load, as loads are mostly powers of two."""
     for axes in (top, bottom):
         axes.set_xscale("log")
         axes.set_xticks(loads, [f"{load:g}" for load in loads])

@@ -1,9 +1,9 @@
-"""`stagemesh profile`: where the time between two tokens goes, asked of a server that runs.
+"""`stagemesh profile`: where the time between two tokens goes, on each rank of a running server.
 
     stagemesh profile [URL] [--seconds S] [--json]
 
-Reads `/cluster` twice and shows what each rank did in between. Put load on the server meanwhile, or all is idle.
-Exit codes: 0 shown, 1 the server does not answer or has been rebuilt meanwhile, 2 a mistake on the command line.
+Reads `/cluster` twice and shows what each rank did in between. Put load on the server meanwhile: without it all ranks
+are idle. Exit codes: 0 shown, 1 the server does not answer or was rebuilt meanwhile, 2 a mistake on the command line.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import urllib.request
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from actors.decisions.failure.patience import HEARTBEAT_S  # what a server knows of its ranks is up to so old
+from actors.decisions.failure.patience import HEARTBEAT_S  # the server's times of its ranks are up to so old
 from actors.decisions.schedule.phase_clock import BUBBLE, PHASES, bubble_ratio
 
 _TIMEOUT_S = 10.0
@@ -23,7 +23,7 @@ _TIMEOUT_S = 10.0
 
 @dataclass(frozen=True)
 class RankProfile:
-    """What one rank did in a span of time."""
+    """How one rank spent its time while it was watched."""
 
     rank: int
     stage: int
@@ -34,10 +34,16 @@ class RankProfile:
 
 def add_to(commands: Any) -> None:
     """Register the sub-command."""
-    parser = commands.add_parser("profile", help="where the time between two tokens goes, of a server that runs")
-    parser.add_argument("url", nargs="?", default="http://127.0.0.1:8000", help="default: http://127.0.0.1:8000")
-    parser.add_argument("--seconds", type=_seconds, default=10.0, help="how long to watch; default: 10")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser = commands.add_parser(
+        "profile",
+        help="show where the time between two tokens goes, on a running server",
+        description="Show what each rank of a running server does. Put load on it meanwhile: else all ranks are idle.",
+    )
+    parser.add_argument(
+        "url", nargs="?", default="http://127.0.0.1:8000", help="URL of a server; default: http://127.0.0.1:8000"
+    )
+    parser.add_argument("--seconds", type=_seconds, metavar="S", default=10.0, help="how long to watch; default: 10")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
     parser.set_defaults(run=run)
 
 
@@ -57,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def cluster(url: str) -> dict[str, Any]:
-    """`GET /cluster`. Raises ValueError when nobody answers as a server of ours does."""
+    """The answer to `GET /cluster`. Raises ValueError when no stagemesh server answers."""
     try:
         with urllib.request.urlopen(f"{url.rstrip('/')}/cluster", timeout=_TIMEOUT_S) as reply:  # noqa: S310 - asked for
             answer: dict[str, Any] = json.load(reply)
@@ -67,12 +73,12 @@ def cluster(url: str) -> dict[str, Any]:
             f"{url}: no stagemesh server answers there ({reason}); give the URL of one that runs"
         ) from None
     if not isinstance(answer, dict) or "ranks" not in answer:
-        raise ValueError(f"{url}: what answers there is no stagemesh server; give the URL of one that runs")
+        raise ValueError(f"{url}: another kind of server answers there; give the URL of a stagemesh server")
     return answer
 
 
 def profiles(before: dict[str, Any], after: dict[str, Any]) -> list[RankProfile]:
-    """What each rank did between two answers of `/cluster`. Raises ValueError when they are not of one epoch."""
+    """How each rank spent the time between two answers of `/cluster`. Raises ValueError when their epochs differ."""
     if (before["replica"], before["epoch"]) != (after["replica"], after["epoch"]):
         raise ValueError("another replica or epoch answered the second time; try again, or ask one replica directly")
     found = []

@@ -1,4 +1,4 @@
-"""How a load test shows that it runs: a bar on a terminal, a plain line now and then elsewhere."""
+"""Shows the progress of a load test: a bar on a terminal, elsewhere a plain line every few seconds."""
 
 import asyncio
 import contextlib
@@ -7,13 +7,13 @@ from typing import TextIO
 
 from deployments.bench.drive import Progress
 
-_BAR_S, _LINE_S = 0.25, 10.0  # between two looks; drawing costs the machine that is measured
+_BAR_S, _LINE_S = 0.25, 10.0  # between two updates: drawing takes CPU from the server that is measured
 _WIDTH = 24
 
 
 @contextlib.asynccontextmanager
 async def shown(progress: Progress, stream: TextIO) -> AsyncIterator[None]:
-    """Show it while the block runs, and how it ended."""
+    """Show the progress while the block runs, and once more at its end."""
     task = asyncio.create_task(_show(progress, stream))
     try:
         yield
@@ -37,7 +37,7 @@ def _draw(progress: Progress, stream: TextIO, end: str) -> None:
 
 
 def line(progress: Progress, with_bar: bool) -> str:
-    """How far it is, how fast, and what failed."""
+    """One line: how much is done, how fast, and how many requests failed."""
     filled = round(progress.share * _WIDTH)
     bar = f" [{'#' * filled}{'.' * (_WIDTH - filled)}]" if with_bar else ""
     asked = f" of {progress.extent.num_requests}" if progress.extent.num_requests else ""

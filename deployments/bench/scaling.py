@@ -1,4 +1,4 @@
-"""What the offline benchmark found: layouts side by side, with speed-up and efficiency against the first. Pure."""
+"""The offline benchmark's figures: layouts side by side, with speed-up and efficiency against the first."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ class Round:
 
 @dataclass(frozen=True)
 class BatchSpeed:
-    """Of one batch on one layout; medians of the rounds."""
+    """The speed of one batch size on one layout; medians of the rounds."""
 
     batch: int
     prefill_tokens_per_s: float
@@ -45,13 +45,13 @@ class BatchSpeed:
 
     @property
     def ms_per_token(self) -> float:
-        """From one token of a sequence to its next."""
+        """Milliseconds from one token of a sequence to its next."""
         return 1e3 * self.batch / self.decode_tokens_per_s
 
 
 @dataclass(frozen=True)
 class LayoutFigures:
-    """Of one layout; bytes by rank."""
+    """Everything measured on one layout; tuples of bytes are by rank."""
 
     tensor_parallel_size: int
     pipeline_parallel_size: int
@@ -98,7 +98,7 @@ class OfflineReport:
 def speed_of(
     batch: int, input_len: int, rounds: Sequence[Round], best: tuple[float | None, float | None]
 ) -> BatchSpeed:
-    """Medians; `best` are the limits of prefill and decode. Raises ValueError as `Round` does."""
+    """The medians of some rounds; `best` are the limits of prefill and decode. Raises ValueError as `Round` does."""
     return BatchSpeed(
         batch,
         statistics.median(one.prefill_tokens_per_s(input_len) for one in rounds),
@@ -121,7 +121,7 @@ def scaling(
 
 
 def as_text(report: OfflineReport) -> str:
-    """All tables, of at most 100 columns."""
+    """The report for people: tables of at most 100 columns."""
     head = [
         f"{report.model} on {report.device}, weights and cache in {report.dtype}",
         (

@@ -1,4 +1,4 @@
-"""`stagemesh bench` of a server for people: the figures of every load as aligned text of at most 100 columns."""
+"""`stagemesh bench` of a server, for people: the figures of every load as aligned text of at most 100 columns."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class OnlineReport:
 
 
 def as_text(report: OnlineReport) -> str:
-    """All sections."""
+    """The whole text, section by section."""
     sections = [_head(report), _throughput(report), _latency(report.figures), _failures(report.figures)]
     sections.append([f"  - {note}" for note in notes(report)])
     return "\n\n".join("\n".join(section) for section in sections if section) + "\n"
@@ -99,7 +99,7 @@ def _failures(found: Sequence[Figures]) -> list[str]:
 
 
 def notes(report: OnlineReport) -> list[str]:
-    """What a reader has to know to read the figures right."""
+    """Notes without which the figures could be misread."""
     said = []
     done = [one for one in report.figures if one.completed]
     if any(one.prompt_tokens is None for one in done):
@@ -114,7 +114,7 @@ def notes(report: OnlineReport) -> list[str]:
 
 
 def aligned(rows: Iterable[Sequence[str]]) -> list[str]:
-    """Names to the left, numbers to the right, columns as wide as their widest cell."""
+    """Rows as lines: the first column left-justified, the others right-justified, each as wide as its widest cell."""
     table = list(rows)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [

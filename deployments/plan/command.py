@@ -3,7 +3,7 @@
     stagemesh plan CONFIG [--gpu NAME] [--context TOKENS] [--json]
 
 Needs no GPU, no Ray, no weights and no network: the architecture is enough. Exit codes: 0 the plan fits, 1 it does not
-or cannot be, 2 a mistake on the command line.
+fit or there is no valid plan, 2 a mistake on the command line.
 """
 
 import argparse
@@ -26,22 +26,30 @@ _DEFAULT_CONTEXT = 2048  # tokens
 
 def add_to(commands: Any) -> None:
     """Register the sub-command."""
-    parser = commands.add_parser("plan", help="what goes where, how much memory it takes, how fast it can be")
-    parser.add_argument("config", help="a Serve config file, for example configs/demo.yaml, or a hub id or folder")
-    parser.add_argument("--gpu", default=_DEFAULT_GPU, choices=list(ACCELERATORS), help=f"default: {_DEFAULT_GPU}")
-    parser.add_argument("--tp", type=count, help="instead of parallel.tensor_parallel_size")
-    parser.add_argument("--pp", type=count, help="instead of parallel.pipeline_parallel_size")
-    parser.add_argument(
+    parser = commands.add_parser(
+        "plan",
+        help="show what goes where, how much memory it takes, how fast it can be",
+        description="Show what goes where, how much memory it takes, how fast it can be. Needs no GPU, and no weights.",
+    )
+    parser.add_argument("config", help="a Serve config file such as configs/demo.yaml, a model's folder, or a hub id")
+    add = parser.add_argument
+    names = ", ".join(ACCELERATORS)
+    add("--gpu", default=_DEFAULT_GPU, choices=list(ACCELERATORS), metavar="NAME", help=f"{names}; default: the first")
+    add("--tp", type=count, metavar="N", help="shards, instead of parallel.tensor_parallel_size")
+    add("--pp", type=count, metavar="N", help="stages, instead of parallel.pipeline_parallel_size")
+    tokens = f"{_DEFAULT_CONTEXT}, or what the model takes"
+    add(
         "--context",
         type=count,
-        help=f"tokens of each sequence in the estimate of speed; default: {_DEFAULT_CONTEXT}, or what the model takes",
+        metavar="N",
+        help=f"tokens of each sequence in the estimate of speed; default: {tokens}",
     )
-    parser.add_argument("--json", action="store_true", help="everything, for programs")
+    add("--json", action="store_true", help="print everything as JSON")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the plan, or everything that keeps it from being one."""
+    """Print the plan, or every problem that makes it invalid."""
     try:
         config = config_of(options.config, options.tp, options.pp)
         found = plan_report(config, options.gpu, options.context)
@@ -57,12 +65,14 @@ def run(options: argparse.Namespace) -> int:
 def plan_report(config: Config, gpu: str, context: int | None = None) -> PlanReport:
     """The plan of a config on an accelerator. Raises ValueError with every problem, or UnsupportedModel."""
     from actors.decisions.model.plan import make_plan  # the model is built to be read: torch is imported only here
+    from actors.tensors.backends.choose import default_block_size, placed_on
     from actors.tensors.model.spec_reader import read_spec
     from actors.tensors.weights.source import architecture_folder
 
     folder, is_shipped = architecture_folder(config.model.source, config.model.revision)
     spec = read_spec(folder, config.model.dtype)
-    plan = make_plan(config, spec)
+    placed = placed_on(config.device)
+    plan = make_plan(config, spec, default_block_size(config.device, "cuda" if placed == "auto" else placed))
     if context is not None and context > plan.max_model_len:
         raise ValueError(f"--context: {context} tokens, but model.max_model_len is {plan.max_model_len}; ask for fewer")
     context = context or min(_DEFAULT_CONTEXT, plan.max_model_len)
@@ -70,7 +80,7 @@ def plan_report(config: Config, gpu: str, context: int | None = None) -> PlanRep
     found = make_report(config, plan, ACCELERATORS[gpu], context, source)
     return dataclasses.replace(
         found,
-        layouts=layouts(config, spec, ACCELERATORS[gpu], context),
+        layouts=layouts(config, spec, ACCELERATORS[gpu], context, plan.block_size),
         problems=shortfalls(config, plan, ACCELERATORS[gpu]),
     )
 
@@ -78,7 +88,7 @@ def plan_report(config: Config, gpu: str, context: int | None = None) -> PlanRep
 def config_of(
     target: str, tensor_parallel_size: int | None = None, pipeline_parallel_size: int | None = None
 ) -> Config:
-    """A config file, or defaults around a model (folder or hub id); a layout that is given goes first."""
+    """The Config of a config file, or the defaults for a model (folder or hub id); sizes that are given override it."""
     is_file = target.endswith((".yaml", ".yml"))
     config = read_config(Path(target)) if is_file else Config.model_validate({"model": {"source": target}})
     sizes = {"tensor_parallel_size": tensor_parallel_size, "pipeline_parallel_size": pipeline_parallel_size}
@@ -90,9 +100,9 @@ def config_of(
 
 
 def count(text: str) -> int:
-    """A number on the command line that must be at least 1."""
+    """Parse a whole number of the command line that must be at least 1."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number of at least 1")
     return int(text)
 
 
@@ -100,6 +110,6 @@ def _say_problems(problems: list[str], is_unsupported: bool, as_json: bool) -> i
     if as_json:
         sys.stdout.write(json.dumps({"problems": problems}, indent=2) + "\n")
     else:
-        sys.stderr.write("This model cannot be served:\n" if is_unsupported else "This plan cannot be:\n")
+        sys.stderr.write("This model cannot be served:\n" if is_unsupported else "There is no valid plan:\n")
         sys.stderr.write("".join(f"  - {problem}\n" for problem in problems))
     return 1

@@ -57,7 +57,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """Everything that is said."""
+    """Everything that `stagemesh plan` prints."""
 
     architecture: str
     source: str  # where the architecture was read
@@ -90,7 +90,7 @@ class PlanReport:
 
 
 def make_report(config: Config, plan: Plan, accelerator: Accelerator, context: int, source: str) -> PlanReport:
-    """Of one plan."""
+    """The report of one plan, still without `layouts` and `problems`."""
     estimate = _estimate(config, plan, accelerator)
     spec, ranks = plan.spec, range(plan.topology.num_ranks)
     parameters = sum(parameter.numel for parameter in spec.parameters)
@@ -149,7 +149,7 @@ def _row(plan: Plan, estimate: Estimate, rank: int) -> RankRow:
 
 
 def shortfalls(config: Config, plan: Plan, accelerator: Accelerator) -> tuple[str, ...]:
-    """Why the plan does not fit into the accelerator's memory; nothing when it does."""
+    """Why the plan does not fit into the accelerator's memory; empty when it does."""
     estimate = _estimate(config, plan, accelerator)
     memories = [estimate.memory(rank) for rank in range(plan.topology.num_ranks)]
     problems = []
@@ -174,7 +174,9 @@ def shortfalls(config: Config, plan: Plan, accelerator: Accelerator) -> tuple[st
     return tuple(problems)
 
 
-def layouts(config: Config, spec: ModelSpec, accelerator: Accelerator, context: int) -> tuple[Layout, ...]:
+def layouts(
+    config: Config, spec: ModelSpec, accelerator: Accelerator, context: int, block_size: int
+) -> tuple[Layout, ...]:
     """Every valid TP × PP of as many GPUs as asked for, and the fewest that would do; the fastest at batch 64 first.
 
     More GPUs than a node has come as whole nodes.
@@ -192,16 +194,18 @@ def layouts(config: Config, spec: ModelSpec, accelerator: Accelerator, context: 
         is_enough = any(one.fits for one in found)
         if gpus == asked or (not is_enough and gpus * accelerator.memory_bytes > weight_bytes):
             found += [
-                one for topology in by_gpus[gpus] for one in _layout(config, spec, accelerator, context, topology)
+                one
+                for topology in by_gpus[gpus]
+                for one in _layout(config, spec, accelerator, context, topology, block_size)
             ]
     shown = [one for one in found if one.gpus == asked or one.fits]
     return tuple(sorted(shown, key=lambda one: (not one.fits, -one.speeds[-1].tokens_per_s / one.gpus)))
 
 
 def _layout(
-    config: Config, spec: ModelSpec, accelerator: Accelerator, context: int, topology: Topology
+    config: Config, spec: ModelSpec, accelerator: Accelerator, context: int, topology: Topology, block_size: int
 ) -> list[Layout]:
-    """One, or none when it cannot be."""
+    """The layout of a topology; an empty list when the model cannot be cut so."""
     sizes = {
         "tensor_parallel_size": topology.tensor_parallel_size,
         "pipeline_parallel_size": topology.pipeline_parallel_size,
@@ -209,7 +213,7 @@ def _layout(
     }
     parts: dict[str, Any] = {**config.model_dump(), "parallel": {**config.parallel.model_dump(), **sizes}}
     try:
-        plan = make_plan(Config.model_validate(parts), spec)
+        plan = make_plan(Config.model_validate(parts), spec, block_size)
     except ValueError:
         return []
     estimate = _estimate(config, plan, accelerator)

@@ -10,7 +10,7 @@ _FEW = 8  # ranks that are listed one by one
 
 
 def as_text(report: PlanReport) -> str:
-    """All sections."""
+    """The whole text, section by section."""
     sections = [
         _head(report),
         _ranks(report),
@@ -34,7 +34,7 @@ def _head(report: PlanReport) -> list[str]:
 
 
 def _ranks(report: PlanReport) -> list[str]:
-    """One row a rank; where there are many, equal shards of a stage share one."""
+    """One row a rank; where there are many, equal shards of a stage share a row."""
     if len(report.ranks) <= _FEW:
         rows = [(str(row.rank), str(row.shard), row) for row in report.ranks]
     else:

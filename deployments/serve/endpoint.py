@@ -1,5 +1,6 @@
 """The HTTP endpoint that a Serve config file asks for: its URL, whether its port is free, and whether it is ready."""
 
+import errno
 import http.client
 import socket
 from dataclasses import dataclass
@@ -34,16 +35,22 @@ class Endpoint:
         return f"{'https' if self.tls else 'http'}://{host}:{self.port}{self.prefix}"
 
     def check_free(self) -> None:
-        """Raises ValueError when the port cannot be listened on, mostly as somebody does already."""
+        """Raises ValueError, with the remedy, when the port cannot be listened on: mostly another program does."""
         with socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((self.host, self.port))
                 probe.listen()
             except OSError as error:
+                where = f"{self.host}:{self.port} cannot be listened on ({error.strerror})"
+                if error.errno != errno.EADDRINUSE:
+                    raise ValueError(
+                        f"http_options: {where}; set host to an address of this machine (127.0.0.1, or 0.0.0.0 for "
+                        "all of them) and port to one above 1023"
+                    ) from None
                 raise ValueError(
-                    f"http_options.port: {self.host}:{self.port} cannot be listened on ({error.strerror}); "
-                    f"stop what uses port {self.port}, or set http_options.port to a free one"
+                    f"http_options.port: {where}; stop the program that uses port {self.port} "
+                    f"(`ss -ltnp 'sport = :{self.port}'` shows it), or set http_options.port in this file to a free one"
                 ) from None
 
     def is_ready(self) -> bool:

@@ -453,7 +453,7 @@ def test_when_all_fail_nothing_was_measured(capsys: pytest.CaptureFixture[str]) 
     with Server(script).serve() as url:
         code, out, _ = run_bench(capsys, url, "--num-requests", "2")
     assert code == 1
-    assert "c=1: 2 x HTTP 500: no words" in out
+    assert "c=1: 2 x HTTP 500: no message" in out
 
 
 def test_arrivals_that_never_come(capsys: pytest.CaptureFixture[str]) -> None:
@@ -466,7 +466,7 @@ def test_arrivals_that_never_come(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--concurrency", "0"], "argument --concurrency: 0 is no whole number of at least 1"),
+        (["--concurrency", "0"], "argument --concurrency: 0: give a whole number of at least 1"),
         (["--rate", "-1"], "argument --rate: -1 is no number above 0"),
         (["--rate", "inf"], "argument --rate: inf is no number above 0"),
         (["--rate", "1", "--concurrency", "1"], "not allowed with argument"),

@@ -106,8 +106,13 @@ def test_a_taken_port_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
         )
         assert serve_command.main([str(path)]) == 2
     printed = capsys.readouterr().err
-    assert "http_options.port" in printed
-    assert str(port) in printed
+    assert f"{path}: http_options.port: 127.0.0.1:{port} cannot be listened on (Address already in use)" in printed
+    assert f"stop the program that uses port {port} (`ss -ltnp 'sport = :{port}'` shows it), or set " in printed
+
+
+def test_an_address_of_another_machine_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^http_options: 192\.0\.2\.1:8000 .*; set host to an address "):
+        Endpoint("192.0.2.1", 8000).check_free()
 
 
 def test_no_descendant_outlives_end_children() -> None:
