@@ -161,12 +161,13 @@ class Gang:
             actor.call.remote("load", share, ranks_on[node]) for actor, node in zip(pool.actors, nodes, strict=True)
         ]
         loaded: list[Loaded] = self._phase("load", lambda: self._gather(loads, "loaded their weights"))
+        _check_substitutions(plan, loaded)
         self.num_blocks = num_blocks or _num_blocks(config, plan, loaded)
         self._phase("warm", lambda: self._gather(self._call_all("allocate", self.num_blocks), "warmed up"))
         self._ranks = [
             RankInfo(
                 shard.rank, shard.stage, shard.shard, node, info.pid, device, shard.layers, load.weight_bytes, None,
-                load_s=load.seconds,
+                load_s=load.seconds, substitutions=load.substitutions,
             )
             for shard, node, info, device, load in zip(plan.shards, nodes, infos, devices, loaded, strict=True)
         ]  # fmt: skip
@@ -268,6 +269,18 @@ def _in_words(error: RayError, rank: int) -> str:
         return f"rank {rank} died: {str(error).partition(chr(10))[0]}"
     cause = getattr(error, "cause", None)
     return f"rank {rank} failed: {type(cause).__name__}: {cause}" if cause else f"rank {rank} failed: {error}"
+
+
+def _check_substitutions(plan: Plan, loaded: list[Loaded]) -> None:
+    """The shards of a stage must compute alike, or their exchanges differ. Raises ValueError where they do not."""
+    for shard, load in zip(plan.shards, loaded, strict=True):
+        first = loaded[shard.rank - shard.shard]
+        if (own := set(load.substitutions)) != (theirs := set(first.substitutions)):
+            only = ", ".join(f"{one.what} ({one.reason_not or 'everywhere'})" for one in sorted(own - theirs, key=str))
+            raise ValueError(
+                f"stage {shard.stage}: shard {shard.shard} substitutes otherwise than shard 0: {only}; "
+                "set substitutions: none, or give the stage a node whose devices are alike"
+            )
 
 
 def _num_blocks(config: Config, plan: Plan, loaded: list[Loaded]) -> int:

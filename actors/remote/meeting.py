@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from actors.decisions.model.plan import Plan
 from actors.remote.channel import ChannelAddress
+from actors.words.messages import Substitution
 from configs.config import Config
 
 
@@ -35,6 +36,7 @@ class Loaded:
     weight_bytes: int
     seconds: float
     num_blocks_that_fit: int
+    substitutions: list[Substitution] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -52,3 +54,4 @@ class RankInfo:
     heartbeat_age_s: float | None  # None: not heard in this epoch yet
     seconds: dict[str, float] = field(default_factory=dict)  # by phase, since it joined; see PhaseClock
     load_s: float = 0.0  # that reading its weights took
+    substitutions: list[Substitution] = field(default_factory=list)

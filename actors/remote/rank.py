@@ -17,8 +17,9 @@ import torch
 from actors.remote.channel import KeyPair
 from actors.remote.meeting import Assignment, Loaded, Meeting
 from actors.remote.rank_channel import RankChannel
-from actors.tensors.backends.cuda.decode import runner_type
-from actors.tensors.runner import Launched, Runner
+from actors.tensors.backends.choose import make_backend
+from actors.tensors.launched import Launched
+from actors.tensors.runner import Runner
 from actors.tensors.weights.source import resolve_source
 from actors.words.messages import Check, Shutdown, StepBatch, StepResult, ToRank
 from cluster.collectives.groups import Groups, join
@@ -41,10 +42,8 @@ class Rank:
         self._is_over = threading.Event()  # the epoch that this rank is in, or on its way into
         self._loaded: Loaded | None = None
         self._device = torch.device(assignment.device)
-        if self._device.type == "cpu":
-            torch.set_num_threads(1)  # ranks are the parallelism; two threads a rank would fight over the cores
-        else:
-            torch.cuda.set_device(self._device)
+        self._backend = make_backend(assignment.config.device, self._device)
+        self._backend.set_up()
         self._groups: Groups | None = None
         self._runner: Runner | None = None
         self._channel: RankChannel | None = None
@@ -94,18 +93,26 @@ class Rank:
         if self._loaded is not None:
             return self._loaded
         this = self.assignment
-        self._runner = runner_type(self._device)(this.plan, this.rank, self._groups, self._device)
+        self._runner = Runner(this.plan, this.rank, self._groups, self._backend)
         folder = resolve_source(this.config.model.source, this.config.model.revision)
-        report = self._runner.load(folder, self._progress())
+        report = self._runner.load(folder, self._progress(), this.config.substitutions == "auto")
         self._say("loaded %.1f MB in %.1f s", report.bytes_copied / 1e6, report.seconds)
+        substitutions = self._runner.substitutions
+        for one in substitutions:
+            self._say(
+                "%s: substituted %d times%s",
+                one.what,
+                one.count,
+                f"; not everywhere: {one.reason_not}" if one.reason_not else "",
+            )
         fits = self._runner.num_blocks_that_fit(memory_share, ranks_on_node)
-        self._loaded = Loaded(this.plan.shards[this.rank].weight_bytes, report.seconds, fits)
+        self._loaded = Loaded(this.plan.shards[this.rank].weight_bytes, report.seconds, fits, substitutions)
         return self._loaded
 
     def allocate(self, num_blocks: int) -> None:
         """Make the KV cache and run the shapes it will meet once."""
         assert self._runner is not None, "allocate before load"
-        if self._runner.cache is None or self._runner.cache.num_blocks != num_blocks:
+        if self._runner.num_blocks != num_blocks:
             self._runner.allocate_cache(num_blocks)
         self._runner.warm_up()
         gc.collect()

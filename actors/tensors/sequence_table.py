@@ -1,4 +1,4 @@
-"""Turns step batches, which are differences, into tensors: owns a row per sequence (ids, blocks, sampling).
+"""The sequence table: a row per open sequence (ids, blocks, sampling); it turns steps into tensors.
 
 T tokens of the step · R rows to sample · Q rows of logits. Tokens are laid out with single-token entries first, by
 length, so that similar ones are attended together; what is sampled goes back in the order of the entries.
@@ -10,14 +10,17 @@ from dataclasses import dataclass
 import torch
 
 from actors.decisions.schedule.blocks import num_blocks_for
-from actors.tensors.attention.layer import StepAttention
-from actors.tensors.attention.metadata_builder import Chunk, VisibilityMaker, positions_of
-from actors.tensors.backends.cuda.transfer import to_device
+from actors.tensors.attention.metadata import AttentionMetadata, Chunk, StepLayout, positions_of
+from actors.tensors.backend import AttentionBackend, Upload
 from actors.tensors.sampling.logits_processors import SamplingRow
-from actors.tensors.sampling.sampler import SamplingBatch
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
 
-ROWS_AT_FIRST = 8
+_ROWS_AT_FIRST = 8
+
+
+def max_table_rows(max_num_seqs: int) -> int:
+    """Rows that the table has at most, with so many sequences open at a time: it doubles."""
+    return 2 * max(_ROWS_AT_FIRST, max_num_seqs)
 
 
 @dataclass
@@ -45,10 +48,9 @@ class StepTensors:
 
     ids_T: torch.Tensor  # int64
     positions_T: torch.Tensor  # int64
-    attention: StepAttention
+    attention: AttentionMetadata
     logits_rows_Q: torch.Tensor  # int64, among the tokens: the R that are sampled from, then those of `prompts`
     sampled: tuple[Row, ...]  # one a sampling entry, in entry order
-    draws: SamplingBatch
     prompts: tuple["PromptChunk", ...]  # one an entry that wants them, in entry order
 
 
@@ -56,16 +58,21 @@ class SequenceTable:
     """The rows of all open sequences, changed by differences."""
 
     def __init__(
-        self, blocks_per_sequence: int, block_size: int, visibility: VisibilityMaker, knows_samples: bool = True
+        self,
+        blocks_per_sequence: int,
+        block_size: int,
+        attention: AttentionBackend,
+        upload: Upload,
+        knows_samples: bool = True,
     ) -> None:
         """`knows_samples`: whether somebody says here what was sampled; the middle stages need no ids at all."""
         self.knows_samples = knows_samples
         self.block_size = block_size
-        self.visibility = visibility
-        self.device = visibility.device
+        self._attention = attention
+        self._upload = upload
         self.rows: dict[int, Row] = {}
-        self._tables = torch.zeros(ROWS_AT_FIRST, blocks_per_sequence, dtype=torch.int64)  # on the host
-        self._free = list(range(ROWS_AT_FIRST))
+        self._tables = torch.zeros(_ROWS_AT_FIRST, blocks_per_sequence, dtype=torch.int64)  # on the host
+        self._free = list(range(_ROWS_AT_FIRST))
 
     def apply(self, step: StepBatch) -> list[int]:
         """Drop closed rows, open new ones, add what the entries bring.
@@ -97,21 +104,24 @@ class SequenceTable:
                 first = first_token[entry.seq]
                 logits_rows += range(first, first + len(prompts[-1].ids))
         return StepTensors(
-            ids_T=to_device(torch.tensor(ids), self.device),
-            positions_T=to_device(torch.from_numpy(positions_of(chunks)), self.device),
-            attention=self.visibility.of_step(chunks, self._tables, logits_rows),
-            logits_rows_Q=to_device(torch.tensor(logits_rows, dtype=torch.int64), self.device),
+            ids_T=self._upload(torch.frombuffer(ids, dtype=torch.int64).clone()),
+            positions_T=self._upload(torch.from_numpy(positions_of(chunks))),
+            attention=self._attention.plan(StepLayout(chunks, self._tables, logits_rows)),
+            logits_rows_Q=self._upload(torch.tensor(logits_rows, dtype=torch.int64)),
             sampled=tuple(self.rows[entry.seq] for entry in sampling),
-            draws=SamplingBatch.of([self.draw(entry) for entry in sampling], self.device),
             prompts=tuple(prompts),
         )
+
+    def sampling_rows(self, step: StepBatch) -> list[SamplingRow]:
+        """How the next ids of a step's entries are drawn, of those that sample."""
+        return [self.sampling_row(entry) for entry in step.entries if entry.sample]
 
     @property
     def tables(self) -> torch.Tensor:
         """The blocks of every row, int64 [rows, blocks], on the host; behind a row's last one lies anything."""
         return self._tables
 
-    def draw(self, entry: Entry) -> SamplingRow:
+    def sampling_row(self, entry: Entry) -> SamplingRow:
         """How an entry's next id is drawn."""
         row = self.rows[entry.seq]
         return SamplingRow(row.sampling, entry.start + max(1, len(entry.ids)), row.ids, row.num_prompt)

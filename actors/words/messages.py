@@ -1,4 +1,4 @@
-"""What is said between user, engine and ranks: requests, steps, results, events."""
+"""The messages between HTTP, engine and ranks: requests, steps, results, events."""
 
 from typing import Literal
 
@@ -53,7 +53,7 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class Event(msgspec.Struct, frozen=True):
-    """What leaves the engine for a request: new ids, and in its last event why it ended.
+    """What the engine reports of a request: new ids, and in the last event why it ended.
 
     Exactly one event of a request has a `finish_reason`. With "stop" the last id of `token_ids` is the stop id itself.
     """
@@ -95,11 +95,11 @@ class StepBatch(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """One step of one lane, the same to all ranks: differences only."""
 
     epoch: int
-    step: int  # counts up by one over all lanes: the order in which every stage executes
+    step: int  # counted over all lanes; every stage executes steps in this order
     lane: int
     opened: list[NewSequence]
     closed: list[int]  # sequences whose rows are dropped before this step runs
-    entries: list[Entry]  # may be empty when only rows are dropped
+    entries: list[Entry]  # empty when rows are only dropped
     seen: int = -1  # the last step whose result the engine had when it made this one
 
 
@@ -110,7 +110,7 @@ class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Fence(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Heard by a rank's side thread: its epoch is over. It says where it stands, and ends whatever it waits for."""
+    """Tell a rank's side thread that the epoch is over: it logs the stacks, and ends whatever the rank waits for."""
 
     epoch: int
 
@@ -122,22 +122,29 @@ class Check(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """From shard 0 of the last stage: for each entry that sampled, in order, the ids it gained (speculation fits).
+    """From shard 0 of the last stage: for each entry that sampled, in order, the ids it gained.
 
-    NOT_A_NUMBER stands where there was nothing to draw from.
+    NOT_A_NUMBER stands where the logits are not finite. There may be several ids an entry: speculation would need that.
     """
 
     epoch: int
     step: int
     token_ids: list[list[int]]
-    logprobs: list[
-        list[TokenLogprobs]
-    ] = []  # like token_ids; an inner list is empty where not asked, all where nobody did
+    # As token_ids; an inner list is empty where its request did not ask, the outer one where no request did
+    logprobs: list[list[TokenLogprobs]] = []
     prompt_logprobs: list[list[TokenLogprobs]] = []  # one list for each entry that wanted them, in order
 
 
+class Substitution(msgspec.Struct, frozen=True):
+    """What a rank's backend computes by something of its own, in how many places, and why not in others."""
+
+    what: str  # for instance "rms_norm"
+    count: int  # places in the model where it is used
+    reason_not: str | None = None  # why it is not used, or not everywhere; None: it is, everywhere
+
+
 class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Said by every rank again and again, from a side thread; see patience."""
+    """Sent by every rank every HEARTBEAT_S, from a side thread; see patience."""
 
     epoch: int
     step: int  # last step begun
@@ -146,7 +153,7 @@ class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class RankFailure(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """A rank's own word that it cannot go on."""
+    """A rank's report that it cannot go on."""
 
     epoch: int
     step: int

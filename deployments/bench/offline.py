@@ -21,10 +21,11 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from actors.decisions.model.accelerators import ACCELERATORS
 from actors.decisions.model.estimate import Estimate
 from actors.decisions.model.plan import Plan, make_plan
+from actors.decisions.model.spec import ModelSpec
 from actors.decisions.schedule.blocks import num_blocks_for
 from actors.remote.engine import Engine
 from actors.remote.gang import Gang
-from actors.tensors.backends.choose import placed_on
+from actors.tensors.backends.choose import default_block_size, placed_on
 from actors.words.errors import GangFailure
 from actors.words.messages import Event, Request, SamplingParams
 from cluster.placement.nodes import read_nodes, wait_for
@@ -42,16 +43,19 @@ from deployments.plan.command import config_of
 
 __all__ = ["as_text", "measure"]
 
-_SILENCE_S = 600.0  # a gang that says nothing for so long is broken
+_SILENCE_S = 600.0  # without any event; then the gang counts as broken
 _WARM_UP_TOKENS = 4
 
 
 def measure(options: argparse.Namespace) -> OfflineReport:
-    """All layouts in turn. Raises ValueError: what is wrong before anything starts, or why a gang failed."""
-    plans = _plans(options)
-    config, first = plans[0]
+    """Measure all layouts in turn. Raises ValueError: for options that cannot work, or when a gang fails."""
+    configs, spec = _asked(options)
+    config = configs[0]
+    _check_lengths(options, make_plan(config, spec))
     with _connected_to_ray():
         device = resolve_device(placed_on(config.device), read_nodes())
+        block_size = default_block_size(config.device, device)
+        plans = [(one, make_plan(one, spec, block_size)) for one in configs]
         if options.gpu and device != "cuda":
             raise ValueError(f"--gpu: the gang runs on {device}, whose limits are not known; leave it out")
         for one, plan in plans:  # InfeasiblePlacement is a ValueError
@@ -61,7 +65,7 @@ def measure(options: argparse.Namespace) -> OfflineReport:
     return OfflineReport(
         model=config.served_name,
         device=device,
-        dtype=first.spec.dtype,
+        dtype=spec.dtype,
         input_len=options.input_len,
         output_len=options.output_len,
         rounds=options.rounds,
@@ -71,8 +75,8 @@ def measure(options: argparse.Namespace) -> OfflineReport:
     )
 
 
-def _plans(options: argparse.Namespace) -> list[tuple[Config, Plan]]:
-    """One of each layout. Raises ValueError for layouts that cannot be and batches that do not fit a plan."""
+def _asked(options: argparse.Namespace) -> tuple[list[Config], ModelSpec]:
+    """The config of each layout, and the model. Raises ValueError for layouts that cannot be."""
     from actors.tensors.model.spec_reader import read_spec
     from actors.tensors.weights.source import resolve_source
 
@@ -80,20 +84,25 @@ def _plans(options: argparse.Namespace) -> list[tuple[Config, Plan]]:
     configs = [config_of(options.target, *layout) for layout in layouts]
     model = configs[0].model
     spec = read_spec(resolve_source(model.source, model.revision), model.dtype)
-    plans = [(config, make_plan(config, spec)) for config in configs]
-    most, tokens = plans[0][1], options.input_len + options.output_len
+    for config in configs:
+        make_plan(config, spec)
+    return configs, spec
+
+
+def _check_lengths(options: argparse.Namespace, most: Plan) -> None:
+    """Raises ValueError for batches and lengths that do not fit a plan."""
+    tokens = options.input_len + options.output_len
     if max(options.batch) > most.scheduler.max_num_seqs:
         raise ValueError(f"--batch: {max(options.batch)}, but scheduler.max_num_seqs is {most.scheduler.max_num_seqs}")
     if tokens > most.max_model_len:
         raise ValueError(
             f"--input-len and --output-len: {tokens} tokens together, but model.max_model_len is {most.max_model_len}"
         )
-    return plans
 
 
 @contextlib.contextmanager
 def _connected_to_ray() -> Iterator[None]:
-    """To the cluster that runs (RAY_ADDRESS), or to one that is started here and ended."""
+    """Use the cluster that RAY_ADDRESS names, or one that is started here and ended."""
     if ray.is_initialized():
         yield
         return
@@ -110,7 +119,7 @@ def _connected_to_ray() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _reserved(config: Config, plan: Plan, device: Device) -> Iterator[PlacementGroup]:
-    """A placement group with one bundle a stage; Ray waits for what the layout before has held."""
+    """A placement group with one bundle a stage; Ray waits until the last layout's resources are free again."""
     needs = make_needs(plan.topology, config.placement, device)
     strategy = resolve_strategy(config.placement, plan.topology)
     group = placement_group(make_bundles(needs), strategy, bundle_label_selector=make_label_selectors(needs))
@@ -158,7 +167,7 @@ def _figures(gang: Gang, plan: Plan, start_s: float, speeds: tuple[BatchSpeed, .
 
 
 def _private_bytes(pid: int) -> int | None:
-    """Memory of a process that is in no file: weights packed for the CPU, cache, activations, the interpreter."""
+    """Bytes of a process's memory that are no mapped file: packed weights, cache, activations, the interpreter."""
     for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
@@ -177,7 +186,7 @@ class _Bench:
         self._events.put((time.perf_counter(), events))
 
     def round(self, batch: int, input_len: int, output_len: int, rng: random.Random) -> Round:
-        """One batch, all at once. Raises ValueError when a request fails."""
+        """Run one batch, submitted together. Raises ValueError when a request fails."""
         prompts = {uuid.UUID(int=rng.getrandbits(128)).hex: self._prompt(rng, input_len) for _ in range(batch)}
         tokens_s: dict[str, list[float]] = {name: [] for name in prompts}
         sampling = SamplingParams(temperature=0.0)
@@ -212,7 +221,7 @@ def _running(gang: Gang, plan: Plan) -> Iterator[_Bench]:
 
 
 def _measure_batch(bench: _Bench, name: str, batch: int, config: Config, options: argparse.Namespace) -> BatchSpeed:
-    """Rounds with prompts of their own, so that no prefix is cached, after a short one that does not count."""
+    """Run the rounds, with new prompts each so that no prefix is cached, after a short one that does not count."""
     plan, length = bench.plan, options.input_len + options.output_len
     needed = batch * num_blocks_for(length, plan.block_size)
     if needed > bench.num_blocks:
@@ -229,7 +238,7 @@ def _measure_batch(bench: _Bench, name: str, batch: int, config: Config, options
 
 
 def _best(bench: _Bench, batch: int, config: Config, options: argparse.Namespace) -> tuple[float | None, float | None]:
-    """The roofline's limits of prefill and decode."""
+    """The roofline's limits of prefill and decode, in tokens/s."""
     if options.gpu is None:
         return None, None
     estimate = Estimate(bench.plan, ACCELERATORS[options.gpu], config.cache.memory_share, bench.num_blocks)

@@ -34,7 +34,7 @@ class Replica:
         self._gang = Gang(config, topology, placement, device)
         try:
             with collector_paused():
-                plan, app_of = _read_model(config)  # while the ranks' processes start
+                plan, app_of = _read_model(config, device)  # while the ranks' processes start
             self._gang.start(plan)
         except BaseException:
             self._gang.close()
@@ -67,8 +67,9 @@ def calm_collector() -> None:
     gc.set_threshold(20_000, 20, 50)
 
 
-def _read_model(config: Config) -> tuple[Plan, Any]:
+def _read_model(config: Config, device: str) -> tuple[Plan, Any]:
     """The plan, and a function that makes the HTTP app once the engine exists. Imports torch and Transformers."""
+    from actors.tensors.backends.choose import default_block_size
     from actors.tensors.model.spec_reader import read_spec
     from actors.tensors.weights.source import resolve_source
     from deployments.api.routes import build_app
@@ -76,7 +77,8 @@ def _read_model(config: Config) -> tuple[Plan, Any]:
     from deployments.text.tokenizer import Text
 
     folder = resolve_source(config.model.source, config.model.revision)
-    plan = make_plan(config, read_spec(folder, config.model.dtype))
+    spec, block_size = read_spec(folder, config.model.dtype), default_block_size(config.device, device)
+    plan = make_plan(config, spec, block_size)
     text = Text.load(folder)
 
     def app_of(engine: Engine, outbox: Outbox, ranks: Callable[[], list[RankInfo]]) -> Any:

@@ -2,13 +2,14 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, TypeVar, cast
 
 from actors.decisions.model.styles import STYLES
 
 DTYPES = ("float32", "bfloat16", "float16")  # that a model can be served in
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int64": 8, "int32": 4, "bool": 1}
 
+Position = TypeVar("Position", bound=Any)  # int, or int64 numbers of numpy or torch
 Place = Literal["layer", "first", "last", "all"]
 
 
@@ -42,10 +43,16 @@ class MaskSpec:
     window: int | None = None
     chunk: int | None = None
 
-    def first_key(self, position: int) -> int:
-        """The earliest position that a token sees."""
-        first = 0 if self.window is None else max(0, position - self.window + 1)
-        return first if self.chunk is None else max(first, position // self.chunk * self.chunk)
+    def first_key(self, position: Position) -> Position:
+        """The earliest position that a token sees: of one position, or of each one in an array or a tensor."""
+        first: Any = position * 0
+        if self.window is not None:
+            beyond = position - self.window + 1
+            first = beyond * (beyond > 0)
+        if self.chunk is not None:
+            start = position // self.chunk * self.chunk
+            first = first + (start - first) * (start > first)
+        return cast("Position", first)
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,14 @@ class AttentionSpec:
     mask_spec: MaskSpec = MaskSpec()
     softcap: float | None = None
     has_sinks: bool = False
+
+
+@dataclass(frozen=True)
+class Angles:
+    """The cosines and sines that a model hands to its layers, each [1, T, dim]."""
+
+    dim: int
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -89,6 +104,9 @@ class ModelSpec:
     unused: frozenset[str] = frozenset()  # tensors of the checkpoint that text needs not, such as an image encoder's
     exchanges_more: bool = False  # layers get more from earlier ones than the hidden states: no stage can hand that on
     layer_outputs: int = 0  # a layer returns a tuple of so many; 0: the hidden states alone
+    are_layers_chained: bool = False  # each layer gets what the one before put out, untouched; all get the same angles
+    angles: Angles | None = None  # rotary embedding that every layer gets; None: none, or they differ
+    same_inputs: frozenset[tuple[str, ...]] = frozenset()  # patterns of a layer's linear modules that get one input
     embedding_name: str = "model.embed_tokens"
     layers_name: str = "model.layers"
     head_name: str = "lm_head"
@@ -112,6 +130,14 @@ class ModelSpec:
     def attentions(self) -> tuple[AttentionSpec, ...]:
         """Of all layers, in order."""
         return tuple(attention for layer in self.layers for attention in layer.attentions)
+
+    def same_input_groups(self, layers: tuple[int, int]) -> list[tuple[str, ...]]:
+        """The names of linear modules that get the same input, in the layers [first, end)."""
+        return [
+            tuple(pattern.replace(f"{self.layers_name}.*", f"{self.layers_name}.{layer}", 1) for pattern in patterns)
+            for layer in range(*layers)
+            for patterns in sorted(self.same_inputs)
+        ]
 
     def layer_of(self, name: str) -> int | None:
         """The number of the layer that a parameter or module belongs to, None outside the layer list."""

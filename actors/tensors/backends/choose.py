@@ -3,15 +3,21 @@
 import importlib
 from typing import TYPE_CHECKING, Any, Literal
 
+from actors.decisions.model.plan import DEFAULT_BLOCK_SIZE
+from actors.tensors.backends.cuda.varlen_support import FA2_BLOCK_TOKENS
 from configs.config import is_backend_class
 
 if TYPE_CHECKING:
+    import torch
+
     from actors.tensors.backend import Backend
 
 _SHIPPED = {
     "cpu": "actors.tensors.backends.cpu.backend:CPUBackend",
     "cuda": "actors.tensors.backends.cuda.backend:CUDABackend",
 }
+# As their classes say; a replica asks, and must not import torch's kernels for it.
+_BLOCK_SIZES = {"cpu": DEFAULT_BLOCK_SIZE, "cuda": FA2_BLOCK_TOKENS}
 
 
 def backend_class(device: str) -> "type[Backend]":
@@ -30,8 +36,19 @@ def backend_class(device: str) -> "type[Backend]":
     return found  # type: ignore[no-any-return]
 
 
+def make_backend(asked: str, device: "torch.device") -> "Backend":
+    """The backend of a rank that was given a torch device; `asked` is the config's `device`."""
+    return backend_class(asked if is_backend_class(asked) else device.type)(device)  # type: ignore[call-arg]
+
+
+def default_block_size(asked: str, placed: str) -> int:
+    """Tokens in a block of the KV cache where the config names none: for its `device`, on ranks that got `placed`."""
+    return backend_class(asked).default_block_size if is_backend_class(asked) else _BLOCK_SIZES[placed]
+
+
 def placed_on(device: str) -> Literal["auto", "cpu", "cuda"]:
     """What Ray must give each rank for this `device` of a config; a class says it itself."""
     if device in ("auto", "cpu", "cuda"):
         return device  # type: ignore[return-value]
-    return backend_class(device).placed_on
+    placed: Literal["cpu", "cuda"] = backend_class(device).placed_on
+    return placed

@@ -1,118 +1,64 @@
-"""How a linear layer multiplies: by its weight as it is, or as oneDNN reads it, or in panels of our own."""
+"""Linear layers with the same input, multiplied as one product."""
 
-from typing import Protocol
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from actors.tensors.backends.cpu import gemm as panels
+from actors.tensors.backend import LinearMethod
 
 
-class LinearMethod(Protocol):
-    """How a linear layer multiplies: it reads the tensors that the layer owns, in whatever form it keeps them."""
+class MergedColwise:
+    """Linear layers of one module that get the same input: their weights are multiplied as one.
 
-    def prepare(self, layer: nn.Module) -> None:
-        """Called once, when the layer's tensors hold their values: pack or convert them."""
+    That they do is known from the probe. A layer that asks with another input still gets its right part, but the whole
+    product is computed anew for it.
+    """
 
-    def multiply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """[*, in] → [*, out], plus the bias [out] if one is given. The result is the caller's to write to."""
+    def __init__(self, method: LinearMethod, sizes: Sequence[int], biases: Sequence[torch.Tensor | None]) -> None:
+        """`method` holds the weights of all layers, `sizes` are their numbers of outputs; all have a bias, or none."""
+        self.method = method
+        self.sizes = list(sizes)
+        self.bias = torch.cat([bias for bias in biases if bias is not None]) if biases[0] is not None else None
+        self._input: torch.Tensor | None = None
+        self._parts: dict[int, torch.Tensor] = {}  # that no layer has taken yet, by the layer's index
 
-    def is_finite(self, layer: nn.Module) -> bool:
-        """Whether what it keeps beside the layer's own tensors is numbers."""
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """[*, in] → [*, outputs of all layers, one after the other]."""
+        return self.method.multiply(x, self.bias)
 
-
-class DenseLinear:
-    """One weight [out, in], as it is in the checkpoint."""
-
-    def prepare(self, layer: nn.Module) -> None:
-        """Nothing to pack."""
-
-    def multiply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """[*, in] → [*, out]."""
-        weight = layer.weight
-        assert isinstance(weight, torch.Tensor)
-        return nn.functional.linear(x, weight, bias)
-
-    def is_finite(self, layer: nn.Module) -> bool:
-        """It keeps nothing."""
-        return True
-
-
-class OneDnnPackedLinear:
-    """On CPU: the weight in the order in which oneDNN reads it, once and for all; the original is let go."""
-
-    def prepare(self, layer: nn.Module) -> None:
-        """Pack, and leave a weight of no elements: its dtype and device may still be asked."""
-        weight = layer.weight
-        assert isinstance(weight, torch.Tensor)
-        self._num_outputs, self._num_inputs = weight.shape
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())  # noqa: SLF001 - it has no public name
-        layer.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
-
-    def weight(self) -> torch.Tensor:
-        """[out, in], as it was."""
-        dense: torch.Tensor = self._packed.to_dense()
-        return dense
-
-    def multiply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """[*, in] → [*, out]."""
-        if x.numel() == 0:
-            return x.new_empty(*x.shape[:-1], self._num_outputs)
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(  # noqa: SLF001
-            x.contiguous(), self._packed, bias, "none", [], ""
-        )
-        return product
-
-    def is_finite(self, layer: nn.Module) -> bool:
-        """The sum of each row shows it: what is no number does not go away by adding."""
-        weight = layer.weight
-        assert isinstance(weight, torch.Tensor)
-        ones = weight.new_ones(1, self._num_inputs)
-        return bool(self.multiply(layer, ones, None).isfinite().all())
+    def part(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """[*, in] → [*, outputs of one layer]: whoever asks first computes for all."""
+        if self._input is not x or index not in self._parts:
+            self._input, self._parts = x, dict(enumerate(torch.split(self.product(x), self.sizes, dim=-1)))
+        part = self._parts.pop(index)
+        if not self._parts:
+            self._input = None
+        return part
 
 
-class PanelPackedLinear:
-    """On CPUs whose dot product of bfloat16 is fastest so: the weight in panels; the original is let go."""
+class MergedPart:
+    """One layer's part of a MergedColwise, as its LinearMethod."""
 
-    def prepare(self, layer: nn.Module) -> None:
-        """Pack, and leave a weight of no elements: its dtype and device may still be asked."""
-        weight = layer.weight
-        assert isinstance(weight, torch.Tensor)
-        self.num_outputs, self.num_inputs = weight.shape
-        self._packed = panels.pack(weight.detach())
-        self._no_bias = weight.new_zeros(self.num_outputs)
-        layer.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
+    def __init__(self, merged: MergedColwise, index: int) -> None:
+        self.merged = merged
+        self.index = index
 
-    def addresses(self, bias: torch.Tensor | None = None) -> tuple[int, int]:
-        """Of the panels, and of the bias [out] or zeros, for `panels.multiply_rows`."""
-        return self._packed.data_ptr(), (self._no_bias if bias is None else bias).data_ptr()
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """[*, in] → [*, out of this layer], its bias included."""
+        return self.merged.part(self.index, x)
 
-    def weight(self) -> torch.Tensor:
-        """[out, in], as it was."""
-        return panels.unpack(self._packed, self.num_outputs)
-
-    def multiply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """[*, in] → [*, out]."""
-        return panels.multiply(x.contiguous(), self._packed, self._no_bias if bias is None else bias)
-
-    def is_finite(self, layer: nn.Module) -> bool:
-        """Whether all of the weight is numbers."""
-        return bool(self._packed.sum(dtype=torch.float32).isfinite())
+    def is_finite(self) -> bool:
+        """The first layer answers for all."""
+        return self.index > 0 or self.merged.method.is_finite()
 
 
-def packing_of(weight: torch.Tensor) -> type[OneDnnPackedLinear] | type[PanelPackedLinear] | None:
-    """How this machine multiplies fastest by a weight [out, in] that may be kept in another order; None: as it is."""
-    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
+def merged_of(layers: Sequence[nn.Module]) -> MergedColwise | None:
+    """The product of exactly these layers, in this order; None where they are not merged so."""
+    methods = [getattr(layer, "method", None) for layer in layers]
+    if not all(isinstance(method, MergedPart) for method in methods):
         return None
-    if panels.is_available() and panels.suits(weight):
-        return PanelPackedLinear
-    return OneDnnPackedLinear if torch.backends.mkldnn.is_available() else None  # type: ignore[no-untyped-call]
-
-
-def pack(layer: nn.Linear) -> OneDnnPackedLinear | PanelPackedLinear:
-    """Take over the weight of a layer that may be packed."""
-    packing = packing_of(layer.weight)
-    assert packing is not None, "may_be_packed was asked before"
-    method = packing()
-    method.prepare(layer)
-    return method
+    merged = {id(method.merged): method.merged for method in methods if isinstance(method, MergedPart)}
+    indices = [method.index for method in methods if isinstance(method, MergedPart)]
+    (first, *others) = merged.values()
+    return None if others or indices != list(range(len(first.sizes))) else first

@@ -6,29 +6,39 @@ import torch
 from torch import nn
 
 from actors.decisions.model.shard_plan import Interval
-from actors.tensors.model.linear import LinearMethod, packing_of
+from actors.tensors.backend import LinearMethod
 from actors.words.errors import UnsupportedModel
 from cluster.collectives.interface import StageGroup
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
-def may_be_packed(layer: nn.Linear) -> bool:
-    """Whether its weight may be kept in another order: its forward is ours, and nobody else uses the weight."""
-    return type(layer).__module__ == __name__ and layer.weight.numel() > 0 and packing_of(layer.weight) is not None
-
-
 class ParallelLinear(nn.Linear):
     """A linear layer of which this rank holds a part."""
 
-    method: LinearMethod
     group: StageGroup
+    method: LinearMethod | None = None  # None: by the weight as it is
 
-    def place(self, group: StageGroup, method: LinearMethod) -> Self:
-        """Say with whom and how it multiplies."""
+    def place(self, group: StageGroup) -> Self:
+        """Say with whom it exchanges."""
         self.group = group
-        self.method = method
         return self
+
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """[*, in] → [*, out on this shard], plus the bias if one is given."""
+        if self.method is None:
+            return nn.functional.linear(x, self.weight, bias)
+        return self.method.multiply(x, bias)
+
+    def hand_over(self, method: LinearMethod) -> None:
+        """A method holds the weight from now on; one of no elements stays, whose dtype and device may be asked."""
+        self.method = method
+        self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
+
+
+def owns_weight(layer: ParallelLinear) -> bool:
+    """Whether a method may take over the weight: the layer's forward is ours, so that nobody else reads it."""
+    return type(layer).__module__ == __name__ and layer.weight.numel() > 0
 
 
 class ColwiseLinear(ParallelLinear):
@@ -36,7 +46,7 @@ class ColwiseLinear(ParallelLinear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - nn.Linear's name
         """[*, in] → [*, out on this shard]."""
-        return self.method.multiply(self, input, self.bias)
+        return self.multiply(input, self.bias)
 
 
 class RowwiseLinear(ParallelLinear):
@@ -44,7 +54,7 @@ class RowwiseLinear(ParallelLinear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - nn.Linear's name
         """[*, in on this shard] → [*, out], the same bits on every shard. The bias is added once, after the sum."""
-        out = self.group.all_reduce(self.method.multiply(self, input, None))
+        out = self.group.all_reduce(self.multiply(input, None))
         return out if self.bias is None else out.add_(self.bias)
 
 
@@ -99,10 +109,10 @@ class ColwiseRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[*, n] → [*, n]. Where shards have the same heads, all heads are had as often: the mean stays what it is."""
-        wide = x.float()
-        squares = self.group.all_reduce(wide.pow(2).sum(-1, keepdim=True))
+        x_float32 = x.float()
+        squares = self.group.all_reduce(x_float32.pow(2).sum(-1, keepdim=True))
         mean = squares / (x.shape[-1] * self.group.size)
-        return (self.weight * (wide * torch.rsqrt(mean + self.eps))).to(x.dtype)
+        return (self.weight * (x_float32 * torch.rsqrt(mean + self.eps))).to(x.dtype)
 
 
 class VocabParallelEmbedding(nn.Embedding):

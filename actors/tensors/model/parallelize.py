@@ -8,7 +8,6 @@ from torch import nn
 
 from actors.decisions.model.shard_plan import Interval
 from actors.decisions.model.styles import STYLES
-from actors.tensors.model.linear import DenseLinear
 from actors.tensors.model.parallel_layers import (
     ColwiseEmbedding,
     ColwiseLinear,
@@ -39,11 +38,11 @@ def parallelize(module: nn.Module, style: str, group: StageGroup, interval: Inte
     """
     assert style in STYLES, style
     if is_head:
-        rebase(module, ColwiseLinear).place(group, DenseLinear())
+        rebase(module, ColwiseLinear).place(group)
         return
     match style:
         case _ if style in _LINEAR:
-            linear = rebase(module, _LINEAR[style]).place(group, DenseLinear())
+            linear = rebase(module, _LINEAR[style]).place(group)
             if isinstance(linear, SplitInputRowwiseLinear):
                 linear.columns = interval
         case "embedding_rowwise":

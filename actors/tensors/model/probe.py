@@ -5,6 +5,8 @@ before and after them. Nothing is read from config keys, whose names and meaning
 is spent on weights, so that the largest models take a second.
 """
 
+import operator
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 
-from actors.decisions.model.spec import MaskSpec
+from actors.decisions.model.spec import Angles, MaskSpec, pattern_of
 from actors.tensors.model.mask_reader import MaskFunction, read_mask
 from actors.tensors.model.position_only_cache import ProbedCache
 from actors.words.errors import UnsupportedModel
@@ -52,6 +54,9 @@ class Trace:
     state_shapes: set[tuple[int, ...]] = field(default_factory=set)  # of what enters the layers, for one token
     layer_outputs: set[int] = field(default_factory=set)  # lengths of the tuples that layers return, 0 for a tensor
     exchanges_more: bool = False  # whether a layer gets more from an earlier one than the hidden states
+    are_chained: bool = True  # whether each layer gets what the one before put out, untouched, and all the same angles
+    angles: Angles | None = None  # that the layers get
+    linear_inputs: list[tuple[str, torch.Tensor, int]] = field(default_factory=list)  # name, input and its version
 
 
 class Probe:
@@ -65,6 +70,8 @@ class Probe:
         self._masks: list[tuple[torch.Tensor, MaskFunction]] = []  # that the model made, used or not
         self._sights: dict[MaskFunction, MaskSpec] = {}  # of those that are used
         self._extras: list[torch.Tensor] = []  # what layers returned beside the hidden states
+        self._output: tuple[torch.Tensor, int] | None = None  # of the layer before, and its version
+        self._angles: tuple[torch.Tensor, ...] = ()  # that the first layer got
 
     def run(self) -> Trace:
         """Raises UnsupportedModel when the pass fails, or hands to attention what is not understood."""
@@ -76,7 +83,7 @@ class Probe:
         arguments["position_ids"] = torch.arange(_NUM_TOKENS).unsqueeze(0)
         past = ProbedCache()
         try:
-            with torch.inference_mode():
+            with torch.no_grad():  # not inference mode: there tensors have no version that shows a change in place
                 self._model(input_ids=ids, past_key_values=past, **arguments)
         except UnsupportedModel:
             raise
@@ -105,6 +112,8 @@ class Probe:
         if parent == self._layers_name and last.isdigit():
             yield module.register_forward_pre_hook(self._entering(name), with_kwargs=True)
             yield module.register_forward_hook(self._left)
+        elif isinstance(module, nn.Linear) and name.startswith(self._layers_name + "."):
+            yield module.register_forward_pre_hook(self._multiplying(name))
         elif not name.startswith(self._layers_name + ".") and _holds_tensors(module):
             yield module.register_forward_pre_hook(lambda *_: self.trace.calls.append(name))
 
@@ -117,11 +126,34 @@ class Probe:
             self.trace.state_shapes.add(tuple(state.shape[2:]))
             given = [leaf for leaf in tree_leaves((args[1:], kwargs)) if leaf is not state]
             self.trace.exchanges_more |= any(leaf is extra for leaf in given for extra in self._extras)
+            self._note_chain(state, kwargs.get("position_embeddings"))
 
         return enter
 
+    def _note_chain(self, state: torch.Tensor, angles: Any) -> None:
+        """Whether this layer gets what the one before put out, as it was, and the angles that the first one got."""
+        pair = tuple(angles) if isinstance(angles, tuple | list) else ()
+        if self._output is None:
+            self._angles = pair
+            if len(pair) == 2 and pair[0].shape[:2] == pair[1].shape[:2] == (1, _NUM_TOKENS):
+                self.trace.angles = Angles(pair[0].shape[-1], str(pair[0].dtype).removeprefix("torch."))
+            return
+        output, version = self._output
+        has_same_angles = len(pair) == len(self._angles) and all(map(operator.is_, pair, self._angles))
+        if not has_same_angles:
+            self.trace.angles = None
+        self.trace.are_chained &= state is output and state._version == version and has_same_angles  # noqa: SLF001
+
+    def _multiplying(self, name: str) -> Callable[..., None]:
+        def multiply(linear: nn.Module, args: tuple[Any, ...]) -> None:
+            self.trace.linear_inputs.append((name, args[0], args[0]._version))  # noqa: SLF001
+
+        return multiply
+
     def _left(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.trace.layer_outputs.add(len(output) if isinstance(output, tuple) else 0)
+        state = output[0] if isinstance(output, tuple) else output
+        self._output = state, state._version  # noqa: SLF001
         if isinstance(output, tuple):
             self._extras += [leaf for leaf in tree_leaves(output[1:]) if isinstance(leaf, torch.Tensor)]
 
@@ -181,6 +213,24 @@ class Probe:
 
     def _who(self, module: nn.Module) -> str:
         return f"{type(self._model).__name__}: {type(module).__name__}"
+
+
+def same_inputs(trace: Trace) -> frozenset[tuple[str, ...]]:
+    """Patterns of linear modules of one parent that get the same input, once each, in every layer that has them."""
+    groups: dict[tuple[str, int, int], list[str]] = defaultdict(list)
+    for name, tensor, version in trace.linear_inputs:
+        groups[name.rpartition(".")[0], id(tensor), version].append(name)
+    num_calls = Counter(name for name, _, _ in trace.linear_inputs)
+    num_together: Counter[tuple[str, ...]] = Counter()  # layers in which they get one input
+    for names in groups.values():
+        if len(names) > 1 and all(num_calls[name] == 1 for name in names):
+            num_together[tuple(map(pattern_of, names))] += 1
+    num_layers = Counter(map(pattern_of, num_calls))  # in which a module is called
+    return frozenset(
+        patterns
+        for patterns, count in num_together.items()
+        if all(pattern.count("*") == 1 and num_layers[pattern] == count for pattern in patterns)
+    )
 
 
 def register_probe() -> None:

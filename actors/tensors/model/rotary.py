@@ -7,6 +7,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from actors.words.errors import UnsupportedModel
 
+ROTARY_NAME = "apply_rotary_pos_emb"  # what Transformers' model files call it; all give (q, k, cos, sin)
 _FOLLOWING = ("dynamic", "longrope")  # Transformers chooses their frequencies by the largest position that it is given
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from actors.tensors.attention.layer import ATTENTION_NAME, paged_attention
+from actors.tensors.model.attention_layer import ATTENTION_NAME, paged_attention
 from actors.words.errors import UnsupportedModel
 
 _patch_lock = threading.Lock()

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from actors.decisions.model.families import TESTED, amended_styles
 from actors.decisions.model.spec import DTYPES, AttentionSpec, LayerSpec, ModelSpec, Parameter, Place
-from actors.tensors.model.probe import PROBE_NAME, Probe, on_shapes, register_probe
+from actors.tensors.model.probe import PROBE_NAME, Probe, on_shapes, register_probe, same_inputs
 from actors.tensors.model.rotary import fix_rotary
 from actors.tensors.model.skeleton import build_model, config_digest, parameters_on_meta, read_config
 from actors.words.errors import UnsupportedModel
@@ -89,6 +89,9 @@ class _Reader:
             unused=frozenset(name for name in self.model.state_dict() if self._place(name) is None),
             exchanges_more=self.trace.exchanges_more,
             layer_outputs=self._only(self.trace.layer_outputs, "kinds of layer outputs"),
+            are_layers_chained=self.trace.are_chained,
+            angles=self.trace.angles,
+            same_inputs=same_inputs(self.trace),
             embedding_name=embedding_name,
             layers_name=self.layers_name,
             head_name=head_name,

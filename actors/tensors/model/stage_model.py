@@ -16,17 +16,18 @@ from actors.decisions.model.shard_plan import Interval, ShardPlan, TensorSlice
 from actors.decisions.model.spec import ModelSpec, cut_dim, pattern_of
 from actors.decisions.model.styles import STYLES
 from actors.tensors.attention.kv_cache import KVCache
-from actors.tensors.attention.layer import MODULE_ATTRIBUTE, CurrentStep, LayerAttention, StepAttention
-from actors.tensors.backends.cpu.llama.layers import fuse_layers
-from actors.tensors.backends.cpu.module_kernels import fuse
-from actors.tensors.model.linear import DenseLinear, pack
-from actors.tensors.model.parallel_layers import NoEmbedding, ParallelLinear, PassThrough, may_be_packed
+from actors.tensors.attention.metadata import AttentionMetadata
+from actors.tensors.backend import AttentionBackend, Backend
+from actors.tensors.model.attention_layer import CurrentStep, LayerAttention
+from actors.tensors.model.linear import MergedColwise, MergedPart
+from actors.tensors.model.parallel_layers import ColwiseLinear, NoEmbedding, ParallelLinear, PassThrough, owns_weight
 from actors.tensors.model.parallelize import parallelize
 from actors.tensors.model.position_only_cache import PositionOnlyCache
 from actors.tensors.model.rotary import fix_rotary
 from actors.tensors.model.skeleton import build_skeleton, config_digest, read_config
 from actors.tensors.weights.checkpoint import Sources, find_sources
 from actors.tensors.weights.conversion import Conversions
+from actors.words.messages import Substitution
 from cluster.collectives.interface import PresentGroup, StageGroup
 
 
@@ -40,45 +41,59 @@ class StageModel:
         skeleton: PreTrainedModel,
         sources: Sources,
         group: PresentGroup,
+        attention: AttentionBackend,
     ) -> None:
         """`skeleton` is pruned and cut already, and its layers exchange through `group`; use `build`."""
         self.spec = spec
         self.shard = shard
         self.module = skeleton
         self.sources = sources
-        self._group = group
+        self.group = group
+        self.attention = attention
+        self.substitutions: list[Substitution] = []
         self._current = CurrentStep()
-        self.attentions: list[LayerAttention] = []
+        # By reference: a backend may put something else in the place of a whole layer
+        self._attention_modules = [skeleton.get_submodule(attention.spec.name) for attention in shard.attentions]
         self._state_1TH: torch.Tensor | None = None  # from the stage before
         self._output_1TH: torch.Tensor | None = None  # of the last owned layer
-        first, end = shard.layers
-        if not shard.has_embedding:
-            self._layer(first).register_forward_pre_hook(self._enter, with_kwargs=True)
-        if not shard.has_head:
-            self._layer(end - 1).register_forward_hook(self._leave)
+        self._hooks: list[Any] = []
+        self._watch_ends()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of this rank that is loaded, by its name in the model; a tied head is not named twice."""
         return {tensor.name: _find(self.module, tensor.name) for tensor in self.shard.tensors}
 
-    def prepare(self) -> None:
-        """Let every linear layer bring its tensors into the form it multiplies with; they hold their values now."""
-        shared = {f"{self.spec.embedding_name}.weight", f"{self.spec.head_name}.weight"}
-        shared = shared if self.shard.shares_tied_weight else set()
-        is_on_cpu = next(self.module.parameters()).device.type == "cpu"
-        if is_on_cpu:
-            fuse(self.module)
-        for name, module in self.module.named_modules():
-            is_dense = isinstance(module, ParallelLinear) and isinstance(module.method, DenseLinear)
-            if is_dense and f"{name}.weight" not in shared and may_be_packed(module):
-                module.method = pack(module)
-        layers = self.module.get_submodule(self.spec.layers_name)
-        if is_on_cpu and isinstance(layers, nn.ModuleList):
-            fuse_layers(layers, self.shard.has_head)
+    def prepare(self, backend: Backend) -> None:
+        """Let the backend bring the weights, which hold their values now, into its form, and substitute what it can."""
+        for layers in self._products():
+            weights = [layer.weight for layer in layers]
+            method = backend.linear_method(weights)
+            if method is not None and len(layers) == 1:
+                layers[0].hand_over(method)
+            elif method is not None:
+                merged = MergedColwise(method, [len(weight) for weight in weights], [layer.bias for layer in layers])
+                for index, layer in enumerate(layers):
+                    layer.hand_over(MergedPart(merged, index))
+        self.substitutions = backend.optimize(self)
+        self._watch_ends()
+
+    def _products(self) -> list[list[ParallelLinear]]:
+        """The linear layers whose weights a backend may take over, those first that are multiplied as one."""
+        tied = {f"{self.spec.embedding_name}.weight", f"{self.spec.head_name}.weight"}
+        tied = tied if self.shard.shares_tied_weight else set()
+        linears = {
+            name: module
+            for name, module in self.module.named_modules()
+            if isinstance(module, ParallelLinear) and owns_weight(module) and f"{name}.weight" not in tied
+        }
+        together = [group for group in self.spec.same_input_groups(self.shard.layers) if _can_merge(group, linears)]
+        merged = {name for group in together for name in group}
+        alone = [[module] for name, module in linears.items() if name not in merged]
+        return [[linears[name] for name in group] for group in together] + alone
 
     def join(self, group: StageGroup) -> None:
         """Let the layers exchange through the group of a new epoch."""
-        self._group.group = group
+        self.group.group = group
 
     def is_finite(self) -> bool:
         """Whether every weight is a number; reads all of them."""
@@ -87,28 +102,24 @@ class StageModel:
         ]
         if not all(bool(tensor.sum(dtype=torch.float32).isfinite()) for tensor in tensors):
             return False
-        linear = [module for module in self.module.modules() if isinstance(module, ParallelLinear)]
-        return all(module.method.is_finite(module) for module in linear)
+        methods = [module.method for module in self.module.modules() if isinstance(module, ParallelLinear)]
+        return all(method is None or method.is_finite() for method in methods)
 
     def take_exchange_s(self) -> float:
         """Seconds that the layers spent with the other shards since the last call."""
-        return self._group.take_seconds()
+        return self.group.take_seconds()
 
     def attach(self, cache: KVCache) -> None:
         """Give each attention its part of the cache; called again when the cache is allocated anew."""
-        self.attentions = [
-            LayerAttention(shard.spec, keys, values, self._current)
-            for shard, keys, values in zip(self.shard.attentions, cache.keys, cache.values, strict=True)
-        ]
-        for attention in self.attentions:
-            setattr(self.module.get_submodule(attention.spec.name), MODULE_ATTRIBUTE, attention)
+        for module, layer in zip(self._attention_modules, cache.layers, strict=True):
+            LayerAttention(layer, self.attention, self._current).attach(module)
 
     def forward(
         self,
         ids_T: torch.Tensor,
         positions_T: torch.Tensor,
         rows_Q: torch.Tensor,
-        step: StepAttention,
+        metadata: AttentionMetadata,
         state_TH: torch.Tensor | None,
     ) -> torch.Tensor:
         """→ hidden states [T, H] for the next stage, or on the last stage the logits [Q, V] of the rows asked for.
@@ -116,7 +127,7 @@ class StageModel:
         `state_TH` comes from the stage before (None on the first). What the model's forward does ahead of its first
         layer runs on a dummy on later stages, and is thrown away.
         """
-        self._current.attention = step
+        self._current.begin(metadata)
         self._state_1TH = None if state_TH is None else state_TH.unsqueeze(0)
         arguments: dict[str, Any] = {
             "input_ids": ids_T.unsqueeze(0),
@@ -133,7 +144,18 @@ class StageModel:
             assert self._output_1TH is not None
             return self._output_1TH[0]
         finally:
-            self._current.attention = self._state_1TH = self._output_1TH = None
+            self._current.end()
+            self._state_1TH = self._output_1TH = None
+
+    def _watch_ends(self) -> None:
+        """Bring in what the stage before computed, and keep what this one has, at whatever stands for its layers."""
+        for hook in self._hooks:
+            hook.remove()
+        (first, end), self._hooks = self.shard.layers, []
+        if not self.shard.has_embedding:
+            self._hooks.append(self._layer(first).register_forward_pre_hook(self._enter, with_kwargs=True))
+        if not self.shard.has_head:
+            self._hooks.append(self._layer(end - 1).register_forward_hook(self._leave))
 
     def _enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         assert self._state_1TH is not None
@@ -150,7 +172,17 @@ class StageModel:
         return module
 
 
-def build(plan: Plan, rank: int, folder: Path, group: StageGroup, device: torch.device) -> StageModel:
+def _can_merge(group: tuple[str, ...], linears: dict[str, ParallelLinear]) -> bool:
+    """Whether the layers of these names are here, cut by outputs alike, and all with a bias or all without."""
+    layers = [linears[name] for name in group if name in linears]
+    if len(layers) != len(group) or any(type(layer) is not ColwiseLinear for layer in layers):
+        return False
+    return len({(layer.in_features, layer.weight.dtype, layer.bias is None) for layer in layers}) == 1
+
+
+def build(
+    plan: Plan, rank: int, folder: Path, group: StageGroup, device: torch.device, attention: AttentionBackend
+) -> StageModel:
     """Build one rank's model with empty tensors on the device.
 
     Raises ValueError when the folder on this node describes another model than the plan was made for, CheckpointError
@@ -173,7 +205,7 @@ def build(plan: Plan, rank: int, folder: Path, group: StageGroup, device: torch.
             parallelize(module, style, present, interval, is_head=name == spec.head_name)
     _localize_heads(spec, shard, skeleton)
     _allocate(spec, shard, skeleton, device)
-    return StageModel(spec, shard, skeleton, sources, present)
+    return StageModel(spec, shard, skeleton, sources, present, attention)
 
 
 def _interval(style: str, weight: TensorSlice | None) -> Interval:

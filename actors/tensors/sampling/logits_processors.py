@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from actors.tensors.backends.cuda.transfer import to_device
+from actors.tensors.backend import Upload
 from actors.words.messages import SamplingParams
 
 
@@ -60,7 +60,7 @@ class LogitsProcessors:
     biases_M: torch.Tensor  # float32
 
     @classmethod
-    def of(cls, draws: Sequence[SamplingRow], device: torch.device) -> "LogitsProcessors | None":
+    def of(cls, draws: Sequence[SamplingRow], upload: Upload) -> "LogitsProcessors | None":
         """None where no row is changed."""
         edited = [(row, draw) for row, draw in enumerate(draws) if draw.has_penalties or draw.biases]
         if not edited:
@@ -76,8 +76,8 @@ class LogitsProcessors:
             torch.tensor([token_id for _, token_id, _ in biases], dtype=torch.int64),
             torch.tensor([bias for _, _, bias in biases], dtype=torch.float32),
         )
-        rows, repetition, presence, frequency, *of_biases = (to_device(tensor, device) for tensor in on_host)
-        return cls(rows, repetition, presence, frequency, _history([draw for _, draw in edited], device), *of_biases)
+        rows, repetition, presence, frequency, *of_biases = (upload(tensor) for tensor in on_host)
+        return cls(rows, repetition, presence, frequency, _history([draw for _, draw in edited], upload), *of_biases)
 
     def apply(self, logits_RV: torch.Tensor, first_id: int) -> torch.Tensor:
         """Float32 logits [R, V] of the vocabulary from `first_id` on → a changed copy."""
@@ -100,7 +100,7 @@ class LogitsProcessors:
         return logits_RV.index_copy(0, self.rows_E, logits_EV)
 
 
-def _history(edited: list[SamplingRow], device: torch.device) -> History | None:
+def _history(edited: list[SamplingRow], upload: Upload) -> History | None:
     flat = array("q")
     for draw in edited:
         if draw.has_penalties:
@@ -112,7 +112,7 @@ def _history(edited: list[SamplingRow], device: torch.device) -> History | None:
     places_N = torch.arange(len(flat)) - (lengths.cumsum(0) - lengths)[rows_N]
     is_generated_N = places_N >= torch.tensor([draw.num_prompt for draw in edited])[rows_N]
     ids_N = torch.frombuffer(flat, dtype=torch.int64).clone()
-    return History(*(to_device(tensor, device) for tensor in (rows_N, ids_N, is_generated_N.float())))
+    return History(*(upload(tensor) for tensor in (rows_N, ids_N, is_generated_N.float())))
 
 
 def _scattered(

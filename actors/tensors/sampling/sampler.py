@@ -5,14 +5,13 @@ E independent Exp(1) per token, argmax(logit / temperature - log E) is distribut
 Truncation let fewer tokens run. What a row draws depends on nothing but its own logits, parameters and history.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from actors.decisions.model.shard_plan import Interval
-from actors.tensors.backends.cuda.transfer import to_device
-from actors.tensors.sampling.gumbel import gumbel_argmax
+from actors.tensors.backend import Upload
 from actors.tensors.sampling.logits_processors import LogitsProcessors, SamplingRow
 from actors.tensors.sampling.noise import noise_key
 from actors.tensors.sampling.ranking import ids_of, scores_of, sort_keys_of
@@ -21,6 +20,10 @@ from actors.words.messages import NOT_A_NUMBER
 from cluster.collectives.interface import StageGroup
 
 _COLDEST = 1e-6  # below, finite logits could become infinite scores; it is as good as greedy already
+
+BestTokens = Callable[
+    [torch.Tensor, int, torch.Tensor | None, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]
+]  # see Backend.best_tokens
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,9 @@ class SamplingBatch:
     cuts: Truncation | None
 
     @classmethod
-    def of(cls, draws: Sequence[SamplingRow], device: torch.device) -> "SamplingBatch":
+    def of(cls, draws: Sequence[SamplingRow], upload: Upload) -> "SamplingBatch":
         """One draw a row."""
-        edits = LogitsProcessors.of(draws, device)
+        edits = LogitsProcessors.of(draws, upload)
         sampling = [draw.sampling for draw in draws]
         if all(params.temperature == 0 for params in sampling):
             return cls(None, None, edits, None)
@@ -45,16 +48,18 @@ class SamplingBatch:
             dtype=torch.float32,
         )
         keys = torch.tensor([[noise_key(draw.sampling.seed or 0, draw.position)] for draw in draws])
-        return cls(to_device(temperatures, device), to_device(keys, device), edits, Truncation.of(draws, device))
+        return cls(upload(temperatures), upload(keys), edits, Truncation.of(draws, upload))
 
 
 class Sampler:
     """One shard's part in sampling. All shards of the last stage call it with the same rows."""
 
-    def __init__(self, group: StageGroup, vocab_rows: Interval, vocab_size: int) -> None:
+    def __init__(self, group: StageGroup, vocab_rows: Interval, vocab_size: int, best_tokens: BestTokens) -> None:
+        """`best_tokens` is the backend's Gumbel arg-max over this shard's rows of the vocabulary."""
         self.group = group
         self.vocab_rows = vocab_rows
         self.vocab_size = vocab_size
+        self._best_tokens = best_tokens
 
     def sample(self, logits_RV: torch.Tensor, draws: SamplingBatch) -> torch.Tensor:
         """Logits of this shard's vocabulary rows → ids [R], int64, the same on every shard.
@@ -78,7 +83,7 @@ class Sampler:
             self._cut(scores_RV, draws.cuts, torch.arange(first, end, device=logits_RV.device))
             logits_RV = torch.where(is_drawn_R1, scores_RV, logits_RV.float())
             temperatures_R1 = is_drawn_R1.float()
-        return gumbel_argmax(logits_RV, first, temperatures_R1, draws.keys_R1)
+        return self._best_tokens(logits_RV, first, temperatures_R1, draws.keys_R1)
 
     def _cut(self, scores_RV: torch.Tensor, cuts: Truncation, ids_V: torch.Tensor) -> None:
         """Take the tokens that may not be drawn out of the race."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from actors.decisions.model.shard_plan import Interval
-from actors.tensors.backends.cuda.transfer import to_device
+from actors.tensors.backend import Upload
 from actors.tensors.sampling.logits_processors import SamplingRow
 from actors.tensors.sampling.ranking import NOTHING, best_of_all, best_of_shard, lowest_key_with, scores_of
 from cluster.collectives.interface import StageGroup
@@ -35,7 +35,7 @@ class Truncation:
     proven_with: int | None = None  # candidates that prove every row's threshold; None: that depends on the logits
 
     @classmethod
-    def of(cls, draws: Sequence[SamplingRow], device: torch.device) -> "Truncation | None":
+    def of(cls, draws: Sequence[SamplingRow], upload: Upload) -> "Truncation | None":
         """None where no row is cut; greedy rows never are."""
         cut = [(row, draw.sampling) for row, draw in enumerate(draws) if _is_cut(draw)]
         if not cut:
@@ -49,7 +49,7 @@ class Truncation:
         )
         leaves_open = any(params.top_p < 1 and not params.top_k for _, params in cut)
         proven_with = None if leaves_open else max(params.top_k for _, params in cut)
-        rows, top_k, top_p, log_min_p = (to_device(tensor, device) for tensor in on_host)
+        rows, top_k, top_p, log_min_p = (upload(tensor) for tensor in on_host)
         return cls(rows, top_k, top_p, log_min_p, proven_with)
 
     def subset(self, rows: torch.Tensor) -> "Truncation":

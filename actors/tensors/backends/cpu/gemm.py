@@ -1,4 +1,4 @@
-"""Products with bfloat16 weights by AVX-512's own dot product: a panel of the weight at a time, the next one asked for.
+"""Products with bfloat16 weights by VDPBF16PS (AVX-512): a panel of the weight at a time, the next one prefetched.
 
 A weight [N, K] lies in panels of 32 outputs (the last one of 16): for each pair of inputs, each output's two numbers.
 Every output is summed up in float32 in the order of its inputs, whatever rows are computed beside it, and rounded once.
@@ -17,7 +17,7 @@ from actors.tensors.backends.cpu.avx512 import I32, I64, PAIRS, WIDTH, WORDS, Wr
 from actors.tensors.backends.cpu.compile import kernel
 from cluster.collectives.elements import pointer
 
-_WIDE = 2  # registers of a panel
+_WIDE = 2  # vectors of a panel
 _MOST_ROWS = 12  # of the input at a time: 24 sums, 2 weights and an input in 32 registers
 _BYTES_AT_ONCE = 3 << 17  # of the input: so many rows, and a panel, stay in a core's second cache
 _ALIAS_BYTES, _MOST_ALIASES = 4096, 6  # lines so far apart share a set of the first cache, which holds 8 or 12
@@ -25,15 +25,18 @@ _LINE_BYTES = 64
 _PAIR = np.int32(0)  # two numbers
 
 
-def is_available() -> bool:
-    """Whether this CPU is one for which these products are the fastest."""
-    return has_dot_product() and not has_matrix_tiles()
-
-
-def suits(weight: torch.Tensor) -> bool:
-    """Whether a weight [out, in] can lie in panels."""
+def why_not(weight: torch.Tensor) -> str | None:
+    """Why a weight [out, in] is not multiplied in panels on this CPU; None: it is."""
     num_outputs, num_inputs = weight.shape
-    return weight.dtype == torch.bfloat16 and num_outputs % WIDTH == 0 and num_inputs % 2 == 0
+    if not has_dot_product():
+        return "this CPU has no VDPBF16PS"
+    if has_matrix_tiles():
+        return "this CPU has AMX, with which oneDNN is faster"
+    if weight.dtype != torch.bfloat16:
+        return f"VDPBF16PS multiplies bfloat16, not {str(weight.dtype).removeprefix('torch.')}"
+    if num_outputs % WIDTH or num_inputs % 2:
+        return f"a weight of {num_outputs} × {num_inputs} does not fill panels of {WIDTH} × 2"
+    return None
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
@@ -47,7 +50,7 @@ def unpack(packed: torch.Tensor, num_outputs: int) -> torch.Tensor:
     num_inputs = packed.numel() // num_outputs
     num_wide = num_outputs // (_WIDE * WIDTH) * _WIDE * WIDTH
     parts = torch.split(packed, [num_wide * num_inputs, (num_outputs - num_wide) * num_inputs])
-    shapes = [(-1, num_inputs // 2, to_float32, WIDTH, 2) for to_float32 in (_WIDE, 1)]
+    shapes = [(-1, num_inputs // 2, num_vectors, WIDTH, 2) for num_vectors in (_WIDE, 1)]
     return torch.cat(
         [
             part.view(shape).permute(0, 2, 3, 1, 4).reshape(-1, num_inputs)
@@ -65,30 +68,30 @@ def multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor) -> torch
     return out
 
 
-def _panels(weight: torch.Tensor, to_float32: int) -> torch.Tensor:
+def _panels(weight: torch.Tensor, num_vectors: int) -> torch.Tensor:
     num_outputs, num_inputs = weight.shape
-    panels = weight.reshape(num_outputs // (to_float32 * WIDTH), to_float32, WIDTH, num_inputs // 2, 2)
+    panels = weight.reshape(num_outputs // (num_vectors * WIDTH), num_vectors, WIDTH, num_inputs // 2, 2)
     return panels.permute(0, 3, 1, 2, 4).reshape(-1)
 
 
-def _write_tile(writer: Writer, num_rows: int, to_float32: int, arguments: Any) -> None:
+def _write_tile(writer: Writer, num_rows: int, num_vectors: int, arguments: Any) -> None:
     """The product of so many rows with one panel; all sums stay in registers. See `_tiles` for the arguments."""
     x, x_step, panel, num_pairs, bias, out, out_step, ahead, ahead_step = arguments
-    grid = [(row, i) for row in range(num_rows) for i in range(to_float32)]
+    grid = [(row, i) for row in range(num_rows) for i in range(num_vectors)]
     rows = [writer.moved(x, x_step, I64(row)) for row in range(num_rows)]
-    biases = [writer.load_wide(writer.at(bias, first=2 * WIDTH * i)) for i in range(to_float32)]
+    biases = [writer.load_wide(writer.at(bias, first=2 * WIDTH * i)) for i in range(num_vectors)]
 
     def add(pair: Any, sums: list[Any]) -> list[Any]:
         asked = writer.moved(ahead, ahead_step, pair)
         weights = []
-        for i in range(to_float32):
-            weights.append(writer.load_pairs(writer.at(panel, pair, 64 * to_float32, 64 * i), align=64))
+        for i in range(num_vectors):
+            weights.append(writer.load_pairs(writer.at(panel, pair, 64 * num_vectors, 64 * i), align=64))
             writer.ask_for(writer.at(asked, first=64 * i))
         summed: list[Any] = []
         for row in rows:  # one input at a time: there are no registers for more
             number = writer.builder.load(writer.at(row, pair, 4), typ=I32, align=2)
             same = writer.builder.bitcast(writer.everywhere(number, WORDS), PAIRS)
-            summed += [writer.add_dot(sums[len(summed) + i], weights[i], same) for i in range(to_float32)]
+            summed += [writer.add_dot(sums[len(summed) + i], weights[i], same) for i in range(num_vectors)]
         return summed
 
     summed = writer.loop(num_pairs, [biases[i] for _, i in grid], add)
@@ -97,7 +100,7 @@ def _write_tile(writer: Writer, num_rows: int, to_float32: int, arguments: Any) 
         writer.builder.store(writer.rounded(sum_), target, align=2)
 
 
-def _tiles(to_float32: int) -> Any:
+def _tiles(num_vectors: int) -> Any:
     """A function for panels of so many registers."""
 
     @intrinsic
@@ -117,7 +120,7 @@ def _tiles(to_float32: int) -> Any:
                 block = builder.append_basic_block(f"rows{num_rows}")
                 choice.add_case(I64(num_rows), block)
                 builder.position_at_end(block)
-                _write_tile(Writer(builder), num_rows, to_float32, arguments[1:])
+                _write_tile(Writer(builder), num_rows, num_vectors, arguments[1:])
                 builder.branch(end)
             builder.position_at_end(end)
             return context.get_dummy_value()

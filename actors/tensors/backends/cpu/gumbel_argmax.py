@@ -28,6 +28,7 @@ _SHIFT_3, _UNUSED_BITS, _STEP = np.uint64(LAST_SHIFT), np.uint64(64 - FRACTION_B
 def gumbel_argmax(
     logits_RV: torch.Tensor, first_id: int, temperatures_R1: torch.Tensor | None, keys_R1: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `sampling.gumbel.gumbel_argmax`; logits in bfloat16 or float32."""
     num_rows, num_ids = logits_RV.shape
     logits_RV = logits_RV if logits_RV.stride(1) == 1 else logits_RV.contiguous()
     scores_R, ids_R = torch.empty(num_rows), torch.empty(num_rows, dtype=torch.int64)

@@ -1,6 +1,6 @@
-"""Attention of single tokens by AVX-512's own dot product: 16 keys at a time, straight out of the blocks of the cache.
+"""Paged attention of single tokens by VDPBF16PS (AVX-512): 16 keys at a time, straight out of the blocks of the cache.
 
-As `kernels.attend_decode`, for bfloat16 and sizes that fill vectors: as fast as the memory brings keys and values.
+As `paged_attention.attend_decode`, for bfloat16 and sizes that fill vectors: as fast as the memory is.
 """
 
 from typing import Any
@@ -10,9 +10,11 @@ import torch
 from numba import types
 from numba.extending import intrinsic
 
+from actors.decisions.model.spec import AttentionSpec
 from actors.tensors.backends.cpu.avx512 import F32, I64, SUMS, WIDTH, Writer, has_dot_product
 from actors.tensors.backends.cpu.compile import kernel
-from actors.tensors.backends.cpu.kernels import weigh
+from actors.tensors.backends.cpu.kernels import HeadRows, KeysValues
+from actors.tensors.backends.cpu.paged_attention import AttentionSizes, RowTables, softmax
 from cluster.collectives.elements import pointer, round_to
 
 # Up to so many keys a prompt's tokens are as fast one by one as by torch, with few keys twice as fast
@@ -20,11 +22,18 @@ LONGEST = 4096
 _VALUES_AT_ONCE = 4  # vectors of a value: its sums stay in registers while the keys go by
 
 
-def suits(dtype: torch.dtype, device: torch.device, block_size: int, key_dim: int, value_dim: int) -> bool:
-    """Whether this CPU has the instruction, and such a cache is read by whole vectors."""
-    if device.type != "cpu" or dtype != torch.bfloat16 or not has_dot_product():
-        return False
-    return key_dim % (2 * WIDTH) == 0 and value_dim % (_VALUES_AT_ONCE * WIDTH) == 0 and block_size % WIDTH == 0
+def why_not(spec: AttentionSpec, dtype: torch.dtype, block_size: int) -> str | None:
+    """Why these kernels do not compute an attention on this CPU; None: they do."""
+    if not has_dot_product():
+        return "this CPU has no VDPBF16PS"
+    if dtype != torch.bfloat16:
+        return f"VDPBF16PS multiplies bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if spec.key_dim % (2 * WIDTH) or spec.value_dim % (_VALUES_AT_ONCE * WIDTH):
+        wanted = f"keys of a multiple of {2 * WIDTH} and values of a multiple of {_VALUES_AT_ONCE * WIDTH} numbers"
+        return f"heads of {spec.key_dim} and {spec.value_dim} numbers do not fill its vectors: it takes {wanted}"
+    if block_size % WIDTH:
+        return f"cache.block_size {block_size} is no multiple of {WIDTH}"
+    return None
 
 
 @intrinsic
@@ -82,13 +91,13 @@ def _adding(num_heads: int) -> Any:
             def add(index: Any, sums: list[Any]) -> list[Any]:
                 writer.ask_for(writer.at(writer.moved(ahead, ahead_step, index)))
                 value = writer.moved(values, value_step, index)
-                to_float32 = [writer.load_wide(writer.at(value, first=2 * WIDTH * part)) for part in parts]
+                parts_float32 = [writer.load_wide(writer.at(value, first=2 * WIDTH * part)) for part in parts]
                 factors = [
                     writer.everywhere(builder.load(writer.at(of_head, index, 4), typ=F32, align=4), SUMS)
                     for of_head in of_heads
                 ]
                 return [
-                    writer.add_product(sums[head * _VALUES_AT_ONCE + part], factors[head], to_float32[part])
+                    writer.add_product(sums[head * _VALUES_AT_ONCE + part], factors[head], parts_float32[part])
                     for head in heads
                     for part in parts
                 ]
@@ -162,41 +171,33 @@ def _sum_row(
 
 @kernel()
 def attend_decode(
-    addresses: Any,
-    rows: Any,
-    sinks: Any,
-    sizes: Any,
-    query_strides: Any,
-    scaling: float,
-    softcap: float,
-    dtype_tag: Any,
+    query: HeadRows, cache: KeysValues, out: int, rows: RowTables, sinks: Any, sizes: AttentionSizes, dtype_tag: Any
 ) -> None:
-    """See `kernels.attend_decode`."""
-    query, keys, values, out = addresses
-    tables, places, positions, first_keys = rows
-    num_heads, num_kv_heads, key_dim, value_dim, block_size, element_bytes = sizes
-    group, row_bytes = num_heads // num_kv_heads, element_bytes * num_kv_heads
-    key_step, value_step = row_bytes * key_dim, row_bytes * value_dim
+    """See `paged_attention.attend_decode`."""
+    num_heads, value_dim, block_size = sizes.num_heads, sizes.value_dim, sizes.block_size
+    group, row_bytes = num_heads // sizes.num_kv_heads, sizes.element_bytes * sizes.num_kv_heads
+    key_step, value_step = row_bytes * sizes.key_dim, row_bytes * value_dim
+    tables, positions, first_keys, keys, values = rows.tables, rows.positions, rows.first_keys, cache.keys, cache.values
     first_tiles, end_tiles = first_keys // WIDTH, positions // WIDTH + 1
     longest = (end_tiles - first_tiles).max() * WIDTH
     scores, sums = np.empty((num_heads, longest), np.float32), np.empty((num_heads, value_dim), np.float32)
     out_p = pointer(out, dtype_tag)
-    for row in range(len(places)):
-        table, count, skipped = tables[places[row]], positions[row] + 1 - first_keys[row], first_keys[row] % WIDTH
-        seen = first_tiles[row], end_tiles[row]
+    key_sizes = num_heads, group, sizes.key_dim, key_step, block_size, longest
+    value_sizes = num_heads, group, value_dim, value_step, block_size, longest
+    for row in range(len(positions)):
+        table, skipped = tables[rows.table_of[row]], first_keys[row] % WIDTH
+        count, seen = positions[row] + 1 - first_keys[row], (first_tiles[row], end_tiles[row])
         ahead = values + _place(table, seen[0], block_size) * value_step
-        of_row = query + 2 * row * query_strides[0]
-        key_sizes = num_heads, group, key_dim, key_step, block_size, longest
-        _score_row(of_row, 2 * query_strides[1], keys, ahead, scores.ctypes.data, seen, table, key_sizes)
+        of_row = query.address + 2 * row * query.row_stride
+        _score_row(of_row, 2 * query.head_stride, keys, ahead, scores.ctypes.data, seen, table, key_sizes)
         for head in range(num_heads):
             of_head = scores[head, skipped : skipped + count]
             for i in range(count):
-                of_head[i] *= np.float32(scaling)
-            weigh(of_head, count, sinks[head : head + 1], softcap)
+                of_head[i] *= np.float32(sizes.scaling)
+            softmax(of_head, count, sinks[head : head + 1], sizes.softcap)
         sums[:] = np.float32(0)
-        following = min(row + 1, len(places) - 1)
-        ahead = keys + _place(tables[places[following]], first_tiles[following], block_size) * key_step
-        value_sizes = num_heads, group, value_dim, value_step, block_size, longest
+        following = min(row + 1, len(positions) - 1)
+        ahead = keys + _place(tables[rows.table_of[following]], first_tiles[following], block_size) * key_step
         here = scores.ctypes.data
         _sum_row(here, values, ahead, sums.ctypes.data, seen, skipped, skipped + count, table, value_sizes)
         for head in range(num_heads):

@@ -1,6 +1,6 @@
 """Decode steps captured in CUDA graphs: one launch a step, the all-reduces inside, memory shared by all of them.
 
-This has never run on a GPU. Each graph proves itself at start-up: it must give what the same step gives uncaptured,
+Each graph proves itself at start-up: it must give what the same step gives uncaptured,
 on every shard, or all shards go on without graphs.
 """
 
@@ -12,7 +12,8 @@ from typing import Protocol, TypeVar
 import torch
 
 from actors.decisions.schedule.buckets import Bucket
-from actors.tensors.backends.cuda.decode_step import DecodeRows, DecodeStep
+from actors.tensors.backend import DecodeRows
+from actors.tensors.backends.cuda.decode_step import DecodeStep
 from cluster.collectives.interface import StageGroup, all_agree
 
 logger = logging.getLogger(__name__)
@@ -28,8 +29,8 @@ class Runnable(Protocol):
     def fill(self, rows: DecodeRows) -> None:
         """Put a step into the buffers."""
 
-    def places(self, num_rows: int) -> torch.Tensor:
-        """Where the first rows stand in the sequence table."""
+    def table_rows(self, num_rows: int) -> torch.Tensor:
+        """The rows of the sequence table that the first rows are of."""
 
     def run(self) -> torch.Tensor:
         """Hidden states or logits [B, *]."""
@@ -39,7 +40,7 @@ class CapturedStep:
     """A DecodeStep as a CUDA graph. What `run` returns is written anew by the next `run`."""
 
     def __init__(self, step: DecodeStep, pool: object, stream: torch.cuda.Stream) -> None:
-        self.fill, self.places = step.fill, step.places
+        self.fill, self.table_rows = step.fill, step.table_rows
         self._graph = torch.cuda.CUDAGraph()
         # Other threads of this process (heartbeats, NCCL's watchdog) may call CUDA meanwhile
         with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):  # type: ignore[arg-type]

@@ -5,17 +5,14 @@ It runs the same on every device; on CUDA a graph holds it (decode_graph.py).
 """
 
 from array import array
-from dataclasses import dataclass
 
 import torch
 
 from actors.decisions.schedule.buckets import Bucket
-from actors.tensors.attention.layer import StepAttention
-from actors.tensors.backends.cuda.attention import PagedRows
-from actors.tensors.model.stage_model import StageModel
+from actors.tensors.attention.metadata import AttentionMetadata, PagedRows
+from actors.tensors.backend import LAST_ID, DecodeRows, RankModel
 
-LAST_ID = -1  # in place of an id: what this row sampled last, which only the device knows as yet
-_ID, _POSITION, _PLACE, _TABLE = 0, 1, 2, 3  # columns; the block table is the rest
+_ID, _POSITION, _TABLE_ROW, _TABLE = 0, 1, 2, 3  # columns; the block table is the rest
 
 
 class LastIds:
@@ -30,25 +27,15 @@ class LastIds:
         self.ids_P.index_copy_(0, places_R, ids_R)
 
 
-@dataclass(frozen=True)
-class DecodeRows:
-    """What a step asks for, on the host: one token a row."""
-
-    ids: list[int]  # or LAST_ID
-    positions: list[int]
-    places: list[int]  # in the sequence table
-    tables_PN: torch.Tensor  # int64 [places, all blocks of a row]
-
-
 class DecodeStep:
     """One bucket's buffers, and the model run over them. Padding writes to a block that no sequence owns."""
 
     def __init__(
         self,
         bucket: Bucket,
-        model: StageModel,
+        model: RankModel,
         last_ids: LastIds,
-        trash_block: int,
+        padding_block: int,
         block_size: int,
         state: torch.Tensor | None,
     ) -> None:
@@ -59,7 +46,7 @@ class DecodeStep:
         self._block_size = block_size
         self._state_BH = None if state is None else state[: bucket.num_rows]
         device = last_ids.ids_P.device
-        row = [0, 0, last_ids.padding, *[trash_block] * bucket.num_blocks]
+        row = [0, 0, last_ids.padding, *[padding_block] * bucket.num_blocks]
         self._padding_C = torch.tensor(row, dtype=torch.int32)
         self._inputs_BC = self._padding_C.to(device).repeat(bucket.num_rows, 1)
         self._rows_B = torch.arange(bucket.num_rows, device=device)
@@ -68,15 +55,15 @@ class DecodeStep:
         """Put a step into the buffers, without waiting for the device."""
         num_rows, device = len(rows.ids), self._inputs_BC.device
         on_host_BC = torch.empty(self._inputs_BC.shape, dtype=torch.int32, pin_memory=device.type == "cuda")
-        numbers_3R = torch.frombuffer(array("i", rows.ids + rows.positions + rows.places), dtype=torch.int32)
+        numbers_3R = torch.frombuffer(array("i", rows.ids + rows.positions + rows.table_rows), dtype=torch.int32)
         on_host_BC[:num_rows, :_TABLE] = numbers_3R.view(_TABLE, num_rows).T
-        on_host_BC[:num_rows, _TABLE:] = rows.tables_PN[rows.places, : self.bucket.num_blocks]
+        on_host_BC[:num_rows, _TABLE:] = rows.tables[rows.table_rows, : self.bucket.num_blocks]
         on_host_BC[num_rows:] = self._padding_C
         self._inputs_BC.copy_(on_host_BC, non_blocking=True)
 
-    def places(self, num_rows: int) -> torch.Tensor:
-        """Where the first rows stand in the sequence table, int64 [R], on the device."""
-        return self._inputs_BC[:num_rows, _PLACE].long()
+    def table_rows(self, num_rows: int) -> torch.Tensor:
+        """The rows of the sequence table that the first rows are of, int64 [R], on the device."""
+        return self._inputs_BC[:num_rows, _TABLE_ROW].long()
 
     def run(self) -> torch.Tensor:
         """→ hidden states [B, H], or on the last stage logits [B, V]; the rows of padding mean nothing."""
@@ -84,9 +71,9 @@ class DecodeStep:
         ids_B = torch.where(ids_B == LAST_ID, self._last_ids.ids_P[places_B], ids_B)
         tables_BN = self._inputs_BC[:, _TABLE:]
         blocks_B = tables_BN.gather(1, (positions_B // self._block_size).unsqueeze(1)).squeeze(1).long()
-        attention = StepAttention(
+        attention = AttentionMetadata(
             slots_T=blocks_B * self._block_size + positions_B % self._block_size,
             by_mask={},
-            rows=PagedRows.decode(tables_BN, (positions_B + 1).int(), self._block_size),
+            paged=PagedRows.decode(tables_BN, (positions_B + 1).int(), self._block_size),
         )
         return self._model.forward(ids_B, positions_B, self._rows_B, attention, self._state_BH)

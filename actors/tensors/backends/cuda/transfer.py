@@ -14,24 +14,20 @@ def to_device(on_host: torch.Tensor, device: torch.device) -> torch.Tensor:
     return on_host.pin_memory().to(device, non_blocking=True)
 
 
-class Download:
-    """Numbers on their way to the host."""
+class EventDownload:
+    """A tensor on its way to pinned memory of the host; see Download."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._event: torch.cuda.Event | None = None
-        self._on_host = tensor
-        if tensor.is_cuda:
-            self._on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._on_host.copy_(tensor, non_blocking=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
+        self._on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._on_host.copy_(tensor, non_blocking=True)
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._event.record()
 
     def is_ready(self) -> bool:
         """Whether `take` would not wait."""
-        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def take(self) -> torch.Tensor:
         """Wait for this and for nothing that was launched later → the tensor on the host."""
-        if self._event is not None:
-            self._event.synchronize()
+        self._event.synchronize()
         return self._on_host

@@ -1,70 +1,83 @@
-"""Llama's attention on CPU in four calls: one product, one pass that rotates and fills the cache, attention, output."""
+"""Attention blocks of Llama's form on CPU in four calls: product, rotation and cache in one pass, attention, output."""
 
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaAttention
-from transformers.models.mistral.modeling_mistral import MistralAttention
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
-from actors.tensors.attention.layer import MODULE_ATTRIBUTE, LayerAttention
-from actors.tensors.backends.cpu import kernels
-from actors.tensors.model.parallel_layers import ColwiseLinear
+from actors.tensors.backends.cpu.kernels import DTYPE_TAGS, CosSin, Heads, KeysValues, rotate_and_store
+from actors.tensors.backends.cpu.trial_step import TrialStep
+from actors.tensors.backends.trial import difference
+from actors.tensors.model.attention_layer import attention_of
+from actors.tensors.model.linear import MergedColwise, merged_of
 
-# All three do the same; the window that two of them name is in the attention's mask_spec.
-KNOWN = (LlamaAttention, MistralAttention, Qwen2Attention)
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 class KernelAttention(nn.Module):
-    """Stands for one of KNOWN whose projections are siblings, in the order of queries, keys and values."""
+    """Stands for an attention block whose three projections are one product."""
 
-    siblings: Any  # see fusions.MergedColwise
+    merged: MergedColwise  # queries, keys and values
     o_proj: nn.Module
     head_dim: int
     scaling: float
-    original: type[nn.Module]
 
     def forward(
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
         """[1, T, hidden] and cos and sin [1, T, D] → [1, T, hidden], and no weights."""
-        layer = getattr(self, MODULE_ATTRIBUTE)
-        assert isinstance(layer, LayerAttention)
-        step = layer.current.attention
-        assert step is not None, "no step is set"
+        layer = attention_of(self)
         cos, sin = position_embeddings
-        dtype, num_tokens, size = hidden_states.dtype, hidden_states.shape[1], self.head_dim
-        if not cos.dtype == dtype == layer.keys_SHD.dtype or cos.shape != (1, num_tokens, size):
-            done: tuple[torch.Tensor, None] = self.original.forward(
-                self, hidden_states, position_embeddings=position_embeddings, **kwargs
-            )
-            return done
-        product = self.siblings.product(hidden_states)
-        num_kv_heads = layer.keys_SHD.shape[1]
+        num_tokens, size = hidden_states.shape[1], self.head_dim
+        assert cos.dtype == hidden_states.dtype and cos.shape == (1, num_tokens, size), (
+            "other angles than the probe saw"
+        )
+        product = self.merged.product(hidden_states)
+        cos, sin, keys, values = cos.contiguous(), sin.contiguous(), layer.cache.keys_NbHD, layer.cache.values_NbHD
+        num_kv_heads = keys.shape[2]
         num_heads = product.shape[2] // size - 2 * num_kv_heads
         query_ThD = product.new_empty(num_tokens, num_heads, size)
-        kernels.rotate_and_store(
+        rotate_and_store(
             product.data_ptr(),
-            cos.contiguous().data_ptr(),
-            sin.contiguous().data_ptr(),
+            CosSin(cos.data_ptr(), sin.data_ptr()),
             query_ThD.data_ptr(),
-            layer.keys_SHD.data_ptr(),
-            layer.values_SHD.data_ptr(),
-            step.slots_T.numpy(),
-            (num_heads, num_kv_heads, size),
-            kernels.DTYPE_TAGS[dtype],
+            KeysValues(keys.data_ptr(), values.data_ptr()),
+            layer.current.metadata.slots_T.numpy(),
+            Heads(num_heads, num_kv_heads, size),
+            DTYPE_TAGS[product.dtype],
         )
         out_ThD = layer.attend_stored(query_ThD.transpose(0, 1), self.scaling)
         return self.o_proj(out_ThD.view(1, num_tokens, -1)), None
 
 
-def fuse_attention(module: Any, siblings: Any) -> bool:
-    """Make it one, where its projections are `siblings` and nothing else is; False where not."""
-    names = ("q_proj", "k_proj", "v_proj")
-    layers: list[ColwiseLinear] = siblings.layers
-    if [getattr(module, name) for name in names] != layers or layers[0].weight.dtype not in kernels.DTYPE_TAGS:
-        return False
-    module.siblings, module.original = siblings, type(module)
-    module.__class__ = KernelAttention
-    return True
+def substitute(module: Any, trial: TrialStep) -> str | None:
+    """Make an attention module a KernelAttention → why not; None: it is one now."""
+    reason = _why_not(module, trial)
+    if reason is not None:
+        return reason
+    module.merged = merged_of([getattr(module, name) for name in PROJECTIONS])
+    with trial.attached_to(module):
+        reason = difference(lambda: trial.run(module), lambda: trial.run(module, KernelAttention.forward))
+    if reason is None:
+        module.__class__ = KernelAttention
+    return reason
+
+
+def _why_not(module: Any, trial: TrialStep) -> str | None:
+    spec, angles = trial.shard.spec, trial.angles
+    if any(not isinstance(getattr(module, name, None), nn.Module) for name in (*PROJECTIONS, "o_proj")):
+        return f"it has no {', '.join(PROJECTIONS)} and o_proj"
+    merged = merged_of([getattr(module, name) for name in PROJECTIONS])
+    if merged is None:
+        return "its projections are not multiplied as one"
+    if trial.dtype not in DTYPE_TAGS:
+        return f"kernels compute in bfloat16 and float32, not in {trial.dtype}"
+    if spec.has_sinks:
+        return "it has sinks"
+    if not isinstance(getattr(module, "scaling", None), float) or getattr(module, "head_dim", None) != spec.key_dim:
+        return "it does not say its scaling and head_dim"
+    if angles is None or not spec.key_dim == spec.value_dim == angles.dim:
+        return "its heads are not rotated whole"
+    if sum(merged.sizes) != (trial.shard.num_heads + 2 * trial.shard.num_kv_heads) * spec.key_dim:
+        return "its projections give more than queries, keys and values"
+    return None

@@ -1,18 +1,28 @@
-"""Llama's decoder layer in kernels that call each other: products, what lies between them, and the sums over shards.
+"""Decoder layers of Llama's form in kernels that call each other: products, what lies between them, sums over shards.
 
-T tokens · H hidden size · B rows of one token. `buffers` are addresses: of the hidden states [T, H], of normed ones, of
-a product [T, (heads + 2 KV heads) × D], its queries, attention's output, and the gated MLP's two halves and product.
-`sizes`: (hidden, between the MLP's products, heads, KV heads, D, block size). bfloat16 only.
+T tokens · H hidden size · B rows of one token · D dimension of a head. bfloat16 only.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from actors.tensors.attention.metadata import Indices
 from actors.tensors.backends.cpu.compile import kernel
 from actors.tensors.backends.cpu.gemm import multiply_rows
-from actors.tensors.backends.cpu.kernels import DTYPE_TAGS, rms_norm, rotate_and_store, silu_mul
+from actors.tensors.backends.cpu.kernels import (
+    DTYPE_TAGS,
+    CosSin,
+    HeadRows,
+    Heads,
+    KeysValues,
+    Rows,
+    rms_norm,
+    rotate_and_store,
+    silu_mul,
+)
+from actors.tensors.backends.cpu.paged_attention import AttentionSizes, RowTables
 from actors.tensors.backends.cpu.paged_attention_avx512 import attend_decode
 from cluster.collectives.elements import pointer, round_to, to_float32
 from cluster.collectives.exchange import OK, SIZE, all_reduce
@@ -27,19 +37,83 @@ _NO_SINKS = np.zeros(0, np.float32)
 
 PROJECT, ATTEND, FINISH = 1, 2, 4  # parts of a layer
 
-# What a layer's row of the table says: addresses, and which of a step's mask_specs its attention has
-NORM, QKV, QKV_BIAS, OUT, MLP_NORM, GATE_UP, GATE_UP_BIAS, DOWN, NO_BIAS, KEYS, VALUES, SIGHT = range(12)
+# The columns of a layer's row in the table of layers: addresses, and the index of its attention's mask among the step's
+NORM, QKV, QKV_BIAS, OUT, MLP_NORM, GATE_UP, GATE_UP_BIAS, DOWN, NO_BIAS, KEYS, VALUES, MASK = range(12)
+
+
+class Buffers(NamedTuple):
+    """Addresses of what lies between the products."""
+
+    hidden: int  # [T, H]
+    normed: int  # [T, H]; later what a product gave before it is summed over the shards
+    product: int  # [T, (heads + 2 KV heads) × D]
+    query: int  # [T, heads, D], rotated
+    attended: int  # [T, heads, D]
+    gate_up: int  # [T, 2 × inner]
+    activated: int  # [T, inner]
+
+
+class Sizes(NamedTuple):
+    """What all layers of a run have in common, on this shard."""
+
+    hidden: int
+    inner: int  # between the MLP's products
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    eps: float  # of the norms
+    scaling: float  # of the scores
+
+
+class Part(NamedTuple):
+    """Which layers [first, end), and which of PROJECT, ATTEND and FINISH of each."""
+
+    first: int
+    end: int
+    what: int
+
+
+class StepArrays(NamedTuple):
+    """What the kernels get of one step."""
+
+    buffers: Buffers
+    angles: CosSin
+    slots: Indices  # [T], where the cache takes each token's key and value
+
+
+class RowsByMask(NamedTuple):
+    """The rows that are attended and finished: as RowTables, but with the first keys of each mask."""
+
+    tables: Indices
+    table_of: Indices
+    positions: Indices
+    first_keys: Indices  # [masks, B]
 
 
 @kernel()
-def _project(layer: Any, buffers: Any, angles: Any, slots: Any, sizes: Any) -> None:
+def _project(layer: Any, step: StepArrays, sizes: Sizes) -> None:
     """Normed rows → queries, and keys and values in the cache."""
-    _, normed, product, query, _, _, _ = buffers
-    hidden, _, num_heads, num_kv_heads, head_dim, _ = sizes
-    num_outputs = (num_heads + 2 * num_kv_heads) * head_dim
-    multiply_rows(normed, layer[QKV], layer[QKV_BIAS], product, len(slots), hidden, num_outputs, layer[OUT])
-    heads = num_heads, num_kv_heads, head_dim
-    rotate_and_store(product, angles[0], angles[1], query, layer[KEYS], layer[VALUES], slots, heads, _TAG)
+    buffers, num_heads, num_kv_heads, head_dim = step.buffers, sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
+    num_outputs, num_tokens = (num_heads + 2 * num_kv_heads) * head_dim, len(step.slots)
+    multiply_rows(
+        buffers.normed, layer[QKV], layer[QKV_BIAS], buffers.product, num_tokens, sizes.hidden, num_outputs, layer[OUT]
+    )
+    cache, heads = KeysValues(layer[KEYS], layer[VALUES]), Heads(num_heads, num_kv_heads, head_dim)
+    rotate_and_store(buffers.product, step.angles, buffers.query, cache, step.slots, heads, _TAG)
+
+
+@kernel()
+def _attend(layer: Any, buffers: Buffers, rows: RowsByMask, sizes: Sizes) -> None:
+    """Queries → what they attend to."""
+    head_dim, row_stride = sizes.head_dim, sizes.num_heads * sizes.head_dim
+    attention = AttentionSizes(
+        sizes.num_heads, sizes.num_kv_heads, head_dim, head_dim, sizes.block_size, 2, sizes.scaling, 0.0
+    )
+    tables = RowTables(rows.tables, rows.table_of, rows.positions, rows.first_keys[layer[MASK]])
+    cache = KeysValues(layer[KEYS], layer[VALUES])
+    query = HeadRows(buffers.query, row_stride, head_dim)
+    attend_decode(query, cache, buffers.attended, tables, _NO_SINKS, attention, _TAG)
 
 
 @kernel()
@@ -63,53 +137,44 @@ def _add_reduced(state: Any, part: int, x: int, norm: int, normed: int, num_rows
         here = row * 2 * size
         _add(x + here, part + here, size)
         if norm:
-            rms_norm(x + here, norm, normed + here, 1, size, size, size, eps, _TAG)
+            rms_norm(Rows(x + here, size), norm, Rows(normed + here, size), 1, size, eps, _TAG)
     return OK
 
 
 @kernel()
-def _finish(layers: Any, i: int, attended: int, buffers: Any, num_rows: int, sizes: Any, eps: float, state: Any) -> Any:
+def _finish(layers: Any, i: int, buffers: Buffers, num_rows: int, sizes: Sizes, state: Any) -> Any:
     """What follows attention in layer `i`, and the norm before the next one's → the status of its exchanges."""
-    x, normed, _, _, _, both, activated = buffers
-    hidden, inside, num_heads, _, head_dim, _ = sizes
-    layer = layers[i]
-    multiply_rows(attended, layer[OUT], layer[NO_BIAS], normed, num_rows, num_heads * head_dim, hidden, layer[GATE_UP])
-    status = _add_reduced(state, normed, x, layer[MLP_NORM], normed, num_rows, hidden, eps)
+    normed, hidden, inner, eps = buffers.normed, sizes.hidden, sizes.inner, sizes.eps
+    layer, attended_size = layers[i], sizes.num_heads * sizes.head_dim
+    multiply_rows(buffers.attended, layer[OUT], layer[NO_BIAS], normed, num_rows, attended_size, hidden, layer[GATE_UP])
+    status = _add_reduced(state, normed, buffers.hidden, layer[MLP_NORM], normed, num_rows, hidden, eps)
     if status != OK:
         return status
-    multiply_rows(normed, layer[GATE_UP], layer[GATE_UP_BIAS], both, num_rows, hidden, 2 * inside, layer[DOWN])
-    silu_mul(both, both + 2 * inside, activated, num_rows, inside, 2 * inside, 2 * inside, _TAG)
+    both, activated = buffers.gate_up, buffers.activated
+    multiply_rows(normed, layer[GATE_UP], layer[GATE_UP_BIAS], both, num_rows, hidden, 2 * inner, layer[DOWN])
+    silu_mul(Rows(both, 2 * inner), Rows(both + 2 * inner, 2 * inner), activated, num_rows, inner, _TAG)
     is_last = i + 1 == len(layers)
     next_read, next_norm = (layer[DOWN], 0) if is_last else (layers[i + 1, QKV], layers[i + 1, NORM])
-    multiply_rows(activated, layer[DOWN], layer[NO_BIAS], normed, num_rows, inside, hidden, next_read)
-    return _add_reduced(state, normed, x, next_norm, normed, num_rows, hidden, eps)
+    multiply_rows(activated, layer[DOWN], layer[NO_BIAS], normed, num_rows, inner, hidden, next_read)
+    return _add_reduced(state, normed, buffers.hidden, next_norm, normed, num_rows, hidden, eps)
 
 
 @kernel()
-def run(
-    layers: Any, first: int, end: int, parts: int, buffers: Any, angles: Any, slots: Any, rows: Any, sizes: Any,
-    eps: float, scaling: float, state: Any,
-) -> Any:  # fmt: skip
+def run(layers: Any, part: Part, step: StepArrays, rows: RowsByMask, sizes: Sizes, state: Any) -> Any:
     """Some layers, or parts of them → the status of their exchanges.
 
-    `slots` is of the tokens that are projected, `rows` of those that are attended and finished: as the rows of
-    `attend_decode`, but the first keys of each mask_spec [mask_specs, B]. Whole layers and parts run the same instructions, so
-    that what becomes of a row does not depend, even in its last bit, on what else is attended here.
+    `step.slots` is of the tokens that are projected, `rows` of those that are attended and finished. Whole layers and
+    parts run the same instructions, so that what becomes of a row does not depend, even in its last bit, on what else
+    is attended here.
     """
-    query, attended = buffers[3], buffers[4]
-    tables, places, positions, first_keys = rows
-    _, _, num_heads, num_kv_heads, head_dim, block_size = sizes
-    cache, strides = (num_heads, num_kv_heads, head_dim, head_dim, block_size, 2), (num_heads * head_dim, head_dim)
-    for i in range(first, end):
+    for i in range(part.first, part.end):
         layer = layers[i]
-        if parts & PROJECT:
-            _project(layer, buffers, angles, slots, sizes)
-        if parts & ATTEND:
-            addresses = query, layer[KEYS], layer[VALUES], attended
-            of_rows = tables, places, positions, first_keys[layer[SIGHT]]
-            attend_decode(addresses, of_rows, _NO_SINKS, cache, strides, scaling, 0.0, _TAG)
-        if parts & FINISH:
-            status = _finish(layers, i, attended, buffers, len(places), sizes, eps, state)
+        if part.what & PROJECT:
+            _project(layer, step, sizes)
+        if part.what & ATTEND:
+            _attend(layer, step.buffers, rows, sizes)
+        if part.what & FINISH:
+            status = _finish(layers, i, step.buffers, len(rows.positions), sizes, state)
             if status != OK:
                 return status
     return OK

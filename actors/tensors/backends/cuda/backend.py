@@ -1,0 +1,64 @@
+"""The CUDA backend: paged attention by torch's kernel or by gathers, decode steps in CUDA graphs, fused norms."""
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+
+from actors.decisions.model.plan import Plan
+from actors.decisions.model.spec import AttentionSpec
+from actors.tensors.backend import AttentionBackend, Decoder, Download, RankModel
+from actors.tensors.backends.cuda import module_kernels, transfer
+from actors.tensors.backends.cuda.attention import CUDAAttention
+from actors.tensors.backends.cuda.decode import CUDADecoder
+from actors.tensors.backends.cuda.varlen_support import FA2_BLOCK_TOKENS
+from actors.tensors.backends.reference import ReferenceBackend
+from actors.tensors.backends.trial import Account, exchanging_nothing
+from actors.words.messages import Substitution
+
+
+class CUDABackend(ReferenceBackend):
+    """See Backend. Its device may be the CPU, where the tests run the same code without graphs and kernels."""
+
+    placed_on: ClassVar[Literal["cpu", "cuda"]] = "cuda"
+    default_block_size: ClassVar[int] = FA2_BLOCK_TOKENS
+    num_padding_blocks: ClassVar[int] = 1
+
+    def set_up(self) -> None:
+        """Make the rank's GPU the current one."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
+    def free_bytes(self, ranks_on_node: int) -> int:
+        """Memory of the rank's own GPU, what torch holds without using it included."""
+        if self.device.type != "cuda":
+            return super().free_bytes(ranks_on_node)
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+
+    def upload(self, host: torch.Tensor) -> torch.Tensor:
+        """See Backend."""
+        return transfer.to_device(host, self.device)
+
+    def download(self, tensor: torch.Tensor) -> Download:
+        """See Backend."""
+        return transfer.EventDownload(tensor) if tensor.is_cuda else super().download(tensor)
+
+    def attention(self, specs: Sequence[AttentionSpec], dtype: torch.dtype, block_size: int) -> AttentionBackend:
+        """See Backend."""
+        return CUDAAttention(specs, dtype, block_size, self.device, self.upload)
+
+    def optimize(self, model: RankModel) -> list[Substitution]:
+        """See Backend: norms and rotary embeddings as one kernel each."""
+        attention = model.attention
+        assert isinstance(attention, CUDAAttention), "a model attends through its device's backend"
+        account = Account()
+        if self.device.type == "cuda":
+            with exchanging_nothing(model.group):
+                module_kernels.substitute_norms(model.module, account)
+                module_kernels.substitute_rotary(model.module, account)
+        return [*attention.substitutions, *account.entries()]
+
+    def decoder(self, model: RankModel, plan: Plan, padding_block: int) -> Decoder | None:
+        """See Backend."""
+        return CUDADecoder(model, plan, padding_block, self.device, self.upload)

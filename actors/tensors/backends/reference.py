@@ -1,0 +1,113 @@
+"""The backend in plain torch: right on every device, and what the others override where they do better."""
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+
+from actors.decisions.model.plan import DEFAULT_BLOCK_SIZE, Plan
+from actors.decisions.model.spec import AttentionSpec
+from actors.tensors.attention import reference
+from actors.tensors.attention.metadata import AttentionMetadata, LayerCache, StepLayout
+from actors.tensors.attention.metadata_builder import AttentionMetadataBuilder
+from actors.tensors.backend import (
+    AttentionBackend,
+    Decoder,
+    Download,
+    LinearMethod,
+    RankModel,
+)
+from actors.tensors.backends.host_memory import available_bytes
+from actors.tensors.sampling.gumbel import gumbel_argmax
+from actors.words.messages import Substitution
+
+
+class ReferenceAttention:
+    """Attention written out; see AttentionBackend."""
+
+    def __init__(self, builder: AttentionMetadataBuilder) -> None:
+        self._builder = builder
+
+    def plan(self, layout: StepLayout) -> AttentionMetadata:
+        """See AttentionBackend."""
+        return self._builder.build(layout)
+
+    def write(self, cache: LayerCache, key: torch.Tensor, value: torch.Tensor, metadata: AttentionMetadata) -> None:
+        """See AttentionBackend."""
+        reference.write(cache, key, value, metadata.slots_T)
+
+    def attend(
+        self,
+        cache: LayerCache,
+        query: torch.Tensor,
+        metadata: AttentionMetadata,
+        scaling: float,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See AttentionBackend."""
+        return reference.attend(cache, query, metadata, scaling, sinks)
+
+
+class Here:
+    """A tensor that the host has already; see Download."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def is_ready(self) -> bool:
+        """True."""
+        return True
+
+    def take(self) -> torch.Tensor:
+        """The tensor."""
+        return self._tensor
+
+
+class ReferenceBackend:
+    """Plain torch on any device; see Backend for what its methods promise."""
+
+    placed_on: ClassVar[Literal["cpu", "cuda"]] = "cpu"
+    default_block_size: ClassVar[int] = DEFAULT_BLOCK_SIZE
+    num_padding_blocks: ClassVar[int] = 0
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def set_up(self) -> None:
+        """Ranks are the parallelism: two threads a rank would fight over the cores."""
+        torch.set_num_threads(1)
+
+    def free_bytes(self, ranks_on_node: int) -> int:
+        """Main memory, divided among the ranks of the node."""
+        return available_bytes() // ranks_on_node
+
+    def upload(self, host: torch.Tensor) -> torch.Tensor:
+        """See Backend."""
+        return host.to(self.device)
+
+    def download(self, tensor: torch.Tensor) -> Download:
+        """See Backend; it waits."""
+        return Here(tensor.cpu())
+
+    def linear_method(self, weights: Sequence[torch.Tensor]) -> LinearMethod | None:
+        """None: `torch.nn.functional.linear`."""
+        return None
+
+    def attention(self, specs: Sequence[AttentionSpec], dtype: torch.dtype, block_size: int) -> AttentionBackend:
+        """Written out."""
+        mask_specs = frozenset(spec.mask_spec for spec in specs)
+        return ReferenceAttention(AttentionMetadataBuilder(block_size, mask_specs, dtype, self.upload))
+
+    def optimize(self, model: RankModel) -> list[Substitution]:
+        """Nothing."""
+        return []
+
+    def best_tokens(
+        self, logits_RV: torch.Tensor, first_id: int, temperatures_R1: torch.Tensor | None, keys_R1: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See Backend."""
+        return gumbel_argmax(logits_RV, first_id, temperatures_R1, keys_R1)
+
+    def decoder(self, model: RankModel, plan: Plan, padding_block: int) -> Decoder | None:
+        """None: decode steps run as all others do."""
+        return None
