@@ -1,4 +1,4 @@
-"""Reads Serve config files into a Config, and says every mistake at once, by key and with a remedy."""
+"""Reads Serve config files into a Config; its errors list every mistake at once, by key and with a remedy."""
 
 import difflib
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ EXAMPLE = "configs/demo.yaml"  # what error messages point to
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML's safe subset; a key that stands twice in one mapping is refused (YAML would keep the last silently)."""
+    """YAML's safe subset; a key that occurs twice in one mapping is refused (YAML would silently keep the last)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """As the safe loader does. Raises yaml.MarkedYAMLError for a repeated key."""
@@ -41,7 +41,7 @@ def read_config(path: str | Path) -> Config:
     application = read_application(path)
     args = application.get("args", {})
     if not isinstance(args, dict):
-        raise ValueError(f"{path}: applications.0.args: expects a mapping, got {_told(args)}; see {EXAMPLE}")
+        raise ValueError(f"{path}: applications.0.args: expects a mapping, got {_shown(args)}; see {EXAMPLE}")
     return parse_args(args, where=f"{path}: args")
 
 
@@ -55,7 +55,7 @@ def read_application(path: str | Path) -> dict[str, Any]:
         )
     if not isinstance(applications[0], dict):
         raise ValueError(
-            f"{path}: applications.0: expects a mapping, got {_told(applications[0])}; "
+            f"{path}: applications.0: expects a mapping, got {_shown(applications[0])}; "
             f"an application has the keys name, import_path and args: see {EXAMPLE}"
         )
     return applications[0]
@@ -78,7 +78,7 @@ def read_document(path: str | Path) -> dict[str, Any]:
     finally:
         loader.dispose()
     if not isinstance(document, dict):
-        raise ValueError(f"{path}: expects a mapping at the top, got {_told(document)}; see {EXAMPLE}")
+        raise ValueError(f"{path}: expects a mapping at the top, got {_shown(document)}; see {EXAMPLE}")
     return document
 
 
@@ -103,10 +103,10 @@ def _explain(problem: ErrorDetails, where: str) -> str:
     if problem["type"] == "extra_forbidden":
         return f"{key}: unknown key; {_suggest([str(part) for part in path])}"
     if problem["type"] in ("model_type", "dict_type"):
-        return f"{key}: should be a mapping, but it is {_told(problem['input'])}; remove the key to keep its defaults"
+        return f"{key}: should be a mapping, but it is {_shown(problem['input'])}; remove the key to keep its defaults"
     wish = problem["msg"].replace("Input should", "should").removeprefix("Value error, ")
     remedy = "; remove the quotes" if isinstance(problem["input"], str) and _is_number(problem["input"]) else ""
-    return f"{key}: {wish}, but it is {_told(problem['input'])}{remedy}"
+    return f"{key}: {wish}, but it is {_shown(problem['input'])}{remedy}"
 
 
 def _suggest(path: list[str]) -> str:
@@ -134,8 +134,8 @@ def _keys(group: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tupl
             yield from _keys(field.annotation, (*prefix, name))
 
 
-def _told(value: object) -> str:
-    """A value as the user wrote it, with its kind: for error messages."""
+def _shown(value: object) -> str:
+    """A value as the user wrote it, with its type, for error messages."""
     kinds = {str: "a string", bool: "a truth value", int: "an integer", float: "a number", list: "a list"}
     if value is None:
         return "empty"

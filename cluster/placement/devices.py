@@ -4,10 +4,10 @@ import os
 
 
 def cuda_index(assigned_id: str, visible: str | None) -> int:
-    """Torch's index of the GPU that Ray calls `assigned_id`, in a process whose visible devices are not narrowed.
+    """Torch's index of the GPU that Ray calls `assigned_id`, in a process that sees all of its node's devices.
 
-    Ray's ids are those of CUDA_VISIBLE_DEVICES of its node (physical numbers, or UUIDs of GPUs and MIG slices); torch
-    counts in the order of that list, and in physical order where there is none. Raises ValueError.
+    Ray's ids are the entries of its node's CUDA_VISIBLE_DEVICES (physical numbers, or UUIDs of GPUs and MIG slices);
+    torch counts in the order of that list, or in physical order where there is none. Raises ValueError.
     """
     if visible:
         listed = [part.strip() for part in visible.split(",")]

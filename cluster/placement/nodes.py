@@ -1,4 +1,4 @@
-"""The cluster as Ray sees it now: its nodes, what they have, what is free, and waiting until stages fit."""
+"""Reads from Ray which nodes there are, what they have and what is free; waits until stages fit them."""
 
 import logging
 import time
@@ -16,7 +16,7 @@ from cluster.placement.resources import NodeFree, StageNeed
 
 logger = logging.getLogger(__name__)
 
-_POLL_S = 1.0  # Ray's own picture of what is free is about that old
+_POLL_S = 1.0  # Ray's own figures of what is free are about that old
 _SAY_EVERY_S = 30.0
 
 
@@ -46,7 +46,7 @@ def read_nodes() -> list[NodeFree]:
 
 
 def draining_nodes() -> dict[str, float]:
-    """Node id → when it will be gone, in seconds since 1970 (0: nobody says when), of all nodes that are drained."""
+    """All nodes that are drained: node id → when it will be gone, in seconds since 1970 (0: not known)."""
     return {node: deadline_ms / 1000 for node, deadline_ms in cluster_state.get_draining_nodes().items()}
 
 
@@ -59,8 +59,8 @@ def wait_for(
 ) -> Fit:
     """Check until the stages fit, for at most `wait_s` seconds; 0 checks once. Raises InfeasiblePlacement.
 
-    `may_be_busy` lets pass what would fit an idle cluster: when an application is deployed anew, its old replica
-    still holds what the new one will get.
+    With `may_be_busy` it is enough that they fit an idle cluster: when an application is deployed again, its old
+    replica still holds what the new one will get.
     """
     deadline = time.monotonic() + wait_s
     said_at = float("-inf")

@@ -1,4 +1,4 @@
-"""Bundles into nodes: the search behind placement, on whole numbers."""
+"""Puts bundles on nodes: the search behind placement, on whole numbers."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -6,21 +6,21 @@ from itertools import islice
 
 from cluster.placement.resources import Amounts
 
-_Kind = tuple[Amounts, tuple[bool, ...]]  # what a bundle asks, and on which nodes it may be
+_Kind = tuple[Amounts, tuple[bool, ...]]  # what a bundle asks for, and on which nodes it may be
 _State = tuple[int, ...]  # how many bundles of each kind are still to be placed
-_MOST_STATES = 128  # followed at a time, over the number of kinds
+_MOST_STATES = 128  # kept after each node, divided by the number of kinds
 _MOST_FILLINGS = 20_000  # tried in all: about a second
 
 
 def spread(asked: Sequence[Amounts], room: Sequence[Amounts], allowed: Sequence[Sequence[bool]]) -> list[int] | None:
-    """Each bundle on a node of its own → node by bundle, or None. Exact: a matching by augmenting paths."""
+    """A node for each bundle, each another one; None where there is no such. Exact: a matching by augmenting paths."""
     fitting = [
         [node for node, has in enumerate(room) if row[node] and _fits(amounts, has)]
         for amounts, row in zip(asked, allowed, strict=True)
     ]
     holder: dict[int, int] = {}  # node → bundle
 
-    def place(bundle: int, seen: set[int]) -> bool:
+    def assign(bundle: int, seen: set[int]) -> bool:
         free = next((node for node in fitting[bundle] if node not in holder), None)
         if free is not None:
             holder[free] = bundle
@@ -28,24 +28,24 @@ def spread(asked: Sequence[Amounts], room: Sequence[Amounts], allowed: Sequence[
         for node in fitting[bundle]:
             if node not in seen:
                 seen.add(node)
-                if place(holder[node], seen):
+                if assign(holder[node], seen):
                     holder[node] = bundle
                     return True
         return False
 
-    if not all(place(bundle, set()) for bundle in range(len(asked))):
+    if not all(assign(bundle, set()) for bundle in range(len(asked))):
         return None
     nodes = {bundle: node for node, bundle in holder.items()}
     return [nodes[bundle] for bundle in range(len(asked))]
 
 
 def pack(asked: Sequence[Amounts], room: Sequence[Amounts], allowed: Sequence[Sequence[bool]]) -> list[int] | None:
-    """Several bundles may share a node → node by bundle, or None.
+    """A node for each bundle, where several may share one; None where none is found.
 
-    Bundles that are alike are of one kind. Node after node, largest first, the ways to fill it are tried on every
-    state (what is left to place) that no other state beats. Exact for the few kinds that pipelines have (a first
-    stage, and others that differ by a layer or two); with many kinds it turns into first-fit decreasing, and may miss
-    a solution that Ray's own greedy search would not find either.
+    Equal bundles are of one kind. A state is how many of each kind are still to be placed. Node after node, largest
+    first, every way to fill the node is tried on every state, and the states are kept of which no other has less left
+    of everything. Exact for the few kinds that pipelines have (the first stage, and others that differ by a layer or
+    two); with many kinds it becomes first-fit decreasing, and may miss a solution that Ray's greedy search misses too.
     """
     keys = [(amounts, tuple(row)) for amounts, row in zip(asked, allowed, strict=True)]
     count = Counter(keys)
@@ -72,7 +72,7 @@ def pack(asked: Sequence[Amounts], room: Sequence[Amounts], allowed: Sequence[Se
 
 
 def _size(amounts: Amounts) -> Amounts:
-    """What orders bundles and nodes: GPUs are the scarcest, then memory."""
+    """The order of bundles and nodes by size: GPUs first, as the scarcest, then memory."""
     cpus, gpus, memory = amounts
     return gpus, memory, cpus
 
@@ -82,7 +82,7 @@ def _fits(amounts: Amounts, has: Amounts) -> bool:
 
 
 def _capacity(kinds: Sequence[_Kind], room: Sequence[Amounts], enough: int) -> int:
-    """At most how many bundles of these kinds fit, up to `enough`: as if each asked the least of everything."""
+    """At most how many bundles of these kinds fit, up to `enough`: as if each asked for the least of every resource."""
     least = tuple(min(amounts) for amounts in zip(*(amounts for amounts, _ in kinds), strict=True))
     total = 0
     for node, has in enumerate(room):
@@ -92,7 +92,7 @@ def _capacity(kinds: Sequence[_Kind], room: Sequence[Amounts], enough: int) -> i
 
 
 def _fillings(wanted: Sequence[Amounts | None], left: Sequence[int], has: Amounts) -> Iterator[_State]:
-    """Ways to fill one node, by count of each kind; the last kind always takes all that it can."""
+    """The ways to fill one node, as counts of each kind; of the last kind always as many as fit."""
     amounts, num_left = wanted[0], left[0]
     most = 0
     if amounts is not None and num_left:
@@ -107,7 +107,7 @@ def _fillings(wanted: Sequence[Amounts | None], left: Sequence[int], has: Amount
 
 
 def _undominated(states: list[_State], most: int) -> list[_State]:
-    """States of which no other has as little or less left of every kind; those with the least left come first."""
+    """Up to `most` states, without those of which another has no more left of any kind; the least left come first."""
     kept: list[_State] = []
     for state in sorted(states, key=sum):
         if not any(all(a <= b for a, b in zip(other, state, strict=True)) for other in kept):
@@ -120,7 +120,7 @@ def _undominated(states: list[_State], most: int) -> list[_State]:
 def _walk_back(
     keys: Sequence[_Kind], kinds: Sequence[_Kind], filled: Sequence[tuple[int, dict[_State, _State]]]
 ) -> list[int]:
-    """Node by bundle, from the last node's filling to the first one's."""
+    """The node of each bundle, from how the nodes were filled, last one first."""
     bundles: dict[_Kind, list[int]] = {kind: [] for kind in kinds}
     for bundle, key in enumerate(keys):
         bundles[key].append(bundle)

@@ -1,4 +1,4 @@
-"""Where the stages may go: what each needs, what Ray is asked for, and whether the nodes can give it."""
+"""Where the stages can go: what each needs, what Ray is asked for, and whether the nodes have it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from configs.config import PlacementConfig
 Strategy = Literal["PACK", "STRICT_PACK", "STRICT_SPREAD"]
 Device = Literal["cpu", "cuda"]
 
-__all__ = [  # with the data of `resources`: who places stages needs one import
+__all__ = [  # with the data of `resources`, so that callers import one module
     "Device",
     "Fit",
     "InfeasiblePlacement",
@@ -32,7 +32,7 @@ __all__ = [  # with the data of `resources`: who places stages needs one import
 
 @dataclass(frozen=True)
 class Fit:
-    """Whether the stages fit, and how: a way to place them (Ray may choose another one), or what is short."""
+    """Whether the stages fit: a node for each (Ray may choose others), or what is short."""
 
     node_ids: tuple[str, ...] | None  # by stage; None: they do not fit now
     busy: bool  # they do not fit now, but would if nobody else held anything
@@ -40,13 +40,13 @@ class Fit:
 
 
 class InfeasiblePlacement(ValueError):
-    """The cluster cannot take the stages; the message is the table. Handled by the builder: nothing is reserved."""
+    """The stages do not fit the cluster; the message is the table of why. Raised before anything is reserved."""
 
 
 def make_needs(
     topology: Topology, config: PlacementConfig, device: Device, memory_bytes: Sequence[int] | None = None
 ) -> list[StageNeed]:
-    """One need a stage; the first also hosts the replica. `memory_bytes` by stage, where host memory is reserved."""
+    """What each stage needs; the first also hosts the replica. `memory_bytes` by stage; None reserves no memory."""
     shards = topology.tensor_parallel_size
     return [
         StageNeed(
@@ -60,14 +60,14 @@ def make_needs(
 
 
 def resolve_strategy(config: PlacementConfig, topology: Topology) -> Strategy:
-    """`auto`: one stage is one bundle on one node; several go on as few nodes as they fit."""
+    """The placement group's strategy; `auto` puts one stage on one node, and several on as few nodes as possible."""
     if config.strategy != "auto":
         return config.strategy
     return "STRICT_PACK" if topology.pipeline_parallel_size == 1 else "PACK"
 
 
 def resolve_device(asked: Literal["auto", "cpu", "cuda"], nodes: Sequence[NodeFree]) -> Device:
-    """`auto` is CUDA where any living node has a GPU."""
+    """The device of the ranks; `auto` is CUDA where any living node has a GPU."""
     if asked != "auto":
         return asked
     return "cuda" if any(node.alive and node.gpus for node in nodes) else "cpu"
@@ -88,7 +88,7 @@ def make_label_selectors(needs: Sequence[StageNeed]) -> list[dict[str, str]] | N
 
 
 def check(needs: Sequence[StageNeed], strategy: Strategy, nodes: Sequence[NodeFree]) -> Fit:
-    """Find a node for every stage, or say in one table what is short."""
+    """Find a node for every stage, or explain in one table what is short."""
     alive = [node for node in nodes if node.alive]
     chosen = _assign(needs, strategy, alive, [resources.free(node) for node in alive])
     if chosen is not None:
@@ -100,9 +100,9 @@ def check(needs: Sequence[StageNeed], strategy: Strategy, nodes: Sequence[NodeFr
 def _assign(
     needs: Sequence[StageNeed], strategy: Strategy, nodes: Sequence[NodeFree], room: list[Amounts]
 ) -> list[int] | None:
-    """Index of a node by stage, or None."""
+    """The index of a node for each stage, or None."""
     asked = [resources.asked(need) for need in needs]
-    # Stages with the same selector share one answer: with 64 stages and 1000 nodes that is what takes the time.
+    # Each selector is matched once: with 64 stages and 1000 nodes that is what takes the time.
     selectors = {tuple(sorted(need.labels.items())): need.labels for need in needs}
     answers = {key: [matches(selector, node.labels) for node in nodes] for key, selector in selectors.items()}
     allowed = [answers[tuple(sorted(need.labels.items()))] for need in needs]

@@ -10,7 +10,7 @@ _UNITS = 10_000
 
 @dataclass(frozen=True)
 class StageNeed:
-    """What one stage asks of one node: a bundle never spans nodes."""
+    """What one stage asks of one node, as a bundle never spans nodes."""
 
     cpus: float
     gpus: int
@@ -19,12 +19,12 @@ class StageNeed:
 
     def __post_init__(self) -> None:
         if not self.cpus and not self.gpus:
-            raise ValueError("a stage must ask for something: set placement.cpus_per_rank above 0")
+            raise ValueError("placement.cpus_per_rank: a stage without GPUs must ask for CPUs; set it above 0")
 
 
 @dataclass(frozen=True)
 class NodeFree:
-    """What one node has, and how much of that nobody holds."""
+    """What one node has, and how much of that is free."""
 
     node_id: str
     name: str
@@ -58,11 +58,11 @@ def asked(need: StageNeed) -> Amounts:
 
 
 def has(node: NodeFree) -> Amounts:
-    """(CPU, GPU, memory) of a node that nobody else uses."""
+    """(CPU, GPU, memory) that a node has in all."""
     return round(node.cpus * _UNITS), node.gpus * _UNITS, node.memory_bytes
 
 
 def free(node: NodeFree) -> Amounts:
-    """(CPU, GPU, memory) that nobody holds."""
-    # A bundle takes whole GPUs: what is left of one that is shared helps nobody.
+    """(CPU, GPU, memory) of a node that nobody holds."""
+    # A bundle takes whole GPUs, so the rest of a shared one is of no use.
     return round(node.free_cpus * _UNITS), int(node.free_gpus) * _UNITS, node.free_memory_bytes

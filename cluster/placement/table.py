@@ -1,4 +1,4 @@
-"""The table that says to people why stages do not fit, and what would work."""
+"""The table that shows people why stages do not fit the nodes, and what would work."""
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
@@ -6,7 +6,7 @@ from itertools import groupby
 from cluster.placement.resources import RESOURCES, NodeFree, StageNeed, asked, free, has, matches
 
 _GIB = 1 << 30
-_MOST_ROWS = 40  # rows of nodes; alike ones share a row
+_MOST_ROWS = 40  # rows of nodes; equal nodes share a row
 
 
 def explain(needs: Sequence[StageNeed], strategy: str, nodes: Sequence[NodeFree], busy: bool) -> str:
@@ -62,7 +62,7 @@ def _node_rows(needs: Sequence[StageNeed], nodes: Sequence[NodeFree]) -> list[tu
 
 
 def _note(needs: Sequence[StageNeed], node: NodeFree) -> str:
-    """What keeps a node from hosting any one of the stages; the smallest obstacle counts."""
+    """Why a node cannot host any of the stages; of several reasons the one that is easiest to remove."""
     if not node.alive:
         return "dead"
     obstacles = []
@@ -108,7 +108,7 @@ def _remedy(needs: Sequence[StageNeed], strategy: str, alive: Sequence[NodeFree]
 
 
 def _remedy_for_one(need: StageNeed, alive: Sequence[NodeFree]) -> str:
-    """A stage fits no node even when nobody else uses it."""
+    """What would work for a stage that fits no node, even an idle one."""
     fitting = [node for node in alive if matches(need.labels, node.labels)]
     if not fitting:
         asks = ", ".join(f"{key}={value}" for key, value in need.labels.items())
@@ -139,7 +139,7 @@ def _remedy_for_one(need: StageNeed, alive: Sequence[NodeFree]) -> str:
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> str:
-    """Left-justified names, right-justified figures, a free last column; what no row fills is left out."""
+    """Lines of names to the left, figures to the right, and a free last column; empty columns are left out."""
     filled = [column for column in zip(*rows, strict=True) if any(column[1:])]
     widths = [max(map(len, column)) for column in filled]
     lines = []
