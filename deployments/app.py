@@ -53,7 +53,7 @@ class LLMReplica:
         return self._replica.app
 
     def check_health(self) -> None:
-        """Raises when the gang cannot come back, or its node is drained: Serve then replaces the replica."""
+        """Raises when the gang cannot come back, or a stage's node is drained: Serve then replaces the replica."""
         self._replica.check_health()
         if self._drain.reason:
             raise RuntimeError(self._drain.reason)

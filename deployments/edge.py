@@ -8,8 +8,8 @@ end with their client and deadline, but a header that is not UTF-8 is answered b
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-# Serve obeys these headers of any client (ray/serve/_private/http_util.py): not to notice that the client leaves,
-# another timeout than ours, and to search for a second for a replica with this multiplexed model.
+# Serve obeys these headers of any client (ray/serve/_private/http_util.py). They make it ignore that the client leaves,
+# set another timeout than ours, or make it look for a second for a replica that has a multiplexed model.
 COMMANDS = {b"x-request-disconnect-disabled", b"x-request-timeout-seconds", b"serve-multiplexed-model-id"}
 
 

@@ -13,7 +13,7 @@ _MOST_FILLINGS = 20_000  # tried in all: about a second
 
 
 def spread(asked: Sequence[Amounts], room: Sequence[Amounts], allowed: Sequence[Sequence[bool]]) -> list[int] | None:
-    """A node for each bundle, each another one; None where there is no such. Exact: a matching by augmenting paths."""
+    """A different node for each bundle; None where that is impossible. Exact: a matching by augmenting paths."""
     fitting = [
         [node for node, has in enumerate(room) if row[node] and _fits(amounts, has)]
         for amounts, row in zip(asked, allowed, strict=True)
@@ -107,7 +107,7 @@ def _fillings(wanted: Sequence[Amounts | None], left: Sequence[int], has: Amount
 
 
 def _undominated(states: list[_State], most: int) -> list[_State]:
-    """Up to `most` states, without those of which another has no more left of any kind; the least left come first."""
+    """Up to `most` states, least left first, without states that have no less left of any kind than another one."""
     kept: list[_State] = []
     for state in sorted(states, key=sum):
         if not any(all(a <= b for a, b in zip(other, state, strict=True)) for other in kept):

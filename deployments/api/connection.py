@@ -48,7 +48,7 @@ class Connection:
             pass
 
     async def run(self, work: Coroutine[None, None, None], deadline: float) -> None:
-        """Carry out `work`, which is to end by `deadline` (monotonic seconds), and cancel it when the client leaves.
+        """Run `work`, which has to end by `deadline` (monotonic seconds), and cancel it when the client leaves.
 
         Returns when the work has cleaned up.
         """

@@ -44,7 +44,7 @@ class ChatLogprobs(msgspec.Struct, frozen=True):
 
 
 def completion_logprobs(tokens: Sequence[ScoredToken], texts: TokenTexts) -> CompletionLogprobs:
-    """The object that tells of `tokens` in a completion."""
+    """The `logprobs` of a completion, for these tokens."""
     return CompletionLogprobs(
         text_offset=[token.offset for token in tokens],
         token_logprobs=[_finite(token.logprobs.logprob) if token.logprobs else None for token in tokens],
@@ -54,7 +54,7 @@ def completion_logprobs(tokens: Sequence[ScoredToken], texts: TokenTexts) -> Com
 
 
 def chat_logprobs(tokens: Sequence[ScoredToken], texts: TokenTexts) -> ChatLogprobs:
-    """The object that tells of `tokens` in a chat."""
+    """The `logprobs` of a chat, for these tokens."""
     content = []
     for token in tokens:
         assert token.logprobs is not None, "only an echoed prompt begins with a token without one"

@@ -20,7 +20,7 @@ def wrong(code: str, message: str, **context: object) -> PydanticCustomError:
 
 
 def only(*neutral: object) -> PlainValidator:
-    """Accept only values that do not change the answer; null is always one."""
+    """Accept only values that do not change the answer; null is always accepted."""
 
     def check(value: object) -> object:
         if any(value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in neutral):

@@ -15,7 +15,7 @@ import urllib.request
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from actors.decisions.failure.patience import HEARTBEAT_S  # the server's times of its ranks are up to so old
+from actors.decisions.failure.patience import HEARTBEAT_S  # the times in /cluster are up to this old
 from actors.decisions.schedule.phase_clock import BUBBLE, PHASES, bubble_ratio
 
 _TIMEOUT_S = 10.0

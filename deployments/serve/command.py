@@ -55,7 +55,7 @@ class CannotServe(Exception):
 
 @dataclass
 class Served:
-    """What is being served, where, and what was there before us."""
+    """What is being served and where, and what this command has started for it."""
 
     path: str
     config: Config
