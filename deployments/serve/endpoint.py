@@ -42,15 +42,15 @@ class Endpoint:
                 probe.bind((self.host, self.port))
                 probe.listen()
             except OSError as error:
-                where = f"{self.host}:{self.port} cannot be listened on ({error.strerror})"
                 if error.errno != errno.EADDRINUSE:
                     raise ValueError(
-                        f"http_options: {where}; set host to an address of this machine (127.0.0.1, or 0.0.0.0 for "
-                        "all of them) and port to one above 1023"
+                        f"http_options: {self.host}:{self.port} cannot be listened on ({error.strerror}); set host to "
+                        "an address of this machine (127.0.0.1, or 0.0.0.0 for all) and port to one above 1023"
                     ) from None
                 raise ValueError(
-                    f"http_options.port: {where}; stop the program that uses port {self.port} "
-                    f"(`ss -ltnp 'sport = :{self.port}'` shows it), or set http_options.port in this file to a free one"
+                    f"http_options.port: {self.host}:{self.port} cannot be listened on ({error.strerror}); "
+                    f"stop the program that uses port {self.port} (`ss -ltnp 'sport = :{self.port}'` shows it), "
+                    "or set http_options.port in this file to a free one"
                 ) from None
 
     def is_ready(self) -> bool:
