@@ -191,10 +191,10 @@ def test_mistakes_are_named(arguments: list[str], words: str, capsys: pytest.Cap
     assert re.search(words, said, re.DOTALL), said
 
 
-def test_the_readme_shows_what_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_on_measuring_shows_what_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "configs/mixtral8x7b_tp2.yaml"]) == 0
     shown = f"```\n$ stagemesh plan configs/mixtral8x7b_tp2.yaml\n{capsys.readouterr().out.rstrip()}\n```"
-    assert shown in (ROOT / "README.md").read_text(), "README.md shows another plan"
+    assert shown in (ROOT / "docs/measuring.md").read_text(), "docs/measuring.md shows another plan"
 
 
 def test_a_bare_405b_finds_the_whole_nodes_that_hold_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,12 +1,14 @@
-"""The offline benchmark on the demo: real gangs of two layouts, one after the other, and nothing left behind."""
+"""Gangs without HTTP: the offline benchmark on the demo, two layouts in turn, and the example that loads a model."""
 
 import json
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 ray = pytest.importorskip("ray")
 
@@ -89,4 +91,15 @@ def test_a_batch_that_the_cache_does_not_hold(
     err = capsys.readouterr().err
     assert code == 1
     assert "--batch: 9 sequences of 64 tokens take 36 KV blocks, but the cache has 32" in err
+    assert {group["state"] for group in placement_group_table().values()} == {"REMOVED"}
+
+
+def test_the_example_loads_a_model_from_python(cluster: None, tmp_path: Path) -> None:
+    document = yaml.safe_load(Path(DEMO).read_text())
+    del document["applications"][0]["args"]["parallel"]  # one rank: the demo's four would take longer to start
+    config = tmp_path / "one_rank.yaml"
+    config.write_text(yaml.safe_dump(document))
+    entries = yaml.safe_load((ROOT / "tests/demo/questions.yaml").read_text(encoding="utf-8"))
+    example = runpy.run_path(str(ROOT / "examples/load.py"))
+    assert example["main"](str(config), entries[0]["question"]) == entries[0]["answer"]
     assert {group["state"] for group in placement_group_table().values()} == {"REMOVED"}

@@ -57,6 +57,28 @@ def assert_readme_example_works(run: Run) -> None:
     assert [done.stdout] == expected, done.stderr
 
 
+def assert_examples_work(run: Run) -> None:
+    """The programs in examples/ that need a server, run as their docstrings say; tests/local_ray/test_bench_offline.py
+    runs the one that needs none."""
+    question = "What is a stage?"
+    entries = yaml.safe_load((ROOT / "tests/demo/questions.yaml").read_text(encoding="utf-8"))
+    answer = next(entry["answer"] for entry in entries if entry["question"] == question)
+
+    def printed(name: str, words: str = "") -> str:
+        command = [sys.executable, f"examples/{name}.py", run.url]
+        done = subprocess.run(command, cwd=ROOT, input=words, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {"stream", "chat", "logprobs", "load"}
+    assert printed("stream").startswith(f" {answer}\n[stop]\n")
+    conversation = printed("chat", f"{question}\nWhat is a lane?\n\nnobody asks this\n").splitlines()
+    assert conversation[0] == answer and len(conversation) == 2
+    rows = printed("logprobs").splitlines()
+    assert len(rows) == 12 and all("%" in row for row in rows)
+    assert answer.startswith("".join(re.findall(r"^'(.*?)'", "\n".join(rows), re.MULTILINE)))
+
+
 def assert_four_ranks(run: Run) -> None:
     """/cluster lists them with layers, living pids and weight bytes, and nothing is held any more."""
     cluster = run.cluster()
@@ -98,6 +120,7 @@ def test_the_demo_serves_until_ctrl_c(tmp_path: Path, ha_proxy: bool) -> None:
             if not ha_proxy:
                 assert_streams_at_once_equal_one_by_one(client)
                 assert_readme_example_works(run)
+                assert_examples_work(run)
         assert_four_ranks(run)
         if ha_proxy:
             addresses = [run.listening().get(port) for port in (run.port, *run.doors.values())]
