@@ -1,4 +1,4 @@
-"""The grid of ranks: which stage and shard a rank is, and who its neighbours are."""
+"""The grid of ranks: the stage and the shard of each rank, and its neighbours."""
 
 from dataclasses import dataclass
 

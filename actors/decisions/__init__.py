@@ -1,1 +1,4 @@
-"""Sub-floor b: decisions on plain data, without torch and without Ray."""
+"""Decisions on plain data, without torch and without Ray.
+
+`schedule` and `failure` import no other room of this folder; `model` imports `schedule`, whose settings a plan holds.
+"""

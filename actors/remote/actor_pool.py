@@ -1,4 +1,4 @@
-"""The processes of a gang on Ray: one actor a rank, spares that wait to take a rank over, and who follows whom."""
+"""The processes of a gang on Ray: an actor for each rank, and spares that can take a rank over."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ from configs.config import Config
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """What a rank's process says of itself once it is up."""
+    """What a rank's process reports once it is up."""
 
     pid: int
     address: str  # of its node
@@ -31,104 +31,106 @@ class WorkerInfo:
 
 
 class RankActor:
-    """The thin Ray shell around a Rank. It imports torch in all ranks at once, while the replica makes the plan."""
+    """The Ray actor around a Rank. All actors import torch at the same time, while the replica makes the plan."""
 
     def __init__(self, config: Config) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+        gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
         with collector_paused(), compiler_left_out():
             import actors.remote.rank  # noqa: F401
+            from actors.tensors.backends.choose import import_backend
 
+            import_backend(config.device, "cuda" if gpus else "cpu")
         self._config = config
         self._rank: Any = None
         self._rank_number = -1
         self._black_box = BlackBox()
-        gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
         device = f"cuda:{own_cuda_index(gpus[0])}" if gpus else "cpu"
-        self._hello = WorkerInfo(os.getpid(), ray.util.get_node_ip_address(), device, self._black_box.crash_file)
+        self._info = WorkerInfo(os.getpid(), ray.util.get_node_ip_address(), device, self._black_box.crash_file)
 
     def info(self) -> WorkerInfo:
-        """Returns once the process is up."""
-        return self._hello
+        """Who this process is; a reference to the result resolves once the process is up."""
+        return self._info
 
     def collect_crash_report(self, crash_file: CrashFile) -> CrashReport | None:
-        """End a process of this node, and read what it left; None when there is nothing."""
+        """End another process of this node, and read what it left; None when there is nothing."""
         return collect_crash_report(crash_file)
 
     def assign(self, plan: Plan, rank: int, device: str) -> bytes:
-        """Be a rank of a plan, in one more epoch; returns its public key."""
+        """Make this process a rank of a plan, in one more epoch → its public key."""
         from actors.remote.rank import Rank
 
         self._rank_number = rank
         if self._rank is None:
-            assignment = Assignment(self._config, plan, rank, self._hello.address, device)
+            assignment = Assignment(self._config, plan, rank, self._info.address, device)
             self._rank = Rank(assignment, self._black_box.enter)
         key: bytes = self._rank.new_key()
         return key
 
     def call(self, method: str, *args: Any) -> Any:
-        """A method of the Rank."""
+        """Call a method of the Rank."""
         return getattr(self._rank, method)(*args)
 
 
 @dataclass
 class _Member:
     actor: Any
-    info: Any  # reference
-    said: WorkerInfo | None = None
+    info_ref: Any
+    info: WorkerInfo | None = None  # once it is up
 
 
 class ActorPool:
-    """A member for each rank; whoever follows another is on the same node, unless Ray has moved the bundle."""
+    """An actor for each rank. The successor of a lost one is on the same node, unless Ray has moved the bundle."""
 
     def __init__(
         self, config: Config, topology: Topology, placement: PlacementGroup, device: str, actor_class: type[RankActor]
     ) -> None:
-        """Asks for the actors and returns at once. `device` is cpu or cuda."""
+        """Create the actors without waiting for them. `device` is cpu or cuda."""
         self._config = config
         self._topology = topology
         self._placement = placement
         self._device = device
         self._actor_class = actor_class
-        self._predecessors: dict[int, WorkerInfo] = {}  # by rank, of those that are not collecting yet
+        self._predecessors: dict[int, WorkerInfo] = {}  # by rank; their crash reports are not collected yet
         self._spares: list[list[_Member]] = [[] for _ in range(topology.pipeline_parallel_size)]
         stages = map(topology.stage, range(topology.num_ranks))
         self._members = [self._create(stage, takes_share=True) for stage in stages]
 
     @property
     def actors(self) -> list[Any]:
-        """By rank."""
+        """The actors, in rank order."""
         return [member.actor for member in self._members]
 
     @property
     def infos(self) -> list[Any]:
-        """References, by rank."""
-        return [member.info for member in self._members]
+        """References to each WorkerInfo, in rank order."""
+        return [member.info_ref for member in self._members]
 
-    def heard(self, infos: list[WorkerInfo]) -> list[str]:
-        """All processes are up → the device of each: whoever follows another on its node takes its device over."""
+    def settle_devices(self, infos: list[WorkerInfo]) -> list[str]:
+        """Once all processes are up: the device of each rank. A successor on the same node gets its predecessor's."""
         devices = []
         for rank, (member, info) in enumerate(zip(self._members, infos, strict=True)):
-            if member.said is None:
+            if member.info is None:
                 before = self._predecessors.get(rank)
                 is_successor = before is not None and before.address == info.address
                 device = before.device if before is not None and is_successor else info.device
-                member.said = WorkerInfo(info.pid, info.address, device, info.crash_file)
-            devices.append(member.said.device)
+                member.info = WorkerInfo(info.pid, info.address, device, info.crash_file)
+            devices.append(member.info.device)
         return devices
 
     def replace(self, rank: int) -> None:
-        """End a rank's process, if it still lives, and let a spare follow it, or else another one that starts."""
+        """End a rank's process, if it still lives, and put a spare in its place, else a new process."""
         member = self._members[rank]
         ray.kill(member.actor)
-        if member.said is not None:
-            self._predecessors[rank] = member.said
+        if member.info is not None:
+            self._predecessors[rank] = member.info
         stage = self._topology.stage(rank)
         spares = self._spares[stage]
-        # On CPU it takes no share of the bundle: that of a stopped process is given back seconds later.
+        # On CPU a new one reserves nothing of the bundle: Ray frees the share of an ended process seconds later.
         self._members[rank] = spares.pop(0) if spares else self._create(stage, takes_share=self._device == "cuda")
 
     def collect_crash_report(self) -> dict[int, Any]:
-        """Let those that follow see to it that those before them are gone → references to CrashReport, by rank."""
+        """Let each successor end its predecessor for good → references to what was left (CrashReport), by rank."""
         collecting = {
             rank: self._members[rank].actor.collect_crash_report.remote(info.crash_file)
             for rank, info in self._predecessors.items()
@@ -137,13 +139,13 @@ class ActorPool:
         return collecting
 
     def fill_spares(self) -> None:
-        """Start as many as the config asks for."""
+        """Start spares up to the number that the config asks for."""
         for stage, spares in enumerate(self._spares):
             while len(spares) < self._config.recovery.warm_spares:
                 spares.append(self._create(stage, takes_share=False))
 
     def close(self) -> None:
-        """End all."""
+        """End all processes."""
         for member in [*self._members, *(spare for spares in self._spares for spare in spares)]:
             ray.kill(member.actor)
         self._members, self._spares = [], []

@@ -1,8 +1,8 @@
-"""What a rank's process leaves behind when it ends without a word: the step it was in, and how it ended itself.
+"""A file in which a rank's process leaves the step that it was in, and how it ended, where it cannot report that.
 
-A kill from outside leaves the step and nothing else. Signals that a process brings upon itself (a bad address, an
-abort) leave the stacks of its threads, without any values, and `os._exit` its status. Whoever takes the rank over
-reads it: it runs on the same node.
+A kill from outside leaves the step only. A signal that a process causes itself (a bad address, an abort) also leaves
+the stacks of its threads, without values; `os._exit` leaves its status. The process that takes the rank over reads the
+file: it runs on the same node.
 """
 
 import contextlib
@@ -22,15 +22,15 @@ _STEP_BYTES = 8
 
 @dataclass(frozen=True)
 class CrashFile:
-    """Where a process's black box is, and which process that is."""
+    """Where the black box of a process is, and which process that is."""
 
     pid: int
-    started: int  # clock ticks since boot: a pid alone may be another's by now
+    started: int  # clock ticks since boot: the pid alone may be another process's by now
     path: str
 
 
 class BlackBox:
-    """Of this process; open as long as it lives."""
+    """The black box of this process; it is open as long as the process lives."""
 
     def __init__(self) -> None:
         path = log_folder() / f"stagemesh-{os.getpid()}-{_started(os.getpid())}.box"
@@ -42,26 +42,26 @@ class BlackBox:
         self._step[0] = -1
         self.crash_file = CrashFile(os.getpid(), _started(os.getpid()), str(path))
         faulthandler.enable(self._fd, all_threads=True)
-        self._tell_exits()
+        self._note_exits()
 
     def enter(self, step: int) -> None:
-        """A step begins; -1: it has ended."""
+        """Note the step that begins; -1: it has ended."""
         self._step[0] = step
 
-    def _tell_exits(self) -> None:
-        """Nothing runs after `os._exit`, so its call itself leaves the word; forked children are not this process."""
+    def _note_exits(self) -> None:
+        """Wrap `os._exit`, after which nothing else runs. Forked children inherit it and note nothing."""
         leave, fd, pid = os._exit, self._fd, os.getpid()
 
-        def told(status: int) -> NoReturn:
+        def note_and_leave(status: int) -> NoReturn:
             if os.getpid() == pid:
                 os.write(fd, b"os._exit(%d)\n" % status)
             leave(status)
 
-        os._exit = told
+        os._exit = note_and_leave
 
 
 def collect_crash_report(crash_file: CrashFile) -> CrashReport | None:
-    """Make sure that a process of this node is gone, and take what it left; None when it was of another node."""
+    """Make sure that a process of this node is gone, and take what it left; None when there is no file on this node."""
     with contextlib.suppress(OSError):
         if _started(crash_file.pid) == crash_file.started:
             os.kill(crash_file.pid, signal.SIGKILL)
@@ -76,7 +76,7 @@ def collect_crash_report(crash_file: CrashFile) -> CrashReport | None:
 
 
 def log_folder() -> Path:
-    """Where this process's log goes when it is a file, as under Ray; else where temporary files go."""
+    """The folder of this process's log where that is a file, as under Ray; else the one for temporary files."""
     log = Path("/proc/self/fd/2").resolve()
     return log.parent if log.is_file() else Path(tempfile.gettempdir())
 

@@ -1,7 +1,7 @@
 """The engine's end of the step channel: ZeroMQ with CURVE, msgpack structs, an allowlist of keys for each epoch.
 
-Every process makes its own key pair; only public keys travel, through Ray. Whoever is not on the allowlist (a stranger,
-a rank of an old epoch) fails the handshake, and whatever is said counts as said by the rank that its key stands for.
+Every process makes its own key pair; only public keys travel, through Ray. A process that is not on the allowlist (a
+stranger, a rank of an old epoch) fails the handshake. A message counts as coming from the rank whose key it came with.
 """
 
 import contextlib
@@ -15,7 +15,14 @@ import msgspec
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from actors.decisions.failure.culprit import Complaint, RankProgress, of_complaints, of_deaths, of_hang, of_silence
+from actors.decisions.failure.culprit import (
+    Complaint,
+    RankProgress,
+    verdict_on_complaints,
+    verdict_on_deaths,
+    verdict_on_hang,
+    verdict_on_silence,
+)
 from actors.decisions.failure.patience import HEARTBEAT_S, LOADING_SILENCE_S, SILENCE_S, StepClock
 from actors.words.errors import GangFailure, Verdict
 from actors.words.messages import (
@@ -33,7 +40,7 @@ from actors.words.messages import (
 logger = logging.getLogger(__name__)
 
 _MAX_MESSAGE_BYTES = 256 * 1024 * 1024
-_BLAME_S = 0.25  # whoever lost its neighbour often speaks before it is known that the neighbour died
+_BLAME_S = 0.25  # a rank that lost its neighbour often reports that before the neighbour's death is noticed
 ENCODER = msgspec.msgpack.Encoder()
 _FROM_RANK: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(FromRank)
 
@@ -47,20 +54,20 @@ class KeyPair:
 
     @classmethod
     def make(cls) -> "KeyPair":
-        """A new pair."""
+        """Make a new pair."""
         return cls(*zmq.curve_keypair())
 
 
 @dataclass(frozen=True)
 class ChannelAddress:
-    """Where the engine's end listens and what proves that it is the engine."""
+    """Where the engine's end listens, and the key that proves that it is the engine."""
 
     endpoint: str  # tcp://address:port
     public_key: bytes
 
 
 class _Allowlist:
-    """Who may speak: rank by public key (z85). Asked by the authenticator's thread."""
+    """The ranks that may connect, by public key (z85). The authenticator's thread asks it."""
 
     def __init__(self) -> None:
         self.rank_of: dict[str, int] = {}
@@ -71,18 +78,18 @@ class _Allowlist:
 
 
 class EngineChannel:
-    """An Executor over ranks. One thread uses it, except for `wake` and `fail`."""
+    """An Executor over ranks. One thread uses it, except for `wake` and `fail`, which any may call."""
 
     def __init__(self, host: str, epoch: int, clock: StepClock | None = None, num_shards: int = 1) -> None:
         """Binds to `host` (the node's own address), on a port that the system chooses.
 
-        `clock` knows from earlier epochs what steps take; `num_shards` of a stage.
+        `clock` knows from earlier epochs how long steps take; `num_shards` is that of a stage.
         """
         self.epoch = epoch
         self.clock = clock or StepClock(60.0)
         self.clock.begin_epoch()
         self._num_shards = num_shards
-        self.progress_by_rank: dict[int, RankProgress] = {}  # by rank, of those that were heard
+        self.progress_by_rank: dict[int, RankProgress] = {}  # by rank; only those that were heard
         self.seconds: dict[int, dict[str, float]] = {}  # rank → by phase; see PhaseClock
         self._context = zmq.Context()
         self._allowlist = _Allowlist()
@@ -93,8 +100,8 @@ class EngineChannel:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.curve_server = True
         self._socket.curve_publickey, self._socket.curve_secretkey = keys.public, keys.secret
-        self._socket.set(zmq.ROUTER_MANDATORY, 1)  # a message that cannot be delivered is an error, not a silence
-        self._socket.set(zmq.SNDHWM, 0)  # the number of steps in flight is the bound
+        self._socket.set(zmq.ROUTER_MANDATORY, 1)  # a message that cannot be delivered is an error, not dropped
+        self._socket.set(zmq.SNDHWM, 0)  # no limit: there are never more messages than steps in flight
         self._socket.set(zmq.LINGER, 200)
         self._socket.set(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
         port = self._socket.bind_to_random_port(f"tcp://{host}")
@@ -104,12 +111,14 @@ class EngineChannel:
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._wakeup, zmq.POLLIN)
         self._deaths: list[Complaint] = []
-        self._reports: list[Complaint] = []  # what failing ranks said
+        self._reports: list[Complaint] = []  # of failing ranks
         self._is_closed = False
-        self._lock = threading.Lock()  # over it: `wake` must not write to a descriptor that is another's by now
+        self._lock = (
+            threading.Lock()
+        )  # over `_is_closed`: `wake` must not write to a closed descriptor, whose number may be in use again
 
     def admit(self, public_keys: list[bytes]) -> None:
-        """Let these ranks in (by rank), and nobody else."""
+        """Let the owners of these keys (in rank order) connect, and nobody else."""
         self._allowlist.rank_of = {key.decode(): rank for rank, key in enumerate(public_keys)}
 
     def wait_for_ranks(self, timeout_s: float) -> None:
@@ -123,7 +132,7 @@ class EngineChannel:
             self._raise_reports()
 
     def check_loading(self) -> None:
-        """Raises GangFailure for a rank that fell silent while the gang starts: no step is there that could be late."""
+        """Raises GangFailure for a rank that fell silent while the gang starts, before there are steps."""
         self._poll(0)
         self._check_heard(time.monotonic(), LOADING_SILENCE_S)
 
@@ -140,12 +149,12 @@ class EngineChannel:
             began = time.monotonic()
             ends = [end for end in (deadline, self.clock.deadline) if end is not None]
             left_s = max(0.0, min([began + HEARTBEAT_S, *ends]) - began)
-            results, was_woken = self._poll(left_s)  # a result ends it at once; heartbeats end it now and then anyway
+            results, was_woken = self._poll(left_s)  # returns as soon as a result is here
             self._raise_reports()
             if results:
                 return results
             now = time.monotonic()
-            if now - began < left_s + HEARTBEAT_S:  # else this process was stopped itself: first hear what was said
+            if now - began < left_s + HEARTBEAT_S:  # else this process itself was stopped: read first
                 self._check_silence(now)
             if was_woken or (deadline is not None and now >= deadline):
                 return []
@@ -155,7 +164,7 @@ class EngineChannel:
         self._broadcast(Check(self.epoch))
 
     def fence(self) -> None:
-        """Tell all ranks that the epoch is over, wherever they are; who cannot hear it is dealt with by others."""
+        """Tell all ranks, whatever they do, that the epoch is over; the gang ends those that cannot be reached."""
         for name, message in ((b"-side", Fence(self.epoch)), (b"", Shutdown(self.epoch))):
             with contextlib.suppress(GangFailure):
                 self._broadcast(message, name)
@@ -167,7 +176,7 @@ class EngineChannel:
                 os.eventfd_write(self._wakeup, 1)
 
     def fail(self, reason: str, rank: int, is_death: bool = True) -> None:
-        """Make `wait` raise GangFailure: somebody knows that a rank is gone. Any thread."""
+        """Make `wait` raise GangFailure, because a rank is known to be gone. Any thread may call it."""
         at = self.progress_by_rank.get(rank, RankProgress(0.0))
         (self._deaths if is_death else self._reports).append(Complaint(rank, at.step, reason, at.op))
         self.wake()
@@ -178,7 +187,7 @@ class EngineChannel:
             if self._is_closed:
                 return
             self._is_closed = True
-        with contextlib.suppress(GangFailure):  # a rank that is gone needs no telling
+        with contextlib.suppress(GangFailure):  # for ranks that are gone
             self._broadcast(Shutdown(self.epoch))
         self._socket.close()
         self._authenticator.stop()
@@ -186,22 +195,22 @@ class EngineChannel:
         os.close(self._wakeup)
 
     def _check_heard(self, now: float, patience_s: float) -> None:
-        if verdict := of_silence(self.progress_by_rank, now, patience_s):
+        if verdict := verdict_on_silence(self.progress_by_rank, now, patience_s):
             raise _failure(verdict)
 
     def _raise_reports(self) -> None:
-        """Raises GangFailure if a rank has failed; of those who say so within a moment the one furthest behind."""
+        """Raises GangFailure if a rank reported one, once all that report within _BLAME_S are heard."""
         if self._reports:
             deadline = time.monotonic() + _BLAME_S
             while (left_s := deadline - time.monotonic()) > 0:
                 self._poll(left_s)
-            raise _failure(of_complaints(self._reports, self._num_shards))
+            raise _failure(verdict_on_complaints(self._reports, self._num_shards))
 
     def _check_silence(self, now: float) -> None:
         """Raises GangFailure for a rank that is not heard any more, or a step that takes far too long."""
         self._check_heard(now, SILENCE_S)
         if self.clock.oldest is not None and self.clock.deadline is not None and now > self.clock.deadline:
-            raise _failure(of_hang(self.clock.oldest, self.progress_by_rank, self._num_shards, now))
+            raise _failure(verdict_on_hang(self.clock.oldest, self.progress_by_rank, self._num_shards, now))
 
     def _broadcast(self, message: ToRank, name: bytes = b"") -> None:
         payload, unreachable = ENCODER.encode(message), []
@@ -211,16 +220,16 @@ class EngineChannel:
             except zmq.ZMQError as error:
                 unreachable.append(Complaint(rank, -1, f"the step channel lost rank {rank}: {error}"))
         if unreachable:
-            raise _failure(of_deaths(unreachable))
+            raise _failure(verdict_on_deaths(unreachable))
 
     def _poll(self, timeout_s: float) -> tuple[list[StepResult], bool]:
-        """Wait once; returns results, and whether somebody called `wake`."""
+        """Wait once → (results, whether `wake` was called). Raises GangFailure after a death."""
         events = dict(self._poller.poll(int(timeout_s * 1000)))
         was_woken = self._wakeup in events
         if was_woken:
             os.eventfd_read(self._wakeup)
         if self._deaths:
-            raise _failure(of_deaths(self._deaths))
+            raise _failure(verdict_on_deaths(self._deaths))
         results: list[StepResult] = []
         while self._socket in events:
             try:
@@ -235,8 +244,8 @@ class EngineChannel:
         try:
             message = _FROM_RANK.decode(frames[-1].buffer)
         except msgspec.MsgspecError as error:
-            words = f"rank {rank} spoke nonsense on the step channel: {error}"
-            raise _failure(Verdict("silent", words, () if rank is None else (rank,))) from error
+            reason = f"rank {rank} sent what is no message on the step channel: {error}"
+            raise _failure(Verdict("silent", reason, () if rank is None else (rank,))) from error
         if rank is None or message.epoch != self.epoch:
             logger.warning("dropped a message of epoch %s from rank %s in epoch %s", message.epoch, rank, self.epoch)
             return
@@ -248,12 +257,12 @@ class EngineChannel:
                 self.progress_by_rank[rank] = RankProgress(time.monotonic(), message.step, message.op)
                 self.seconds[rank] = message.seconds
             case RankFailure():
-                words = f"rank {rank} failed at step {message.step}: {message.error}"
-                self._reports.append(Complaint(rank, message.step, words, message.op, message.is_echo))
+                reason = f"rank {rank} failed at step {message.step}: {message.error}"
+                self._reports.append(Complaint(rank, message.step, reason, message.op, message.is_echo))
 
 
 def identity(rank: int) -> bytes:
-    """By which the engine's socket finds a rank."""
+    """The ZeroMQ identity of a rank's socket, by which the engine's socket finds it."""
     return b"rank-%d" % rank
 
 

@@ -1,8 +1,8 @@
-"""The engine: one thread that feeds an executor with steps and turns results into events.
+"""The engine: one thread that submits steps to an executor and turns results into events.
 
-It waits on the executor only, which anybody may wake, and no longer than to the next deadline of a request: no timer
-and no poll stands between a result and its events.
-When the executor fails, requests wait until another epoch has begun, and are computed again from their ids.
+It waits only on the executor, which any thread may wake, and at most until the next deadline of a request, so events
+follow a result without delay. When the executor fails, requests wait until the next epoch has begun, and are computed
+again from their ids.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ logger = logging.getLogger(__name__)
 
 EngineState = Literal["starting", "ready", "recovering", "failed", "stopped"]
 
-_MAX_ATTEMPTS = 3  # to begin one epoch; the last one with every rank anew
-_MAX_VAIN_EPOCHS = 8  # in a row, in which no running request gained an id
-_NUM_REJOINED = 3  # vain epochs in a row after which no rank is trusted that lived through them
-_CHECK_EVERY_S = 10.0  # a check reads all weights: no request may ask for more of them
+_MAX_ATTEMPTS = 3  # to begin one epoch; at the last one all ranks start anew
+_MAX_VAIN_EPOCHS = 8  # epochs in a row in which no running request gained an id
+_NUM_REJOINED = 3  # so many vain epochs in a row may keep their surviving ranks; then all ranks start anew
+_CHECK_EVERY_S = 10.0  # a check reads all weights: requests must not cause more of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Snapshot:
 
 
 class Engine:
-    """Owns the scheduler and the executor; speaks token ids. Commands come from any thread, events go to `deliver`."""
+    """Owns the scheduler and the executor. Any thread may add or end requests; events go to `deliver`."""
 
     def __init__(
         self,
@@ -59,7 +59,9 @@ class Engine:
         deliver: Callable[[list[Event]], None],
         revive: Revive | None = None,
     ) -> None:
-        """`deliver` is called in the engine's thread with all events of a step (none: a new state); it must not block.
+        """`deliver` is called in the engine's thread with all events of a step, and must not block.
+
+        It is called with no events when the engine's state has changed.
 
         `num_blocks`: of the KV cache of every rank. `revive` makes an executor for another epoch when one failed;
         without it a failure is the end.
@@ -72,33 +74,33 @@ class Engine:
         self._deadlines = Deadlines()  # of every epoch
         self._quarantine = Quarantine()
         self._num_vain_epochs = 0
-        self._to_replay: set[str] = set()  # what ran when the last epoch ended, and has gained nothing since
+        self._to_replay: set[str] = set()  # requests that ran when the last epoch ended and have no new id yet
         self._replay_began = 0.0
         self._checked_at = float("-inf")
-        self._bell = threading.Event()  # rung for commands and attempts, while there is no executor to wake
+        self._wakeup = threading.Event()  # set for commands and ended attempts, while there is no executor to wake
         self._commands: deque[Callable[[], list[Event]]] = deque()
         self._state: EngineState = "starting"
         self._failure = ""
-        self._lock = threading.Lock()  # over the state: a command is either taken or refused, never left unanswered
+        self._lock = threading.Lock()  # over the state: a command is either taken or refused
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Begin to serve."""
+        """Start the thread and serve."""
         self._state = "ready"
         self._thread.start()
 
     def add(self, request: Request) -> None:
-        """Take a request; its events follow, the last one with a finish reason. Raises EngineStopped."""
+        """Queue a request; its events follow, the last one with a finish reason. Raises EngineStopped."""
         request = completed(request)
         self._command(lambda: self._add(request))
 
     def finish(self, request_id: str, reason: FinishReason = "abort") -> None:
-        """End a request: it is aborted, or has said a stop string ("stop"). Ignores unknown ids."""
+        """End a request: it was given up ("abort"), or its text has a stop string ("stop"). Ignores unknown ids."""
         with contextlib.suppress(EngineStopped):  # its terminal event is out already
             self._command(lambda: [event for event in [self._scheduler.finish(request_id, reason)] if event])
 
     def snapshot(self) -> Snapshot:
-        """Any thread."""
+        """The engine's state and counts now. Any thread may call it."""
         counts = self._scheduler.counts()
         return Snapshot(
             self._state,
@@ -112,19 +114,19 @@ class Engine:
 
     @property
     def state(self) -> EngineState:
-        """Any thread."""
+        """What the engine does at present. Any thread may ask."""
         return self._state
 
     @property
     def failure(self) -> str:
-        """Why the engine last failed; empty while it has not."""
+        """Why the last epoch ended; empty while none has."""
         return self._failure
 
     def close(self) -> None:
         """End every request, the thread and the executor. May be called twice."""
         with self._lock:
             self._state = "stopped"
-        self._ring()
+        self._wake()
         if self._thread.is_alive():
             self._thread.join(timeout=10)
         self._executor.close()
@@ -134,11 +136,11 @@ class Engine:
             if self._state not in ("ready", "recovering"):
                 raise EngineStopped(self._failure or f"the engine is {self._state}")
             self._commands.append(command)
-        self._ring()
+        self._wake()
 
-    def _ring(self) -> None:
+    def _wake(self) -> None:
         self._executor.wake()
-        self._bell.set()
+        self._wakeup.set()
 
     def _add(self, request: Request) -> list[Event]:
         try:
@@ -146,7 +148,7 @@ class Engine:
         except ValueError as error:
             self.stats.num_finished["error"] += 1
             return [Event(request.request_id, [], "error", str(error))]
-        except Exception:  # whatever it is about, it is about this request only
+        except Exception:  # only this request fails
             logger.exception("request %s cannot be queued", request.request_id)
             self.stats.num_finished["error"] += 1
             return [Event(request.request_id, [], "error", "internal error of the engine")]
@@ -167,7 +169,7 @@ class Engine:
             self._end_all("failed", "internal error of the engine")
 
     def _serve(self) -> Verdict | None:
-        """Turn after turn until the gang fails (why) or the engine is closed (nothing)."""
+        """Serve until the gang fails → why; or until the engine is closed → None."""
         try:
             while self._state == "ready":
                 self._turn()
@@ -178,7 +180,7 @@ class Engine:
         return None
 
     def _turn(self) -> None:
-        """Wait, then hand the lanes their next steps before anybody hears of the results: the ranks go on meanwhile."""
+        """Wait for results, submit the next steps, and only then deliver the events: the ranks compute meanwhile."""
         events: list[Event] = []
         try:
             for result in self._executor.wait(self._deadlines.seconds_left(time.monotonic())):
@@ -186,7 +188,7 @@ class Engine:
             events += self._take_commands()
             while step := self._scheduler.next_step():
                 self._executor.submit(step)
-        finally:  # what a request has gained is told, whatever becomes of the gang
+        finally:  # ids that came are delivered, though submitting may have failed
             if events:
                 self._deliver(events)
         if events:
@@ -195,7 +197,7 @@ class Engine:
                 self._scheduler.check()
 
     def _end_all(self, state: EngineState, error: str) -> None:
-        """Every request hears of it, and new ones are refused from now on."""
+        """End every request with an error, and refuse new ones from now on."""
         with self._lock:
             if self._state != "stopped":
                 self._state = state
@@ -204,7 +206,7 @@ class Engine:
         self._deliver(events + self._scheduler.fail_all(error))
 
     def _note(self, events: list[Event]) -> None:
-        """What events say of the gang: it makes progress, it has caught up, it computes what is no number."""
+        """Note what events say of the gang: requests gained ids, replay is done, or logits are not finite."""
         if any(event.token_ids for event in events):
             self._num_vain_epochs = 0
         if self._to_replay:
@@ -217,19 +219,19 @@ class Engine:
             self._executor.check()
 
     def _recover(self, verdict: Verdict) -> None:
-        """Another epoch, in which everything that lives goes on. Raises GangFailure when there is none to be had."""
+        """Begin another epoch, in which all live requests go on. Raises GangFailure when none can begin."""
         with self._lock:
             if self._state == "ready":
                 self._state = "recovering"
             self._failure = verdict.reason
         self._deliver([])
         self._num_vain_epochs += self._scheduler.num_in_flight > 0
-        places = self._scheduler.begin_epoch()
-        self._to_replay = {name for step in places.values() for name in step} & set(self._scheduler.num_ids)
+        num_ids_after = self._scheduler.begin_epoch()
+        self._to_replay = {name for step in num_ids_after.values() for name in step} & set(self._scheduler.num_ids)
         revival = self._begin_epoch(verdict)
         if revival is None:
             return
-        events = self._judge(revival.verdict, places)
+        events = self._judge(revival.verdict, num_ids_after)
         self.stats.num_rebuilds[revival.verdict.cause] += 1
         for phase, seconds in revival.seconds.items():
             self.stats.recovery_s[phase] += seconds
@@ -242,7 +244,7 @@ class Engine:
         self._deliver([])
 
     def _begin_epoch(self, verdict: Verdict) -> Revival | None:
-        """Try to come back; requests come and go meanwhile. None: the engine was closed. Raises GangFailure."""
+        """Try to begin an epoch, while requests come and go. None: the engine was closed. Raises GangFailure."""
         error = verdict.reason
         for attempt in range(_MAX_ATTEMPTS):
             if self._revive is None or self._state != "recovering" or self._num_vain_epochs > _MAX_VAIN_EPOCHS:
@@ -250,11 +252,11 @@ class Engine:
             if attempt:
                 self._scheduler.epoch += 1  # nothing has run since the last one began
             is_fresh = attempt == _MAX_ATTEMPTS - 1 or self._num_vain_epochs > _NUM_REJOINED
-            going = Attempt(self._revive, self._scheduler.epoch, verdict, is_fresh, self._bell.set)
-            self._wait_for(going)
+            trying = Attempt(self._revive, self._scheduler.epoch, verdict, is_fresh, self._wakeup.set)
+            self._wait_for(trying)
             try:
-                revival = going.result()
-            except Exception as failure:  # whatever it is, the next try may not meet it
+                revival = trying.result()
+            except Exception as failure:  # the next attempt may succeed
                 logger.exception("the gang did not come back")
                 error = f"the gang did not come back: {failure}"
                 if isinstance(failure, GangLost):
@@ -269,18 +271,18 @@ class Engine:
         return None
 
     def _wait_for(self, attempt: Attempt) -> None:
-        """Meanwhile new requests queue up, and those that are given up end."""
+        """Wait for the end of an attempt. New requests queue up meanwhile, and those that are given up or late end."""
         while not attempt.is_done:
-            self._bell.wait(self._deadlines.seconds_left(time.monotonic()))
-            self._bell.clear()
+            self._wakeup.wait(self._deadlines.seconds_left(time.monotonic()))
+            self._wakeup.clear()
             if events := self._take_commands():
                 self._deliver(events)
 
-    def _judge(self, verdict: Verdict, places: dict[int, dict[str, int]]) -> list[Event]:
-        """Who was in the culprit's step may have to run alone, and fails when it ended its rank so."""
+    def _judge(self, verdict: Verdict, num_ids_after: dict[int, dict[str, int]]) -> list[Event]:
+        """Make requests of the culprit's step suspects, and fail the one that ended its rank while it ran alone."""
         if not verdict.is_from_within:
             return []
-        guilty = self._quarantine.death(places.get(verdict.step, {}), self._scheduler.num_ids)
+        guilty = self._quarantine.death(num_ids_after.get(verdict.step, {}), self._scheduler.num_ids)
         self._scheduler.suspect(self._quarantine.suspects)
         if guilty is None:
             return []

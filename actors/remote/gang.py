@@ -1,4 +1,4 @@
-"""The gang on Ray: brings the ranks of one replica together, watches over them, and does so again when one is lost."""
+"""The gang on Ray: starts the ranks of one replica, watches them, and rebuilds the gang when one is lost."""
 
 import logging
 import threading
@@ -25,21 +25,21 @@ from configs.config import Config
 
 logger = logging.getLogger(__name__)
 
-_LOOK_S = 1.0  # while it waits for ranks, it looks whether all are heard this often
-_PROGRESS_S = 10.0  # say what is waited for this often
-_FOLLOW_S = 0.5  # a death shows this soon after the errors that it causes; an error without one is told by its rank
+_LOOK_S = 1.0  # how often a wait for ranks checks their heartbeats
+_PROGRESS_S = 10.0  # how often it logs what it waits for
+_FOLLOW_S = 0.5  # so soon after the errors that it causes, a death is known; other errors the rank reports itself
 _STOP_S = 5.0  # ranks get this long to leave by themselves
 
 
 class Gang:
     """All ranks of one replica. `start` makes them serve, `executor` drives them, `revive` begins another epoch."""
 
-    actor_class = RankActor  # a test puts one in that fails
+    actor_class = RankActor  # tests replace it with one that fails
 
     def __init__(
         self, config: Config, topology: Topology, placement: PlacementGroup, device: str, epoch: int = 0
     ) -> None:
-        """Ask for the actors and return at once: they start while the caller goes on. `device` is cpu or cuda."""
+        """Create the actors without waiting for them. `device` is cpu or cuda."""
         self.epoch = epoch
         self.num_blocks = 0
         self._config = config
@@ -50,12 +50,12 @@ class Gang:
         self._ranks: list[RankInfo] = []
         self._serving: list[Any] = []  # one reference a rank: resolved when its loop ends
         self._phase_s: dict[str, float] = {}
-        self._crash_reports: dict[int, Any] = {}  # by rank, references to what those that are gone have left
+        self._crash_reports: dict[int, Any] = {}  # by rank, references to what lost processes left
         self._pool = ActorPool(config, topology, placement, device, self.actor_class)
         self.executor = self._open_channel(StepClock(config.timeouts.collective_s))
 
     def start(self, plan: Plan, num_blocks: int | None = None) -> None:
-        """Bring the ranks together and wait until every one is ready. `num_blocks`: of the cache, or chosen.
+        """Bring the ranks together and wait until all are ready. `num_blocks`: of the KV cache; None: as many as fit.
 
         Raises GangFailure, and as they are the errors that a user can mend: CheckpointError, UnsupportedModel,
         ValueError.
@@ -68,7 +68,7 @@ class Gang:
             raise
 
     def revive(self, epoch: int, verdict: Verdict, is_fresh: bool) -> Revival:
-        """Another epoch: survivors leave the old one and keep their weights, or, if `is_fresh`, all start anew.
+        """Begin another epoch: survivors leave the old one and keep their weights, or, if `is_fresh`, all start anew.
 
         Raises GangFailure; GangLost when processes do not start within recovery.wait_s.
         """
@@ -88,7 +88,7 @@ class Gang:
         return Revival(self.executor, verdict, self._phase_s)
 
     def ranks(self) -> list[RankInfo]:
-        """The ranks as they stand now. Any thread."""
+        """What `/cluster` shows of each rank. Any thread may call it."""
         now, executor = time.monotonic(), self.executor
         progress_by_rank, seconds = executor.progress_by_rank, executor.seconds
         return [
@@ -103,13 +103,13 @@ class Gang:
         ]
 
     def give_up(self) -> None:
-        """Make whoever waits for the ranks stop waiting. Any thread."""
+        """End every wait for ranks. Any thread may call it."""
         self._is_closing = True
 
     def close(self, patience_s: float = _STOP_S) -> None:
-        """Let the ranks leave by themselves for `patience_s`, then end those that do not. May be called twice.
+        """Give the ranks `patience_s` to leave by themselves, then end the others. May be called twice.
 
-        A stopped process is ended by Ray 5 s later; until then its share of the bundle stays taken.
+        Ray ends a stopped process 5 s later; until then its share of the bundle stays reserved.
         """
         self._is_closing = True
         self.executor.close()
@@ -123,7 +123,7 @@ class Gang:
         return EngineChannel(address, self.epoch, clock, self._topology.tensor_parallel_size)
 
     def _end_epoch(self, verdict: Verdict, is_fresh: bool) -> dict[int, str]:
-        """Replace who is gone, and who does not leave the old epoch cleanly and in time → who had died, in words."""
+        """Replace ranks that are gone or do not leave the old epoch cleanly in time → how each dead one died."""
         dead: dict[int, str] = {}
         gone = set(range(self._topology.num_ranks)) if is_fresh else set[int]()
         if verdict.cause == "silent":
@@ -149,10 +149,10 @@ class Gang:
         return dead
 
     def _assemble(self, plan: Plan, num_blocks: int | None, start_s: float) -> None:
-        """Ranks that come from another epoch have weights and cache already, and say so at once."""
+        """Start, join, load and warm up all ranks. Those that survived an epoch have weights and cache already."""
         config, pool = self._config, self._pool
         infos: list[WorkerInfo] = self._phase("start", lambda: self._gather(pool.infos, "started", start_s))
-        devices, self._crash_reports = pool.heard(infos), pool.collect_crash_report()
+        devices, self._crash_reports = pool.settle_devices(infos), pool.collect_crash_report()
         self._phase("join", lambda: self._join(plan, infos, devices))
         bundle_nodes = placement_group_table(self._placement)["bundles_to_node_id"]
         nodes = [bundle_nodes[self._topology.stage(rank)] for rank in range(len(infos))]
@@ -186,13 +186,13 @@ class Gang:
         self.executor.wait_for_ranks(self._config.timeouts.collective_s)
 
     def _inquire(self, verdict: Verdict, dead: dict[int, str]) -> Verdict:
-        """What those that are gone have left says more than what their neighbours noticed."""
+        """Revise the verdict by what lost processes left, which says more than what their neighbours noticed."""
         left: dict[int, CrashReport] = {}
         for rank, ref in self._crash_reports.items():
-            if words := _result(ref, rank):
-                left[rank] = words
-                if words.text:
-                    logger.error("rank %d, in step %d, left these words:\n%s", rank, words.step, words.text)
+            if report := _result(ref, rank):
+                left[rank] = report
+                if report.text:
+                    logger.error("rank %d ended itself in step %d:\n%s", rank, report.step, report.text)
         return revise_verdict(verdict, dead, left)
 
     def _call_all(self, method: str, *args: Any) -> list[Any]:
@@ -205,10 +205,13 @@ class Gang:
         return result
 
     def _gather(self, refs: list[Any], what: str, within_s: float | None = None) -> list[Any]:
-        """Results of one call a rank; the first that fails ends the wait. Raises GangFailure or the rank's error."""
+        """Wait for the results of one call a rank; the first failure ends the wait.
+
+        `what` the ranks have done then, for the log. Raises GangFailure or the rank's own error.
+        """
         started, pending = time.monotonic(), list(refs)
         deadline = started + (within_s or self._config.timeouts.start_s)
-        told = started
+        logged_at = started
         while pending:
             left_s = deadline - time.monotonic()
             if self._is_closing:
@@ -223,14 +226,14 @@ class Gang:
             for ref in done:
                 _result(ref, refs.index(ref))
             self.executor.check_loading()
-            if not done and time.monotonic() - told > _PROGRESS_S:
-                told = time.monotonic()
+            if not done and time.monotonic() - logged_at > _PROGRESS_S:
+                logged_at = time.monotonic()
                 logger.info("%d of %d ranks have %s", len(refs) - len(pending), len(refs), what)
         logger.info("%s %s (%.1f s)", "all ranks have" if refs[1:] else "rank 0 has", what, time.monotonic() - started)
         return [_result(ref, rank) for rank, ref in enumerate(refs)]
 
     def _watch(self, executor: EngineChannel, serving: list[Any]) -> None:
-        """The end of a rank's loop ends the epoch. A death is said at once; what followed from one waits."""
+        """End the epoch when a rank's loop ends: after a death at once, after an error when no death came with it."""
         pending, ends, is_death = list(serving), list[tuple[str, int]](), False
         while pending and not is_death and not self._is_closing:
             done, pending = ray.wait(pending, num_returns=1, timeout=_FOLLOW_S if ends else None)
@@ -240,7 +243,7 @@ class Gang:
             is_death, reason = _end_of_loop(done[0], rank)
             ends.insert(0 if is_death else len(ends), (reason, rank))
         if not is_death:
-            time.sleep(_FOLLOW_S)  # its rank tells it first, and better
+            time.sleep(_FOLLOW_S)  # the rank reports it itself, with its step
         if not self._is_closing:
             executor.fail(*ends[0], is_death)
 
@@ -251,12 +254,12 @@ def _result(ref: Any, rank: int) -> Any:
     except RayError as error:
         cause = getattr(error, "cause", None)
         if isinstance(cause, ValueError):
-            raise cause from None  # the user can mend it: say it in the rank's own words
+            raise cause from None  # the user can fix it: raise the rank's own error
         raise GangFailure(_in_words(error, rank)) from error
 
 
 def _end_of_loop(ref: Any, rank: int) -> tuple[bool, str]:
-    """Whether the rank's process died, and the end in words."""
+    """(Whether the rank's process died, how its loop ended in words)."""
     try:
         said: str | None = ray.get(ref)
     except RayError as error:

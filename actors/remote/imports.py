@@ -1,7 +1,7 @@
-"""Importing torch and Transformers fast: half of a rank's start, also of one that takes the place of a lost one.
+"""Imports torch and Transformers fast: without this, half of a rank's start is imports, after a lost rank too.
 
-When its modelling code is imported, Transformers marks functions for torch.compile and defines parallelism of its own.
-Both bring hundreds of modules with them, and no rank uses either.
+Transformers' model code marks functions for torch.compile, and defines parallelism of its own. Both import hundreds of
+modules, and no rank uses either.
 """
 
 import gc
@@ -13,11 +13,11 @@ from typing import Any
 from unittest import mock
 
 _COMPILER = "torch._dynamo"
-_MASKS = f"{_COMPILER}._trace_wrapped_higher_order_op"  # for masks by vmap; ours are made without
+_MASKS = f"{_COMPILER}._trace_wrapped_higher_order_op"  # for masks made by vmap, which are not used here
 
 
 class _Marks(ModuleType):
-    """Stands in for the compiler while functions are marked for it. A mark changes nothing."""
+    """Stands in for the compiler's modules while functions are marked for it; its marks change nothing."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -35,7 +35,7 @@ def _mark(function: Callable[..., Any] | None = None, *how: Any, **named: Any) -
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Imports make hundreds of thousands of objects that stay: looking through them again and again takes a tenth."""
+    """Pause the garbage collector during imports: they make many objects that stay, and it would take a tenth."""
     gc.disable()
     try:
         yield
@@ -45,10 +45,10 @@ def collector_paused() -> Iterator[None]:
 
 @contextmanager
 def compiler_left_out() -> Iterator[None]:
-    """Import what builds models inside of this, first in a process. Afterwards the compiler can be imported as ever.
+    """Inside of this, model code is imported without the compiler, which can be imported normally afterwards.
 
-    Where the compiler is here already, nothing is left out. In a process that was started so, Transformers' own tensor
-    and expert parallelism and its masks by vmap cannot be used.
+    It must be the first import of model code in a process; where the compiler is imported already, it does nothing.
+    Transformers' own tensor and expert parallelism and its masks by vmap cannot be used in such a process.
     """
     if _COMPILER in sys.modules:
         yield
@@ -57,7 +57,7 @@ def compiler_left_out() -> Iterator[None]:
     from transformers.utils import is_torch_distributed_available
 
     with mock.patch.object(torch.distributed, "is_available", lambda: False):
-        is_torch_distributed_available()  # it keeps its first answer
+        is_torch_distributed_available()  # its first answer is cached
     stand_ins = {name: _Marks(name) for name in (_COMPILER, _MASKS)}
     sys.modules.update(stand_ins)
     try:

@@ -1,4 +1,4 @@
-"""What gang and rank tell each other while a gang comes together; plain data, so that the gang needs no torch."""
+"""The messages between gang and ranks while a gang is assembled: plain data, so that the gang needs no torch."""
 
 from dataclasses import dataclass, field
 
@@ -10,18 +10,18 @@ from configs.config import Config
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a rank is told when it starts."""
+    """What a rank gets when it starts: config, plan, and where it runs."""
 
     config: Config
     plan: Plan
     rank: int
-    address: str  # of its node, for everything that it binds
+    address: str  # of its node; it listens nowhere else
     device: str  # cpu, or cuda:<index>
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where a gang of one epoch comes together."""
+    """Where the ranks of one epoch meet."""
 
     epoch: int
     store_address: str
@@ -31,7 +31,7 @@ class Meeting:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a rank says once its weights are there."""
+    """What a rank reports once its weights are loaded."""
 
     weight_bytes: int
     seconds: float
@@ -41,7 +41,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class RankInfo:
-    """What `/cluster` says of a rank."""
+    """What `/cluster` shows of a rank."""
 
     rank: int
     stage: int
@@ -51,7 +51,7 @@ class RankInfo:
     device: str
     layers: tuple[int, int]  # [first, end)
     weight_bytes: int
-    heartbeat_age_s: float | None  # None: not heard in this epoch yet
+    heartbeat_age_s: float | None  # None: no heartbeat in this epoch yet
     seconds: dict[str, float] = field(default_factory=dict)  # by phase, since it joined; see PhaseClock
-    load_s: float = 0.0  # that reading its weights took
+    load_s: float = 0.0  # reading its weights took so long
     substitutions: list[Substitution] = field(default_factory=list)

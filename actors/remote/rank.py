@@ -1,6 +1,6 @@
-"""One rank of a gang: joins its groups, loads its slices, executes steps in the channel's order until it is told.
+"""One rank of a gang: joins its groups, loads its slices of the weights, and executes steps in the channel's order.
 
-When an epoch ends it parts: groups and channel go, weights and cache stay for the next one.
+When an epoch ends it gives up groups and channel, and keeps weights and cache for the next epoch.
 """
 
 import faulthandler
@@ -32,10 +32,10 @@ _LOOK_S = 50e-6  # how often a rank whose steps are under way looks for a messag
 
 
 class Rank:
-    """Owns (stage, shard): its part of the model, its cache, its groups. A plain class; an actor wraps it."""
+    """Owns the model part, KV cache and groups of one (stage, shard). A plain class; an actor wraps it."""
 
     def __init__(self, assignment: Assignment, enter_step: Callable[[int], None] = lambda step: None) -> None:
-        """`enter_step` is told each step that begins, and -1 when it has ended."""
+        """`enter_step` is called with each step that begins, and with -1 when it has ended."""
         self.assignment = assignment
         self._enter_step = enter_step
         self._keys = KeyPair.make()
@@ -49,17 +49,17 @@ class Rank:
         self._channel: RankChannel | None = None
 
     def new_key(self) -> bytes:
-        """Make a key pair for the next epoch → the public half, by which the engine knows this process."""
+        """Make a key pair for the next epoch → the public key, by which the engine knows this process."""
         self._keys = KeyPair.make()
         return self._keys.public
 
     def host_store(self) -> int:
-        """Rank 0 only: hold the rendezvous store of the next epoch; returns its port."""
+        """Rank 0 only: serve the rendezvous store of the next epoch → its port."""
         self._store, port = host_store(self.assignment.address)
         return port
 
     def join(self, meeting: Meeting) -> None:
-        """Come together: step channel, store, process groups (warmed up). Raises TimeoutError or JoinCancelled."""
+        """Join an epoch: step channel, store, and groups, warmed up. Raises TimeoutError or JoinCancelled."""
         this, started = self.assignment, time.monotonic()
         timeout_s = this.config.timeouts.collective_s
         self._is_over = threading.Event()
@@ -68,14 +68,14 @@ class Rank:
         )
         store = join_store(meeting.store_address, meeting.store_port, meeting.epoch, timeout_s, self._is_over)
         self._groups = join(this.plan.topology, this.rank, store, self._device, this.address, timeout_s)
-        if self._is_over.is_set():  # nobody could abort groups that were not there yet
+        if self._is_over.is_set():  # before there were groups that could be aborted
             raise JoinCancelled(f"epoch {meeting.epoch} was given up")
         if self._runner is not None:
             self._runner.join(self._groups)
         self._say("joined its groups in %.1f s", time.monotonic() - started)
 
     def part(self, is_culprit: bool) -> None:
-        """Leave the epoch, and prove to be clean; a culprit's weights are looked at. Raises what speaks against it."""
+        """Leave the epoch, and check that this rank can join another; a culprit's weights too. Raises if it cannot."""
         if self._channel is not None:
             self._channel.close()
         if self._groups is not None:
@@ -88,7 +88,7 @@ class Rank:
                 self._runner.check_weights()
 
     def load(self, memory_share: float, ranks_on_node: int) -> Loaded:
-        """Read this rank's slices, once. Raises CheckpointError, UnsupportedModel."""
+        """Read this rank's slices of the weights, once. Raises CheckpointError, UnsupportedModel."""
         assert self._groups is not None, "load before join"
         if self._loaded is not None:
             return self._loaded
@@ -110,17 +110,17 @@ class Rank:
         return self._loaded
 
     def allocate(self, num_blocks: int) -> None:
-        """Make the KV cache and run the shapes it will meet once."""
+        """Make the KV cache, and run once each shape that steps will have."""
         assert self._runner is not None, "allocate before load"
         if self._runner.num_blocks != num_blocks:
             self._runner.allocate_cache(num_blocks)
         self._runner.warm_up()
         gc.collect()
-        gc.freeze()  # what is here stays: looking through it again would hold up a step, and so all ranks
+        gc.freeze()  # what exists now stays: collecting it again would delay a step on all ranks
         self._say("ready: %d KV blocks", num_blocks)
 
     def serve(self) -> str | None:
-        """Execute steps until the engine says Shutdown. An error is reported, aborts the groups, is returned."""
+        """Execute steps until the engine sends Shutdown → None, or the error that ended it, which was reported."""
         assert self._runner is not None and self._channel is not None and self._groups is not None, "serve before load"
         clock, launched = self._runner.clock, deque[tuple[StepBatch, Launched]]()
         self._channel.seconds = clock.seconds
@@ -138,7 +138,7 @@ class Rank:
                     self._enter_step(-1)
                 clock.lap("sample")
         except BaseException as error:
-            if self._is_over.is_set():  # whatever it waited for was ended on purpose
+            if self._is_over.is_set():  # what it waited for was aborted on purpose
                 return None
             logger.exception("rank %d fails", self.assignment.rank)
             self._channel.report(error)
@@ -150,7 +150,7 @@ class Rank:
         return None
 
     def _end_epoch(self) -> None:
-        """In the channel's side thread: say where every thread stands, then end whatever the main thread waits for."""
+        """In the channel's side thread: log the stacks of all threads, then abort what the main thread waits for."""
         logger.warning("epoch over; the stacks of this rank follow")
         faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)  # names and lines only: no values, no prompt
         self._is_over.set()
@@ -162,7 +162,7 @@ class Rank:
         return 0 if groups is None else groups.num_operations
 
     def _next(self, launched: deque[tuple[StepBatch, Launched]]) -> ToRank:
-        """The next message; while none is here, steps that end are answered."""
+        """Wait for the next message, and send the results of steps that end meanwhile."""
         assert self._runner is not None and self._channel is not None
         if launched:
             while launched and not self._channel.has_message():
@@ -172,7 +172,7 @@ class Rank:
         return self._channel.receive()
 
     def _answer(self, launched: deque[tuple[StepBatch, Launched]]) -> None:
-        """Send the results that are there, in the order of the steps; of ranks that do not answer, nobody waits."""
+        """Send the results that are ready, in the order of the steps; only the answering rank waits for its steps."""
         assert self._channel is not None
         is_answering = self.assignment.rank == self.assignment.plan.topology.answering_rank
         while launched and (not is_answering or launched[0][1].is_ready()):
@@ -183,7 +183,7 @@ class Rank:
                 self._channel.answer(StepResult(message.epoch, message.step, **vars(sampled)))
 
     def _progress(self) -> Callable[[int, int], None]:
-        """Says now and then how much is loaded."""
+        """A callback that logs every _PROGRESS_S how much is loaded."""
         said = time.monotonic()
 
         def say(done_bytes: int, total_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""Brings an executor back in a thread of its own, so that the engine can go on to take, and to end, requests."""
+"""Begins a new epoch in a thread of its own, so that the engine can take and end requests meanwhile."""
 
 import threading
 from collections.abc import Callable
@@ -9,12 +9,12 @@ from actors.words.executor import Revival, Revive
 
 
 class Attempt:
-    """One try to come back."""
+    """One attempt to begin an epoch, in its own thread."""
 
     def __init__(
         self, revive: Revive, epoch: int, verdict: Verdict, is_fresh: bool, when_done: Callable[[], None]
     ) -> None:
-        """Begins at once. `when_done` is called in its thread."""
+        """Start it. `when_done` is called in its thread."""
         self._work: Callable[[], Revival] = partial(revive, epoch, verdict, is_fresh)
         self._when_done = when_done
         self._revival: Revival | None = None
@@ -24,11 +24,11 @@ class Attempt:
 
     @property
     def is_done(self) -> bool:
-        """Whether `result` is there."""
+        """Whether `result` returns without waiting."""
         return self._revival is not None or self._error is not None
 
     def result(self) -> Revival:
-        """Wait for the end. Raises what went wrong."""
+        """Wait for the end of the attempt → the new executor. Raises what the attempt raised."""
         self._thread.join()
         if self._revival is None:
             assert self._error is not None
@@ -38,6 +38,6 @@ class Attempt:
     def _run(self) -> None:
         try:
             self._revival = self._work()
-        except Exception as error:  # noqa: BLE001 - told by `result`
+        except Exception as error:  # noqa: BLE001 - raised again by `result`
             self._error = error
         self._when_done()

@@ -1,1 +1,1 @@
-"""Sub-floor a: the messages and errors that every other room speaks."""
+"""The messages and errors that all other rooms of `actors` share."""

@@ -1,4 +1,4 @@
-"""The Executor protocol: who carries out steps (a gang of ranks, or a fake that can be computed by hand)."""
+"""The Executor protocol: what carries out steps (a gang of ranks, or a test's fake), and how a lost one comes back."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,8 +36,8 @@ class Revival:
 
     executor: Executor
     verdict: Verdict
-    seconds: dict[str, float] = field(default_factory=dict)  # what coming back took, by phase
+    seconds: dict[str, float] = field(default_factory=dict)  # of recovery, by phase
 
 
-# (epoch, why the last one ended, whether all ranks start anew) → what goes on; raises GangFailure when nothing does.
+# (epoch, why the last one ended, whether all ranks start anew) → the new executor; raises GangFailure.
 Revive = Callable[[int, Verdict, bool], Revival]

@@ -45,13 +45,13 @@ class CudaTransport:
 
 
 class NcclSending:
-    """A send on its way over NCCL; waiting is done by the stream."""
+    """A send that has begun over NCCL; the stream waits for it, not the host."""
 
     def __init__(self, group: NcclGroup, work: Any, tensor: torch.Tensor) -> None:
         self._group, self._work, self._tensor = group, work, tensor
 
     def wait(self) -> None:
-        """Order what the current stream does next after the send."""
+        """Make the current stream wait for the send."""
         self._group.wait(self._work)
 
 
@@ -75,7 +75,7 @@ class NcclLink:
         self._group.receive(tensor, 0)
 
     def abort(self) -> None:
-        """Make both sides leave. Any thread may call it."""
+        """Make operations on both sides raise RuntimeError. Any thread may call it."""
         self._group.abort()
 
     def close(self) -> None:

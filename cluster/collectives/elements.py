@@ -1,7 +1,7 @@
-"""What CPU kernels are made of: addresses as typed pointers, bfloat16 as bits, prefetching, a vectorised exponential.
+"""The primitives of CPU kernels: addresses as typed pointers, bfloat16 as bits, prefetching, a vectorized exponential.
 
-An element type is named by `dtype_tag`, a scalar: uint16 stands for bfloat16, float32 for itself.
-Words are int64; what one process stores with release, another that loads it with acquire sees with all before it.
+`dtype_tag` is a scalar that stands for an element type: a uint16 for bfloat16, a float32 for float32.
+Words are int64. A process that loads a word with acquire sees all that another stored before it stored it with release.
 """
 
 import math
@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 
 from cluster.collectives.compile import kernel
 
-DTYPE_TAGS = {torch.bfloat16: np.uint16(0), torch.float32: np.float32(0)}  # element types that the kernels know
+DTYPE_TAGS = {torch.bfloat16: np.uint16(0), torch.float32: np.float32(0)}  # element types of the kernels
 _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _LOG2_E = np.float32(math.log2(math.e))
 
@@ -46,7 +46,7 @@ def to_float32(typing_context: Any, element: Any) -> Any:
 
 @intrinsic
 def round_to(typing_context: Any, number: Any, dtype_tag: Any) -> Any:
-    """A float32 as an element, rounded to the nearest, to the even one of two."""
+    """A float32 as an element, rounded to nearest, ties to even."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if signature.return_type == types.float32:
@@ -92,7 +92,7 @@ def power_of_two(typing_context: Any, exponent: Any) -> Any:
 
 @intrinsic
 def prefetch(typing_context: Any, pointer: Any, index: Any) -> Any:
-    """Ask for the cache line of an element; a hint that never faults."""
+    """Prefetch the cache line of an element; any address may be given."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address = builder.bitcast(builder.gep(arguments[0], [arguments[1]]), ir.IntType(8).as_pointer())
@@ -107,7 +107,7 @@ def prefetch(typing_context: Any, pointer: Any, index: Any) -> Any:
 
 @intrinsic
 def load_acquire(typing_context: Any, words: Any, index: Any) -> Any:
-    """Element `index` of int64 words, and after it nothing older than it."""
+    """Load element `index` of int64 words with acquire order."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         place = builder.gep(arguments[0], [arguments[1]], source_etype=_I64)
@@ -118,7 +118,7 @@ def load_acquire(typing_context: Any, words: Any, index: Any) -> Any:
 
 @intrinsic
 def store_release(typing_context: Any, words: Any, index: Any, value: Any) -> Any:
-    """Set element `index` of int64 words, after all that was stored before."""
+    """Store element `index` of int64 words with release order."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         place = builder.gep(arguments[0], [arguments[1]], source_etype=_I64)
@@ -130,7 +130,7 @@ def store_release(typing_context: Any, words: Any, index: Any, value: Any) -> An
 
 @intrinsic
 def pause(typing_context: Any) -> Any:
-    """Tell the core that it waits in a loop."""
+    """The x86 instruction for a loop that waits (PAUSE)."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind = ir.FunctionType(ir.VoidType(), [])
@@ -142,9 +142,9 @@ def pause(typing_context: Any) -> Any:
 
 @kernel()
 def exp(x: Any) -> Any:
-    """Exponential with float32's precision for x from -87 to 87, in a form that runs on many numbers at once.
+    """The exponential in float32's precision for x from -87 to 87, in a form that the compiler vectorizes.
 
-    2 ** n of the whole part, and the Taylor series of the rest, which is at most ln(2) / 2.
+    It is 2 ** n times the Taylor series of the rest, which is at most ln(2) / 2. NaN stays NaN.
     """
     given, x = x, min(max(x, np.float32(-87)), np.float32(87))
     n = np.floor(x * _LOG2_E + np.float32(0.5))

@@ -1,6 +1,6 @@
-"""An exchange over shared memory in kernels, so that other kernels can exchange too: show and wait, then sum.
+"""The all-reduce of a stage over shared memory as a kernel that other kernels can call: exchange buffers, then sum.
 
-A stage's state is an array of int64, one a process; see its words below. Addresses are int64.
+The state of a stage is an array of int64 in each process; its words are named below. Addresses are int64.
 """
 
 from typing import Any
@@ -13,28 +13,29 @@ from cluster.collectives.elements import load_acquire, pause, pointer, round_to,
 
 __all__ = ["all_reduce", "exchange", "shown_at", "sum_shards"]
 
-OK, TIMED_OUT, ABORTED = -1, -2, -3  # the status of an exchange; from 0 on: a shard that shows something else
+OK, TIMED_OUT, ABORTED = -1, -2, -3  # the status of an exchange; from 0 on: that shard called something else
 
-# Words of a state: where the shared memory begins, where its buffers; which shard of how many; exchanges begun so far;
-# how long to wait; nanoseconds spent in exchanges so far; and room for two numbers
+# Words of a state: the addresses of the shared memory and of its buffers; which shard of how many; exchanges begun so
+# far; how long to wait; nanoseconds spent in exchanges so far; and two words for the system calls
 BASE, BUFFERS, SHARD, SIZE, OPERATION, TIMEOUT_NS, SPENT_NS, _ROOM = range(8)
 NUM_STATE_WORDS = _ROOM + 2
 
-# The shared memory: the first line is an abort flag, the second not ours; then a line a shard: its flag, which is the
-# number of its last exchange, and what its last even and odd ones were; then, by parity, a buffer a shard.
-LINE_WORDS, NUM_HEAD_LINES = 8, 2  # a cache line: no two shards write to the same one
+# The shared memory, in cache lines: an abort flag; a line that is not used here; a line for each shard, with its flag
+# (the number of its last exchange) and descriptions of its last even and odd exchange; then a buffer for each shard and
+# parity. No two shards write to the same line.
+LINE_WORDS, NUM_HEAD_LINES = 8, 2
 BUFFER_BYTES = 1 << 20  # of one shard; larger messages go in pieces, each of which still fits a core's cache
-MOST_KINDS = 64  # a message is described by its bytes times this, plus its kind
+MOST_KINDS = 64  # a message's description is its bytes times this, plus its kind
 
 _exact_kernel = kernel(fastmath=False)  # sums in the order of the shards
 _TILE = 512  # numbers of a sum that are kept in float32 at a time
 _WORD, _BYTE = np.int64(0), np.uint8(0)
 
-_NUM_LOOKS = 500  # at a flag, before the core is given away: some 20 microseconds
-_NOBODY_NS = 10_000  # a core that was offered is back so soon where nobody wants it
-_SHORT_NS = 2_000_000  # how long naps are short
+_NUM_LOOKS = 500  # loads of a flag before the core is yielded: some 20 microseconds
+_NOBODY_NS = 10_000  # sched_yield returns sooner than this where no other thread waits for the core
+_SHORT_NS = 2_000_000  # after this time, sleeps grow
 _SHORTEST_NAP_NS, _LONGEST_NAP_NS = 5_000, 500_000
-_PR_SET_TIMERSLACK, _SLACK_NS = 29, 1_000  # the kernel's own slack would make each nap 50 microseconds longer
+_PR_SET_TIMERSLACK, _SLACK_NS = 29, 1_000  # the default slack would make each sleep 50 microseconds longer
 _CLOCK_MONOTONIC = 1
 
 _clock_gettime = types.ExternalFunction("clock_gettime", types.intc(types.intc, types.int64))
@@ -44,7 +45,7 @@ _sched_yield = types.ExternalFunction("sched_yield", types.intc())
 
 
 def alone() -> "np.ndarray[Any, np.dtype[np.int64]]":
-    """The state of a stage of one shard, which exchanges nothing."""
+    """The state of a stage with one shard, which exchanges nothing."""
     state = np.zeros(NUM_STATE_WORDS, np.int64)
     state[SIZE] = 1
     return state
@@ -66,23 +67,23 @@ def _nap(state: Any, duration_ns: int) -> None:
 
 @_exact_kernel
 def _wait(state: Any, words: Any, flag: int, op: int) -> int:
-    """Wait until a flag is at least `op`: give the core to whoever waits for it, else nap.
+    """Wait until a flag is at least `op`: yield the core, and where no other thread wants it, sleep → the status.
 
-    Who is late may lack just a core: an interrupted process is moved to an idle one at once, but not to one where
-    somebody looks at a flag. Where more processes than cores want to run, naps would only interrupt them.
+    The shard that is late may only lack a core. The kernel moves it to a core that is idle, not to one where another
+    shard spins: so this one sleeps. Where more threads than cores want to run, yielding is enough.
     """
     began, nap_ns = _now_ns(state), _SHORTEST_NAP_NS
-    _prctl(_PR_SET_TIMERSLACK, _SLACK_NS, 0, 0, 0)  # of this thread, whichever it is
+    _prctl(_PR_SET_TIMERSLACK, _SLACK_NS, 0, 0, 0)  # of the calling thread
     while load_acquire(words, flag) < op:
         if load_acquire(words, 0):
             return ABORTED
-        asked = _now_ns(state)
-        if asked - began > state[TIMEOUT_NS]:
+        now = _now_ns(state)
+        if now - began > state[TIMEOUT_NS]:
             return TIMED_OUT
         _sched_yield()
-        if _now_ns(state) - asked < _NOBODY_NS:
+        if _now_ns(state) - now < _NOBODY_NS:
             _nap(state, nap_ns)
-        if asked - began > _SHORT_NS:
+        if now - began > _SHORT_NS:
             nap_ns = min(2 * nap_ns, _LONGEST_NAP_NS)
     return OK
 
@@ -100,15 +101,15 @@ def _copy(source: int, target: int, nbytes: int) -> None:
 
 @_exact_kernel
 def shown_at(state: Any) -> Any:
-    """The address of what shard 0 shows in the present exchange; the next shard's lies BUFFER_BYTES further."""
+    """The address of shard 0's buffer of the present exchange; each next shard's lies BUFFER_BYTES further."""
     return state[BUFFERS] + (state[OPERATION] & 1) * state[SIZE] * BUFFER_BYTES
 
 
 @_exact_kernel
 def exchange(state: Any, description: int, source: int, nbytes: int) -> Any:
-    """Show at most BUFFER_BYTES to all shards and wait for all → the status of it.
+    """Copy at most BUFFER_BYTES into the own buffer and wait until all shards have done so → the status.
 
-    What is shown stays until the next exchange.
+    All buffers can be read until the next exchange.
     """
     words = pointer(state[BASE], _WORD)
     if load_acquire(words, 0):
@@ -119,7 +120,7 @@ def exchange(state: Any, description: int, source: int, nbytes: int) -> Any:
     own, place = (NUM_HEAD_LINES + shard) * LINE_WORDS, 1 + (op & 1)
     _copy(source, shown_at(state) + shard * BUFFER_BYTES, nbytes)
     words[own + place] = description
-    store_release(words, own, op)  # last: it says that the rest is there
+    store_release(words, own, op)  # last: it tells the others that the rest is there
     for other in range(size):
         flag = (NUM_HEAD_LINES + other) * LINE_WORDS
         looks = 0
@@ -141,7 +142,7 @@ def exchange(state: Any, description: int, source: int, nbytes: int) -> Any:
 def sum_shards(shown: int, size: int, out: int, count: int, dtype_tag: Any) -> None:
     """Sum `count` numbers of each shard in the order of the shards, in float32, rounded once.
 
-    `shown`: the address of shard 0's; the next shard's lie BUFFER_BYTES further.
+    `shown`: the address of shard 0's numbers; each next shard's lie BUFFER_BYTES further.
     """
     out_p, first, second = pointer(out, dtype_tag), pointer(shown, dtype_tag), pointer(shown + BUFFER_BYTES, dtype_tag)
     if size == 2:
@@ -163,7 +164,7 @@ def sum_shards(shown: int, size: int, out: int, count: int, dtype_tag: Any) -> N
 
 @_exact_kernel
 def all_reduce(state: Any, kind: int, address: int, count: int, element_bytes: int, dtype_tag: Any) -> Any:
-    """Sum `count` numbers over the shards, in place → the status of it."""
+    """Sum `count` numbers over the shards, in place → the status."""
     description, at_once = count * element_bytes * MOST_KINDS + kind, BUFFER_BYTES // element_bytes
     for first in range(0, max(1, count), at_once):
         here, length = address + first * element_bytes, min(at_once, count - first)

@@ -24,27 +24,27 @@ _TRANSPORTS: dict[str, type[Transport]] = {"cpu": CpuTransport, "cuda": CudaTran
 
 @dataclass
 class Groups:
-    """What a rank talks through. One thread calls the operations, any thread may call `abort`."""
+    """All groups of a rank. One thread calls the operations, any thread may call `abort`."""
 
     stage: StageGroup
     previous: Link | None  # None on the first stage
     next: Link | None  # None on the last stage
-    feedback: Link | None  # what the last stage sampled, to the same shard of the first; None on the others, and alone
+    feedback: Link | None  # sampled ids, from the last stage to the same shard of the first; None on other stages
     control: GlooGroup  # every rank, CPU tensors
     held: list[Held] = field(repr=False)
 
     @property
     def num_operations(self) -> int:
-        """Collectives and hops begun so far; shards of a stage begin the same ones. Any thread may ask."""
+        """Collectives and hops begun so far; all shards of a stage begin the same ones. Any thread may ask."""
         return sum(group.num_operations for group in self.held)
 
     def abort(self) -> None:
-        """Make every operation of this rank, now or later, end with RuntimeError. Any thread may call it."""
+        """Make every operation of this rank, now and later, raise RuntimeError. Any thread may call it."""
         for group in self.held:
             group.abort()
 
     def close(self) -> None:
-        """Let go of everything, so that the process can join a later epoch. May be called twice."""
+        """Release everything, so that the process can join a later epoch. May be called twice."""
         for group in self.held:
             group.close()
 
@@ -52,9 +52,9 @@ class Groups:
 def join(
     topology: Topology, rank: int, store: EpochStore, device: torch.device, address: str, timeout_s: float
 ) -> Groups:
-    """Meet the other ranks of this epoch and warm every group up.
+    """Meet the other ranks of this epoch, make all groups, and warm them up.
 
-    `address` is this node's own: nothing listens elsewhere. `timeout_s` is the patience of one collective or one hop;
+    `address` is this node's own: nothing listens elsewhere. `timeout_s` is the time limit of one collective or one hop;
     that of meeting is the store's. Every rank makes its groups in the same order: control, stage, link from the
     previous stage, link to the next, feedback. Raises TimeoutError (which names who is missing), RuntimeError, or
     JoinCancelled; nothing stays open then.
@@ -84,7 +84,7 @@ def join(
 
 
 def _join_links(member: Member, transport: Transport, held: list[Held]) -> tuple[Link | None, Link | None, Link | None]:
-    """(from the previous stage, to the next stage, feedback); what was made goes to `held` at once."""
+    """(Link from the previous stage, link to the next stage, feedback); each is added to `held` when it is made."""
     topology, rank = member.topology, member.rank
     is_first, is_last = topology.is_first_stage(rank), topology.is_last_stage(rank)
     before = None if is_first else topology.previous_rank(rank)
@@ -106,7 +106,7 @@ def _join_links(member: Member, transport: Transport, held: list[Held]) -> tuple
 def _warm_up(
     member: Member, stage: StageGroup, previous: Link | None, following: Link | None, feedback: Link | None
 ) -> None:
-    """One small operation on each group: what is broken shows now, and the first request finds everything connected."""
+    """Run one small operation on each group: a fault shows now, and the first request finds everything connected."""
     topology, rank, own = member.topology, member.rank, torch.full((1,), float(member.rank), device=member.device)
     total = stage.all_reduce(torch.ones(1, device=member.device))
     heard, expected = own.clone(), rank

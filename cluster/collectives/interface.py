@@ -1,4 +1,4 @@
-"""What ranks say to each other in tensors: the interfaces, the same for NCCL, gloo and shared memory."""
+"""The interfaces by which ranks exchange tensors, the same for NCCL, gloo and shared memory."""
 
 import time
 from typing import Protocol
@@ -7,7 +7,7 @@ import torch
 
 
 class NeighbourLost(RuntimeError):
-    """Another rank left, was aborted, or could not be reached: whatever happened, it happened there."""
+    """Another rank left, was aborted, or could not be reached: the cause is there, not in this rank."""
 
 
 class NeighbourLate(NeighbourLost, TimeoutError):
@@ -26,7 +26,7 @@ class StageGroup(Protocol):
 
     @property
     def num_operations(self) -> int:
-        """Operations begun so far."""
+        """Operations begun so far. Any thread may ask."""
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the shards; any shape, contiguous; in place where possible; returns the result."""
@@ -35,7 +35,7 @@ class StageGroup(Protocol):
         """Equal shapes [*] from every shard → [size, *], in shard order."""
 
     def abort(self) -> None:
-        """Make every shard that waits, now or later, leave with NeighbourLost. Any thread may call it."""
+        """Make every operation, now and later, raise NeighbourLost. Any thread may call it."""
 
     def close(self) -> None:
         """Release what the group holds. May be called twice."""
@@ -59,7 +59,7 @@ class Link(Protocol):
 
 
 class PresentGroup:
-    """Stands for the stage group of the present epoch: layers keep it, and a new epoch changes what it stands for."""
+    """The stage group that layers hold: it passes all calls on to the group of the present epoch."""
 
     def __init__(self, group: StageGroup) -> None:
         self.group = group
@@ -69,38 +69,38 @@ class PresentGroup:
 
     @property
     def num_operations(self) -> int:
-        """As the group counts."""
+        """See StageGroup."""
         return self.group.num_operations
 
     def take_seconds(self) -> float:
-        """How long the layers' operations took since the last call; on a GPU only their launch."""
+        """Seconds that operations took since the last call; on a GPU only their launch counts."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
     def add_seconds(self, seconds: float) -> None:
-        """So long a kernel exchanged without us."""
+        """Count the seconds of exchanges that a kernel made by itself."""
         self._seconds += seconds
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """As the group does."""
+        """See StageGroup."""
         began = time.perf_counter()
         result = self.group.all_reduce(tensor)
         self._seconds += time.perf_counter() - began
         return result
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """As the group does."""
+        """See StageGroup."""
         began = time.perf_counter()
         result = self.group.all_gather(tensor)
         self._seconds += time.perf_counter() - began
         return result
 
     def abort(self) -> None:
-        """As the group does."""
+        """See StageGroup."""
         self.group.abort()
 
     def close(self) -> None:
-        """As the group does."""
+        """See StageGroup."""
         self.group.close()
 
 
@@ -120,13 +120,13 @@ class LoneShard:
         return tensor.unsqueeze(0)
 
     def abort(self) -> None:
-        """Nothing waits."""
+        """Do nothing: no operation waits."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: nothing is held."""
 
 
 def all_agree(group: StageGroup, mine: bool, device: torch.device) -> bool:
-    """A vote: whether every shard says yes. All of them call it."""
+    """Whether every shard calls it with True. All shards must call it."""
     votes = group.all_reduce(torch.full((1,), float(mine), device=device))
     return votes.item() == group.size

@@ -22,7 +22,7 @@ from cluster.collectives.rendezvous import EpochStore
 
 logger = logging.getLogger(__name__)
 
-_SLICE = timedelta(seconds=0.1)  # how often a wait on gloo looks whether it was aborted
+_SLICE = timedelta(seconds=0.1)  # how often a wait on gloo checks whether it was aborted
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -62,7 +62,7 @@ class ProcessGroup(ABC):
         """Return once what follows may use the result of an operation."""
 
     def abort(self) -> None:
-        """Make who waits, now or later, leave with RuntimeError. Any thread may call it."""
+        """Make every operation, now and later, raise RuntimeError. Any thread may call it."""
         self.aborted.set()
 
     def close(self) -> None:
@@ -83,12 +83,12 @@ class ProcessGroup(ABC):
 
 
 class GlooGroup(ProcessGroup):
-    """Of CPU tensors. It sends and receives nothing between two ranks: gloo's receive cannot be woken by `abort`."""
+    """A group over CPU tensors. It has no send and receive: `abort` could not end gloo's receive."""
 
     def __init__(
         self, name: str, store: EpochStore, members: list[int], rank: int, address: str, timeout_s: float
     ) -> None:
-        """`timeout_s` is the patience of one operation; nothing listens at another address than `address`."""
+        """`timeout_s` is the time limit of one operation; nothing listens at another address than `address`."""
         self.timeout_s = timeout_s
 
         def connect(store: Any, member: int, size: int) -> Any:
@@ -131,12 +131,12 @@ class GlooGroup(ProcessGroup):
 
     def _release(self, last_reference: list[Any]) -> None:
         if self.aborted.is_set():
-            # Its destructor waits for work that is stuck, up to the timeout: not on the caller's time.
+            # Its destructor waits for work that is stuck, up to the timeout: not in the caller's thread.
             threading.Thread(target=last_reference.clear, name=f"drop {self.name}", daemon=True).start()
 
 
 class NcclGroup(ProcessGroup):
-    """Of tensors on one CUDA device a member. Operations run in the order of the current stream."""
+    """A group over CUDA tensors, one device a member. Operations run in the order of the current stream."""
 
     def __init__(
         self, name: str, store: EpochStore, members: list[int], rank: int, device: torch.device, timeout_s: float
@@ -189,7 +189,7 @@ class TorchStage:
 
     @property
     def num_operations(self) -> int:
-        """Begun so far."""
+        """Operations begun so far."""
         return self._group.num_operations
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -204,7 +204,7 @@ class TorchStage:
         return gathered
 
     def abort(self) -> None:
-        """Make every operation, now or later, end with RuntimeError here; neighbours notice when this rank closes."""
+        """Make every operation here, now and later, raise RuntimeError; neighbours notice when this rank closes."""
         self._group.abort()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Where ranks of one epoch find each other: a store on a socket bound beforehand, its keys prefixed by the epoch."""
+"""The rendezvous of an epoch's ranks: a key-value store on a socket bound beforehand; the epoch prefixes its keys."""
 
 import fcntl
 import json
@@ -17,8 +17,8 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 logger = logging.getLogger(__name__)
 
 _SIOCGIFADDR = 0x8915  # ioctl: the IPv4 address of an interface (Linux, netdevice(7))
-_POLL_S = 0.05  # longest pause between two looks at a key
-_REQUEST_TIMEOUT_S = 30.0  # one answer of the store's server; it answers at once while its process lives
+_POLL_S = 0.05  # longest pause between two checks of a key
+_REQUEST_TIMEOUT_S = 30.0  # for one answer of the store's server, which answers at once while its process lives
 
 
 class JoinCancelled(RuntimeError):
@@ -35,15 +35,18 @@ class EpochStore:
         self._store = PrefixStore(f"epoch{epoch}", store)
 
     def put(self, key: str, value: Any) -> None:
-        """Say something to the others."""
+        """Publish a value for the other ranks."""
         self._store.set(key, json.dumps(value))
 
     def take(self, key: str) -> Any:
-        """What another rank put. Raises TimeoutError or JoinCancelled."""
+        """Wait for a value that another rank puts. Raises TimeoutError or JoinCancelled."""
         return self.take_all([key])[0]
 
     def take_all(self, keys: Iterable[str]) -> list[Any]:
-        """What others put, in the order of the keys. Raises TimeoutError naming what is missing, or JoinCancelled."""
+        """Wait for several values → in the order of the keys.
+
+        Raises TimeoutError, which names the missing keys, or JoinCancelled.
+        """
         keys = list(keys)
         deadline = time.monotonic() + self.timeout_s
         pause_s = 0.001
@@ -57,25 +60,25 @@ class EpochStore:
         return [json.loads(self._store.get(key)) for key in keys]
 
     def raise_if_cancelled(self) -> None:
-        """Raises JoinCancelled once the epoch was given up."""
+        """Raises JoinCancelled if the epoch was given up."""
         if self.cancelled is not None and self.cancelled.is_set():
             raise JoinCancelled(f"epoch {self.epoch} was given up")
 
     def roll_call(self, name: str, rank: int, num_ranks: int) -> None:
-        """Return once every rank called it. Raises TimeoutError that names the ranks that are missing."""
+        """Return once every rank has called it. Raises TimeoutError, which names the missing ranks."""
         self.put(f"{name}/rank{rank}", rank)
         self.take_all(f"{name}/rank{other}" for other in range(num_ranks))
 
     def part(self, name: str) -> Store:
-        """A store of its own for one process group."""
+        """The part of the store that one process group uses."""
         return PrefixStore(name, self._store)
 
 
 def host_store(address: str) -> tuple[Store, int]:
     """Serve a store at the node's own address, on a port that the kernel chooses → (store, port).
 
-    The socket is bound and listens before anybody learns the port: no other process can take it, and no other
-    interface is open. Whoever calls keeps the store for as long as ranks use it; it serves any number of epochs.
+    The socket listens before the port is published, so no other process can take it, and on no other interface. The
+    caller keeps the store for as long as ranks use it; it serves any number of epochs.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -101,9 +104,9 @@ def host_store(address: str) -> tuple[Store, int]:
 def join_store(
     address: str, port: int, epoch: int, timeout_s: float, cancelled: threading.Event | None = None
 ) -> EpochStore:
-    """Connect to the store that another process (or this one) hosts. Raises TimeoutError or RuntimeError.
+    """Connect to the store that another process (or this one) serves. Raises TimeoutError or RuntimeError.
 
-    `cancelled` is looked at while ranks wait for each other; set from another thread, it makes them leave.
+    `cancelled`, set by another thread, makes a rank leave while it waits for others.
     """
     try:
         store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
@@ -128,9 +131,9 @@ def interface_of(address: str) -> str | None:
 
 
 def pin_nccl(address: str) -> None:
-    """Make NCCL meet over the interface of the node's address; NCCL takes this from its environment only.
+    """Make NCCL connect over the interface of the node's address, which it reads from its environment only.
 
-    What the environment already says stays: only the node's owner knows better.
+    A value that the environment already has stays.
     """
     name = interface_of(address)
     if name is not None:

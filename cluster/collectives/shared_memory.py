@@ -1,12 +1,12 @@
-"""The all-reduce and all-gather of a stage on CPU: memory that its shards share, and sequence flags.
+"""The all-reduce and all-gather of a stage on CPU, over memory that its shards share.
 
-Why it is right. Operation n of a shard writes its data into the shard's buffer n % 2, then raises the shard's flag to
-n, then waits until every flag is at least n, then reads everybody's buffer n % 2. That buffer is written again by
-operation n + 2, which begins after every flag reached n + 1, that is after everybody has read operation n. x86 keeps
-stores in order and loads in order, so who sees the flag sees the data; elsewhere `share_memory` answers None. While all
-are in time there is no system call.
+Operation n of a shard writes its data into the shard's buffer n % 2, sets the shard's flag to n, waits until every flag
+is at least n, and then reads all buffers n % 2. A buffer is written again by operation n + 2, which begins after every
+flag has reached n + 1, so after all shards have read operation n. x86 keeps stores in order and loads in order, so a
+shard that sees a flag sees the data; on other machines `share_memory` returns None. While all shards are in time there
+is no system call.
 
-The memory is anonymous (memfd): it has no name in /dev/shm, needs no room there, and is gone with its last user.
+The memory is anonymous (memfd): it has no name in /dev/shm, takes no room there, and is freed with its last user.
 """
 
 import logging
@@ -30,9 +30,9 @@ from cluster.collectives.rendezvous import EpochStore
 logger = logging.getLogger(__name__)
 
 _LINE_BYTES = 8 * LINE_WORDS
-_TOKEN_BYTES = 16  # on the second line
+_TOKEN_BYTES = 16  # in the second line
 _MEMORY_NAME = "stagemesh"
-_MOST_VIEWS = 256  # shapes whose views are kept: prompts have many lengths, decoding few batch sizes
+_MOST_VIEWS = 256  # kept at a time: prompts have many lengths, decode steps few batch sizes
 
 _DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.int16]
 _DTYPES += [torch.uint8, torch.int8, torch.bool]
@@ -66,7 +66,7 @@ class SharedMemoryStage:
 
     @property
     def num_operations(self) -> int:
-        """Begun so far."""
+        """Operations begun so far."""
         return int(self._state[exchange.OPERATION])
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -88,20 +88,20 @@ class SharedMemoryStage:
         return whole.view(self.size, *tensor.shape)
 
     def abort(self) -> None:
-        """Make every shard that waits, now or later, leave with NeighbourLost. Any thread may call it."""
+        """Make every shard's operations, now and later, raise NeighbourLost. Any thread may call it."""
         self._words[0] = 1 + self.shard
 
     def close(self) -> None:
-        """Forbid further operations; the memory goes once nothing refers to it. May be called twice."""
+        """Forbid further operations; the memory is freed once nothing refers to it. May be called twice."""
         self._out_of_use = self._out_of_use or "it was closed"
         self._views.clear()
         self._data = torch.empty(0)
         self._words = memoryview(bytearray(8)).cast("q")
 
     def lend_state(self) -> tuple["np.ndarray[Any, np.dtype[np.int64]]", torch.Tensor]:
-        """What kernels exchange by, and the memory: it stays while somebody has it, though another thread closes us.
+        """The state for kernels that exchange, and the memory, which stays valid while the caller holds it.
 
-        Raises NeighbourLost when no operation may follow.
+        Another thread may close the group meanwhile. Raises NeighbourLost when no operation may follow.
         """
         lent = self._state, self._data
         if self._out_of_use or self._words[0]:
@@ -124,14 +124,14 @@ class SharedMemoryStage:
         raise RuntimeError(f"stage group: {self._out_of_use}")
 
     def _exchange(self, kind: int, piece: torch.Tensor, message_bytes: int) -> list[torch.Tensor]:
-        """Show a piece [*] to all shards → what each of them shows until the next operation."""
+        """Exchange a piece [*] with all shards → every shard's piece; they stay until the next operation."""
         description = message_bytes * MOST_KINDS + kind
         state, memory = self.lend_state()
         self.check(exchange.exchange(state, description, piece.data_ptr(), piece.nbytes))
         return self._views_of(piece, memory)
 
     def _views_of(self, piece: torch.Tensor, memory: torch.Tensor) -> list[torch.Tensor]:
-        """What each shard shows in this operation, as [*]. Kept: making a view costs as much as a small sum."""
+        """Views [*] of every shard's piece in this operation; kept, as making one costs as much as a small sum."""
         shape, dtype = piece.shape, piece.dtype
         views = self._views.get((shape, dtype))
         if views is None:
@@ -143,7 +143,7 @@ class SharedMemoryStage:
         return views[self.num_operations & 1]
 
     def _behind(self, words: memoryview, op: int) -> str:
-        """Who is behind; what this group holds is undefined from here on, so nothing may follow."""
+        """A message that names the shards that are late. No operation may follow: the buffers are undefined now."""
         reached = {shard: words[(NUM_HEAD_LINES + shard) * LINE_WORDS] for shard in range(self.size)}
         behind = ", ".join(f"shard {shard} (at {at})" for shard, at in reached.items() if at < op)
         self._out_of_use = f"operation {op} timed out after {self.timeout_s:g} s, behind: {behind}"
@@ -151,10 +151,10 @@ class SharedMemoryStage:
 
 
 def share_memory(store: EpochStore, stage: int, size: int, shard: int) -> mmap.mmap | None:
-    """Map the same memory in every shard of a stage, or answer None in every one of them (and log why).
+    """Map the same memory in every shard of a stage → the mapping, or None in all of them, with the reason logged.
 
-    Shard 0 makes it, the others open it through /proc: they run as the same user on the same node. All learn
-    from all whether that worked, so that nobody is left with another kind of group. Raises TimeoutError.
+    Shard 0 creates it, the others open it through /proc: they run as the same user on the same node. Each learns from
+    all others whether that worked, so that all make the same kind of group. Raises TimeoutError.
     """
     name = f"memory/stage{stage}"
     length = _head_bytes(size) + 2 * size * BUFFER_BYTES
@@ -189,7 +189,7 @@ def share_memory(store: EpochStore, stage: int, size: int, shard: int) -> mmap.m
 
 
 def _map_theirs(where: tuple[int, int, str], length: int) -> mmap.mmap:
-    """Open the memory of shard 0. Raises OSError when it is out of reach, or not what shard 0 meant."""
+    """Map the memory of shard 0. Raises OSError when it cannot be opened, or is not shard 0's."""
     pid, fd, token = where
     path = Path(f"/proc/{pid}/fd/{fd}")
     # In another pid namespace the same number is another process: look before opening.
@@ -214,14 +214,14 @@ def _head_bytes(size: int) -> int:
 
 
 def _pieces(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
-    """What is exchanged at a time: the tensor itself, or flat parts of it that fit a buffer."""
+    """The pieces that are exchanged one after the other: the tensor itself, or flat parts of it that fit a buffer."""
     if tensor.nbytes <= BUFFER_BYTES:
         return (tensor,)
     return torch.split(tensor.view(-1), BUFFER_BYTES // tensor.itemsize)
 
 
 def kind_of_all_reduce(dtype: torch.dtype) -> int:
-    """How a kernel says what it exchanges."""
+    """The kind in the description of an all-reduce, for kernels; see MOST_KINDS."""
     return _KIND["all_reduce", dtype]
 
 
@@ -234,10 +234,10 @@ def _kind_of(operation: str, tensor: torch.Tensor) -> int:
 def _sum_shards(shown: list[torch.Tensor], total: torch.Tensor) -> None:
     """Sum in shard order into `total`: every shard adds the same numbers in the same order."""
     if len(shown) > 2 and total.dtype in _LOW_PRECISION:
-        to_float32 = shown[0].float()
+        in_float32 = shown[0].float()
         for theirs in shown[1:]:
-            to_float32 += theirs
-        total.copy_(to_float32)
+            in_float32 += theirs
+        total.copy_(in_float32)
     else:  # two low-precision numbers are added in float32 and rounded once by torch itself
         torch.add(shown[0], shown[1], out=total)
         for theirs in shown[2:]:

@@ -1,8 +1,8 @@
-"""The hop between two stages on CPU: one TCP connection, one direction, and nothing that a stranger could use.
+"""The hop between two stages on CPU: one TCP connection in one direction, which only the neighbour can open.
 
-Why not gloo: its receive cannot be woken. `abort` in another thread leaves it blocked until its timeout, so a survivor
-could not leave a broken epoch in time. A socket can be shut down by any thread, tells at once when the neighbour dies,
-and a hop of 16 KB costs a third.
+Why not gloo: `abort` in another thread does not end its receive, which stays blocked until its timeout, so a survivor
+could not leave a broken epoch in time. Any thread can shut a socket down, a socket shows at once that the neighbour has
+died, and a hop of 16 KB takes a third of the time.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 
 _HEADER = struct.Struct("<QQ")  # number of the hop, bytes that follow
 _TOKEN_BYTES = 32
-_LOOK_S = 0.2  # how often a rank that waits looks whether its epoch was given up
+_LOOK_S = 0.2  # how often a rank that waits checks whether its epoch was given up
 
 
 class SocketSending:
-    """A send on its way: most end before `send` returns, large ones in the link's thread."""
+    """A send that has begun: most end before `send` returns, large ones in the link's thread."""
 
     def __init__(self, link: "SocketLink", tensor: torch.Tensor, rest: memoryview) -> None:
         self.rest = rest
@@ -40,7 +40,7 @@ class SocketSending:
         self._error: Exception | None = None
 
     def finish(self, error: Exception | None = None) -> None:
-        """Called once, by whoever sent the last byte."""
+        """Mark it as ended; called once, when the last byte was sent or sending failed."""
         self._error = error
         self._done.set()
 
@@ -53,24 +53,24 @@ class SocketSending:
 
 
 class SocketLink:
-    """A Link over a connected socket: one side only sends, the other only receives. `abort` is for any thread."""
+    """A Link over a connected socket: one side only sends, the other only receives. Any thread may call `abort`."""
 
     def __init__(self, connection: socket.socket, name: str, timeout_s: float) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.settimeout(timeout_s)  # of a piece: a hop fails when no byte moves for this long
+        connection.settimeout(timeout_s)  # a hop fails when no byte moves for this long
         self.name = name
         self.timeout_s = timeout_s
         self._connection = connection
         self._num_hops = 0
         self._aborted = False
         self._lock = threading.Lock()  # over the backlog
-        self._backlog = 0  # sends that the thread has not finished; those after them queue behind
+        self._backlog = 0  # sends that the thread has not finished; later sends queue behind them
         self._queue: queue.SimpleQueue[SocketSending | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     @property
     def num_operations(self) -> int:
-        """Hops sent, or received in whole."""
+        """Hops sent, or completely received."""
         return self._num_hops
 
     def send(self, tensor: torch.Tensor) -> SocketSending:
@@ -107,7 +107,7 @@ class SocketLink:
         self._fill(payload)
 
     def abort(self) -> None:
-        """Make both sides leave, now and later, with RuntimeError. Any thread may call it."""
+        """Make operations on both sides, now and later, raise RuntimeError. Any thread may call it."""
         self._aborted = True
         with contextlib.suppress(OSError):  # not connected any more
             self._connection.shutdown(socket.SHUT_RDWR)
@@ -168,9 +168,9 @@ def connect_links(
 ) -> tuple[SocketLink | None, SocketLink | None]:
     """(link from the previous rank, link to the following rank), None where there is no such rank.
 
-    `name` keeps several kinds of links between the same ranks apart. Every rank opens its door before it knocks at the
-    next one, so no order of starting can block. The door is at the node's own address, and opens only for who knows the
-    token in the store. Raises TimeoutError or RuntimeError.
+    `name` tells kinds of links between the same ranks apart. Every rank listens before it connects to the next one, so
+    that no order of starting can block. It listens at the node's own address, and accepts only a connection that sends
+    the token in the store. Raises TimeoutError or RuntimeError.
     """
     listener, token = None, secrets.token_hex(_TOKEN_BYTES // 2).encode()
     link_in = link_out = None
@@ -198,8 +198,8 @@ def connect_links(
     return link_in, link_out
 
 
-def _connect(door: Any, timeout_s: float) -> socket.socket:
-    address, port, token = door
+def _connect(listening: Any, timeout_s: float) -> socket.socket:
+    address, port, token = listening
     try:
         connection = socket.create_connection((address, port), timeout=timeout_s)
     except TimeoutError:
@@ -211,33 +211,33 @@ def _connect(door: Any, timeout_s: float) -> socket.socket:
 
 
 def _accept(listener: socket.socket, token: bytes, store: EpochStore) -> socket.socket:
-    """The first connection that says the token. Strangers hold nobody up, and a slow rank has as long as the store."""
+    """Wait for the first connection that sends the token, while others are open too. Raises TimeoutError."""
     deadline = time.monotonic() + store.timeout_s
-    said: dict[socket.socket, bytes] = {}
+    received: dict[socket.socket, bytes] = {}
     chosen = None
-    with selectors.DefaultSelector() as doors:
-        doors.register(listener, selectors.EVENT_READ)
+    with selectors.DefaultSelector() as selector:
+        selector.register(listener, selectors.EVENT_READ)
         while chosen is None and time.monotonic() < deadline:
             store.raise_if_cancelled()
-            for key, _ in doors.select(_LOOK_S):
+            for key, _ in selector.select(_LOOK_S):
                 visitor = key.fileobj
                 assert isinstance(visitor, socket.socket)
                 if visitor is listener:
                     connection, _ = listener.accept()
                     connection.setblocking(False)
-                    said[connection] = b""
-                    doors.register(connection, selectors.EVENT_READ)
+                    received[connection] = b""
+                    selector.register(connection, selectors.EVENT_READ)
                     continue
-                piece = _read(visitor, _TOKEN_BYTES - len(said[visitor]))
-                said[visitor] += piece
-                if hmac.compare_digest(said[visitor], token):
+                piece = _read(visitor, _TOKEN_BYTES - len(received[visitor]))
+                received[visitor] += piece
+                if hmac.compare_digest(received[visitor], token):
                     chosen = visitor
-                elif not piece or len(said[visitor]) == _TOKEN_BYTES:
+                elif not piece or len(received[visitor]) == _TOKEN_BYTES:
                     logger.warning("refused a connection that does not belong to this gang")
-                    doors.unregister(visitor)
-                    del said[visitor]
+                    selector.unregister(visitor)
+                    del received[visitor]
                     visitor.close()
-    for visitor in said:
+    for visitor in received:
         if visitor is not chosen:
             visitor.close()
     if chosen is None:
@@ -246,7 +246,7 @@ def _accept(listener: socket.socket, token: bytes, store: EpochStore) -> socket.
 
 
 def _read(connection: socket.socket, num_bytes: int) -> bytes:
-    """What is there; empty when the other side has left."""
+    """Read what has come; empty when the other side has left."""
     try:
         return connection.recv(num_bytes)
     except OSError:

@@ -1,9 +1,9 @@
 """The all-reduce of small messages on CUDA: one kernel over memory that the shards' GPUs map into each other.
 
-The kernels are torch's own (torch.ops.symm_mem); the others' memory is reached over NVLink. What does not suit them
-goes to NCCL. This has never run on a GPU: it must give right sums at start-up on every shard, or NCCL does everything.
+The kernels are torch's own (torch.ops.symm_mem); they reach the others' memory over NVLink. Other messages go to NCCL.
+This has never run on a GPU: unless its sums are right on every shard at start-up, NCCL does everything.
 
-A kernel that waits for a neighbour that died cannot be aborted, unlike NCCL's: such a rank must be killed.
+A kernel that waits for a dead neighbour cannot be aborted, unlike NCCL's: such a rank must be killed.
 """
 
 import functools
@@ -23,15 +23,15 @@ Method = Literal["one_shot", "multimem", "nccl"]
 
 _MIB = 1024 * 1024
 BUFFER_BYTES = 8 * _MIB
-# Every shard reads everybody's message: the more shards, the sooner other ways win. vLLM's thresholds for its own
+# Every shard reads all messages, so with more shards other methods are faster sooner. vLLM's thresholds for its own
 # kernels on sm90: 64 MiB for 2 shards, 32 MiB for 4 (large ones in two shots), 512 KiB for 6, 256 KiB for 8. All shards
 # add in the same order, in the message's dtype (CUDASymmetricMemory-inl.h, load_and_reduce): sums have the same bits.
 ONE_SHOT_BYTES = {2: BUFFER_BYTES, **dict.fromkeys((3, 4, 5, 6), 512 * 1024), 7: 256 * 1024, 8: 256 * 1024}
-_ALIGNMENT_BYTES = 16  # less makes the kernels load less at once, or refuse
+_ALIGNMENT_BYTES = 16  # with less the kernels load less at once, or refuse
 
 
 def method_for(num_bytes: int, num_shards: int, has_multicast: bool) -> Method:
-    """How a message is summed: by one shot, in the switch where it can, or by NCCL."""
+    """The method by which a message is summed: one shot, in the switch where that can sum, or NCCL."""
     if num_bytes == 0 or num_bytes % _ALIGNMENT_BYTES or num_bytes > BUFFER_BYTES:
         return "nccl"
     if num_bytes <= ONE_SHOT_BYTES.get(num_shards, 0):
@@ -59,13 +59,13 @@ class SymmetricStage:
         return self._num_operations + self._fallback.num_operations
 
     def method(self, tensor: torch.Tensor) -> Method:
-        """How a tensor is summed."""
+        """The method by which a tensor is summed."""
         if tensor.dtype not in self._buffers or tensor.storage_offset() * tensor.itemsize % _ALIGNMENT_BYTES:
             return "nccl"
         return method_for(tensor.nbytes, self.size, self._has_multicast)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over the shards; a tensor of its own, or the one given."""
+        """Sum over the shards → a new tensor, or the one given."""
         method = self.method(tensor)
         if method == "nccl":
             return self._fallback.all_reduce(tensor)
@@ -95,9 +95,9 @@ class SymmetricStage:
 
 
 def with_symmetric_memory(fallback: StageGroup, store: EpochStore, stage: int, device: torch.device) -> StageGroup:
-    """A group that uses symmetric memory, or the one given: the reason is logged. All shards call it at once.
+    """A group that uses symmetric memory; or the one given, with the reason logged. All shards must call it.
 
-    Each thing that a shard may fail at alone is voted on before what all must do together.
+    After each step that may fail on one shard alone, all shards vote on whether to go on.
     """
     if fallback.size not in ONE_SHOT_BYTES:
         logger.info("all-reduces go through NCCL: symmetric memory is for 2 to 8 shards, not %d", fallback.size)
@@ -123,14 +123,14 @@ def _allocate(device: torch.device) -> torch.Tensor:
 
 
 def _meet(buffer: torch.Tensor, name: str, group: StageGroup, store: EpochStore) -> Any:
-    """→ torch's handle of the memory. Our groups are not in torch's registry, so it is told who they are."""
+    """Map the buffers of all shards → torch's handle. Torch does not know our groups, so it gets rank and size here."""
     symmetric: Any = importlib.import_module("torch.distributed._symmetric_memory")
     symmetric._SymmetricMemory.set_group_info(name, group.shard, group.size, store.part(f"{name}/symmetric"))  # noqa: SLF001
     return symmetric.rendezvous(buffer, name)
 
 
 def _check(group: SymmetricStage, device: torch.device) -> bool:
-    """Raises RuntimeError where a sum is wrong. Whole numbers: bfloat16 holds them."""
+    """Raises RuntimeError where a sum is wrong. The numbers are small integers, which bfloat16 holds exactly."""
     for dtype in (torch.bfloat16, torch.float32):
         for num_bytes in (_ALIGNMENT_BYTES, 64 * 1024, 4 * _MIB):
             count_N = torch.arange(num_bytes // dtype.itemsize, device=device) % 8
@@ -142,7 +142,7 @@ def _check(group: SymmetricStage, device: torch.device) -> bool:
 
 
 def _attempt(work: Callable[[], Any]) -> Any:
-    """What it gives; None where it fails."""
+    """The result of some work; None, with the reason logged, where it fails."""
     try:
         return work()
     except (RuntimeError, ImportError, AttributeError, TypeError, ValueError) as error:

@@ -19,25 +19,25 @@ class Member:
     store: EpochStore
     device: torch.device
     address: str  # of its node: nothing listens elsewhere
-    timeout_s: float  # the patience of one collective or one hop
+    timeout_s: float  # the time limit of one collective or one hop
 
 
 class Held(Protocol):
-    """What a rank must let go of when the epoch ends."""
+    """What a rank must release when the epoch ends."""
 
     @property
     def num_operations(self) -> int:
         """Operations begun so far. Any thread may ask."""
 
     def abort(self) -> None:
-        """Make every operation, now or later, end with RuntimeError. Any thread may call it."""
+        """Make every operation, now and later, raise RuntimeError. Any thread may call it."""
 
     def close(self) -> None:
         """Release what is held. May be called twice."""
 
 
 class HeldLink(Link, Held, Protocol):
-    """A link that a rank lets go of when the epoch ends."""
+    """A link that a rank releases when the epoch ends."""
 
 
 class Transport(Protocol):

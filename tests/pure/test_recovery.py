@@ -14,11 +14,11 @@ from actors.decisions.failure.culprit import (
     Complaint,
     CrashReport,
     RankProgress,
-    of_complaints,
-    of_deaths,
-    of_hang,
-    of_silence,
     revise_verdict,
+    verdict_on_complaints,
+    verdict_on_deaths,
+    verdict_on_hang,
+    verdict_on_silence,
 )
 from actors.decisions.failure.quarantine import Quarantine
 from actors.decisions.schedule.settings import SchedulerSettings
@@ -47,26 +47,26 @@ def test_of_those_who_complain_the_one_furthest_behind_is_the_culprit() -> None:
     ]
     for _ in range(20):
         random.shuffle(said)
-        assert of_complaints(said, 2) == Verdict("failed", "own error", (1,), 7)
+        assert verdict_on_complaints(said, 2) == Verdict("failed", "own error", (1,), 7)
     said.append(Complaint(3, 6, "the last stage, one step behind"))
-    assert of_complaints(said, 2).ranks == (3,)
+    assert verdict_on_complaints(said, 2).ranks == (3,)
     said[-1] = Complaint(3, 6, "neighbour gone", is_echo=True)  # what was under way to it went with its neighbour
-    assert of_complaints(said, 2).ranks == (1,)
+    assert verdict_on_complaints(said, 2).ranks == (1,)
 
 
 def test_in_a_hang_the_silent_come_first_then_step_stage_and_collective() -> None:
     progress_by_rank = {rank: RankProgress(100.0, 9, 40) for rank in range(4)}
     progress_by_rank[1] = RankProgress(100.0, 9, 39)
-    verdict = of_hang(9, progress_by_rank, 2, now=100.5)
+    verdict = verdict_on_hang(9, progress_by_rank, 2, now=100.5)
     assert (verdict.cause, verdict.ranks, verdict.step, verdict.is_from_within) == ("hung", (1,), 9, True)
     progress_by_rank[3] = RankProgress(97.9, 9, 40)
-    verdict = of_hang(9, progress_by_rank, 2, now=100.5)
+    verdict = verdict_on_hang(9, progress_by_rank, 2, now=100.5)
     assert (verdict.cause, verdict.ranks, verdict.is_from_within) == ("silent", (3,), False)
-    assert of_silence(progress_by_rank, 100.5, 3.0) is None
+    assert verdict_on_silence(progress_by_rank, 100.5, 3.0) is None
 
 
 def test_last_words_tell_a_crash_from_a_kill() -> None:
-    killed = of_deaths([Complaint(2, 5, "rank 2 died"), Complaint(0, 5, "rank 0 died")])
+    killed = verdict_on_deaths([Complaint(2, 5, "rank 2 died"), Complaint(0, 5, "rank 0 died")])
     assert (killed.cause, killed.ranks, killed.is_from_within) == ("killed", (0, 2), False)
     left = {2: CrashReport(11, ""), 0: CrashReport(11, "")}
     assert revise_verdict(killed, {}, left) == killed

@@ -1,35 +1,36 @@
-"""Which request ends ranks: the suspects after two deaths in a row, and the guilty one after a death while alone.
+"""Finds the request that ends ranks: suspect after two deaths in a row, guilty after a death while it ran alone.
 
-A request is suspect when it was in the culprit's step at two deaths in a row without having gained an id between.
-Suspects run alone; only a death while alone fails a request. Deaths from outside are never told here.
+A request is suspect when it was in the culprit's step at two deaths in a row without having gained an id in between.
+Suspects run alone; only a death while it runs alone fails a request. Deaths from outside do not count.
 
-What counts is what the ranks had computed: an id whose result was lost with them is not gained by computing it again.
-So a request's place is how many ids the fatal step computed, and gaining means getting past that. Neither is the id
-gained that the fatal step itself brought, where a rank failed so late that its neighbours had told it.
+An id counts as gained only when the request gets past the fatal step: how many ids it has then is its `num_ids_after`.
+Ids that the fatal step computed are not gained by computing them again, even where another rank reported them before
+the culprit failed.
 """
 
 from collections.abc import Mapping
 
 
 class Quarantine:
-    """Remembers who was there at the last death, and at which place."""
+    """Remembers the requests of the last fatal step, and the suspects."""
 
     def __init__(self) -> None:
-        self._at_last_death: dict[str, int] = {}
-        self.suspects: dict[str, int] = {}  # who must run alone, until it has more ids than so many
+        self._at_last_death: dict[str, int] = {}  # request → ids that it must get past to have gained one
+        self.suspects: dict[str, int] = {}  # request → it must run alone until it has more ids than this
 
-    def death(self, present: Mapping[str, int], num_ids: Mapping[str, int]) -> str | None:
-        """A rank died of its own with these requests (and their places) in its step; returns who is guilty, if anybody.
+    def death(self, num_ids_after: Mapping[str, int], num_ids: Mapping[str, int]) -> str | None:
+        """Record that a rank ended by itself → the guilty request, if there is one.
 
-        `num_ids`: prompt and generated, of every live request; those `present` that have ended are not among them.
+        `num_ids_after`: of the requests in the culprit's step. `num_ids`: of every live request, prompt and generated;
+        a request that has ended meanwhile is not among them.
         """
-        present = {request_id: place for request_id, place in present.items() if request_id in num_ids}
+        present = {name: count for name, count in num_ids_after.items() if name in num_ids}
         alone = next(iter(present)) if len(present) == 1 else ""
         guilty = alone if present.get(alone, 0) <= self.suspects.get(alone, -1) else None
-        self.suspects = {name: place for name, place in self.suspects.items() if num_ids.get(name, place + 1) <= place}
-        reached = {request_id: max(place, num_ids[request_id]) for request_id, place in present.items()}
-        for request_id, place in present.items():
-            if place <= self._at_last_death.get(request_id, -1):
+        self.suspects = {name: count for name, count in self.suspects.items() if num_ids.get(name, count + 1) <= count}
+        reached = {name: max(count, num_ids[name]) for name, count in present.items()}
+        for request_id, count in present.items():
+            if count <= self._at_last_death.get(request_id, -1):
                 self.suspects[request_id] = reached[request_id]
         self._at_last_death = reached
         if guilty is not None:

@@ -1,4 +1,4 @@
-"""What accelerators can do, by their makers' data sheets: memory, its bandwidth, dense bf16 arithmetic, links."""
+"""What each accelerator can do, by its data sheet: memory, bandwidth, dense bf16 arithmetic, links."""
 
 from dataclasses import dataclass
 

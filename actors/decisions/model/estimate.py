@@ -1,6 +1,6 @@
-"""What a plan costs and how fast it can be at best: memory by rank, bytes that are exchanged, and a roofline.
+"""Estimates what a plan costs and how fast it can be at best: memory of each rank, bytes exchanged, and a roofline.
 
-Pure arithmetic on a Plan. A roofline is a bound: kernels that reach the peaks, no gaps, no host time.
+It is arithmetic on a Plan. The roofline is an upper bound: all kernels reach the peaks, without gaps or host time.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from actors.decisions.model.spec import Parameter, dtype_bytes, pattern_of
 from actors.decisions.schedule.blocks import num_blocks_for
 
 RESERVED_BYTES = 1_500_000_000  # of a GPU: its context, the communicator's buffers, the allocator's gaps
-ALL_REDUCE_S = 10e-6  # before the first byte arrives, with CUDA graphs; facts of 8 GPUs on one switch: 5 to 15 µs
-HOP_S = 20e-6  # the same between two nodes
+ALL_REDUCE_S = 10e-6  # latency of one all-reduce, with CUDA graphs; 8 GPUs on one switch take 5 to 15 µs
+HOP_S = 20e-6  # latency of a hop between two nodes
 _SUMMED = ("rowwise", "rowwise_split_input", "moe_tp_experts", "all_reduce")
 
 ASSUMPTIONS = (
@@ -51,19 +51,19 @@ class Memory:
 
 
 class Estimate:
-    """A plan on an accelerator."""
+    """The cost and speed of a plan on one kind of accelerator."""
 
     def __init__(
         self, plan: Plan, accelerator: Accelerator, memory_share: float, num_blocks: int | None = None
     ) -> None:
-        """`num_blocks`: as the config fixes it; None where the memory decides."""
+        """`num_blocks`: of the KV cache, where the config fixes it; None where the memory decides."""
         self.plan = plan
         self.accelerator = accelerator
         self.memory_share = memory_share
         self.num_blocks_asked = num_blocks
 
     def memory(self, rank: int) -> Memory:
-        """As `Runner.num_blocks_that_fit` divides it."""
+        """The memory of a rank, divided as `Runner.num_blocks_that_fit` does."""
         shard, plan = self.plan.shards[rank], self.plan
         free = self.accelerator.memory_bytes - RESERVED_BYTES - shard.weight_bytes - self.activation_bytes(rank)
         cache = int(free * self.memory_share) if free > 0 else free
@@ -72,7 +72,7 @@ class Estimate:
         return Memory(shard.weight_bytes, self.activation_bytes(rank), cache, num_blocks, longest)
 
     def activation_bytes(self, rank: int) -> int:
-        """Of the largest step: four hidden states, one layer's widest projections, and logits in float32."""
+        """Bytes of activations in the largest step: four hidden states, the widest projections, float32 logits."""
         spec, limits, shard = self.plan.spec, self.plan.scheduler, self.plan.shards[rank]
         widest = max((self._width(tensor) for tensor in shard.tensors if self._is_in_layer(tensor)), default=0)
         hidden = limits.max_num_batched_tokens * (4 * spec.hidden_size + 2 * widest) * spec.dtype_bytes
@@ -80,7 +80,7 @@ class Estimate:
         return hidden + 2 * logits
 
     def _width(self, tensor: TensorSlice) -> int:
-        """Elements that a tensor makes of one token: stacked experts as many as are chosen."""
+        """Elements that a product with the tensor gives for one token; of stacked experts, all that a token uses."""
         if self._is_stacked(tensor):
             assert self.plan.spec.experts_per_token is not None
             return max(tensor.shape[1:]) * self.plan.spec.experts_per_token
@@ -88,12 +88,12 @@ class Estimate:
 
     @cached_property
     def num_blocks_that_fit(self) -> int:
-        """As many as the fullest rank holds."""
+        """KV blocks that fit on every rank."""
         return min(self.memory(rank).num_blocks for rank in range(self.plan.topology.num_ranks))
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the gang."""
+        """KV blocks of every rank."""
         return self.num_blocks_asked or self.num_blocks_that_fit
 
     def fits(self) -> bool:
@@ -102,7 +102,7 @@ class Estimate:
 
     @cached_property
     def all_reduces(self) -> int:
-        """Of one step through all layers of all stages, and the embedding."""
+        """The number of all-reduces in one step: of all layers of all stages, and of the embedding."""
         spec = self.plan.spec
         if self.plan.topology.tensor_parallel_size == 1:
             return 0
@@ -114,19 +114,19 @@ class Estimate:
 
     @property
     def all_reduce_bytes_per_token(self) -> int:
-        """Of one all-reduce."""
+        """Bytes that one all-reduce sums for each token."""
         return self.plan.spec.hidden_size * self.plan.spec.dtype_bytes
 
     @property
     def hop_bytes_per_token(self) -> int:
-        """Between two stages."""
+        """Bytes that one stage sends to the next for each token."""
         numel = 1
         for size in self.plan.spec.state_shape:
             numel *= size
         return numel * self.plan.spec.dtype_bytes
 
     def decode(self, batch: int, context: int) -> Speed:
-        """One token for each of `batch` sequences of `context` tokens, or for as many of them as may run at a time."""
+        """The speed of decoding `batch` sequences of `context` tokens, or as many of them as may run at a time."""
         num_stages = self.plan.topology.pipeline_parallel_size
         room = min(self.plan.scheduler.max_num_seqs, self.num_blocks // num_blocks_for(context, self.plan.block_size))
         running = min(batch, room) if self.fits() else 0
@@ -142,14 +142,14 @@ class Estimate:
         return Speed(batch, seconds * 1e3, rate, limit, running)
 
     def prefill_tokens_per_s(self) -> float:
-        """Of long prompts, in steps of max_num_batched_tokens, through the slowest stage."""
+        """Tokens of long prompts a second, in steps of max_num_batched_tokens, through the slowest stage."""
         tokens = self.plan.scheduler.max_num_batched_tokens
         num_stages = self.plan.topology.pipeline_parallel_size
         pairs = tokens * (tokens + 1) // 2  # each token attends to those before it and to itself
         return tokens / max(sum(self._stage_s(stage, tokens, tokens, pairs).values()) for stage in range(num_stages))
 
     def _stage_s(self, stage: int, tokens: int, cached_tokens: int, pairs: int | None = None) -> dict[str, float]:
-        """Seconds of one step in one stage, by what takes them; `pairs` of query and key, None: one a cached token."""
+        """Seconds of one step in one stage, by cause. `pairs` of query and key; None: one for each cached token."""
         topology, device = self.plan.topology, self.accelerator
         shard = self.plan.shards[topology.rank(stage, 0)]
         weight_bytes, active_elements = 0.0, 0.0
@@ -193,20 +193,20 @@ class Estimate:
         return self.plan.spec.layer_of(tensor.name) is not None
 
     def _is_lookup(self, tensor: TensorSlice) -> bool:
-        """An embedding costs a row a token, unless the head is tied to it."""
+        """Whether a token reads only one row of it: an embedding that is not the head's weight too."""
         spec = self.plan.spec
         is_embedding = tensor.name == f"{spec.embedding_name}.weight"
         return is_embedding and not any(shard.shares_tied_weight for shard in self.plan.shards)
 
 
 def kv_bytes_per_token(plan: Plan, rank: int | None = None) -> int:
-    """Of one rank, or of the whole gang."""
+    """Bytes of the KV cache for one token, on one rank or on all together."""
     ranks = range(plan.topology.num_ranks) if rank is None else [rank]
     return sum(plan.kv_bytes_per_block(one) for one in ranks) // plan.block_size
 
 
 def latent_bytes_per_token(plan: Plan) -> int | None:
-    """What latent attention would cache if its cache were not expanded to whole heads; None for other attention."""
+    """Bytes that latent attention would cache for one token without expanding to heads; None for other attention."""
     latent = [one for one in plan.spec.parameters if one.name.endswith("kv_a_proj_with_mqa.weight")]
     return sum(one.shape[0] for one in latent) * plan.spec.dtype_bytes if latent else None
 

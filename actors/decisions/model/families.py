@@ -1,6 +1,6 @@
-"""What is known of each family beside its own plan: better cuts than the shipped ones, and what is refused, and why."""
+"""What is known of each model family beside its own plan: better cuts, and what is refused and why."""
 
-# Where the shipped plan leaves something whole on every shard that can be cut: patterns inside a layer → style.
+# What can be cut, though Transformers' plan leaves it whole on every shard: patterns inside a layer → style.
 _ATTENTION = {
     "self_attn.q_proj": "colwise",
     "self_attn.k_proj": "colwise",
@@ -47,7 +47,7 @@ _BETTER: dict[str, dict[str, str]] = {
 }
 
 
-# Shown right on tiny checkpoints by tests/families; others are refused until they are.
+# Families that tests/families shows to be right on tiny checkpoints. Others are refused.
 TESTED = frozenset(
     [
         "AXK1ForCausalLM",
@@ -127,7 +127,7 @@ TESTED = frozenset(
     ]
 )
 
-# Layers that get more than the hidden states of the layer before: what they get comes from the first stage's embedding.
+# Families whose layers need more than the hidden states of the layer before, and why they cannot be cut into stages.
 NO_PIPELINE = {
     "Gemma4ForCausalLM": "every layer gets its own embedding of the tokens, which only the first stage has",
     "Gemma4UnifiedForCausalLM": "every layer gets its own embedding of the tokens, which only the first stage has",
@@ -137,6 +137,6 @@ NO_PIPELINE = {
 def amended_styles(
     model_type: str, styles: dict[str, str], layers_name: str, embedding_name: str, head_name: str
 ) -> dict[str, str]:
-    """The plan of a model (pattern → style) with our better cuts, and with embedding and head cut by vocabulary."""
+    """The plan of a model (pattern → style) with the better cuts, and with embedding and head cut by vocabulary."""
     better = {f"{layers_name}.*.{pattern}": style for pattern, style in _BETTER.get(model_type, {}).items()}
     return {**styles, embedding_name: "embedding_rowwise", head_name: "colwise_gather_output", **better}

@@ -1,4 +1,4 @@
-"""The plan of one replica: what follows from the config and the model, frozen; the object that runs."""
+"""The plan of one replica: everything that follows from its config and its model, decided before anything starts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ DEFAULT_BLOCK_SIZE = 16  # tokens, where the device's backend names no other
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that ranks and engine need to know, decided before anything starts."""
+    """What ranks and engine work by. It does not change, and `stagemesh plan` prints it."""
 
     spec: ModelSpec
     topology: Topology
@@ -34,23 +34,23 @@ class Plan:
 
     @property
     def num_blocks_for_longest(self) -> int:
-        """Blocks that one sequence of `max_model_len` tokens holds."""
+        """KV blocks that one sequence of `max_model_len` tokens holds."""
         return num_blocks_for(self.max_model_len, self.block_size)
 
     def check_num_blocks(self, num_blocks: int) -> None:
-        """Raises ValueError when a cache of so many blocks does not hold one sequence of full length."""
+        """Raises ValueError when a cache of `num_blocks` does not hold one sequence of full length."""
         _check_num_blocks(num_blocks, self.max_model_len, self.block_size)
 
     def kv_bytes_per_block(self, rank: int) -> int:
-        """Bytes that one block costs on a rank: keys and values of its layers and KV heads."""
+        """Bytes of one block on a rank: keys and values of its layers and KV heads."""
         elements = sum(attention.cached_elements for attention in self.shards[rank].attentions)
         return self.block_size * elements * self.spec.dtype_bytes
 
 
 def make_plan(config: Config, spec: ModelSpec, default_block_size: int = DEFAULT_BLOCK_SIZE) -> Plan:
-    """`default_block_size` is the device's, in tokens, where the config names none.
+    """Make the plan. `default_block_size`, in tokens, is the device's; it counts where the config names none.
 
-    Raises ValueError (fields, reasons, what would work, a line each) or UnsupportedModel.
+    Raises ValueError, with a line for each wrong field (the reason, and what would work), or UnsupportedModel.
     """
     parallel, scheduler = config.parallel, config.scheduler
     topology = Topology(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
@@ -87,7 +87,7 @@ def _check_num_blocks(num_blocks: int, max_model_len: int, block_size: int) -> N
 
 
 def _problems(config: Config, spec: ModelSpec, topology: Topology, block_size: int) -> list[str]:
-    """Everything that is wrong, all at once."""
+    """All that is wrong with the config for this model, a line each."""
     problems, scheduler = [], config.scheduler
     max_model_len = config.model.max_model_len or spec.max_position
     if max_model_len > spec.max_position:
@@ -96,7 +96,7 @@ def _problems(config: Config, spec: ModelSpec, topology: Topology, block_size: i
             f"use at most {spec.max_position}"
         )
     if config.cache.num_blocks is not None:
-        problems += _said(_check_num_blocks, config.cache.num_blocks, max_model_len, block_size)
+        problems += _problem_of(_check_num_blocks, config.cache.num_blocks, max_model_len, block_size)
     if scheduler.max_num_batched_tokens < scheduler.max_num_seqs:
         problems.append(
             f"scheduler.max_num_batched_tokens: a step of {scheduler.max_num_batched_tokens} tokens cannot hold one "
@@ -116,11 +116,11 @@ def _problems(config: Config, spec: ModelSpec, topology: Topology, block_size: i
     except ValueError as error:
         problems.append(str(error))
     problems += broken_constraints(Sizes.of(spec), topology)
-    return problems + _said(check_given_cut, spec, topology, config.parallel.layers_per_stage)
+    return problems + _problem_of(check_given_cut, spec, topology, config.parallel.layers_per_stage)
 
 
-def _said(check: Callable[..., None], *arguments: object) -> list[str]:
-    """What a check raises, as words."""
+def _problem_of(check: Callable[..., None], *arguments: object) -> list[str]:
+    """The message of the ValueError that a check raises, if it does."""
     try:
         check(*arguments)
     except ValueError as error:

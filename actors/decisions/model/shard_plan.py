@@ -1,6 +1,6 @@
 """What each rank owns: its layers, its heads of every attention, its vocabulary rows, and the slice of every tensor.
 
-The only home of the sharding rules. Model building, loader, KV cache, memory estimate and `/cluster` read it.
+All sharding rules are here, and nowhere else. Model building, loader, KV cache, memory estimate and `/cluster` read it.
 """
 
 from dataclasses import dataclass, replace
@@ -22,14 +22,14 @@ class TensorSlice:
     """The part of one parameter that a rank holds: intervals by dimension, joined in order."""
 
     name: str  # in the model
-    key: str  # under which it is stored (a tied head: under the embedding's)
+    key: str  # under which the checkpoint has it (a tied head: the embedding's)
     full_shape: tuple[int, ...]
     intervals: tuple[tuple[Interval, ...], ...]  # one tuple of intervals a dimension
     dtype: str
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape on the rank."""
+        """The shape on the rank."""
         return tuple(sum(end - first for first, end in dim) for dim in self.intervals)
 
     @property
@@ -43,7 +43,7 @@ class TensorSlice:
 
 @dataclass(frozen=True)
 class AttentionShard:
-    """One attention as a rank has it: which heads; intervals in the unsharded model's numbering."""
+    """The heads of one attention that a rank computes; intervals in the unsharded model's numbering."""
 
     spec: AttentionSpec
     heads: Interval
@@ -66,7 +66,7 @@ class AttentionShard:
 
     @property
     def cached_elements(self) -> int:
-        """Elements of the KV cache for one token."""
+        """Elements that one token takes in the KV cache."""
         return self.num_kv_heads * (self.spec.key_dim + self.spec.value_dim)
 
 
@@ -99,7 +99,7 @@ class ShardPlan:
 def make_shard_plans(
     spec: ModelSpec, topology: Topology, layers_per_stage: tuple[int, ...] | None = None
 ) -> tuple[ShardPlan, ...]:
-    """One plan a rank, in rank order.
+    """Make the plans of all ranks, in rank order.
 
     Raises ValueError with every broken constraint, UnsupportedModel for a tensor that cannot be cut as its style says.
     """
@@ -111,15 +111,15 @@ def make_shard_plans(
 
 
 def split_evenly(total: int, shard: int, num_shards: int) -> Interval:
-    """Interval of a shard; sizes differ by at most one (vocabularies need not be divisible)."""
+    """The interval of a shard; sizes differ by at most one (vocabularies need not be divisible)."""
     return shard * total // num_shards, (shard + 1) * total // num_shards
 
 
 def cut_by_cost(spec: ModelSpec, topology: Topology) -> list[Interval]:
-    """Layers of each stage such that the slowest stage is as fast as possible, and the rest as even as possible.
+    """The layers of each stage, cut so that the slowest stage is as fast as possible, and the rest as even as possible.
 
-    Cost is what a token reads: the weights of a layer, and of the head on the last stage. An embedding is a lookup of
-    one row a token: it costs memory, but no time.
+    The cost of a stage is the weights that a token reads: of its layers, and of the head on the last stage. Of an
+    embedding a token reads one row, which takes no time.
     """
     layer_cost = [0] * spec.num_layers
     tail_cost = 0
@@ -155,7 +155,7 @@ def cut_by_cost(spec: ModelSpec, topology: Topology) -> list[Interval]:
 
 
 def check_given_cut(spec: ModelSpec, topology: Topology, layers_per_stage: tuple[int, ...] | None) -> None:
-    """Raises ValueError when the config deals the layers in a way that cannot be."""
+    """Raises ValueError where the config's layers of each stage do not fit the model or the number of stages."""
     if layers_per_stage is None:
         return
     if (
@@ -224,14 +224,14 @@ def _is_owned(spec: ModelSpec, plan: ShardPlan, parameter: Parameter) -> bool:
 
 @dataclass(frozen=True)
 class _Cutter:
-    """Truncation parameters for one rank."""
+    """Cuts parameters for one rank."""
 
     spec: ModelSpec
     plan: ShardPlan
     num_shards: int
 
     def slice(self, parameter: Parameter) -> TensorSlice:
-        """By the style of the parameter."""
+        """The part of a parameter that the rank holds, by the style of the parameter."""
         whole = tuple(((0, size),) for size in parameter.shape)
         name = self.spec.style_of(parameter.name) or "replicate"
         style = STYLES[name]
@@ -252,7 +252,7 @@ class _Cutter:
         return tuple((piece + first, piece + end) for piece in range(0, size, size // pieces))
 
     def _interval(self, parameter: Parameter, size: int) -> Interval:
-        """Which part of a cut dimension this rank holds, by what the dimension counts."""
+        """The part of a cut dimension that this rank holds: vocabulary rows, heads, or an even share."""
         if self.spec.is_vocabulary(parameter.name):
             return self.plan.vocab_rows
         shard = self._attention_of(parameter)
@@ -266,7 +266,7 @@ class _Cutter:
         return next((shard for shard in self.plan.attentions if shard.spec == attention), None)
 
     def _heads(self, parameter: Parameter, size: int, shard: AttentionShard, has_kv_heads: bool) -> Interval:
-        """Whole heads; where the attention is not cut its projections are still cut, and gathered."""
+        """The rank's heads. Projections of an attention that is not cut are cut evenly, and their outputs gathered."""
         total = shard.spec.num_kv_heads if has_kv_heads else shard.spec.num_heads
         if not self.spec.is_cut(shard.spec):
             return split_evenly(size, self.plan.shard, self.num_shards)

@@ -1,4 +1,4 @@
-"""The few numbers that decide which cuts are valid, and every reason why one is not."""
+"""Decides which tensor- and pipeline-parallel sizes a model can have, with every reason why one is not valid."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,16 +9,16 @@ from cluster.topology import Topology
 
 @dataclass(frozen=True)
 class Sizes:
-    """What shards and stages must divide. Layers may differ in heads and widths: then there are several numbers."""
+    """The numbers that shards and stages must divide. There are several of a kind where layers differ."""
 
     num_layers: int
     heads: frozenset[int]
     kv_heads: frozenset[int]
-    columns: frozenset[int]  # of the feed-forward networks and of whatever else is cut evenly
+    columns: frozenset[int]  # of the feed-forward networks, and of all else that is cut evenly
 
     @classmethod
     def of(cls, spec: ModelSpec) -> "Sizes":
-        """Of a model whose plan is known."""
+        """The sizes of a model whose plan is known."""
         cut = [attention for attention in spec.attentions if spec.is_cut(attention)]
         columns = {spec.columns_of(parameter) for parameter in spec.parameters}
         return cls(
@@ -30,7 +30,7 @@ class Sizes:
 
     @classmethod
     def guess(cls, raw_config: dict[str, Any]) -> "Sizes | None":
-        """From a config.json as it is on disk, without importing Transformers; None when it names them differently."""
+        """The sizes in a config.json, without importing Transformers; None where it has other names for them."""
         try:
             heads = raw_config["num_attention_heads"]
             kv_heads = raw_config.get("num_key_value_heads") or heads

@@ -1,4 +1,4 @@
-"""The tensor-parallel styles, as Transformers names them: how each cuts a tensor, and what that means here."""
+"""The tensor-parallel styles, by Transformers' names: how each cuts a tensor, and what it means."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,7 +10,7 @@ class Style:
 
     meaning: str
     cuts: Literal["rows", "columns"] | None = None  # rows: the second last dimension (biases too); columns: the last
-    pieces: int = 1  # a fused tensor is so many tensors one after the other, each cut alike
+    pieces: int = 1  # of a fused tensor: so many tensors one after the other, each cut alike
 
 
 STYLES = {

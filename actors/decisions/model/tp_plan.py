@@ -1,4 +1,4 @@
-"""Settles which style each module gets: the model's own plan, what the config makes of it, and what is refused."""
+"""Decides which style each module gets: the model's own plan and the config's rules, or why they are refused."""
 
 import difflib
 from collections.abc import Mapping
@@ -10,14 +10,14 @@ from actors.words.errors import UnsupportedModel
 from configs.config import ParallelConfig
 
 _KEY = "parallel.tp_plan"
-_LARGE = 0.1  # of its layer's parameters: so much is not held whole by every shard unless somebody says so
+_LARGE = 0.1  # share of a layer's parameters: no shard holds such a tensor whole unless the config says so
 
 
 def with_tp_plan(spec: ModelSpec, parallel: ParallelConfig) -> ModelSpec:
-    """The spec with the styles that run.
+    """The spec with the styles that are used.
 
-    Raises ValueError for a rule of the config that is wrong, UnsupportedModel where the model's own plan names a style
-    that is not known; and ValueError for a large matrix that no rule cuts.
+    Raises ValueError for a wrong rule in the config and for a large matrix that no rule cuts, UnsupportedModel where
+    the model's own plan names an unknown style.
     """
     asked = {} if parallel.tp_plan == "auto" else _named(parallel.tp_plan, spec)
     _check_own(spec)
@@ -30,7 +30,7 @@ def with_tp_plan(spec: ModelSpec, parallel: ParallelConfig) -> ModelSpec:
 
 
 def _named(asked: Mapping[str, str], spec: ModelSpec) -> dict[str, str]:
-    """The rules of the config, by full patterns. Raises ValueError for a style or a pattern that nothing knows."""
+    """The rules of the config, by full patterns. Raises ValueError for an unknown style or pattern."""
     names = {pattern_of(name) for parameter in spec.parameters for name in _prefixes(parameter.name)}
     rules = {}
     for pattern, style in asked.items():
@@ -57,7 +57,7 @@ def _of_vocabulary(spec: ModelSpec, asked: Mapping[str, str]) -> dict[str, str]:
 
 
 def _prefixes(name: str) -> list[str]:
-    """A parameter and the modules around it."""
+    """The names of a parameter and of the modules around it."""
     parts = name.split(".")
     return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
@@ -72,7 +72,7 @@ def _check_own(spec: ModelSpec) -> None:
 
 
 def _check_sums(spec: ModelSpec, asked: Mapping[str, str]) -> None:
-    """Rules that would run and give wrong numbers: halves of a product that do not meet their other half."""
+    """Raises ValueError for rules that would run and give wrong numbers: cut tensors whose results are never summed."""
     for pattern, style in asked.items():
         if spec.styles.get(pattern.rpartition(".")[0]) == "local_params":
             continue

@@ -1,7 +1,8 @@
-"""Which sequence holds which KV block: allocation, sharing of equal prefixes, and an account that must add up.
+"""The pool of KV blocks: allocation, sharing of equal prefixes, and counts that must add up.
 
-A block is in exactly one of three states: used (held by at least one sequence), cached (held by nobody, kept for its
-contents), or free. Blocks are named by a SHA-256 chain over their contents: an equal name means an equal prefix.
+A block is in exactly one of three states: used (held by at least one sequence), cached (held by none, kept for its
+contents), or free. The hash of a full block covers its ids and all before them (a chain of SHA-256): blocks of equal
+hashes end equal prefixes.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ BlockHash = bytes
 
 @dataclass(frozen=True)
 class BlockCounts:
-    """The account: total = used + cached + free."""
+    """How many blocks are in each state: total = used + cached + free."""
 
     total: int
     used: int
@@ -37,36 +38,36 @@ class BlockPool:
 
     @property
     def num_blocks(self) -> int:
-        """All blocks."""
+        """Blocks in all states."""
         return len(self._holders)
 
     @property
     def num_available(self) -> int:
-        """Blocks that can be handed out now: free ones, and cached ones that would be given up."""
+        """Blocks that can be allocated now: free ones, and cached ones, which lose their contents."""
         return len(self._free) + len(self._cached)
 
     def counts(self) -> BlockCounts:
-        """The account as it stands."""
+        """How many blocks are in each state now."""
         total, cached, free = len(self._holders), len(self._cached), len(self._free)
         return BlockCounts(total, total - cached - free, cached, free)
 
     def allocate(self, count: int) -> list[int] | None:
-        """`count` blocks with one holder each, or None when there are too few; nothing is taken then."""
+        """Take `count` blocks with one holder each; None, and none taken, when there are too few."""
         if count > self.num_available:
             return None
         blocks = []
         for _ in range(count):
             if not self._free:
-                self._forget(next(iter(self._cached)))
+                self._evict(next(iter(self._cached)))
             block = self._free.pop()
             self._holders[block] = 1
             blocks.append(block)
         return blocks
 
     def release(self, blocks: Iterable[int]) -> None:
-        """One holder fewer for each; a block without holders is kept for its contents if they are named.
+        """Take one holder from each block; a block without holders stays cached if its hash is known.
 
-        Give them in the order of the sequence: of one prefix the last block is given up first.
+        The blocks are in the order of the sequence, so that of a cached prefix the last block is given up first.
         """
         for block in reversed(list(blocks)):
             assert self._holders[block] > 0, f"block {block} released more often than held"
@@ -78,10 +79,10 @@ class BlockPool:
                     self._free.append(block)
 
     def share(self, hashes: Iterable[BlockHash]) -> list[int]:
-        """The blocks of the longest known prefix of a chain, each with one holder more."""
+        """Hold the blocks of the longest prefix of these hashes that is known: each gets one holder more."""
         blocks = []
-        for name in hashes:
-            block = self._block_of.get(name)
+        for block_hash in hashes:
+            block = self._block_of.get(block_hash)
             if block is None:
                 break
             self._holders[block] += 1
@@ -89,21 +90,21 @@ class BlockPool:
             blocks.append(block)
         return blocks
 
-    def name(self, block: int, name: BlockHash) -> None:
-        """Say that a held block's contents are, from the step just built on, those that the name stands for."""
-        assert self._holders[block] > 0, f"block {block} named while nobody holds it"
-        if name not in self._block_of and block not in self._hash_of:
-            self._block_of[name] = block
-            self._hash_of[block] = name
+    def add_hash(self, block: int, block_hash: BlockHash) -> None:
+        """Record the hash of what a held block contains from the step just built on; `share` finds it from then on."""
+        assert self._holders[block] > 0, f"block {block} gets a hash while nobody holds it"
+        if block_hash not in self._block_of and block not in self._hash_of:
+            self._block_of[block_hash] = block
+            self._hash_of[block] = block_hash
 
-    def forget(self, block: int) -> None:
-        """Say that a held block's contents are worth nothing to others."""
-        name = self._hash_of.pop(block, None)
-        if name is not None:
-            del self._block_of[name]
+    def forget_hash(self, block: int) -> None:
+        """Forget the hash of a held block, if it has one: nobody else will share it."""
+        block_hash = self._hash_of.pop(block, None)
+        if block_hash is not None:
+            del self._block_of[block_hash]
 
     def check(self, tables: Iterable[list[int]]) -> None:
-        """Compare the account with the tables of all live sequences. Raises IntegrityError with the numbers."""
+        """Compare the holders with the block tables of all live sequences. Raises IntegrityError with the numbers."""
         held = [0] * len(self._holders)
         for table in tables:
             for block in table:
@@ -117,7 +118,7 @@ class BlockPool:
                 f"blocks with a wrong count of holders: {wrong[:16]}"
             )
 
-    def _forget(self, block: int) -> None:
+    def _evict(self, block: int) -> None:
         del self._cached[block]
         del self._block_of[self._hash_of.pop(block)]
         self._free.append(block)
@@ -129,10 +130,10 @@ def num_blocks_for(num_tokens: int, block_size: int) -> int:
 
 
 def root_hash(salt: str) -> BlockHash:
-    """The start of a chain. Requests with different salts (adapter, API key) never share blocks."""
+    """What a chain of hashes starts from. Requests with different salts (adapter, API key) never share blocks."""
     return hashlib.sha256(salt.encode()).digest()
 
 
 def next_hash(previous: BlockHash, ids: list[int]) -> BlockHash:
-    """The name of a full block of `ids` that follows the prefix named `previous`."""
+    """The hash of a full block of `ids` after the block whose hash is `previous`."""
     return hashlib.sha256(previous + b"".join(token.to_bytes(8, "little") for token in ids)).digest()

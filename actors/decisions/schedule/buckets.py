@@ -13,7 +13,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Buckets:
-    """All shapes, ascending in both numbers."""
+    """All shapes of a gang: every number of rows with every number of blocks, both ascending."""
 
     rows: tuple[int, ...]
     blocks: tuple[int, ...]
@@ -36,7 +36,7 @@ class Buckets:
         return None if rows is None or blocks is None or num_rows == 0 else Bucket(rows, blocks)
 
     def all(self) -> list[Bucket]:
-        """The largest first: what it takes of a shared pool of memory holds all the others."""
+        """All shapes, the largest first: captured first, its share of the memory pool also holds the others."""
         return sorted((Bucket(rows, blocks) for rows in self.rows for blocks in self.blocks), reverse=True)
 
 

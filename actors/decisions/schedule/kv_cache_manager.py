@@ -1,4 +1,4 @@
-"""The blocks that sequences hold: a reused prefix, growth, the naming of what is full, and their release."""
+"""The KV blocks of each sequence: it reuses a cached prefix, takes more, caches full ones, gives all back."""
 
 from actors.decisions.schedule.blocks import BlockPool, num_blocks_for
 from actors.decisions.schedule.sequence import Sequence
@@ -24,7 +24,7 @@ class KVCacheManager:
             )
 
     def reuse_prefix(self, sequence: Sequence) -> list[int]:
-        """Take the cached blocks of the longest known prefix → the ids they hold; at least one is left to compute."""
+        """Take the blocks of the longest cached prefix → the ids they hold; at least one id is left to compute."""
         if self._reuses_prefixes and not sequence.blocks and not sequence.wants_prompt_logprobs:
             usable = (len(sequence.ids) - 1) // self.pool.block_size
             sequence.blocks = self.pool.share(sequence.full_hashes(self.pool.block_size)[:usable])
@@ -32,7 +32,7 @@ class KVCacheManager:
         return sequence.ids[: sequence.num_scheduled]
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Blocks for the first `num_tokens` positions; False, and nothing taken, when there are too few."""
+        """Take the blocks that the first `num_tokens` positions need; False, and none taken, when there are too few."""
         if num_tokens <= len(sequence.blocks) * self.pool.block_size:
             return True
         blocks = self.pool.allocate(self.num_blocks(num_tokens) - len(sequence.blocks))
@@ -42,23 +42,23 @@ class KVCacheManager:
         return True
 
     def cache_full_blocks(self, sequence: Sequence) -> None:
-        """Name the blocks that known ids fill, so that others may share them from the next entry on."""
+        """Tell the pool the hashes of the blocks that known ids fill: later entries may share these blocks."""
         if not self._reuses_prefixes:
             return
         num_full = min(sequence.num_scheduled, len(sequence.ids)) // self.pool.block_size
-        if num_full == sequence.num_named:
+        if num_full == sequence.num_hashed:
             return
         hashes = sequence.full_hashes(self.pool.block_size)
-        for index in range(sequence.num_named, num_full):
-            self.pool.name(sequence.blocks[index], hashes[index])
-        sequence.num_named = num_full
+        for index in range(sequence.num_hashed, num_full):
+            self.pool.add_hash(sequence.blocks[index], hashes[index])
+        sequence.num_hashed = num_full
 
     def never_share(self, sequence: Sequence) -> None:
-        """What its blocks hold is not to be shared: nobody finds them by their names any more."""
+        """Forget the hashes of its blocks: what they hold is wrong, and must not be shared."""
         for block in sequence.blocks:
-            self.pool.forget(block)
+            self.pool.forget_hash(block)
 
     def release(self, sequence: Sequence) -> None:
-        """Give everything back; what is named stays known until its block is needed."""
+        """Give all its blocks back. Those with a hash stay cached until the pool needs them."""
         self.pool.release(sequence.blocks)
-        sequence.blocks, sequence.num_scheduled, sequence.num_named = [], 0, 0
+        sequence.blocks, sequence.num_scheduled, sequence.num_hashed = [], 0, 0

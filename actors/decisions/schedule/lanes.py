@@ -1,7 +1,8 @@
-"""The lanes of the pipeline: which sequence is in which, dealt by cost and handed over when lanes drift apart.
+"""The lanes of the pipeline: which sequence is in which, dealt by cost and moved when lanes drift apart.
 
-The first and the last chunk of a prompt, and all that samples, are in one lane. The chunks between go with the steps of
-any, so that they follow each other through the pipeline, and no lane's steps alone are long.
+A sequence's first chunk of prompt, its last one, and its decode tokens are computed in its own lane's steps. A step of
+another lane may borrow the chunks between: they follow each other through the pipeline without waiting, and the long
+steps are spread over all lanes.
 """
 
 from bisect import insort
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from actors.decisions.schedule.sequence import Sequence
 from actors.words.messages import Entry, StepBatch
 
-_SLACK = 0.5  # decode entries that a lane may have too many: contexts grow, and nobody is to be moved to and fro
+_SLACK = 0.5  # decode entries that a lane may have too many: contexts grow, and nothing is to be moved to and fro
 
 
 @dataclass(eq=False)
@@ -38,39 +39,42 @@ class Flight:
     entries: list[tuple[Sequence, Entry]]
 
     def is_only_of(self, sequence: Sequence) -> bool:
-        """Whether nobody else is in it."""
+        """Whether no other sequence has an entry in it."""
         return all(other is sequence for other, _ in self.entries)
 
     @property
-    def places(self) -> dict[str, int]:
-        """Its requests, and where each stands when it has got past this step; see Quarantine."""
-        return {sequence.request.request_id: sequence.place_after(entry) for sequence, entry in self.entries}
+    def num_ids_after(self) -> dict[str, int]:
+        """By request: how many ids it has once it is past this step; see Quarantine."""
+        return {sequence.request.request_id: sequence.num_ids_after(entry) for sequence, entry in self.entries}
 
 
 class Flights(deque[Flight]):
-    """The steps in flight, oldest first; those that landed last are remembered."""
+    """The steps in flight, oldest first; the last ones whose results came are remembered."""
 
     def __init__(self, num_remembered: int) -> None:
         super().__init__()
         self._landed: deque[Flight] = deque(maxlen=num_remembered)
 
     def launch(self, step: StepBatch, lane: Lane, sequences: list[Sequence]) -> None:
-        """A step of a lane was submitted, whose entries are of some of these sequences."""
+        """Add a step of a lane that was submitted; its entries belong to some of these sequences."""
         by_seq = {sequence.seq: sequence for sequence in sequences}
         self.append(Flight(step.step, lane, [(by_seq[entry.seq], entry) for entry in step.entries]))
         lane.num_in_flight += 1
         lane.last_step = step.step
 
     def land(self) -> Flight:
-        """The result of the oldest is here."""
+        """Take out the oldest step: its result is here."""
         self._landed.append(self.popleft())
         self._landed[-1].lane.num_in_flight -= 1
         return self._landed[-1]
 
     @property
-    def places(self) -> dict[int, dict[str, int]]:
-        """Of each step its requests and their places. A rank may fail over one whose result its neighbours told."""
-        return {flight.step: flight.places for flight in (*self._landed, *self)}
+    def num_ids_after(self) -> dict[int, dict[str, int]]:
+        """By step, and by request of the step: how many ids the request has once it is past the step.
+
+        Steps whose results are here are among them: a rank may fail in one that the answering rank has finished.
+        """
+        return {flight.step: flight.num_ids_after for flight in (*self._landed, *self)}
 
 
 class Lanes:
@@ -86,32 +90,36 @@ class Lanes:
 
     @property
     def num_sequences(self) -> int:
-        """How many run."""
+        """Running sequences."""
         return sum(len(lane.sequences) for lane in self._lanes)
 
     @property
     def num_decoding(self) -> int:
-        """How many of those that run have their prompt behind them."""
+        """Running sequences whose prompt is computed."""
         return sum(not sequence.is_prefilling for lane in self._lanes for sequence in lane.sequences)
 
     def in_turn(self, alone: Sequence | None = None) -> list[Lane]:
-        """Lanes that have something or may have a guest, in the order in which they may submit, or one's lane.
+        """The lanes that have work, their own or borrowed, in the order in which they may submit.
 
-        The one whose last step is longest ago is first, and where it cannot submit yet, it is waited for: of two steps
-        of one lane in a row the second would stand at the first stage until the first has passed the last.
+        The lane whose last step is longest ago comes first, and while it cannot submit, the others wait: of two steps
+        of one lane in a row, the second would wait at the first stage until the first has left the last stage.
+        With `alone` only the lane of that sequence.
         """
         if alone is not None and alone.lane is not None:
             return [self._lanes[alone.lane]]
-        lanes = [lane for lane in self._lanes if lane.sequences or self._guests(lane)]
+        lanes = [lane for lane in self._lanes if lane.sequences or self._lenders(lane)]
         return sorted(lanes, key=lambda lane: lane.last_step)
 
-    def may_go_with(self, lane: Lane) -> list[Sequence]:
-        """Its own sequences and those begun in others that have prompt ids left, oldest first."""
-        guests = self._guests(lane)
-        return sorted(lane.sequences + guests, key=age) if guests else list(lane.sequences)
+    def candidates(self, lane: Lane) -> list[Sequence]:
+        """The sequences that a step of this lane may compute: its own, and those it may borrow of, oldest first."""
+        lenders = self._lenders(lane)
+        return sorted(lane.sequences + lenders, key=age) if lenders else list(lane.sequences)
 
-    def _guests(self, lane: Lane) -> list[Sequence]:
-        """Begun in a lane of their own: where a cached prefix ends is known, and so how much is left."""
+    def _lenders(self, lane: Lane) -> list[Sequence]:
+        """The sequences of other lanes that this one may borrow a chunk of.
+
+        Their first chunk has been submitted: so it is known how much of the prompt was cached, and what is left.
+        """
         others = (other.sequences for other in self._lanes if other is not lane)
         return [seq for sequences in others for seq in sequences if seq.is_open and seq.num_unscheduled > 1]
 
@@ -120,7 +128,7 @@ class Lanes:
         _put(sequence, min(self._lanes, key=lambda lane: lane.cost))
 
     def take_out(self, sequence: Sequence) -> None:
-        """Out of its lane, if it is in one."""
+        """Take a sequence out of its lane, if it is in one."""
         if sequence.lane is not None:
             self._lanes[sequence.lane].sequences.remove(sequence)
             sequence.lane = None

@@ -11,7 +11,7 @@ from actors.words.messages import Entry, FinishReason, Request, TokenLogprobs
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """A request's journal and its place in the schedule. `ids` is all that a replay needs."""
+    """The state of a request in the scheduler. A replay after a lost gang needs `ids` and the request only."""
 
     seq: int  # its number in the ranks' tables
     request: Request
@@ -22,12 +22,12 @@ class Sequence:
     num_pending: int = 0  # samples submitted whose ids are not known yet
     blocks: list[int] = field(default_factory=list)
     hashes: list[BlockHash] = field(default_factory=list)  # of the full blocks of known ids
-    num_named: int = 0  # of its blocks, named by their contents
+    num_hashed: int = 0  # of its blocks: the pool knows the hash of their contents
     is_open: bool = False  # the ranks have a row for it
-    num_prompt_logprobs: int = 0  # told already; whatever is computed again says them again
-    waiting_since: float | None = None  # monotonic seconds; None once the ranks have heard of it
+    num_prompt_logprobs: int = 0  # already reported; what is computed again brings them again
+    waiting_since: float | None = None  # monotonic seconds; None once a step with it was submitted
     finish_reason: FinishReason | None = None
-    suspect_until: int = -1  # it may end ranks, and runs alone, until it has more ids; see Quarantine
+    suspect_until: int = -1  # it must run alone until it has more ids than this; see Quarantine
 
     def __post_init__(self) -> None:
         self.ids = list(self.request.prompt_ids)
@@ -49,7 +49,7 @@ class Sequence:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Whether prompt ids are left whose logprobs were asked for and not told."""
+        """Whether logprobs of prompt ids were asked for and are not all reported."""
         asked = self.request.sampling.prompt_logprobs is not None
         return asked and self.num_prompt_logprobs < len(self.request.prompt_ids) - 1
 
@@ -69,30 +69,30 @@ class Sequence:
         return self.wants_token and (self.num_unscheduled == 1 or 0 < self.num_pending < depth)
 
     def full_hashes(self, block_size: int) -> list[BlockHash]:
-        """Names of all full blocks of the known ids, computed once."""
+        """The hashes of all full blocks of the known ids, each computed once."""
         while (len(self.hashes) + 1) * block_size <= len(self.ids):
             first = len(self.hashes) * block_size
             previous = self.hashes[-1] if self.hashes else root_hash(self.salt)
             self.hashes.append(next_hash(previous, self.ids[first : first + block_size]))
         return self.hashes
 
-    def place_after(self, entry: Entry) -> int:
-        """How many ids it needs to have got past an entry: no id is gained before the prompt is computed."""
+    def num_ids_after(self, entry: Entry) -> int:
+        """How many ids it has once it is past an entry: at least its prompt, before which it gains none."""
         return max(len(self.request.prompt_ids), entry.start + (len(entry.ids) or 1))
 
     def start_over(self) -> None:
-        """The ranks know nothing of it any more: what it has is its ids, and what was told of them."""
+        """Forget what the ranks held of it. Its ids stay, and how many prompt logprobs were reported."""
         self.lane, self.is_open = None, False
-        self.blocks, self.num_scheduled, self.num_pending, self.num_named = [], 0, 0, 0
+        self.blocks, self.num_scheduled, self.num_pending, self.num_hashed = [], 0, 0, 0
 
-    def take_unreported(self, entry: Entry, told: list[TokenLogprobs]) -> list[TokenLogprobs]:
-        """Of an entry's prompt logprobs (of positions start + 1 on) those that no earlier computation told."""
-        unreported = told[self.num_prompt_logprobs - entry.start :] if told else []
+    def take_unreported(self, entry: Entry, logprobs: list[TokenLogprobs]) -> list[TokenLogprobs]:
+        """The part of an entry's prompt logprobs (of positions start + 1 on) that no event has reported yet."""
+        unreported = logprobs[self.num_prompt_logprobs - entry.start :] if logprobs else []
         self.num_prompt_logprobs += len(unreported)
         return unreported
 
     def accept(self, entry: Entry, ids: list[int]) -> tuple[list[int], FinishReason | None]:
-        """Append what an entry sampled, up to a stop id → what was appended, and why it ends if it does."""
+        """Append what an entry sampled, up to a stop id → (what was appended, why the sequence ends, if it does)."""
         request, accepted = self.request, 0
         for token in ids:
             accepted += 1
@@ -104,7 +104,7 @@ class Sequence:
 
 
 def completed(request: Request) -> Request:
-    """With what a replay needs: a seed where it draws, and the ids that min_tokens forbids."""
+    """The request with what a replay needs: a seed where it samples, and the ids that min_tokens forbids."""
     sampling = request.sampling
     if sampling.temperature > 0 and sampling.seed is None:
         sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(63))

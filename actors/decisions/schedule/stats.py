@@ -1,6 +1,6 @@
-"""What the engine counts about itself: plain numbers that only grow, written in its thread and read from any.
+"""What the engine counts: numbers that only grow, written in its thread and read from any.
 
-Nothing here is locked: a reader may see the numbers of a step that is just being counted, never a wrong one.
+Nothing is locked: a reader may see only some of the numbers of the latest step.
 """
 
 import time
@@ -13,15 +13,15 @@ from actors.decisions.schedule.sequence import Sequence
 from actors.words.errors import Cause
 from actors.words.messages import FinishReason, StepBatch
 
-# What coming back from a lost gang takes, in order.
+# The phases of recovery after a gang was lost, in order.
 RECOVERY_PHASES = {
     "detect": "from the last sign of progress to the verdict",
-    "fence": "ending the old epoch: survivors leave it and prove to be clean",
+    "fence": "ending the old epoch: survivors leave it and are checked",
     "start": "processes in place of those that are gone",
     "join": "groups and channel of the new epoch",
     "load": "weights of the ranks that have none",
     "warm": "cache, and the first shapes",
-    "replay": "computing what ran again, up to its next ids",
+    "replay": "computing again what ran, until every request has a new id",
 }
 
 # Seconds; the buckets that dashboards of other engines use for requests as a whole.
@@ -30,16 +30,16 @@ STEP_TOKENS = tuple(2**power for power in range(15))
 
 
 class Histogram:
-    """How many observations lie at or below each bound, as Prometheus has it."""
+    """Observations counted by range, as Prometheus' histograms are made of."""
 
     def __init__(self, bounds: Numbers[float]) -> None:
-        """`bounds` ascend; what is above the last is counted too."""
+        """`bounds` ascend; values above the last are counted too."""
         self.bounds = tuple(bounds)
-        self.counts = [0] * (len(self.bounds) + 1)  # each between its bound and the one before
+        self.counts = [0] * (len(self.bounds) + 1)  # by bound: values up to it and above the one before
         self.sum = 0.0
 
     def observe(self, value: float, times: int = 1) -> None:
-        """Count a value, or several equal ones."""
+        """Count a value `times` times."""
         self.counts[bisect_left(self.bounds, value)] += times
         self.sum += value * times
 
@@ -50,21 +50,21 @@ class Stats:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """`clock` gives seconds."""
         self.clock = clock
-        self.num_prompt = 0  # tokens of requests that have begun to run, all looked up in the prefix cache
-        self.num_prompt_cached = 0  # those of them that were there
+        self.num_prompt = 0  # prompt tokens of requests that have begun to run; each was looked up in the prefix cache
+        self.num_prompt_cached = 0  # those of them that were found there
         self.num_generated = 0  # tokens
         self.num_preemptions = 0
         self.num_steps = 0
-        self.num_replayed = 0  # times that a running request was computed again in another epoch
+        self.num_replayed = 0  # requests that ran and were computed again in another epoch; one may count several times
         self.num_replayed_tokens = 0
         self.num_rebuilds: dict[Cause, int] = dict.fromkeys(get_args(Cause), 0)
         self.recovery_s = dict.fromkeys(RECOVERY_PHASES, 0.0)
         self.num_finished: dict[FinishReason, int] = dict.fromkeys(get_args(FinishReason), 0)
-        self.queue_s = Histogram(REQUEST_SECONDS)  # from the engine's hearing of a request to its first step
+        self.queue_s = Histogram(REQUEST_SECONDS)  # from the engine taking a request to its first step
         self.step_tokens = Histogram(STEP_TOKENS)
 
     def opened(self, sequence: Sequence, num_reused: int) -> None:
-        """The ranks hear of a sequence, `num_reused` of its ids from the cache. Only its first time counts."""
+        """Count a sequence that begins to run for the first time, `num_reused` of its ids from the cache."""
         if sequence.waiting_since is None:
             return  # computed again: it was preempted, or a gang was lost
         self.queue_s.observe(self.clock() - sequence.waiting_since)
@@ -73,6 +73,6 @@ class Stats:
         self.num_prompt_cached += num_reused
 
     def launched(self, step: StepBatch) -> None:
-        """A step that will have a result goes to the ranks."""
+        """Count a step that goes to the ranks and will have a result."""
         self.num_steps += 1
         self.step_tokens.observe(sum(len(entry.ids) or 1 for entry in step.entries))

@@ -1,4 +1,4 @@
-"""Who waits for a lane, and who is dealt next: suspects, then the oldest, while there is room for its known ids."""
+"""The sequences that wait for a lane, and which is dealt next: suspects, then the oldest, while the cache has room."""
 
 from bisect import insort
 
@@ -17,24 +17,27 @@ class Waiting:
         return len(self._sequences)
 
     def add(self, sequence: Sequence) -> None:
-        """Put it among the others by age."""
+        """Add a sequence, in order of age."""
         insort(self._sequences, sequence, key=age)
 
     def remove(self, sequence: Sequence) -> None:
-        """It has ended."""
+        """Take out a sequence that has ended."""
         self._sequences.remove(sequence)
 
-    def deal(self, lanes: Lanes, holdings: KVCacheManager, max_num_seqs: int, suspects: list[Sequence]) -> None:
-        """Deal to the cheapest lanes while there is room for the known ids; suspects first: they hold up all others."""
+    def deal(self, lanes: Lanes, kv_cache: KVCacheManager, max_num_seqs: int, suspects: list[Sequence]) -> None:
+        """Deal sequences to the cheapest lanes while the cache has room for their known ids and one more.
+
+        Suspects go first: they run alone, so all others wait for them.
+        """
         if not self._sequences:
             return
         unopened = (sequence for sequence in lanes.sequences if not sequence.is_open)
-        promised = sum(holdings.num_blocks(len(seq.ids) + 1) for seq in unopened)
+        promised = sum(kv_cache.num_blocks(len(seq.ids) + 1) for seq in unopened)
         running = lanes.num_sequences
         while self._sequences and running < max_num_seqs:
             head = next((seq for seq in suspects if seq.lane is None), self._sequences[0])
-            need = min(holdings.num_blocks(len(head.ids) + 1), holdings.pool.num_blocks)
-            if head.num_pending or promised + need > holdings.pool.num_available:
+            need = min(kv_cache.num_blocks(len(head.ids) + 1), kv_cache.pool.num_blocks)
+            if head.num_pending or promised + need > kv_cache.pool.num_available:
                 return
             self._sequences.remove(head)
             lanes.deal(head)

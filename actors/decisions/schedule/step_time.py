@@ -1,8 +1,9 @@
-"""How much prefill a step may carry beside tokens that people wait for: learnt from how long steps take.
+"""A model of how long steps take, learnt while they run, and from it how many prompt tokens the next step may carry.
 
-A running stream feels every prompt that is computed beside it; a prompt that gives way too much starves. So a mixed
-step takes at most so much longer than one that only decodes, unless prompts outnumber what runs: then they may take as
-much more as they are more. In a pipeline every lane's step carries its part, so that stages wait little for each other.
+Prompt tokens in a step delay the tokens of all sequences that decode in it; a prompt that is given too few of them
+starves. So a step with prompt tokens may take a fixed share longer than one that only decodes. Where more sequences
+prefill than decode, the share grows by that ratio. In a pipeline each lane's step carries its part of it, so that the
+stages wait little for each other.
 """
 
 import math
@@ -14,40 +15,41 @@ import numpy.typing as npt
 from actors.words.messages import StepBatch
 
 Array = npt.NDArray[np.float64]
-Known = tuple[Array, Array, Array]  # products and sums of what was seen [3, 3], [3], and the seconds that follow [3]
+# Of the observations: the sums of products [3, 3] and of counts [3]; and the seconds that follow from them [3]
+Known = tuple[Array, Array, Array]
 
-_SHARE = 1.3  # seconds of prefill to one second of decode, over all lanes, where both sides are equally many
+_SHARE = 1.3  # seconds of prefill a second of decode, over all lanes, while no more sequences prefill than decode
 _FEWEST_TOKENS = 16  # of a chunk: smaller ones only read the weights again
-_PORTION = 2  # decode steps that prompts may take in a pipeline: so long that reading the weights does not count
-_MOST_TOKENS = 512  # that any machine computes in the time in which it reads the weights; GPUs reach 300
-_MERGE_BELOW = 0.25  # what took so little of its time, after a late one, was told with that: their times are one
-_FORGETTING = 0.97  # weight of a step beside the next one
-_RIDGE = 0.01  # how much what is known stands against what the steps of late leave open, ...
-_RIDGES = _RIDGE * np.diag((1.0, 64.0, 1.0))  # ... in squares of steps, of eight rows, and of single tokens
+_PORTION = 2  # decode steps that prompt tokens may take in a pipeline: reading the weights is a small part of it
+_MOST_TOKENS = 512  # no machine computes more prompt tokens while it reads the weights once; GPUs reach 300
+_MERGE_BELOW = 0.25  # of its expected time: a step that took less, after a late one, was reported with that one
+_FORGETTING = 0.97  # the weight of an observation, relative to that of the next one
+_RIDGE = 0.01  # how strongly the seconds stay where they were, where recent steps do not determine them, ...
+_RIDGES = _RIDGE * np.diag((1.0, 64.0, 1.0))  # ... scaled to a step, to eight rows that decode, and to a prompt token
 
 
-class PrefillPace:
-    """Told of every step when it goes and when it is done. Times are seconds of one clock.
+class StepTimeModel:
+    """Seconds of a step = a constant + so many for each row that decodes + so many for each prompt token.
 
-    What it believes: a step takes a time of its own, so much a row that decodes, and so much a token of a prompt. The
-    three are those that leave the least squares of relative errors, of late steps more than of early ones.
+    The three numbers are fitted by recursive least squares with forgetting, on relative errors. Times are seconds of
+    one clock.
     """
 
     def __init__(self, num_lanes: int = 1) -> None:
         self._num_lanes = num_lanes
-        self._flights: deque[tuple[int, int, float]] = deque()  # rows that decode, tokens of prompts, when
+        self._flights: deque[tuple[int, int, float]] = deque()  # rows that decode, prompt tokens, launched at
         self._last_end = 0.0
         self._counts, self._took_s = np.zeros(3), 0.0  # of the last step, or of several whose results came together
         self._known: Known = np.zeros((3, 3)), np.zeros(3), np.zeros(3)
         self._before = self._known  # without the last step
 
     def launched(self, step: StepBatch, now: float) -> None:
-        """A step with entries went to the ranks."""
+        """Note a step with entries that goes to the ranks."""
         chunks = [count for entry in step.entries if (count := len(entry.ids)) > 1]
         self._flights.append((len(step.entries) - len(chunks), sum(chunks), now))
 
     def completed(self, now: float) -> None:
-        """The oldest step is done; it began when it went, or when the one before it was done."""
+        """Learn from the oldest step, which is done. It began when it was launched, or when the one before was done."""
         num_rows, num_prompt, launched = self._flights.popleft()
         took_s, self._last_end = now - max(launched, self._last_end), now
         counts, before = np.array((1.0, num_rows, num_prompt)), self._known
@@ -60,15 +62,15 @@ class PrefillPace:
 
     @property
     def seconds(self) -> Array:
-        """Of a step, of a row that decodes, of a token of a prompt [3]; zeros while nothing is known."""
+        """The fitted numbers [3]: of a step, of a row that decodes, of a prompt token; zeros while nothing is known."""
         return self._known[2]
 
     def forget_flights(self) -> None:
-        """What went will not come back."""
+        """Forget the steps in flight: their results will not come."""
         self._flights.clear()
 
     def prefill_tokens(self, num_prefilling: int, num_decoding: int, at_most: int) -> int:
-        """Prompt tokens that the next step may carry; sequences of all lanes are counted."""
+        """How many prompt tokens the next step may carry, given the numbers of sequences in all lanes."""
         share = _SHARE / self._num_lanes * max(1.0, num_prefilling / num_decoding) if num_decoding else math.inf
         if self._num_lanes > 1:
             share = min(share, _PORTION)
@@ -81,7 +83,7 @@ class PrefillPace:
 
 
 def _learned(known: Known, counts: Array) -> Known:
-    """With one observation more: `counts` are those of one second."""
+    """What is known with one more observation: `counts` (steps, rows, prompt tokens) took one second."""
     products, sums, seconds = known
     products, sums = _FORGETTING * products + np.outer(counts, counts), _FORGETTING * sums + counts
     inertia = products[0, 0] * _RIDGES
