@@ -255,6 +255,18 @@ def test_every_field_of_cluster_is_on_the_page(world: Any) -> None:
     assert shown == there | {f"ranks[].{field.name}" for field in dataclasses.fields(RankInfo)}
 
 
+def test_every_kind_of_substitute_is_on_the_page() -> None:
+    table = rows(section("docs/operations.md", "## What is substituted"))
+    shown = {name: rest.partition("|")[0].strip() for name, rest in table.items() if name != "what"}
+    there: dict[str, set[str]] = {}
+    for folder, device in (("cpu", "CPU"), ("cuda", "CUDA")):
+        for path in (ROOT / "actors/tensors/backends" / folder).rglob("*.py"):
+            names = re.findall(r'\.put\(\s*"(\w+)"|^WHAT = "(\w+)"', path.read_text(encoding="utf-8"), re.MULTILINE)
+            for name in filter(None, (first or second for first, second in names)):
+                there.setdefault(name, set()).add(device)
+    assert shown == {name: ", ".join(sorted(devices)) for name, devices in there.items()}
+
+
 def test_the_environment_is_that_of_make_serve() -> None:
     shown = rows(section("docs/operations.md", "## Environment"))
     assert {name: rest.split("|")[0].strip() for name, rest in shown.items() if name in ENVIRONMENT} == {
