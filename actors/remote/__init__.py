@@ -1,1 +1,1 @@
-"""Sub-floor d: the channel, the rank, the gang, and the engine that drives them."""
+"""The step channel, the rank, the gang of all ranks, and the engine that drives them."""

@@ -1,1 +1,1 @@
-"""What ranks say to each other: rendezvous, stage groups, links between stages, one transport a device."""
+"""How ranks exchange tensors: rendezvous, stage groups, links between stages, one transport for each device."""

@@ -8,7 +8,7 @@ from cluster.collectives.transport import Member
 
 
 class CpuTransport:
-    """See Transport."""
+    """Connects ranks whose tensors are on the CPU; see Transport."""
 
     def __init__(self, member: Member) -> None:
         self._member = member

@@ -13,7 +13,7 @@ from cluster.collectives.transport import Member
 
 
 class CudaTransport:
-    """See Transport."""
+    """Connects ranks whose tensors are on a CUDA device each; see Transport."""
 
     def __init__(self, member: Member) -> None:
         self._member = member

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from actors.decisions.model.styles import STYLES
 
-DTYPES = ("float32", "bfloat16", "float16")  # that a model can be served in
+DTYPES = ("float32", "bfloat16", "float16")  # in which a model can be served
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int64": 8, "int32": 4, "bool": 1}
 
 Position = TypeVar("Position", bound=Any)  # int, or int64 numbers of numpy or torch
@@ -101,7 +101,7 @@ class ModelSpec:
     styles: dict[str, str] = field(hash=False)  # pattern as Transformers names it, `*` for a layer's number → style
     tied_head: bool  # the head uses the embedding's weight
     experts_per_token: int | None = None  # of a mixture of experts
-    unused: frozenset[str] = frozenset()  # tensors of the checkpoint that text needs not, such as an image encoder's
+    unused: frozenset[str] = frozenset()  # tensors of the checkpoint that text does not need, as of an image encoder
     exchanges_more: bool = False  # layers get more from earlier ones than the hidden states: no stage can hand that on
     layer_outputs: int = 0  # a layer returns a tuple of so many; 0: the hidden states alone
     are_layers_chained: bool = False  # each layer gets what the one before put out, untouched; all get the same angles
@@ -128,7 +128,7 @@ class ModelSpec:
 
     @property
     def attentions(self) -> tuple[AttentionSpec, ...]:
-        """Of all layers, in order."""
+        """The attentions of all layers, in order."""
         return tuple(attention for layer in self.layers for attention in layer.attentions)
 
     def same_input_groups(self, layers: tuple[int, int]) -> list[tuple[str, ...]]:
