@@ -146,7 +146,7 @@ def test_commands_are_understood(page: str, understood: list[argparse.Namespace]
         elif program == "python":
             source = (ROOT / words[0]).read_text(encoding="utf-8")
             source += (ROOT / "benchmarks/servers.py").read_text(encoding="utf-8") if "benchmarks" in words[0] else ""
-            assert all(word in source for word in words[1:] if word.startswith("--")), told
+            assert all(f'"{word}"' in source for word in words[1:] if word.startswith("--")), told
         elif "-m" in words:
             assert f'"{words[words.index("-m") + 1]}: ' in pyproject, told
 
