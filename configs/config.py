@@ -99,8 +99,7 @@ class ParallelConfig(Group):
     )
     allow_replication: bool = Field(
         default=False,
-        description="Let every shard hold whole what no rule cuts, also large matrices. "
-        "Set it when a start is refused for that, and the memory is there.",
+        description="Let shards hold large matrices whole that no rule cuts. Set it when a start is refused for that.",
     )
     layers_per_stage: tuple[Annotated[int, Strict(), Field(ge=1)], ...] | None = Field(
         default=None,
@@ -191,8 +190,7 @@ class PlacementConfig(Group):
 
     strategy: Literal["auto", "PACK", "STRICT_PACK", "STRICT_SPREAD"] = Field(
         default="auto",
-        description="Ray's strategy; `auto`: `STRICT_PACK` for one stage, else `PACK`. Set `STRICT_SPREAD` for one "
-        "stage a node.",
+        description="Ray's; `auto`: `STRICT_PACK` for one stage, else `PACK`. Set `STRICT_SPREAD`: a stage a node.",
     )
     cpus_per_rank: CPUs = Field(
         default=1.0,
