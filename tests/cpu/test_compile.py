@@ -114,6 +114,23 @@ def test_kernels_work_where_nothing_can_be_written_to(tmp_path: Path) -> None:
         assert "compiled at each start" in found["log"]
 
 
+def used_by_kernels(tree: ast.Module) -> set[str]:
+    """Names in decorated functions, in functions that make such ones, and in constants: what machine code may hold."""
+    used = set()
+    for statement in tree.body:
+        if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+            functions = [node for node in ast.walk(statement) if isinstance(node, ast.FunctionDef)]
+            if not any(function.decorator_list for function in functions) or isinstance(statement, ast.ClassDef):
+                continue
+            nodes = [node for part in statement.body for node in ast.walk(part)]
+        elif isinstance(statement, ast.Assign):
+            nodes = list(ast.walk(statement.value))
+        else:
+            continue
+        used |= {node.id for node in nodes if isinstance(node, ast.Name)}
+    return used
+
+
 @pytest.mark.parametrize(
     ("compiler", "sources"),
     [
@@ -127,12 +144,28 @@ def test_kernels_take_functions_and_constants_from_digested_sources_only(
     num_files = 0
     for path in sources[-1].rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        imports = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        if compiler not in imports:
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        if compiler not in {node.module for node in imports}:
             continue
         num_files += 1
-        for name in imports:
-            if name.split(".")[0] in ("actors", "cluster", "configs"):
-                home = Path(str(importlib.import_module(name).__file__))
-                assert any(home.is_relative_to(folder) for folder in sources), f"{path} imports {name}"
+        used = used_by_kernels(tree)
+        for node in imports:
+            names = {alias.asname or alias.name for alias in node.names}
+            if str(node.module).split(".")[0] in ("actors", "cluster", "configs") and names & used:
+                home = Path(str(importlib.import_module(str(node.module)).__file__))
+                is_digested = any(home.is_relative_to(folder) for folder in sources)
+                assert is_digested, f"{path} compiles {names & used} of {node.module}"
     assert num_files >= 2
+
+
+def test_the_check_of_sources_sees_functions_and_constants() -> None:
+    source = """
+CONSTANT = one
+def plain(): return two
+@kernel()
+def compiled(x: three): return four(x)
+def making():
+    @intrinsic
+    def made(): return five
+"""
+    assert used_by_kernels(ast.parse(source)) & {"one", "two", "three", "four", "five"} == {"one", "four", "five"}

@@ -106,7 +106,7 @@ def join_where_memory_is_out_of_reach(rank, port):
 def join_without_rank_1(rank, port):
     if rank == 1:
         return
-    join(Topology(3, 1), rank, join_store(ADDRESS, port, 1, 1.0), CPU, ADDRESS, 10.0)
+    join(Topology(3, 1), rank, join_store(ADDRESS, port, 1, 3.0), CPU, ADDRESS, 10.0)
 
 
 def join_until_cancelled(rank, port):
