@@ -20,12 +20,12 @@ import pytest
 
 ray = pytest.importorskip("ray")
 
-from actors.remote.crew import RankActor  # noqa: E402
 from ray import serve  # noqa: E402
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group  # noqa: E402
 
 from actors.decisions.model.plan import make_plan  # noqa: E402
 from actors.decisions.schedule.settings import SchedulerSettings  # noqa: E402
+from actors.remote.actor_pool import RankActor  # noqa: E402
 from actors.remote.engine import Engine  # noqa: E402
 from actors.remote.gang import Gang  # noqa: E402
 from actors.words.errors import GangFailure, Verdict  # noqa: E402
@@ -406,9 +406,9 @@ def faulty_gang(fault: str, rank_by_epoch: dict[int, int]) -> type[Gang]:
                 self._epoch_steps = 10
             if method == "serve":
                 self._steps_left = self.__dict__.pop("_epoch_steps", 0)
-                if not hasattr(self, "_execute"):
+                if not hasattr(self, "_launch"):
                     runner = self._rank._runner
-                    self._execute, runner.execute = runner.execute, self._fail_soon
+                    self._launch, runner.launch = runner.launch, self._fail_soon
             return super().call(method, *args)
 
         def _fail_soon(self, step: Any) -> Any:
@@ -417,7 +417,7 @@ def faulty_gang(fault: str, rank_by_epoch: dict[int, int]) -> type[Gang]:
                 time.sleep(600)
             if not self._steps_left:
                 raise ArithmeticError("a fault that a test has put in")
-            return self._execute(step)
+            return self._launch(step)
 
     class FaultyGang(Gang):
         actor_class = FaultyActor
