@@ -7,7 +7,7 @@
 Weights are random and made on the device; prompts are random; decoding is greedy. The limit of a step is the time that
 its bytes take at the bandwidth measured here: every weight but the embedding once, the keys and values of all contexts.
 For a shard alone, the tokens/s of the whole gang follow from its step and an assumed time of one all-reduce. Prints a
-table; with --json the last line is JSON. `--device cuda` has never been run.
+table; with --json the last line is JSON.
 """
 
 import argparse
@@ -32,10 +32,12 @@ sys.path.insert(0, str(ROOT))
 from actors.decisions.model.accelerators import ACCELERATORS  # noqa: E402
 from actors.decisions.model.estimate import ALL_REDUCE_S, Estimate  # noqa: E402
 from actors.decisions.model.plan import Plan, make_plan  # noqa: E402
-from actors.tensors.backends.cuda.decode import DeviceRunner  # noqa: E402
-from actors.tensors.backends.cuda.module_kernels import fuse  # noqa: E402
-from actors.tensors.model import stage_model as model_module  # noqa: E402
+from actors.tensors.backends.cuda.backend import CUDABackend  # noqa: E402
+from actors.tensors.backends.cuda.decode import CUDADecoder  # noqa: E402
+from actors.tensors.backends.cuda.decode_graph import CapturedStep  # noqa: E402
+from actors.tensors.model import stage_model  # noqa: E402
 from actors.tensors.model.spec_reader import read_spec  # noqa: E402
+from actors.tensors.runner import Runner  # noqa: E402
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch  # noqa: E402
 from cluster.collectives.interface import LoneShard  # noqa: E402
 from configs.config import Config  # noqa: E402
@@ -77,18 +79,19 @@ class Alone:
         self.stage = LoneShard() if size == 1 else OneOfMany(shard, size)
 
 
-class RandomRunner(DeviceRunner):
-    """Its weights come from nowhere."""
+class RandomRunner(Runner):
+    """Its weights are random numbers instead of a checkpoint's."""
 
-    def make(self, folder: Path) -> None:
-        with mock.patch.object(model_module, "find_sources", lambda *_: None):
-            self.model = model_module.build(self.plan, self.shard.rank, folder, self.groups.stage, self.device)
+    def make(self, folder: Path, substitutes: bool) -> None:
+        """As `load` does, without files."""
+        place = self.neighbors.stage, self.backend.device, self.attention
+        with mock.patch.object(stage_model, "find_sources", lambda *_: None):
+            self.model = stage_model.build(self.plan, self.shard.rank, folder, *place)
         for name, tensor in self.model.tensors().items():
             with torch.no_grad():
                 tensor.fill_(1.0) if "norm" in name else tensor.normal_(0.0, 0.02)
-        self.model.prepare()
-        if self.device.type == "cuda" and self.fuses:
-            fuse(self.model.module)
+        if substitutes:
+            self.model.prepare(self.backend)
 
     @property
     def bytes_read(self) -> int:
@@ -113,7 +116,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=512, help="tokens of each sequence before the steps measured")
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--block-size", type=int, default=256)
-    parser.add_argument("--no-fuse", action="store_true", help="norms and rotary embeddings as the model has them")
+    parser.add_argument("--no-substitutes", action="store_true", help="all modules as the model has them")
     parser.add_argument("--no-peers", action="store_true", help="leave Transformers out")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(arguments)
@@ -197,11 +200,14 @@ def plan_of(args: argparse.Namespace, folder: Path) -> Plan:
 
 def ours(args: argparse.Namespace, folder: Path, device: torch.device, bandwidth: float) -> Iterator[dict[str, Any]]:
     plan = plan_of(args, folder)
-    runner = RandomRunner(plan, args.shard, Alone(args.shard, args.of), device)
-    runner.fuses = not args.no_fuse
-    runner.make(folder)
+    backend = CUDABackend(device)
+    backend.set_up()
+    runner = RandomRunner(plan, args.shard, Alone(args.shard, args.of), backend)
+    runner.make(folder, not args.no_substitutes)
     runner.allocate_cache(max(args.batch) * plan.num_blocks_for_longest)
     runner.warm_up()
+    assert isinstance(runner.decoder, CUDADecoder)
+    is_captured = any(isinstance(step, CapturedStep) for step in runner.decoder.steps.values())
     num_all_reduces = Estimate(plan, next(iter(ACCELERATORS.values())), 0.8).all_reduces if args.of > 1 else 0
     for batch in args.batch:
         ms = decode_ms(runner, batch, args.context, args.steps)
@@ -214,15 +220,15 @@ def ours(args: argparse.Namespace, folder: Path, device: torch.device, bandwidth
             "ms": ms,
             "limit_ms": limit_ms,
             "share_of_limit": limit_ms / ms,
-            "is_captured": device.type == "cuda" and any(hasattr(step, "_graph") for step in runner._steps.values()),
+            "is_captured": is_captured,
             "num_all_reduces": num_all_reduces,
             "gang_ms": gang_ms,
             "tokens_per_s": 1000 * batch / gang_ms,
         }
-    runner.model = runner.cache = None
+    runner.model = runner.cache = runner.decoder = None
 
 
-def decode_ms(runner: DeviceRunner, batch: int, context: int, num_steps: int) -> float:
+def decode_ms(runner: Runner, batch: int, context: int, num_steps: int) -> float:
     """Of one step, two in flight, as the engine has them; the mean over all, since waiting moves between them."""
     per_sequence, vocab_size = runner.plan.num_blocks_for_longest, runner.plan.spec.vocab_size
     for seq in range(batch):

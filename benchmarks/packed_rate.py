@@ -15,10 +15,9 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from actors.decisions.model.plan import make_plan
-from actors.tensors.model.linear import pack
+from actors.tensors.backends.cpu.backend import CPUBackend
 from actors.tensors.model.spec_reader import read_spec
 from configs.config import Config
 
@@ -29,19 +28,17 @@ NUM_PASSES = 200  # some seconds
 
 def read(start: "multiprocessing.synchronize.Barrier", rates: "multiprocessing.Queue[float]") -> None:
     """One process: its GB/s, while the others read too."""
-    torch.set_num_threads(1)
-    layers = []
-    for _ in range(NUM_WEIGHTS):
-        layer = nn.Linear(SHAPE[1], SHAPE[0], bias=False, dtype=torch.bfloat16).requires_grad_(False)
-        layers.append((layer, pack(layer)))
+    backend = CPUBackend(torch.device("cpu"))
+    backend.set_up()
+    methods = [backend.linear_method([torch.randn(SHAPE).bfloat16()]) for _ in range(NUM_WEIGHTS)]
     num_bytes, x, seen = NUM_WEIGHTS * SHAPE[0] * SHAPE[1] * 2, torch.randn(1, SHAPE[1]).bfloat16(), []
     with torch.inference_mode():
-        layers[0][1].multiply(layers[0][0], x, None)  # may be compiled now
+        methods[0].multiply(x, None)  # may be compiled now
         start.wait(60)
         for _ in range(NUM_PASSES):
             began = time.perf_counter()
-            for layer, method in layers:
-                method.multiply(layer, x, None)
+            for method in methods:
+                method.multiply(x, None)
             seen.append(num_bytes / (time.perf_counter() - began) / 1e9)
     rates.put(statistics.median(seen))
 

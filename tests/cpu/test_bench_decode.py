@@ -41,7 +41,9 @@ def test_what_a_step_reads_is_counted_by_shard() -> None:
             config = bench["LlamaConfig"](**bench["SHAPES"]["tiny"], architectures=["LlamaForCausalLM"])
             config.save_pretrained(folder)
             plan = bench["plan_of"](args, Path(folder))
-        runner = bench["RandomRunner"](plan, 0, bench["Alone"](0, of), bench["torch"].device("cpu"))
+        runner = bench["RandomRunner"](
+            plan, 0, bench["Alone"](0, of), bench["CUDABackend"](bench["torch"].device("cpu"))
+        )
         return int(runner.bytes_read)
 
     hidden, ffn, vocab, layers = 64, 96, 512, 2

@@ -10,14 +10,12 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Mistra
 
 from actors.decisions.model.plan import Plan, make_plan
 from actors.decisions.model.spec import AttentionSpec, MaskSpec
-from actors.tensors.backends.cuda.attention import (
-    GatheredAttention,
-    PagedRows,
-    VarlenKernel,
-    kernel_device,
-    kernel_fault,
-)
-from actors.tensors.backends.cuda.decode import DeviceRunner
+from actors.tensors.attention import reference
+from actors.tensors.attention.metadata import LayerCache, PagedRows
+from actors.tensors.backends.cpu.backend import CPUBackend
+from actors.tensors.backends.cuda.attention import CUDAAttention, VarlenKernel, kernel_device, kernel_fault
+from actors.tensors.backends.cuda.backend import CUDABackend
+from actors.tensors.backends.cuda.decode import CUDADecoder
 from actors.tensors.backends.cuda.decode_graph import CapturedStep
 from actors.tensors.backends.cuda.varlen_support import why_no_kernel
 from actors.tensors.model.spec_reader import read_spec
@@ -61,12 +59,14 @@ class Alone:
         self.stage = stage or LoneShard()
 
 
-def make(runner_type: type[Runner], family: str, folder: Path, device: str, dtype: str, stage=None) -> Runner:
+def make(family: str, folder: Path, device: str, dtype: str, stage=None) -> Runner:
     config = CONFIGS[family]()
     torch.manual_seed(0)
     if not (folder / "config.json").exists():
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    runner = runner_type(plan_of(folder, dtype), 0, Alone(stage), torch.device(device))
+    backend = (CUDABackend if device == "cuda" else CPUBackend)(torch.device(device))
+    backend.set_up()
+    runner = Runner(plan_of(folder, dtype), 0, Alone(stage), backend)
     runner.load(folder)
     runner.allocate_cache(4 * NUM_SEQS)
     runner.warm_up()
@@ -80,6 +80,14 @@ def plan_of(folder: Path, dtype: str) -> Plan:
         scheduler={"max_num_seqs": NUM_SEQS},
     )
     return make_plan(config, read_spec(folder, dtype))
+
+
+def is_captured(runner: Runner) -> bool:
+    assert isinstance(runner.decoder, CUDADecoder)
+    captured = runner.decoder.steps
+    return set(captured) == set(runner.decoder.buckets.all()) and all(
+        isinstance(step, CapturedStep) for step in captured.values()
+    )
 
 
 def steps(num_decode: int, feed: bool) -> list[StepBatch]:
@@ -114,9 +122,9 @@ def ids_of(runner: Runner, batches: list[StepBatch]) -> list[list[list[int]]]:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_float32_graphs_bring_the_ids_of_the_cpu(family: str, tmp_path: Path) -> None:
     """float32 has no kernel: what is captured is the gather."""
-    expected = ids_of(make(Runner, family, tmp_path, "cpu", "float32"), steps(12, feed=False))
-    runner = make(DeviceRunner, family, tmp_path, "cuda", "float32")
-    assert runner._steps and all(isinstance(step, CapturedStep) for step in runner._steps.values())
+    expected = ids_of(make(family, tmp_path, "cpu", "float32"), steps(12, feed=False))
+    runner = make(family, tmp_path, "cuda", "float32")
+    assert is_captured(runner)
     assert ids_of(runner, steps(12, feed=False)) == expected
 
 
@@ -135,12 +143,12 @@ def logits_of(runner: Runner, batches: list[StepBatch]) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_bfloat16_graphs_with_kernels_are_close_to_float32(family: str, tmp_path: Path) -> None:
-    expected = logits_of(make(Runner, family, tmp_path, "cpu", "float32"), steps(12, feed=True))
-    runner = make(DeviceRunner, family, tmp_path, "cuda", "bfloat16")
-    assert isinstance(runner, DeviceRunner)
-    kernels = [isinstance(attention.paged, VarlenKernel) for attention in runner.model.attentions]
-    assert all(kernels) if family != "gemma2" else not any(kernels), "see the log for the reason"
-    assert all(isinstance(step, CapturedStep) for step in runner._steps.values()) and runner._steps
+    expected = logits_of(make(family, tmp_path, "cpu", "float32"), steps(12, feed=True))
+    runner = make(family, tmp_path, "cuda", "bfloat16")
+    assert isinstance(runner.attention, CUDAAttention)
+    num_kernels = len(runner.attention.kernels)
+    assert num_kernels == (0 if family == "gemma2" else len(runner.shard.attentions)), runner.substitutions
+    assert is_captured(runner)
     found = logits_of(runner, steps(12, feed=True))
     divergence = torch.nn.functional.kl_div(
         found.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="batchmean"
@@ -150,28 +158,28 @@ def test_bfloat16_graphs_with_kernels_are_close_to_float32(family: str, tmp_path
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_replay_is_the_step_that_was_captured(family: str, tmp_path: Path) -> None:
-    captured = make(DeviceRunner, family, tmp_path, "cuda", "bfloat16")
-    plain = make(DeviceRunner, family, tmp_path, "cuda", "bfloat16")
-    plain._steps.clear()  # they are made anew, uncaptured
+    captured = make(family, tmp_path, "cuda", "bfloat16")
+    plain = make(family, tmp_path, "cuda", "bfloat16")
+    plain.decoder.release()  # its steps are made anew, uncaptured
     assert ids_of(captured, steps(30, feed=False)) == ids_of(plain, steps(30, feed=False))
 
 
 def test_padding_touches_no_block_of_a_sequence(tmp_path: Path) -> None:
-    runner = make(DeviceRunner, "llama", tmp_path, "cuda", "bfloat16")
+    runner = make("llama", tmp_path, "cuda", "bfloat16")
     batches = steps(6, feed=False)
     ids_of(runner, batches[:2])
-    before = [tensor.clone() for tensor in (*runner.cache.keys, *runner.cache.values)]
+    before = [tensor.clone() for tensor in runner.cache.tensors]
     runner.execute(StepBatch(0, 9, 0, [], [], [Entry(0, 4, [], [], True)]))
     three = [Entry(seq, start, [7], [], True) for seq, start in ((0, 5), (1, 256), (2, 257))]
     runner.execute(StepBatch(0, 10, 0, [], [], three))
-    for was, now in zip(before, (*runner.cache.keys, *runner.cache.values), strict=True):
+    for was, now in zip(before, runner.cache.tensors, strict=True):
         changed = (was != now).flatten(2).any(2).nonzero().tolist()
         slots = {(block, slot) for block, slot in changed if block != 4 * NUM_SEQS}
         assert slots <= {(0, 4), (0, 5), (5, 0), (9, 1)}
 
 
 def test_decode_waits_for_nothing(tmp_path: Path) -> None:
-    runner = make(DeviceRunner, "llama", tmp_path, "cuda", "bfloat16")
+    runner = make("llama", tmp_path, "cuda", "bfloat16")
     batches = steps(10, feed=False)
     ids_of(runner, batches[:5])
     launched = []
@@ -184,7 +192,7 @@ def test_decode_waits_for_nothing(tmp_path: Path) -> None:
 
 
 def test_a_step_is_launched_long_before_it_ends(tmp_path: Path) -> None:
-    runner = make(DeviceRunner, "llama", tmp_path, "cuda", "bfloat16")
+    runner = make("llama", tmp_path, "cuda", "bfloat16")
     batches = steps(3, feed=False)
     ids_of(runner, batches[:2])
     torch.cuda._sleep(2_000_000_000)  # about a second of the device's time
@@ -200,12 +208,11 @@ def test_graphs_hold_nccl_s_all_reduce(tmp_path: Path) -> None:
     store = join_store("127.0.0.1", port, 1, 30.0)
     stage = TorchStage(NcclGroup("stage0", store, [0], 0, device, 30.0))
     stage.all_reduce(torch.ones(1, device=device))
-    runner = make(DeviceRunner, "llama", tmp_path, "cuda", "float32", stage)
-    assert isinstance(runner.model._group, PresentGroup) and runner._steps
-    assert all(isinstance(step, CapturedStep) for step in runner._steps.values())
-    expected = ids_of(make(Runner, "llama", tmp_path, "cpu", "float32"), steps(8, feed=False))
+    runner = make("llama", tmp_path, "cuda", "float32", stage)
+    assert isinstance(runner.model.group, PresentGroup) and is_captured(runner)
+    expected = ids_of(make("llama", tmp_path, "cpu", "float32"), steps(8, feed=False))
     assert ids_of(runner, steps(8, feed=False)) == expected
-    runner._steps.clear()
+    runner.decoder.release()
     stage.close()
     del server
 
@@ -236,7 +243,6 @@ def test_torch_s_kernel_agrees_with_attention_written_out(spec: AttentionSpec, d
 
 def test_the_gather_runs_on_cuda() -> None:
     spec = dataclasses.replace(SPEC, mask_spec=MaskSpec(window=100))
-    rows_only = GatheredAttention(spec.mask_spec, None)
     keys = torch.randn(4, 16, 2, 64, device="cuda")
     rows = PagedRows.decode(
         torch.tensor([[0, 1], [2, 3]], dtype=torch.int32, device="cuda"),
@@ -244,7 +250,8 @@ def test_the_gather_runs_on_cuda() -> None:
         16,
     )
     query = torch.randn(2, 8, 64, device="cuda")
-    found = rows_only.attend(query, keys, keys, rows, 0.125, None)
+    found = reference.attend_whole_tables(LayerCache(spec, keys, keys), query, rows, 0.125)
     on_cpu = PagedRows.decode(rows.tables_SN.cpu(), rows.lengths_S.cpu(), 16)
-    expected = rows_only.attend(query.cpu(), keys.cpu(), keys.cpu(), on_cpu, 0.125, None)
+    cache = LayerCache(spec, keys.cpu(), keys.cpu())
+    expected = reference.attend_whole_tables(cache, query.cpu(), on_cpu, 0.125)
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)

@@ -1,4 +1,4 @@
-"""The runner on a GPU: the same tokens and nearly the same logits as on the CPU."""
+"""The reference backend on a GPU: the same tokens and nearly the same logits as the CPU backend's."""
 
 from pathlib import Path
 
@@ -7,6 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from actors.decisions.model.plan import make_plan
+from actors.tensors.backends.cpu.backend import CPUBackend
+from actors.tensors.backends.reference import ReferenceBackend
 from actors.tensors.model.spec_reader import read_spec
 from actors.tensors.runner import Runner
 from actors.tensors.sequence_table import StepTensors
@@ -27,8 +29,8 @@ class Alone:
 class RecordingRunner(Runner):
     output: torch.Tensor
 
-    def forward(self, tensors: StepTensors) -> torch.Tensor:
-        self.output = super().forward(tensors)
+    def forward(self, tensors: StepTensors, state: torch.Tensor | None) -> torch.Tensor:
+        self.output = super().forward(tensors, state)
         return self.output
 
 
@@ -53,7 +55,8 @@ def folder(tmp_path: Path) -> Path:
 def run(folder: Path, device: str, dtype: str) -> tuple[list[list[int]], torch.Tensor]:
     """Three prompts, one in two chunks, then ten steps of decode, fed with fixed ids → what is sampled, and logits."""
     config = Config(model={"source": str(folder), "dtype": dtype, "max_model_len": 320})
-    runner = RecordingRunner(make_plan(config, read_spec(folder, dtype)), 0, Alone(), torch.device(device))
+    backend = (ReferenceBackend if device == "cuda" else CPUBackend)(torch.device(device))
+    runner = RecordingRunner(make_plan(config, read_spec(folder, dtype)), 0, Alone(), backend)
     runner.load(folder)
     runner.allocate_cache(min(100, runner.num_blocks_that_fit(0.1, 1)))
     runner.warm_up()

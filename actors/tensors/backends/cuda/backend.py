@@ -28,6 +28,8 @@ class CUDABackend(ReferenceBackend):
         """Make the rank's GPU the current one."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+        else:
+            super().set_up()
 
     def free_bytes(self, ranks_on_node: int) -> int:
         """Memory of the rank's own GPU, what torch holds without using it included."""

@@ -80,6 +80,7 @@ class CUDADecoder:
     def capture(self, group: StageGroup) -> None:
         """See Decoder: a graph for each shape, where there are graphs."""
         if self._last_ids.ids_P.is_cuda:
+            self.release()  # what ran before the capture has buffers of its own
             self.steps = dict(capture({bucket: self._new_step(bucket) for bucket in self.buckets.all()}, group))
 
     def release(self) -> None:

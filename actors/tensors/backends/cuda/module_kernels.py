@@ -27,7 +27,7 @@ def substitute_norms(model: nn.Module, account: Account) -> None:
 
 
 def _substitute_norm(module: Any, eps: Any) -> str | None:
-    if isinstance(module, ColwiseRMSNorm):
+    if isinstance(module, ColwiseRMSNorm) and module.group.size > 1:
         return "its mean is taken over the heads of all shards"
     rows = norm_inputs(len(module.weight), eps, module.weight.dtype, module.weight.device)
     for row in rows:

@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from actors.decisions.model.plan import Plan
-from actors.decisions.schedule.buckets import Bucket, Buckets
-from actors.tensors.backends.cuda.decode import DeviceRunner
-from actors.tensors.runner import Launched, Runner, Sampled
+from actors.tensors.backend import Backend
+from actors.tensors.backends.cpu.backend import CPUBackend
+from actors.tensors.backends.cuda.backend import CUDABackend
+from actors.tensors.backends.cuda.decode import CUDADecoder
+from actors.tensors.launched import Launched, Sampled
+from actors.tensors.runner import Runner
 from actors.words.messages import NOT_A_NUMBER, Entry, NewSequence, SamplingParams, StepBatch
 from cluster.collectives.interface import LoneShard
 
@@ -106,8 +109,8 @@ def run(world: World, launch: Callable[[StepBatch], Launched], num_steps: int) -
     return results
 
 
-def make(runner_type: type[Runner], plan: Plan, folder: Path) -> Runner:
-    runner = runner_type(plan, 0, Alone(), CPU)
+def make(backend: Backend, plan: Plan, folder: Path) -> Runner:
+    runner = Runner(plan, 0, Alone(), backend)
     runner.load(folder)
     runner.allocate_cache(NUM_BLOCKS)
     runner.warm_up()
@@ -121,9 +124,9 @@ def test_random_worlds_bring_the_same_ids(
 ) -> None:
     plan = plan_of(family, scheduler={"max_num_seqs": 5, "depth": depth})
     vocab_size = plan.spec.vocab_size
-    expected_from = make(Runner, plan, checkpoints(family))
-    runner = make(DeviceRunner, plan, checkpoints(family))
-    assert isinstance(runner, DeviceRunner)
+    expected_from = make(CPUBackend(CPU), plan, checkpoints(family))
+    runner = make(CUDABackend(CPU), plan, checkpoints(family))
+    assert isinstance(runner.decoder, CUDADecoder)
     for seed in range(3):
         expected = run(World(seed, vocab_size, depth), expected_from.launch, 40)
         found = run(World(seed, vocab_size, depth), runner.launch, 40)
@@ -131,6 +134,7 @@ def test_random_worlds_bring_the_same_ids(
         # Weights and cache are as they were; rows of the last world are not
         expected_from.join(Alone())
         runner.join(Alone())
+        assert not runner.decoder.steps, "graphs hold the groups of their epoch"
         clean(expected_from)
         clean(runner)
 
@@ -140,10 +144,67 @@ def clean(runner: Runner) -> None:
     runner.cache.clear(torch.arange(runner.cache.num_blocks))
 
 
+class LateDownload:
+    """Ids that take their time to the host, as those of a GPU do."""
+
+    def __init__(self, ids_R: torch.Tensor, delays: random.Random) -> None:
+        self.ids_R, self.delays, self.is_here = ids_R, delays, False
+
+    def is_ready(self) -> bool:
+        self.is_here = self.is_here or self.delays.random() < 0.2
+        return self.is_here
+
+    def take(self) -> torch.Tensor:
+        self.is_here = True
+        return self.ids_R
+
+
+class LateBackend(CUDABackend):
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        self.delays = random.Random(0)
+
+    def download(self, tensor: torch.Tensor) -> LateDownload:
+        return LateDownload(tensor, self.delays)
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+def test_ids_that_come_late_are_waited_for_where_they_are_read(
+    depth: int, plan_of: Callable[..., Plan], checkpoints: Callable[[str], Path]
+) -> None:
+    """A row holds 0 for an id that is on its way: prompts, penalties and mixed steps must not take it for one."""
+    plan = plan_of("llama", scheduler={"max_num_seqs": 5, "depth": 2})
+    expected_from, runner = (make(backend, plan, checkpoints("llama")) for backend in (CPUBackend(CPU), LateBackend()))
+    for seed in range(3, 6):
+        expected = run(World(seed, plan.spec.vocab_size, 1), expected_from.launch, 40)
+        found = run(World(seed, plan.spec.vocab_size, depth), runner.launch, 40)
+        assert [step.token_ids for step in found] == [step.token_ids for step in expected]
+        assert not runner._pending or runner._pending[-1].is_ready()
+        expected_from.join(Alone())
+        runner.join(Alone())
+        clean(expected_from)
+        clean(runner)
+
+
+def test_a_cache_of_another_size_has_its_own_padding_block(
+    plan_of: Callable[..., Plan], checkpoints: Callable[[str], Path]
+) -> None:
+    plan = plan_of("llama", scheduler={"max_num_seqs": 5})
+    expected = run(World(7, plan.spec.vocab_size, 1), make(CPUBackend(CPU), plan, checkpoints("llama")).launch, 20)
+    runner = make(CUDABackend(CPU), plan, checkpoints("llama"))
+    runner.allocate_cache(NUM_BLOCKS + 10)
+    assert runner.num_blocks == NUM_BLOCKS + 10
+    assert {len(tensor) for tensor in runner.cache.tensors} == {NUM_BLOCKS + 11}
+    found = run(World(7, plan.spec.vocab_size, 1), runner.launch, 20)
+    assert [step.token_ids for step in found] == [step.token_ids for step in expected]
+    used = {tuple(tensor.flatten(1).any(1).nonzero()[:, 0].tolist()) for tensor in runner.cache.tensors}
+    assert all(max(blocks) == NUM_BLOCKS + 10 and NUM_BLOCKS not in blocks for blocks in used)
+
+
 def test_decode_steps_run_over_static_buffers(
     plan_of: Callable[..., Plan], checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner = make(DeviceRunner, plan_of("llama", scheduler={"max_num_seqs": 6}), checkpoints("llama"))
+    runner = make(CUDABackend(CPU), plan_of("llama", scheduler={"max_num_seqs": 6}), checkpoints("llama"))
 
     def refuse(*args: Any) -> None:
         raise AssertionError("the eager path ran")
@@ -152,27 +213,27 @@ def test_decode_steps_run_over_static_buffers(
     prompts = [Entry(seq, 0, [seq + 1, 2, 3], [seq], True) for seq in range(3)]
     runner.launch(StepBatch(0, 0, 0, [NewSequence(seq, greedy, [], 3) for seq in range(3)], [], prompts)).take()
     monkeypatch.setattr(runner.table, "tensors", refuse)
-    before = [tensor.clone() for tensor in (*runner.cache.keys, *runner.cache.values)]
+    before = [tensor.clone() for tensor in runner.cache.tensors]
     launched = [
         runner.launch(StepBatch(0, 1 + i, 0, [], [], [Entry(seq, 3 + i, [], [10 + seq] if i == 1 else [], True)
                                                       for seq in range(3)]))
         for i in range(3)
     ]  # fmt: skip
     assert [len(step.take().token_ids) for step in launched] == [3, 3, 3]
-    for was, now in zip(before, (*runner.cache.keys, *runner.cache.values), strict=True):
+    for was, now in zip(before, runner.cache.tensors, strict=True):
         changed = (was != now).flatten(1).any(1).nonzero()[:, 0].tolist()
         assert set(changed) <= {0, 1, 2, 10, 11, 12, NUM_BLOCKS}, "padding wrote into a block of a sequence"
-        assert NUM_BLOCKS in changed, "three rows are padded to four, which write to the trash block"
+        assert NUM_BLOCKS in changed, "three rows are padded to four, which write to the padding block"
 
 
-def test_garbage_in_foreign_and_trash_blocks_reaches_nobody(
+def test_garbage_in_foreign_and_padding_blocks_reaches_nobody(
     plan_of: Callable[..., Plan], checkpoints: Callable[[str], Path]
 ) -> None:
     plan = plan_of("mistral", scheduler={"max_num_seqs": 5})
-    runner = make(DeviceRunner, plan, checkpoints("mistral"))
+    runner = make(CUDABackend(CPU), plan, checkpoints("mistral"))
     world = World(7, plan.spec.vocab_size, 1)
-    expected = run(world, make(Runner, plan, checkpoints("mistral")).launch, 30)
-    for tensor in (*runner.cache.keys, *runner.cache.values):
+    expected = run(world, make(CPUBackend(CPU), plan, checkpoints("mistral")).launch, 30)
+    for tensor in runner.cache.tensors:
         tensor.fill_(float("nan"))  # a fresh block is cleared when a sequence gets it
     found = run(World(7, plan.spec.vocab_size, 1), runner.launch, 30)
     assert [step.token_ids for step in found] == [step.token_ids for step in expected]
@@ -185,8 +246,8 @@ def test_shards_and_stages_bring_the_same_ids(
     plan = plan_of("llama", *layout, scheduler={"max_num_seqs": 4})
     prompts = [[1, 2, 3], [4] * 11, [7, 8], [9]]
     answers = {}
-    for runner_type in (None, type("Recording", (threads["RecordingRunner"], DeviceRunner), {})):
-        gang = threads["ThreadGang"](plan, checkpoints("llama"), NUM_BLOCKS, runner_type)
+    for backend_type in (CPUBackend, CUDABackend):
+        gang = threads["ThreadGang"](plan, checkpoints("llama"), NUM_BLOCKS, backend_type(CPU))
         ids = [[] for _ in prompts]
         opened = [NewSequence(seq, SamplingParams(0.8, seed=seq), [], len(p)) for seq, p in enumerate(prompts)]
         entries = [Entry(seq, 0, p, list(range(8 * seq, 8 * seq + 8)), True) for seq, p in enumerate(prompts)]
@@ -195,7 +256,7 @@ def test_shards_and_stages_bring_the_same_ids(
                 ids[seq].append(token_id)
             opened = []
             entries = [Entry(s, len(p) + number, [ids[s][-1]], [], True) for s, p in enumerate(prompts)]
-        answers[runner_type] = ids
+        answers[backend_type] = ids
     eager, static = answers.values()
     assert static == eager
 
@@ -210,13 +271,13 @@ def test_penalties_count_ids_that_were_still_on_their_way(
     plan_of: Callable[..., Plan], checkpoints: Callable[[str], Path]
 ) -> None:
     plan = plan_of("llama", scheduler={"max_num_seqs": 2})
-    runner = make(DeviceRunner, plan, checkpoints("llama"))
+    runner = make(CUDABackend(CPU), plan, checkpoints("llama"))
     sampling = SamplingParams(temperature=0, frequency_penalty=2.0)
     runner.launch(StepBatch(0, 0, 0, [NewSequence(0, sampling, [], 2)], [], [Entry(0, 0, [1, 2], [0, 1, 2], True)]))
     for number in range(1, 8):
         runner.launch(StepBatch(0, number, 0, [], [], [Entry(0, 1 + number, [], [], True)]))
     row = runner.table.rows[0]
-    draw = runner.table.draw(Entry(0, 8, [], [], True))
+    draw = runner.table.sampling_row(Entry(0, 8, [], [], True))
     runner._settle()
     assert isinstance(row.ids, array)
     assert list(draw.ids) == list(row.ids)
@@ -228,7 +289,7 @@ def test_what_is_no_number_is_told_and_never_looked_up(
     plan_of: Callable[..., Plan], checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, num_ids: int
 ) -> None:
     """In a decode step (one id) as in a prefill; the next step, launched already, goes on with some id."""
-    runner = make(DeviceRunner, plan_of("llama", scheduler={"max_num_seqs": 2}), checkpoints("llama"))
+    runner = make(CUDABackend(CPU), plan_of("llama", scheduler={"max_num_seqs": 2}), checkpoints("llama"))
     opened = [NewSequence(0, SamplingParams(temperature=0), [], num_ids)]
     with monkeypatch.context() as patch:
         patch.setattr(runner.sampler, "sample", lambda *_: torch.tensor([NOT_A_NUMBER]))
@@ -238,24 +299,3 @@ def test_what_is_no_number_is_told_and_never_looked_up(
     assert told is not None and told.token_ids == [[NOT_A_NUMBER]]
     assert gone_on is not None and gone_on.token_ids[0][0] >= 0
     assert runner.table.rows[0].ids[num_ids] == 0
-
-
-# Buckets
-
-
-def test_buckets_hold_every_step_and_pad_to_less_than_twice() -> None:
-    buckets = Buckets.of(24, 100, 16)
-    assert buckets.rows == (1, 2, 4, 8, 16, 24)
-    assert buckets.blocks == (16, 32, 64, 100)
-    for num_rows in range(1, 25):
-        for num_blocks in range(1, 101):
-            bucket = buckets.of_step(num_rows, num_blocks)
-            assert bucket is not None
-            assert num_rows <= bucket.num_rows < 2 * num_rows or bucket.num_rows == 1
-            assert num_blocks <= bucket.num_blocks < max(17, 2 * num_blocks)
-    assert buckets.of_step(25, 1) is None
-    assert buckets.of_step(1, 101) is None
-    assert buckets.of_step(0, 1) is None
-    assert Buckets.of(1, 7).all() == [Bucket(1, 7)]
-    assert buckets.all()[0] == Bucket(24, 100)
-    assert len(set(buckets.all())) == 24

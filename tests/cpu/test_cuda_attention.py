@@ -14,16 +14,19 @@ import torch
 
 from actors.decisions.model.plan import Plan
 from actors.decisions.model.spec import AttentionSpec, MaskSpec
-from actors.tensors.backends.cuda import decode as device_runner
-from actors.tensors.backends.cuda.attention import PagedRows, VarlenKernel, choose_kernels, first_keys, kernel_fault
-from actors.tensors.backends.cuda.decode import DeviceRunner
+from actors.tensors.attention.metadata import LayerCache, PagedRows
+from actors.tensors.backends.cpu.backend import CPUBackend
+from actors.tensors.backends.cuda import attention
+from actors.tensors.backends.cuda.attention import CUDAAttention, VarlenKernel, choose_kernels, kernel_fault
+from actors.tensors.backends.cuda.backend import CUDABackend
+from actors.tensors.backends.cuda.decode import CUDADecoder
 from actors.tensors.backends.cuda.varlen_support import KernelDevice, why_no_kernel
-from actors.tensors.runner import Runner
+from actors.words.messages import Substitution
 
 CPU = torch.device("cpu")
 H100 = KernelDevice("cuda", 90)
 SPEC = AttentionSpec("a", 8, 2, 16, 16)
-worlds = runpy.run_path(str(Path(__file__).with_name("test_decode_step.py")))
+worlds = runpy.run_path(str(Path(__file__).with_name("test_cuda_decoder.py")))
 
 
 def documented(
@@ -113,13 +116,11 @@ def _raise() -> None:
     raise RuntimeError("no kernel image")
 
 
-def test_why_there_is_no_kernel_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
+def test_why_there_is_no_kernel_is_said_once() -> None:
+    """For all attentions together: this is what a rank logs, and what /cluster shows."""
     specs = [dataclasses.replace(SPEC, name=str(layer)) for layer in range(3)]
-    assert choose_kernels(specs, torch.bfloat16, 256, CPU) == {}
-    assert [record.getMessage() for record in caplog.records] == [
-        "3 of 3 attentions run without torch's paged kernel: it runs on CUDA, not on cpu"
-    ]
+    reason = "it runs on CUDA, not on cpu (3 places)"
+    assert choose_kernels(specs, torch.bfloat16, 256, CPU) == ({}, [Substitution("varlen_attention", 0, reason)])
 
 
 def test_torch_takes_these_arguments() -> None:
@@ -132,7 +133,7 @@ def test_torch_takes_these_arguments() -> None:
     )
     query, cache = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((3, 8, 64), (5, 256, 2, 64)))
     for mask_spec in (MaskSpec(), MaskSpec(window=9)):
-        out = VarlenKernel(mask_spec, None).attend(query, cache, cache, on_meta, 0.1, None)
+        out = VarlenKernel(mask_spec, None).attend(LayerCache(SPEC, cache, cache), query, on_meta, 0.1)
         assert (out.shape, out.dtype, out.is_meta) == (query.shape, query.dtype, True)
 
 
@@ -144,22 +145,53 @@ def test_prefill_and_decode_by_the_kernel_bring_the_same_ids(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", documented)
+    chosen = Substitution("varlen_attention", 7)
     monkeypatch.setattr(
-        device_runner,
+        attention,
         "choose_kernels",
-        lambda specs, *_: {spec.name: VarlenKernel(spec.mask_spec, None) for spec in specs},
+        lambda specs, *_: ({spec.name: VarlenKernel(spec.mask_spec, None) for spec in specs}, [chosen]),
     )
     plan = plan_of(family, scheduler={"max_num_seqs": 5})
     run, world, make = worlds["run"], worlds["World"], worlds["make"]
-    expected = run(world(3, plan.spec.vocab_size, 2), make(Runner, plan, checkpoints(family)).launch, 25)
-    runner = make(DeviceRunner, plan, checkpoints(family))
-    assert runner.table.visibility.mask_specs == frozenset(), "no masks are made for attentions that need none"
-    assert len(runner._buckets.blocks) == 1
+    expected = run(world(3, plan.spec.vocab_size, 2), make(CPUBackend(CPU), plan, checkpoints(family)).launch, 25)
+    runner = make(CUDABackend(CPU), plan, checkpoints(family))
+    assert isinstance(runner.attention, CUDAAttention) and isinstance(runner.decoder, CUDADecoder)
+    assert runner.attention._builder.mask_specs == frozenset(), "no masks are made for attentions that need none"
+    assert len(runner.decoder.buckets.blocks) == 1
+    assert chosen in runner.substitutions
     found = run(world(3, plan.spec.vocab_size, 2), runner.launch, 25)
     assert [step.token_ids for step in found] == [step.token_ids for step in expected]
 
 
-def test_first_keys_are_those_of_the_sight() -> None:
+def test_attentions_with_and_without_a_kernel_in_one_model(
+    plan_of: Callable[..., Plan], checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windowed layers of Qwen2 by the kernel, the others by gathers; whole tables where all rows are of one token."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", documented)
+
+    def choose(specs: list[AttentionSpec], *_: Any) -> tuple[dict[str, VarlenKernel], list[Substitution]]:
+        windowed = {spec.name: VarlenKernel(spec.mask_spec, None) for spec in specs if spec.mask_spec.window}
+        assert 0 < len(windowed) < len(specs)
+        return windowed, []
+
+    monkeypatch.setattr(attention, "choose_kernels", choose)
+    plan = plan_of("qwen2", scheduler={"max_num_seqs": 5})
+    run, world, make = worlds["run"], worlds["World"], worlds["make"]
+    expected = run(world(4, plan.spec.vocab_size, 2), make(CPUBackend(CPU), plan, checkpoints("qwen2")).launch, 25)
+    runner = make(CUDABackend(CPU), plan, checkpoints("qwen2"))
+    assert runner.attention._builder.mask_specs == {MaskSpec()}
+    found = run(world(4, plan.spec.vocab_size, 2), runner.launch, 25)
+    assert [step.token_ids for step in found] == [step.token_ids for step in expected]
+
+
+@pytest.mark.parametrize("mask_spec", [MaskSpec(), MaskSpec(7), MaskSpec(chunk=8), MaskSpec(window=5, chunk=8)])
+def test_first_keys_of_many_positions_are_those_of_each_one(mask_spec: MaskSpec) -> None:
+    def is_seen(key: int, position: int) -> bool:
+        in_window = mask_spec.window is None or position - key < mask_spec.window
+        return in_window and (mask_spec.chunk is None or key // mask_spec.chunk == position // mask_spec.chunk)
+
     positions = torch.arange(50)
-    for mask_spec in (MaskSpec(), MaskSpec(window=7), MaskSpec(chunk=8), MaskSpec(window=5, chunk=8)):
-        assert first_keys(mask_spec, positions).tolist() == [mask_spec.first_key(position) for position in range(50)]
+    firsts = [next(key for key in range(50) if is_seen(key, position)) for position in range(50)]
+    assert [mask_spec.first_key(position) for position in range(50)] == firsts
+    assert mask_spec.first_key(positions).tolist() == firsts
+    assert mask_spec.first_key(positions.numpy()).tolist() == firsts
