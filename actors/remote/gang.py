@@ -278,10 +278,11 @@ def _check_substitutions(plan: Plan, loaded: list[Loaded]) -> None:
     """The shards of a stage must compute alike, or their exchanges differ. Raises ValueError where they do not."""
     for shard, load in zip(plan.shards, loaded, strict=True):
         first = loaded[shard.rank - shard.shard]
-        if (own := set(load.substitutions)) != (theirs := set(first.substitutions)):
-            only = ", ".join(f"{one.what} ({one.reason_not or 'everywhere'})" for one in sorted(own - theirs, key=str))
+        own, theirs = ({one.what: one.count for one in each.substitutions} for each in (load, first))
+        if differing := sorted(what for what in own.keys() | theirs.keys() if own.get(what) != theirs.get(what)):
+            counts = ", ".join(f"{what} {own.get(what)} times, not {theirs.get(what)}" for what in differing)
             raise ValueError(
-                f"stage {shard.stage}: shard {shard.shard} substitutes otherwise than shard 0: {only}; "
+                f"stage {shard.stage}: shard {shard.shard} substitutes otherwise than shard 0: {counts}; "
                 "set substitutions: none, or give the stage a node whose devices are alike"
             )
 

@@ -1,6 +1,5 @@
 """The Runner: everything a rank computes, from loading its weights to the ids of a step. No Ray in it."""
 
-import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -23,8 +22,6 @@ from actors.tensors.sequence_table import PromptChunk, Row, SequenceTable, StepT
 from actors.tensors.weights.checkpoint import LoadReport, Progress, load_weights
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch, Substitution, TokenLogprobs
 from cluster.collectives.interface import Link, Sending, StageGroup
-
-logger = logging.getLogger(__name__)
 
 _WARM_UP_SEQ = -1  # no engine numbers a sequence so
 
@@ -142,8 +139,8 @@ class Runner:
         """Allocate the KV cache. Raises ValueError when not even one full-length sequence would fit."""
         self.plan.check_num_blocks(num_blocks)
         assert self.model is not None, "load comes first"
-        num_all, device = num_blocks + self.backend.num_padding_blocks, self.backend.device
-        self.num_blocks = num_blocks
+        self.num_blocks, device = num_blocks, self.backend.device
+        num_all = num_blocks + self.backend.num_padding_blocks
         self.cache = KVCache(self.shard.attentions, num_all, self.plan.block_size, self.dtype, device)
         self.model.attach(self.cache)
         self.decoder = self.backend.decoder(self.model, self.plan, padding_block=num_blocks)
@@ -151,12 +148,11 @@ class Runner:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Run a short prompt and one token after it: all ranks at once, so that nothing is done first in a request."""
-        sampling = SamplingParams(temperature=1.0, seed=0)
         num_ids = min(self.plan.block_size, self.plan.max_model_len - 1)
         num_blocks = num_blocks_for(num_ids + 1, self.plan.block_size)
         prefill = Entry(_WARM_UP_SEQ, 0, [0] * num_ids, list(range(num_blocks)), sample=True)
         decode = Entry(_WARM_UP_SEQ, num_ids, [0], [], sample=True)
-        opened = [NewSequence(_WARM_UP_SEQ, sampling, [])]
+        opened = [NewSequence(_WARM_UP_SEQ, SamplingParams(temperature=1.0, seed=0), [])]
         self.execute(StepBatch(epoch=0, step=-2, lane=0, opened=opened, closed=[], entries=[prefill]))
         self.execute(StepBatch(epoch=0, step=-1, lane=0, opened=[], closed=[], entries=[decode]))
         self.execute(StepBatch(epoch=0, step=-1, lane=0, opened=[], closed=[_WARM_UP_SEQ], entries=[]))

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from cluster.collectives import exchange
+from cluster.collectives.compile import KERNELS
 from cluster.collectives.elements import DTYPE_TAGS
 from cluster.collectives.exchange import BUFFER_BYTES, LINE_WORDS, MOST_KINDS, NUM_HEAD_LINES
 from cluster.collectives.interface import NeighbourLate, NeighbourLost
@@ -167,7 +168,7 @@ def share_memory(store: EpochStore, stage: int, size: int, shard: int) -> mmap.m
             os.ftruncate(fd, length)
             mapping = mmap.mmap(fd, length)
             mapping[_LINE_BYTES : _LINE_BYTES + _TOKEN_BYTES] = token
-            store.put(name, [os.getpid(), fd, token.hex()])
+            store.put(name, [os.getpid(), fd, token.hex(), KERNELS])
         else:
             mapping = _map_theirs(store.take(name), length)
     except OSError as error:
@@ -175,7 +176,7 @@ def share_memory(store: EpochStore, stage: int, size: int, shard: int) -> mmap.m
             raise
         reason = str(error)
         if shard == 0:
-            store.put(name, [0, -1, ""])
+            store.put(name, [0, -1, "", KERNELS])
     try:
         store.put(f"{name}/shard{shard}", reason)
         reasons = store.take_all(f"{name}/shard{other}" for other in range(size))
@@ -188,9 +189,11 @@ def share_memory(store: EpochStore, stage: int, size: int, shard: int) -> mmap.m
     return mapping
 
 
-def _map_theirs(where: tuple[int, int, str], length: int) -> mmap.mmap:
+def _map_theirs(where: tuple[int, int, str, str], length: int) -> mmap.mmap:
     """Map the memory of shard 0. Raises OSError when it cannot be opened, or is not shard 0's."""
-    pid, fd, token = where
+    pid, fd, token, kernels = where
+    if kernels != KERNELS:
+        raise OSError("shard 0 exchanges by kernels of another version: the files were changed; start all ranks anew")
     path = Path(f"/proc/{pid}/fd/{fd}")
     # In another pid namespace the same number is another process: look before opening.
     if not str(path.readlink()).startswith(f"/memfd:{_MEMORY_NAME}"):

@@ -127,7 +127,7 @@ class HauntedActor(RankActor):
         from tests.chaos.haunted_runner import haunted_runner
 
         runner = haunted_runner(Path(self.folder))
-        room.runner_type = lambda device: runner
+        room.Runner = runner
 
 
 def haunted_actor(folder: Path) -> type[RankActor]:

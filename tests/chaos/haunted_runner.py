@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from actors.tensors.runner import Runner, Sampled
+from actors.tensors.launched import Done, Launched
+from actors.tensors.runner import Runner
 from actors.tensors.sequence_table import StepTensors
 from actors.words.messages import StepBatch
 from tests.chaos.faults import ACTIONS, Haunt, Spell
@@ -27,19 +28,19 @@ def haunted_runner(folder: Path) -> type[Runner]:
             layer.register_forward_hook(self._inside)
             return report
 
-        def execute(self, step: StepBatch) -> Sampled | None:
+        def launch(self, step: StepBatch) -> Launched:
             self.step, self.due = step, self.haunt.due(step) if step.step >= 0 else {}  # else: warm-up
             self._act("before")
-            result = super().execute(step)
+            result = super().launch(step).take()
             self._act("after")
-            return result
+            return Done(result)
 
-        def forward(self, tensors: StepTensors) -> torch.Tensor:
+        def forward(self, tensors: StepTensors, state: torch.Tensor | None) -> torch.Tensor:
             sampling = [entry.seq for entry in self.step.entries if entry.sample]
             rows = tensors.logits_rows_Q.tolist()[: len(sampling)]
             spells = [self.due.get(seq) for seq in sampling]
             self.sick_rows = [row for row, spell in zip(rows, spells, strict=True) if spell and spell.act == "nan"]
-            return super().forward(tensors)
+            return super().forward(tensors, state)
 
         def _inside(self, layer: Any, args: Any, output: Any) -> None:
             """After the rank's first layer: the other ranks wait in their all-reduce, or for the hop."""

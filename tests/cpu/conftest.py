@@ -175,9 +175,18 @@ class Gang:
     loaded_bytes: list[int] = dataclasses.field(default_factory=list)
 
     @classmethod
-    def start(cls, pool: Pool, plan: Plan, folder: Path, num_blocks: int = NUM_BLOCKS) -> "Gang":
+    def start(
+        cls,
+        pool: Pool,
+        plan: Plan,
+        folder: Path,
+        num_blocks: int = NUM_BLOCKS,
+        device: str = "cpu",
+        shares: bool = True,
+    ) -> "Gang":
         pool.epoch += 1
-        jobs = [("start", (plan, shard.rank, folder, pool.port, pool.epoch, num_blocks)) for shard in plan.shards]
+        given = folder, pool.port, pool.epoch, num_blocks, device, shares
+        jobs = [("start", (plan, shard.rank, *given)) for shard in plan.shards]
         return cls(pool, plan, pool.ask(jobs))
 
     def rejoin(self) -> None:
@@ -211,6 +220,17 @@ def gang_of(pool: Pool, plan_of: Callable[..., Plan], checkpoints: Callable[[str
     def start(family: str, tensor_parallel: int = 1, pipeline_parallel: int = 1, **groups: Any) -> Gang:
         plan = plan_of(family, tensor_parallel, pipeline_parallel, **groups)
         return Gang.start(pool, plan, checkpoints(family))
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def gang_on(pool: Pool, checkpoints: Callable[[str], Path]) -> Callable[..., Gang]:
+    """A gang of a plan, of a family or a folder, on a backend (`device` as in a config); the one before is given up."""
+
+    def start(plan: Plan, source: str | Path, device: str, shares: bool = True) -> Gang:
+        folder = source if isinstance(source, Path) else checkpoints(source)
+        return Gang.start(pool, plan, folder, device=device, shares=shares)
 
     return start
 

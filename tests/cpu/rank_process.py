@@ -5,12 +5,14 @@ rehearses once, and forks a rank for each connection: twelve ranks for one impor
 ("ok", result) or ("error", text), and leaves when its connection ends.
 """
 
+import contextlib
 import multiprocessing
 import sys
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -18,12 +20,17 @@ from actors.remote.imports import compiler_left_out
 
 with compiler_left_out():  # as a rank on Ray does
     from actors.remote.rank import Rank as ServingRank
-    from actors.tensors.runner import Runner, Sampled
+    from actors.tensors.backends.choose import import_backend, make_backend
+    from actors.tensors.launched import Sampled
+    from actors.tensors.runner import Runner
+
+    import_backend("cpu", "cpu")
 
 from actors.decisions.model.plan import Plan
 from actors.remote.meeting import Assignment
 from actors.tensors.sequence_table import StepTensors
-from actors.words.messages import StepBatch
+from actors.words.messages import StepBatch, Substitution
+from cluster.collectives import cpu_transport
 from cluster.collectives.groups import Groups, join
 from cluster.collectives.interface import LoneShard
 from cluster.collectives.rendezvous import join_store
@@ -38,8 +45,8 @@ class RecordingRunner(Runner):
 
     output: torch.Tensor
 
-    def forward(self, tensors: StepTensors) -> torch.Tensor:
-        self.output = super().forward(tensors)
+    def forward(self, tensors: StepTensors, state: torch.Tensor | None) -> torch.Tensor:
+        self.output = super().forward(tensors, state)
         return self.output
 
 
@@ -50,11 +57,19 @@ class Rank:
     runner: RecordingRunner
     serving: ServingRank
 
-    def start(self, plan: Plan, rank: int, folder: Path, port: int, epoch: int, num_blocks: int) -> int:
+    def start(
+        self, plan: Plan, rank: int, folder: Path, port: int, epoch: int, num_blocks: int, device: str, shares: bool
+    ) -> int:
+        """`device` as in a config; `shares`: whether the shards exchange through memory that they share, else gloo."""
         self.stop()
         store = join_store(ADDRESS, port, epoch, PATIENCE_S)
-        self.groups = join(plan.topology, rank, store, CPU, ADDRESS, PATIENCE_S)
-        self.runner = RecordingRunner(plan, rank, self.groups, CPU)
+        with contextlib.ExitStack() as stack:
+            if not shares:
+                stack.enter_context(mock.patch.object(cpu_transport, "share_memory", lambda *_: None))
+            self.groups = join(plan.topology, rank, store, CPU, ADDRESS, PATIENCE_S)
+        backend = make_backend(device, CPU)
+        backend.set_up()
+        self.runner = RecordingRunner(plan, rank, self.groups, backend)
         report = self.runner.load(folder)
         self.runner.allocate_cache(num_blocks)
         self.runner.warm_up()
@@ -68,9 +83,12 @@ class Rank:
         self.groups = join(plan.topology, rank, store, CPU, ADDRESS, PATIENCE_S)
         self.runner.join(self.groups)
 
+    def substitutions(self) -> list[Substitution]:
+        return self.runner.substitutions
+
     def execute(self, step: StepBatch) -> tuple[Sampled | None, Any]:
         sampled = self.runner.execute(step)
-        return sampled, self.runner.output.numpy() if sampled and step.entries else None
+        return sampled, self.runner.output.float().numpy() if sampled and step.entries else None
 
     def hire(self, assignment: Assignment) -> bytes:
         self.stop()
@@ -112,7 +130,7 @@ class Alone:
 def be_mother(connections: list[Connection], rehearsal: tuple[Plan, Path]) -> None:
     torch.set_num_threads(1)
     plan, folder = rehearsal
-    runner = Runner(plan, 0, Alone(), CPU)  # imports what is imported lazily
+    runner = Runner(plan, 0, Alone(), make_backend("cpu", CPU))  # imports what is imported lazily
     runner.load(folder)
     runner.allocate_cache(plan.num_blocks_for_longest)
     runner.warm_up()

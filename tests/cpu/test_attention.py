@@ -7,10 +7,13 @@ import torch
 
 from actors.decisions.model.shard_plan import AttentionShard
 from actors.decisions.model.spec import AttentionSpec, MaskSpec
-from actors.tensors.attention import metadata_builder as visibility
+from actors.tensors.attention import metadata_builder
 from actors.tensors.attention.kv_cache import KVCache
-from actors.tensors.attention.layer import CurrentStep, LayerAttention
-from actors.tensors.attention.metadata_builder import Chunk, VisibilityMaker
+from actors.tensors.attention.metadata import Chunk, LayerCache, StepLayout
+from actors.tensors.attention.metadata_builder import AttentionMetadataBuilder
+from actors.tensors.backends.cpu.attention import CPUAttention
+from actors.tensors.backends.reference import ReferenceAttention, ReferenceBackend
+from actors.tensors.model.attention_layer import CurrentStep, LayerAttention
 
 CPU = torch.device("cpu")
 NUM_BLOCKS, KV_HEADS, GROUPS, DIM, VALUE_DIM = 80, 2, 3, 8, 6
@@ -59,8 +62,8 @@ class Sequence:
 def test_random_worlds_equal_attention_written_out(seed: int, block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(seed)
     world = random.Random(seed)
-    monkeypatch.setattr(visibility, "_TILE", world.choice((1, 3, 256)))
-    monkeypatch.setattr(visibility, "_KEYS_AT_ONCE", world.choice((1, 60, 1 << 17)))
+    monkeypatch.setattr(metadata_builder, "_TILE", world.choice((1, 3, 256)))
+    monkeypatch.setattr(metadata_builder, "_KEYS_AT_ONCE", world.choice((1, 60, 1 << 17)))
     specs = [
         AttentionSpec("", KV_HEADS * GROUPS, KV_HEADS, DIM, VALUE_DIM, mask_spec, softcap, has_sinks)
         for mask_spec in (
@@ -72,11 +75,15 @@ def test_random_worlds_equal_attention_written_out(seed: int, block_size: int, m
     ]
     shards = [AttentionShard(spec, (0, KV_HEADS * GROUPS), (0, KV_HEADS)) for spec in specs[:1]]
     cache = KVCache(shards, NUM_BLOCKS * 8 // block_size, block_size, torch.float32, CPU)
-    for tensor in (*cache.keys, *cache.values):
+    for tensor in cache.tensors:
         tensor.fill_(float("nan"))  # what others left behind
-    maker = VisibilityMaker(block_size, frozenset(spec.mask_spec for spec in specs), torch.float32, CPU)
-    maker.reads_blocks = world.random() < 0.5  # else in groups, as where no kernel is
-    maker.longest_as_rows = world.choice((0, 15, 40)) if maker.reads_blocks else 0
+    upload, masks = ReferenceBackend(CPU).upload, frozenset(spec.mask_spec for spec in specs)
+    if world.random() < 0.5:  # by kernels, prompts up to a length too
+        attention = CPUAttention(specs, torch.float32, block_size, upload)
+        longest = world.choice((0, 15, 40))
+        attention._builder = AttentionMetadataBuilder(block_size, masks, torch.float32, upload, True, longest)
+    else:  # in groups, written out
+        attention = ReferenceAttention(AttentionMetadataBuilder(block_size, masks, torch.float32, upload))
     free = list(range(cache.num_blocks))
     world.shuffle(free)
     lengths = [world.randint(1, 40) for _ in range(6)]
@@ -95,14 +102,15 @@ def test_random_worlds_equal_attention_written_out(seed: int, block_size: int, m
         for s in order:
             chunks.append(Chunk(s.table, row, s.done, counts[s]))
             row += counts[s]
-        current.attention = maker.of_step(chunks, tables)
+        current.begin(attention.plan(StepLayout(chunks, tables)))
         spans = [slice(s.done, s.done + counts[s]) for s in order]
         query, keys, values = (
             torch.cat([getattr(s, name)[span] for s, span in zip(order, spans, strict=True)]).transpose(0, 1)
             for name in ("query", "keys", "values")
         )
         for spec in specs:
-            layer = LayerAttention(spec, cache.keys[0], cache.values[0], current)
+            keys_NbHD, values_NbHD = cache.tensors
+            layer = LayerAttention(LayerCache(spec, keys_NbHD, values_NbHD), attention, current)
             sinks = torch.randn(KV_HEADS * GROUPS) if spec.has_sinks else None
             out = layer.attend(query, keys, values, SCALING, sinks)
             expected = [
@@ -114,26 +122,32 @@ def test_random_worlds_equal_attention_written_out(seed: int, block_size: int, m
             s.done += counts[s]
 
 
+def builder(mask_spec: MaskSpec) -> AttentionMetadataBuilder:
+    return AttentionMetadataBuilder(4, frozenset({mask_spec}), torch.float16, ReferenceBackend(CPU).upload)
+
+
 def test_rows_of_similar_length_share_a_group_and_long_ones_do_not_pad_short_ones() -> None:
-    maker = VisibilityMaker(4, frozenset({MaskSpec()}), torch.float16, CPU)
+    made_by = builder(MaskSpec())
     starts = [3, 4, 5, 40, 41, 500]
     chunks = [Chunk(i, i, start, 1) for i, start in enumerate(starts)]
     tables = torch.arange(6 * 200).view(6, 200)
-    groups = maker.of_step(chunks, tables).by_mask[MaskSpec()].groups
+    groups = made_by.build(StepLayout(chunks, tables)).by_mask[MaskSpec()].groups
     assert [(group.rows.start, group.rows.stop) for group in groups] == [(0, 3), (3, 5), (5, 6)]
     padded = sum(group.tables_BN.numel() for group in groups)
     assert padded <= 2 * sum(start // 4 + 1 for start in starts)
 
 
 def test_a_window_gathers_no_more_blocks_than_it_covers() -> None:
-    maker = VisibilityMaker(4, frozenset({MaskSpec(6)}), torch.float16, CPU)
-    groups = maker.of_step([Chunk(0, 0, 1001, 1)], torch.arange(300).view(1, 300)).by_mask[MaskSpec(6)].groups
+    made_by = builder(MaskSpec(6))
+    groups = (
+        made_by.build(StepLayout([Chunk(0, 0, 1001, 1)], torch.arange(300).view(1, 300))).by_mask[MaskSpec(6)].groups
+    )
     assert groups[0].tables_BN.tolist() == [[249, 250]]
     assert (groups[0].mask_B11K == 0).sum() == 6
 
 
 def test_padding_names_blocks_of_the_same_sequence_only() -> None:
-    maker = VisibilityMaker(4, frozenset({MaskSpec()}), torch.float16, CPU)
+    made_by = builder(MaskSpec())
     tables = torch.tensor([[11, 12, 0, 0], [21, 22, 23, 24]])
-    [group] = maker.of_step([Chunk(0, 0, 7, 1), Chunk(1, 1, 15, 1)], tables).by_mask[MaskSpec()].groups
+    [group] = made_by.build(StepLayout([Chunk(0, 0, 7, 1), Chunk(1, 1, 15, 1)], tables)).by_mask[MaskSpec()].groups
     assert group.tables_BN.tolist() == [[11, 12, 12, 12], [21, 22, 23, 24]]

@@ -11,9 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from actors.tensors.backends.reference import ReferenceBackend
 from actors.tensors.model.stage_model import build
 from actors.words.errors import CheckpointError
 from cluster.collectives.interface import LoneShard
+
+ATTENTION = ReferenceBackend(torch.device("cpu")).attention([], torch.float32, 16)  # nobody attends here
 
 pytestmark = pytest.mark.timeout(10)
 
@@ -119,12 +122,12 @@ def test_a_broken_checkpoint_is_refused(
     breaks, words = BREAKS[name]
     breaks(folder)
     with pytest.raises(CheckpointError, match=words) as caught:
-        build(plan_of("llama"), 0, folder.path, LoneShard(), torch.device("cpu"))
+        build(plan_of("llama"), 0, folder.path, LoneShard(), torch.device("cpu"), ATTENTION)
     said = str(caught.value)
     assert str(folder.path) in said, "no file is named"
     assert len(said) < 700
 
 
 def test_what_is_not_broken_is_built(plan_of: Any, checkpoints: Callable[[str], Path]) -> None:
-    build(plan_of("llama"), 0, checkpoints("llama"), LoneShard(), torch.device("cpu"))
+    build(plan_of("llama"), 0, checkpoints("llama"), LoneShard(), torch.device("cpu"), ATTENTION)
     assert len(BREAKS) >= 25

@@ -13,9 +13,12 @@ from transformers import AutoConfig
 from actors.decisions.model.shard_plan import AttentionShard
 from actors.decisions.model.sizes import Sizes
 from actors.decisions.model.spec import AttentionSpec
-from actors.tensors.attention.kv_cache import KVCache, available_bytes
-from actors.tensors.model.linear import DenseLinear, OneDnnPackedLinear, pack
-from actors.tensors.model.parallel_layers import RowwiseLinear, VocabParallelEmbedding, may_be_packed, rebase
+from actors.tensors.attention.kv_cache import KVCache
+from actors.tensors.backends.cpu.backend import CPUBackend
+from actors.tensors.backends.cpu.linear import OneDnnPackedLinear, linear_method
+from actors.tensors.backends.host_memory import available_bytes
+from actors.tensors.backends.reference import ReferenceBackend
+from actors.tensors.model.parallel_layers import RowwiseLinear, VocabParallelEmbedding, owns_weight, rebase
 from actors.tensors.model.parallelize import parallelize
 from actors.tensors.model.skeleton import build_skeleton, read_config
 from actors.tensors.model.spec_reader import read_spec
@@ -26,6 +29,8 @@ from actors.tensors.weights.source import resolve_source
 from actors.words.errors import CheckpointError, UnsupportedModel
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
 from cluster.collectives.interface import LoneShard
+
+ATTENTION = ReferenceBackend(torch.device("cpu")).attention([], torch.float32, 16)  # nobody attends here
 
 CPU = torch.device("cpu")
 GREEDY = SamplingParams(temperature=0)
@@ -187,7 +192,7 @@ def test_the_skeleton_has_meta_parameters_and_real_buffers(checkpoints: Callable
 def test_a_rank_holds_its_part_and_nothing_else(plan_of: Any, checkpoints: Callable[[str], Path]) -> None:
     plan = plan_of("qwen2", 2, 3)
     for shard in plan.shards:
-        stage = build(plan, shard.rank, checkpoints("qwen2"), LoneShard(), CPU)
+        stage = build(plan, shard.rank, checkpoints("qwen2"), LoneShard(), CPU, ATTENTION)
         parameters = stage.tensors()
         assert sum(parameter.nbytes for parameter in parameters.values()) == shard.weight_bytes
         assert len(stage.module.get_submodule("model.layers")) == 7
@@ -197,7 +202,7 @@ def test_a_rank_holds_its_part_and_nothing_else(plan_of: Any, checkpoints: Calla
 
 def test_a_tied_head_is_the_embedding_s_tensor(plan_of: Any, checkpoints: Callable[[str], Path]) -> None:
     plan = plan_of("llama_tied")
-    module = build(plan, 0, checkpoints("llama_tied"), LoneShard(), CPU).module
+    module = build(plan, 0, checkpoints("llama_tied"), LoneShard(), CPU, ATTENTION).module
     assert module.get_parameter("lm_head.weight") is module.get_parameter("model.embed_tokens.weight")
 
 
@@ -206,12 +211,12 @@ def test_another_model_on_this_node_is_refused(
 ) -> None:
     plan = plan_of("mistral")
     with pytest.raises(ValueError, match=r"model\.source.*another model"):
-        Runner(plan, 0, Alone(), CPU).load(copy("mistral", sliding_window=6))
+        Runner(plan, 0, Alone(), CPUBackend(CPU)).load(copy("mistral", sliding_window=6))
     with pytest.raises(CheckpointError, match="safetensors"):
         empty = copy("qwen3")
         for file in empty.glob("*.safetensors*"):
             file.unlink()
-        Runner(plan_of("qwen3"), 0, Alone(), CPU).load(empty)
+        Runner(plan_of("qwen3"), 0, Alone(), CPUBackend(CPU)).load(empty)
 
 
 def test_a_subclass_keeps_its_own_arithmetic() -> None:
@@ -250,13 +255,14 @@ def test_a_rowwise_bias_is_added_once() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_rows", [0, 1, 5, 40])
 def test_a_packed_weight_multiplies_as_before(dtype: torch.dtype, num_rows: int) -> None:
-    linear = rebase(nn.Linear(24, 10, dtype=dtype), RowwiseLinear).place(LoneShard(), DenseLinear())
+    linear = rebase(nn.Linear(24, 10, dtype=dtype), RowwiseLinear).place(LoneShard())
     x = torch.randn(num_rows, 2, 48, dtype=dtype)[..., ::2]
     with torch.inference_mode():
         expected = linear(x)
-        assert may_be_packed(linear)
-        linear.method = pack(linear)
-        assert isinstance(linear.method, OneDnnPackedLinear)
+        assert owns_weight(linear)
+        method = linear_method([linear.weight])
+        assert isinstance(method, OneDnnPackedLinear)
+        linear.hand_over(method)
         assert linear.weight.numel() == 0
         torch.testing.assert_close(linear(x), expected)
 
@@ -271,7 +277,7 @@ def test_a_module_that_is_no_linear_layer_is_refused() -> None:
 
 @pytest.fixture
 def runner(plan_of: Any, checkpoints: Callable[[str], Path]) -> Runner:
-    runner = Runner(plan_of("llama"), 0, Alone(), CPU)
+    runner = Runner(plan_of("llama"), 0, Alone(), CPUBackend(CPU))
     runner.load(checkpoints("llama"))
     runner.allocate_cache(40)
     return runner
@@ -290,7 +296,7 @@ def ids_of(runner: Runner, batch: StepBatch) -> list[list[int]]:
 def test_what_another_request_left_in_a_block_reaches_nobody(runner: Runner) -> None:
     first = ids_of(runner, step([Entry(1, 0, [5, 6, 7], [3], True)], opened=(1,)))
     assert runner.cache is not None
-    for tensor in (*runner.cache.keys, *runner.cache.values):
+    for tensor in runner.cache.tensors:
         tensor.fill_(float("nan"))
     prefill = step([Entry(2, 0, [5, 6, 7], [3], True)], opened=(2,), closed=(1,))
     assert ids_of(runner, prefill) == first
@@ -347,7 +353,7 @@ def test_sampling_is_repeatable_and_warm_up_leaves_no_trace(runner: Runner) -> N
 
 
 def test_memory_is_shared_fairly(runner: Runner) -> None:
-    free = available_bytes(CPU)
+    free = available_bytes()
     per_block = runner.plan.kv_bytes_per_block(0)
     alone, among_four = runner.num_blocks_that_fit(0.5, 1), runner.num_blocks_that_fit(0.5, 4)
     assert 0.3 * free < alone * per_block < 0.7 * free
@@ -364,10 +370,10 @@ def test_a_cache_too_small_for_one_sequence_is_refused(runner: Runner) -> None:
 def test_clearing_touches_only_the_named_blocks() -> None:
     shards = [AttentionShard(AttentionSpec("", 1, 1, 2, 3), (0, 1), (0, 1))] * 2
     cache = KVCache(shards, 4, 3, torch.float32, CPU)
-    for tensor in (*cache.keys, *cache.values):
+    for tensor in cache.tensors:
         tensor.fill_(1)
     cache.clear(torch.tensor([2, 0]))
-    for tensor in (*cache.keys, *cache.values):
+    for tensor in cache.tensors:
         assert tensor[[0, 2]].eq(0).all()
         assert tensor[[1, 3]].eq(1).all()
 

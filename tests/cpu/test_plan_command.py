@@ -16,12 +16,19 @@ from actors.decisions.model.accelerators import ACCELERATORS
 from actors.decisions.model.estimate import ALL_REDUCE_S, Estimate, kv_bytes_per_token
 from actors.decisions.model.plan import Plan, make_plan
 from actors.tensors.attention.kv_cache import KVCache
+from actors.tensors.backends.choose import default_block_size, placed_on
+from actors.tensors.backends.cpu.attention import CPUAttention
+from actors.tensors.backends.cuda.varlen_support import KernelDevice, why_no_kernel
+from actors.tensors.backends.reference import ReferenceBackend
 from actors.tensors.model.spec_reader import read_spec
 from actors.tensors.model.stage_model import build
 from actors.tensors.weights.source import architecture_folder, shipped_architectures
 from cluster.collectives.interface import LoneShard
 from configs.config import Config
+from configs.files import read_config
 from deployments import cli
+
+ATTENTION = ReferenceBackend(torch.device("cpu")).attention([], torch.float32, 16)  # nobody attends here
 
 ROOT = Path(__file__).resolve().parents[2]
 BILLIONS = {
@@ -102,7 +109,7 @@ def test_planned_bytes_are_measured_bytes(
 ) -> None:
     plan = plan_of(family, tp, pp)
     for rank, shard in enumerate(plan.shards):
-        stage = build(plan, rank, checkpoints(family), LoneShard(), torch.device("cpu"))
+        stage = build(plan, rank, checkpoints(family), LoneShard(), torch.device("cpu"), ATTENTION)
         assert sum(tensor.nbytes for tensor in stage.tensors().values()) == shard.weight_bytes
         cache = KVCache(shard.attentions, 7, plan.block_size, torch.float32, torch.device("cpu"))
         assert cache.num_bytes == 7 * plan.kv_bytes_per_block(rank)
@@ -269,3 +276,19 @@ def test_a_small_cache_is_named_beside_what_else_is_wrong(tmp_path: Path, capsys
     said = capsys.readouterr().err
     assert "cache.num_blocks: 3 blocks" in said
     assert "tensor_parallel_size" in said
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_takes_the_fast_path_of_its_device(path: Path) -> None:
+    config = read_config(path)
+    spec = read_spec(architecture_folder(config.model.source)[0], config.model.dtype)
+    plan = make_plan(config, spec, default_block_size(config.device, placed_on(config.device)))
+    attentions = [attention.local_spec for shard in plan.shards for attention in shard.attentions]
+    if config.device == "cpu":
+        builder = CPUAttention(attentions, getattr(torch, spec.dtype), plan.block_size, torch.Tensor.clone)._builder
+        assert builder.reads_blocks, "decode rows are attended by a kernel, out of the blocks of the cache"
+        return
+    h100 = KernelDevice("cuda", 90)
+    reasons = {why_no_kernel(one, spec.dtype, plan.block_size, h100) for one in attentions}
+    expected = {"it has no soft cap"} if spec.architecture == "Gemma2ForCausalLM" else {None}
+    assert reasons == expected

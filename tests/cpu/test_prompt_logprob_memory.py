@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from actors.decisions.model.plan import make_plan
 from actors.decisions.schedule.settings import SchedulerSettings
 from actors.remote.engine import Engine
+from actors.tensors.backends.cpu.backend import CPUBackend
 from actors.tensors.model.spec_reader import read_spec
 from actors.tensors.runner import Runner
 from actors.words.messages import Event, Request, SamplingParams, StepBatch, StepResult
@@ -78,7 +79,9 @@ def make_runner(folder: Path) -> Runner:
     model.config.architectures = [type(model).__name__]
     model.save_pretrained(folder)
     asked = {"model": {"source": str(folder)}, "scheduler": {"depth": 1}}
-    runner = Runner(make_plan(Config.model_validate(asked), read_spec(folder)), 0, Alone(), torch.device("cpu"))
+    runner = Runner(
+        make_plan(Config.model_validate(asked), read_spec(folder)), 0, Alone(), CPUBackend(torch.device("cpu"))
+    )
     runner.load(folder)
     runner.allocate_cache(513)
     runner.warm_up()  # kernels are compiled then, which takes memory of its own

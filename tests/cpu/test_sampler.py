@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from actors.decisions.model.shard_plan import split_evenly
+from actors.tensors.backends.cpu.backend import CPUBackend
 from actors.tensors.sampling.logits_processors import SamplingRow
 from actors.tensors.sampling.noise import exponential, noise_key
 from actors.tensors.sampling.sampler import Sampler, SamplingBatch
 from actors.words.messages import SamplingParams
 from cluster.collectives.interface import LoneShard
 
-CPU = torch.device("cpu")
+BACKEND = CPUBackend(torch.device("cpu"))
 CHI_SQUARE_999_OF_15 = 37.70  # the 99.9 % quantile with 15 degrees of freedom
 
 
@@ -44,9 +45,11 @@ def sample_on(num_shards: int, logits: torch.Tensor, rows: list[tuple[SamplingPa
 
     def run(shard: int) -> None:
         first, end = split_evenly(logits.shape[1], shard, num_shards)
-        sampler = Sampler(ThreadGroup(num_shards, shard, slots, barrier), (first, end), logits.shape[1])
+        sampler = Sampler(
+            ThreadGroup(num_shards, shard, slots, barrier), (first, end), logits.shape[1], BACKEND.best_tokens
+        )
         drawn[shard] = sampler.sample(
-            logits[:, first:end], SamplingBatch.of([SamplingRow(*row) for row in rows], CPU)
+            logits[:, first:end], SamplingBatch.of([SamplingRow(*row) for row in rows], BACKEND.upload)
         ).tolist()
 
     threads = [threading.Thread(target=run, args=(shard,)) for shard in range(num_shards)]
@@ -59,8 +62,8 @@ def sample_on(num_shards: int, logits: torch.Tensor, rows: list[tuple[SamplingPa
 
 def sample_alone(logits: torch.Tensor, rows: list[tuple[SamplingParams, int]]) -> list[int]:
     return (
-        Sampler(LoneShard(), (0, logits.shape[1]), logits.shape[1])
-        .sample(logits, SamplingBatch.of([SamplingRow(*row) for row in rows], CPU))
+        Sampler(LoneShard(), (0, logits.shape[1]), logits.shape[1], BACKEND.best_tokens)
+        .sample(logits, SamplingBatch.of([SamplingRow(*row) for row in rows], BACKEND.upload))
         .tolist()
     )
 
@@ -177,4 +180,4 @@ def test_no_rows_give_no_ids() -> None:
 
 def test_temperature_without_a_seed_is_our_own_mistake() -> None:
     with pytest.raises(AssertionError, match="seed"):
-        SamplingBatch.of([SamplingRow(SamplingParams(1.0), 0)], CPU)
+        SamplingBatch.of([SamplingRow(SamplingParams(1.0), 0)], BACKEND.upload)

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from actors.decisions.model.shard_plan import split_evenly
+from actors.tensors.backends.cpu.backend import CPUBackend
 from actors.tensors.sampling.logits_processors import LogitsProcessors, SamplingRow
 from actors.tensors.sampling.ranking import NOTHING, best_of_shard, ids_of, scores_of, sort_keys_of
 from actors.tensors.sampling.sampler import Sampler, SamplingBatch
@@ -23,7 +24,7 @@ from actors.tensors.sampling.truncation import NUM_CANDIDATES, Truncation, trunc
 from actors.words.messages import SamplingParams
 from cluster.collectives.interface import LoneShard
 
-CPU = torch.device("cpu")
+BACKEND = CPUBackend(torch.device("cpu"))
 NUM_DRAWS = 20_000
 
 pytestmark = pytest.mark.timeout(90)
@@ -71,7 +72,7 @@ def on_shards(num_shards: int, logits: torch.Tensor, job: Callable[[Any, torch.T
 
 def allowed(num_shards: int, logits: torch.Tensor, sampling: Sequence[SamplingParams]) -> torch.Tensor:
     """Bool [R, V]: what the cuts leave of logits already divided by the temperature; the same on every shard."""
-    cuts = Truncation.of([SamplingRow(params, 0) for params in sampling], CPU)
+    cuts = Truncation.of([SamplingRow(params, 0) for params in sampling], BACKEND.upload)
     assert cuts is not None and len(cuts.rows_K) == len(sampling)
 
     def job(group: Any, mine: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor:
@@ -96,14 +97,22 @@ def warped(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
 
 def sample_on(num_shards: int, logits: torch.Tensor, draws: list[SamplingRow]) -> list[list[int]]:
     def job(group: Any, mine: torch.Tensor, rows: tuple[int, int]) -> list[int]:
-        return Sampler(group, rows, logits.shape[1]).sample(mine, SamplingBatch.of(draws, CPU)).tolist()
+        return (
+            Sampler(group, rows, logits.shape[1], BACKEND.best_tokens)
+            .sample(mine, SamplingBatch.of(draws, BACKEND.upload))
+            .tolist()
+        )
 
     return on_shards(num_shards, logits, job)
 
 
 def sample_alone(logits: torch.Tensor, draws: list[SamplingRow]) -> list[int]:
     size = logits.shape[1]
-    return Sampler(LoneShard(), (0, size), size).sample(logits, SamplingBatch.of(draws, CPU)).tolist()
+    return (
+        Sampler(LoneShard(), (0, size), size, BACKEND.best_tokens)
+        .sample(logits, SamplingBatch.of(draws, BACKEND.upload))
+        .tolist()
+    )
 
 
 CUTS = [
@@ -148,7 +157,9 @@ def test_the_vocabulary_is_gathered_only_where_candidates_prove_nothing() -> Non
 
     def gathered(logits: torch.Tensor, sampling: SamplingParams) -> int:
         def job(group: ThreadGroup, mine: torch.Tensor, rows: tuple[int, int]) -> int:
-            Sampler(group, rows, vocab).sample(mine, SamplingBatch.of([SamplingRow(sampling, 0)], CPU))
+            Sampler(group, rows, vocab, BACKEND.best_tokens).sample(
+                mine, SamplingBatch.of([SamplingRow(sampling, 0)], BACKEND.upload)
+            )
             return group.num_gathered
 
         return max(on_shards(2, logits[None], job))
@@ -197,7 +208,7 @@ def test_penalties_are_transformers_and_openais() -> None:
     expected[3, 20] += 4.0
     before = logits.clone()
     draws = [SamplingRow(sampling, len(ids), ids, len(prompt)) for sampling in params]
-    edits = LogitsProcessors.of(draws, CPU)
+    edits = LogitsProcessors.of(draws, BACKEND.upload)
     assert edits is not None
     for num_shards in (1, 3):
         parts = on_shards(num_shards, logits, lambda _, mine, rows: edits.apply(mine, rows[0]))
@@ -211,7 +222,10 @@ def test_banned_ids_are_never_drawn_before_min_tokens() -> None:
     sampling = SamplingParams(0, min_tokens=3, banned_ids=[2, 4, 900], logit_bias={2: 100.0})
     drawn = [sample_alone(logits, [SamplingRow(sampling, position, [], 10)])[0] for position in range(10, 16)]
     assert drawn == [0, 0, 0, 2, 2, 2]
-    assert LogitsProcessors.of([SamplingRow(SamplingParams(0, min_tokens=3, banned_ids=[2]), 13, [], 10)], CPU) is None
+    assert (
+        LogitsProcessors.of([SamplingRow(SamplingParams(0, min_tokens=3, banned_ids=[2]), 13, [], 10)], BACKEND.upload)
+        is None
+    )
 
 
 def mixed_draws(num: int, vocab: int) -> list[SamplingRow]:

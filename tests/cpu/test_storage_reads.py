@@ -13,11 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Phi3Config
 
 from actors.decisions.model.plan import Plan, make_plan
+from actors.tensors.backends.reference import ReferenceBackend
 from actors.tensors.model.spec_reader import read_spec
 from actors.tensors.model.stage_model import build
 from actors.tensors.weights.checkpoint import load_weights
 from cluster.collectives.interface import LoneShard
 from configs.config import Config
+
+ATTENTION = ReferenceBackend(torch.device("cpu")).attention([], torch.float32, 16)  # nobody attends here
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -85,7 +88,7 @@ def cold(folder: Path) -> Iterator[int]:
 
 
 def load(plan: Plan, folder: Path, rank: int) -> int:
-    stage = build(plan, rank, folder, LoneShard(), torch.device("cpu"))
+    stage = build(plan, rank, folder, LoneShard(), torch.device("cpu"), ATTENTION)
     return load_weights(stage.sources, stage.tensors()).bytes_copied
 
 
@@ -106,7 +109,7 @@ def test_a_node_reads_its_bytes_once(folder: Path, cold: int, tp: int, stage: in
 
 def test_shards_that_load_at_once_share_what_is_read(folder: Path, cold: int) -> None:
     plan = plan_of(folder, 4, 1)
-    stages = [build(plan, rank, folder, LoneShard(), torch.device("cpu")) for rank in range(4)]
+    stages = [build(plan, rank, folder, LoneShard(), torch.device("cpu"), ATTENTION) for rank in range(4)]
     order = random.Random(0).sample(range(4), 4)
     threads = [
         threading.Thread(target=load_weights, args=(stages[rank].sources, stages[rank].tensors())) for rank in order
@@ -128,7 +131,7 @@ def test_loading_is_nearly_as_fast_as_reading(tmp_path: Path, capsys: pytest.Cap
     )
     model.config.architectures, model.config.dtype = [type(model).__name__], "bfloat16"
     model.save_pretrained(tmp_path, max_shard_size="100MB")
-    stage = build(plan_of(tmp_path, 1, 1), 0, tmp_path, LoneShard(), torch.device("cpu"))
+    stage = build(plan_of(tmp_path, 1, 1), 0, tmp_path, LoneShard(), torch.device("cpu"), ATTENTION)
     tensors = stage.tensors()
     for tensor in tensors.values():
         tensor.zero_()  # its memory is there

@@ -17,6 +17,8 @@ import torch
 from actors.decisions.model.plan import Plan
 from actors.decisions.schedule.settings import SchedulerSettings
 from actors.remote.engine import Engine
+from actors.tensors.backend import Backend
+from actors.tensors.backends.cpu.backend import CPUBackend
 from actors.tensors.runner import Runner
 from actors.tensors.sequence_table import StepTensors
 from actors.words.messages import Event, Request, SamplingParams, StepBatch, StepResult
@@ -90,16 +92,16 @@ class RecordingRunner(Runner):
 
     output: torch.Tensor
 
-    def forward(self, tensors: StepTensors) -> torch.Tensor:
-        self.output = super().forward(tensors)
+    def forward(self, tensors: StepTensors, state: torch.Tensor | None) -> torch.Tensor:
+        self.output = super().forward(tensors, state)
         return self.output
 
 
 class ThreadGang:
     """All ranks of a plan, loaded from a folder; one step of a lane in flight: threads have no feedback link."""
 
-    def __init__(self, plan: Plan, folder: Path, num_blocks: int, runner_type: type[Runner] | None = None) -> None:
-        plan = dataclasses.replace(plan, depth=1)
+    def __init__(self, plan: Plan, folder: Path, num_blocks: int, backend: Backend | None = None) -> None:
+        plan = dataclasses.replace(plan, scheduler=dataclasses.replace(plan.scheduler, depth=1))
         topology = plan.topology
         tp, pp = topology.tensor_parallel_size, topology.pipeline_parallel_size
         self.plan, self.num_blocks = plan, num_blocks
@@ -110,7 +112,7 @@ class ThreadGang:
             stage, shard = topology.stage(rank), topology.shard(rank)
             group = ThreadGroup(self.shared[stage], shard)
             neighbours = Neighbours(group, links[shard][stage], links[shard][stage + 1])
-            self.runners.append((runner_type or RecordingRunner)(plan, rank, neighbours, CPU))
+            self.runners.append(RecordingRunner(plan, rank, neighbours, backend or CPUBackend(CPU)))
         self.reports = [runner.load(folder) for runner in self.runners]  # building patches torch: one at a time
         self._all(lambda runner: runner.allocate_cache(num_blocks))
 

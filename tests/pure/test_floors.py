@@ -57,7 +57,7 @@ NO_CIRCLES_IN = [
     "cluster",
     "actors/words",
     "actors/decisions",
-    # actors/tensors joins once its rooms stand
+    "actors/tensors",
     "actors/remote",
     "deployments",
 ]

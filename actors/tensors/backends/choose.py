@@ -36,9 +36,14 @@ def backend_class(device: str) -> "type[Backend]":
     return found  # type: ignore[no-any-return]
 
 
+def import_backend(asked: str, placed: str) -> "type[Backend]":
+    """The class for a config's `device`, on ranks that got `placed` (cpu or cuda). Raises ValueError."""
+    return backend_class(asked if is_backend_class(asked) else placed)
+
+
 def make_backend(asked: str, device: "torch.device") -> "Backend":
     """The backend of a rank that was given a torch device; `asked` is the config's `device`."""
-    return backend_class(asked if is_backend_class(asked) else device.type)(device)  # type: ignore[call-arg]
+    return import_backend(asked, device.type)(device)  # type: ignore[call-arg]
 
 
 def default_block_size(asked: str, placed: str) -> int:

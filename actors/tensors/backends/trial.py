@@ -1,8 +1,10 @@
 """Tries a substitute on random numbers against what it stands for, and keeps the account of what was substituted."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
@@ -11,7 +13,17 @@ from cluster.collectives.interface import LoneShard, PresentGroup
 
 # How far the root mean square of the differences may be from that of the numbers. Rounding alone stays below half of
 # it; a factor or a term that is another one does not.
-_TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 0.012, torch.float16: 0.0015}
+_TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 0.008, torch.float16: 0.001}
+_SPREADS = 1.5  # times as far as one more rounding of its inputs takes the model's own code
+
+
+class Deviation(NamedTuple):
+    """How far a substitute is from the model's own code: root mean squares, of differences in that of the numbers."""
+
+    amount: float
+
+
+Reason = str | Deviation  # why something is not substituted
 
 
 class Account:
@@ -19,36 +31,43 @@ class Account:
 
     def __init__(self) -> None:
         self._done: Counter[str] = Counter()
-        self._reasons: dict[str, Counter[str]] = {}
+        self._reasons: dict[str, list[Reason]] = {}
 
-    def put(self, what: str, reason_not: str | None) -> bool:
+    def put(self, what: str, reason_not: Reason | None) -> bool:
         """One place in the model, where it is used, or why not → whether it is."""
-        reasons = self._reasons.setdefault(what, Counter())
+        reasons = self._reasons.setdefault(what, [])
         if reason_not is None:
             self._done[what] += 1
         else:
-            reasons[reason_not] += 1
+            reasons.append(reason_not)
         return reason_not is None
 
     def entries(self) -> list[Substitution]:
-        """One for each kind of substitute; its reason is the most frequent one, with the number of places."""
-        return [
-            Substitution(what, self._done[what], "; ".join(_told(*pair) for pair in reasons.most_common()) or None)
-            for what, reasons in self._reasons.items()
-        ]
+        """One for each kind of substitute, with its reasons and the number of places of each."""
+        return [Substitution(what, self._done[what], _told(reasons)) for what, reasons in self._reasons.items()]
 
 
-def _told(reason: str, count: int) -> str:
-    return reason if count == 1 else f"{reason} ({count} places)"
+def _told(reasons: list[Reason]) -> str | None:
+    deviations = [reason.amount for reason in reasons if isinstance(reason, Deviation)]
+    counts = Counter(reason for reason in reasons if isinstance(reason, str))
+    if deviations:
+        largest = max(deviations, key=lambda amount: (math.isnan(amount), amount))
+        counts[f"it differs from the model's own by {largest:.2g} of its size"] = len(deviations)
+    told = [reason if count == 1 else f"{reason} ({count} places)" for reason, count in counts.most_common()]
+    return "; ".join(told) or None
 
 
-def difference(own: Callable[[], object], substitute: Callable[[], object]) -> str | None:
+def difference(
+    own: Callable[[], object], substitute: Callable[[], object], nudged: Callable[[], object] | None = None
+) -> Reason | None:
     """Why a substitute does not give what the model's own code gives; None: it does, but for rounding.
 
-    Both return a tensor, or a tuple of tensors and None.
+    All return a tensor, or a sequence of tensors and None. `nudged`: the model's own code on inputs that were rounded
+    once more. Where attention is peaked, that takes it further than the usual tolerance, and so may the substitute be.
     """
     try:
         expected = _tensors(own())
+        spread = max(map(_distance, _tensors(nudged()), expected), default=0.0) if nudged is not None else 0.0
     except Exception as error:  # noqa: BLE001 - a model's code fails in its own ways
         return f"the model's own cannot be tried: {_words(error)}"
     try:
@@ -57,17 +76,20 @@ def difference(own: Callable[[], object], substitute: Callable[[], object]) -> s
         return f"it fails: {_words(error)}"
     if [tensor.shape for tensor in found] != [tensor.shape for tensor in expected]:
         return "it gives other shapes than the model's own"
-    return next(filter(None, map(_distance, found, expected)), None)
+    if [tensor.dtype for tensor in found] != [tensor.dtype for tensor in expected]:
+        return "it gives other dtypes than the model's own"
+    for one, other in zip(found, expected, strict=True):
+        away = _distance(one, other)
+        if not away <= max(_TOLERANCES.get(other.dtype, 0.0), _SPREADS * spread):  # NaN is too far as well
+            return Deviation(away)
+    return None
 
 
-def _distance(found: torch.Tensor, expected: torch.Tensor) -> str | None:
-    if found.dtype != expected.dtype:
-        return f"it gives {found.dtype}, the model's own {expected.dtype}"
+def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Root mean square of the differences, in that of the expected numbers."""
     size = float(expected.double().square().mean().sqrt())
     away = float((found.double() - expected.double()).square().mean().sqrt())
-    if away <= _TOLERANCES.get(expected.dtype, 0.0) * size:
-        return None
-    return f"it differs from the model's own by {away / size if size else away:.2g} of its size"
+    return away / size if size else away
 
 
 def _tensors(result: object) -> list[torch.Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.llama import modeling_llama  # noqa: F401 - with it, what all model files import (remote/imports.py)
 
 from actors.tensors.model.attention_layer import ATTENTION_NAME, paged_attention
 from actors.words.errors import UnsupportedModel

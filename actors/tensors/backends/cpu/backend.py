@@ -13,7 +13,7 @@ from actors.tensors.backends.cpu.gumbel_argmax import gumbel_argmax
 from actors.tensors.backends.cpu.kernels import DTYPE_TAGS
 from actors.tensors.backends.cpu.llama import attention as attention_block
 from actors.tensors.backends.cpu.llama import layers as decoder_layers
-from actors.tensors.backends.cpu.trial_step import TrialStep
+from actors.tensors.backends.cpu.trial_steps import TrialSteps
 from actors.tensors.backends.reference import ReferenceBackend
 from actors.tensors.backends.trial import Account, exchanging_nothing
 from actors.tensors.model.parallel_layers import ParallelLinear
@@ -42,7 +42,7 @@ class CPUBackend(ReferenceBackend):
         for reason in attention.reasons_not_avx512:
             account.put("paged_attention_avx512", reason)
         shards = model.shard.attentions
-        trials = {shard.spec.name: TrialStep(model, shard, attention.block_size) for shard in shards}
+        trials = {shard.spec.name: TrialSteps(model, shard, attention.block_size) for shard in shards}
         with exchanging_nothing(model.group):
             _substitute_modules(model, trials, account)
         decoder_layers.substitute(model, trials, account)
@@ -57,7 +57,7 @@ class CPUBackend(ReferenceBackend):
         return gumbel_argmax(logits_RV, first_id, temperatures_R1, keys_R1)
 
 
-def _substitute_modules(model: RankModel, trials: dict[str, TrialStep], account: Account) -> None:
+def _substitute_modules(model: RankModel, trials: dict[str, TrialSteps], account: Account) -> None:
     """Norms, gated MLPs, attention blocks, and the rotary function of the attention modules that stay."""
     dtype: torch.dtype = getattr(torch, model.spec.dtype)
     for module in model.module.modules():

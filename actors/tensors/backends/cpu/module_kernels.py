@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from actors.tensors.backends.cpu.kernels import DTYPE_TAGS, CosSin, HeadRows, Rows, rms_norm, rotate, silu_mul
-from actors.tensors.backends.trial import difference, norm_inputs, random
+from actors.tensors.backends.trial import Reason, difference, norm_inputs, random
 from actors.tensors.model.linear import MergedColwise, merged_of
 from actors.tensors.model.parallel_layers import ColwiseRMSNorm, norm_eps
 from actors.tensors.model.rotary import ROTARY_NAME
@@ -38,7 +38,7 @@ def _rms_norm(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     return out.view(hidden_states.shape)
 
 
-def substitute_norm(module: Any) -> str | None:
+def substitute_norm(module: Any) -> Reason | None:
     """Make a norm a KernelRMSNorm → why not; None: it is one now."""
     if isinstance(module, ColwiseRMSNorm):
         return "its mean is taken over the heads of all shards"
@@ -83,7 +83,7 @@ def is_gated_mlp(module: nn.Module) -> bool:
     return all(isinstance(getattr(module, name, None), nn.Module) for name in ("gate_proj", "up_proj", "down_proj"))
 
 
-def substitute_mlp(module: Any, hidden_size: int, dtype: torch.dtype) -> str | None:
+def substitute_mlp(module: Any, hidden_size: int, dtype: torch.dtype) -> Reason | None:
     """Make a gated MLP a KernelGatedMLP → why not; None: it is one now."""
     merged = merged_of([module.gate_proj, module.up_proj])
     if merged is None or len(set(merged.sizes)) != 1:
@@ -131,7 +131,7 @@ def uses_rotary(module: nn.Module) -> bool:
     return isinstance(forward, FunctionType) and ROTARY_NAME in forward.__code__.co_names
 
 
-def substitute_rotary(module: nn.Module, dim: int, dtype: torch.dtype) -> str | None:
+def substitute_rotary(module: nn.Module, dim: int, dtype: torch.dtype) -> Reason | None:
     """Let this module's own forward find the kernel where it looks for its file's function → why not; None: it does."""
     forward: Any = type(module).forward
     own = forward.__globals__.get(ROTARY_NAME)

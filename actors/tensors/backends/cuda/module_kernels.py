@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from actors.tensors.backends.trial import Account, difference, norm_inputs
+from actors.tensors.backends.trial import Account, Reason, difference, norm_inputs
 from actors.tensors.model.parallel_layers import ColwiseRMSNorm, norm_eps
 from actors.tensors.model.rotary import ROTARY_NAME
 
@@ -26,7 +26,7 @@ def substitute_norms(model: nn.Module, account: Account) -> None:
             account.put("rms_norm", _substitute_norm(module, eps))
 
 
-def _substitute_norm(module: Any, eps: Any) -> str | None:
+def _substitute_norm(module: Any, eps: Any) -> Reason | None:
     if isinstance(module, ColwiseRMSNorm) and module.group.size > 1:
         return "its mean is taken over the heads of all shards"
     rows = norm_inputs(len(module.weight), eps, module.weight.dtype, module.weight.device)
@@ -71,7 +71,7 @@ class _Fused:
 
 
 @torch.inference_mode()
-def _rotary_fault(fused: _Fused, device: torch.device) -> str | None:
+def _rotary_fault(fused: _Fused, device: torch.device) -> Reason | None:
     """Why a compiled function is not used; None: it gives what the function gives, for one and for several tokens."""
     generator = torch.Generator().manual_seed(0)
     for num_tokens in (1, 3, 5):

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from actors.tensors.backends.cpu.kernels import DTYPE_TAGS, CosSin, Heads, KeysValues, rotate_and_store
-from actors.tensors.backends.cpu.trial_step import TrialStep
-from actors.tensors.backends.trial import difference
+from actors.tensors.backends.cpu.trial_steps import TrialSteps
+from actors.tensors.backends.trial import Reason, difference
 from actors.tensors.model.attention_layer import attention_of
 from actors.tensors.model.linear import MergedColwise, merged_of
 
@@ -50,20 +50,23 @@ class KernelAttention(nn.Module):
         return self.o_proj(out_ThD.view(1, num_tokens, -1)), None
 
 
-def substitute(module: Any, trial: TrialStep) -> str | None:
+def substitute(module: Any, trial: TrialSteps) -> Reason | None:
     """Make an attention module a KernelAttention → why not; None: it is one now."""
-    reason = _why_not(module, trial)
-    if reason is not None:
-        return reason
+    if (unfit := _why_not(module, trial)) is not None:
+        return unfit
     module.merged = merged_of([getattr(module, name) for name in PROJECTIONS])
     with trial.attached_to(module):
-        reason = difference(lambda: trial.run(module), lambda: trial.run(module, KernelAttention.forward))
+        reason = difference(
+            lambda: trial.run(module),
+            lambda: trial.run(module, KernelAttention.forward),
+            lambda: trial.run(module, is_nudged=True),
+        )
     if reason is None:
         module.__class__ = KernelAttention
     return reason
 
 
-def _why_not(module: Any, trial: TrialStep) -> str | None:
+def _why_not(module: Any, trial: TrialSteps) -> str | None:
     spec, angles = trial.shard.spec, trial.angles
     if any(not isinstance(getattr(module, name, None), nn.Module) for name in (*PROJECTIONS, "o_proj")):
         return f"it has no {', '.join(PROJECTIONS)} and o_proj"

@@ -16,6 +16,7 @@ from torch import nn
 from actors.decisions.model.spec import MaskSpec
 from actors.tensors.attention.metadata import AttentionMetadata, CachedRows, DecodeGroup, LogitsRows
 from actors.tensors.backend import RankModel
+from actors.tensors.backends.cpu import paged_attention_avx512
 from actors.tensors.backends.cpu.kernels import DTYPE_TAGS, CosSin, Rows, rms_norm
 from actors.tensors.backends.cpu.linear import PanelPackedLinear
 from actors.tensors.backends.cpu.llama import kernel
@@ -32,8 +33,8 @@ from actors.tensors.backends.cpu.llama.kernel import (
     StepArrays,
 )
 from actors.tensors.backends.cpu.module_kernels import KernelGatedMLP, KernelRMSNorm
-from actors.tensors.backends.cpu.trial_step import TrialStep
-from actors.tensors.backends.trial import Account, difference, exchanging_nothing
+from actors.tensors.backends.cpu.trial_steps import TrialSteps
+from actors.tensors.backends.trial import Account, Reason, difference, exchanging_nothing
 from actors.tensors.model.attention_layer import LayerAttention, attention_of
 from actors.tensors.model.parallel_layers import PassThrough, RowwiseLinear, norm_eps
 from cluster.collectives.exchange import OK, SPENT_NS, alone
@@ -192,7 +193,7 @@ def why_no_exchange(group: StageGroup) -> str | None:
     return f"the shards exchange through {type(group).__name__}, not through memory that kernels share"
 
 
-def substitute(model: RankModel, trials: dict[str, TrialStep], account: Account) -> None:
+def substitute(model: RankModel, trials: dict[str, TrialSteps], account: Account) -> None:
     """Let neighbouring layers of a model that kernels compute run as one. Its parts are substituted already.
 
     `trials`: by the name of an attention.
@@ -226,15 +227,20 @@ def _sizes_of(layer: Any) -> tuple[object, ...]:
     return (*sizes, *attention.merged.sizes, attention.head_dim, attention.scaling, *map(norm_eps, norms))
 
 
-def _why_not(model: RankModel, layer: Any, trials: dict[str, TrialStep]) -> str | None:
+def _why_not(model: RankModel, layer: Any, trials: dict[str, TrialSteps]) -> Reason | None:
     """Why kernels do not compute a whole layer; None: they do."""
     reason = _why_not_by_parts(model, layer)
     if reason is not None:
         return reason
     trial = next(trial for name, trial in trials.items() if model.module.get_submodule(name) is layer.self_attn)
+    if trial.shard.spec.softcap is not None:
+        return "its scores are capped"
+    reason = paged_attention_avx512.why_not(trial.shard.spec, trial.dtype, trial.block_size)
+    if reason is not None:
+        return f"its attention has no kernel of the same kind: {reason}"
     run = LayerRun([layer], ends_model=False)
     with exchanging_nothing(model.group), trial.attached_to(layer.self_attn):
-        return difference(lambda: trial.run(layer), lambda: trial.run(run))
+        return difference(lambda: trial.run(layer), lambda: trial.run(run), lambda: trial.run(layer, is_nudged=True))
 
 
 def _why_not_by_parts(model: RankModel, layer: Any) -> str | None:

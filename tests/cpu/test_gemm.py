@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from actors.tensors.backends.cpu import gemm as panels
-from actors.tensors.model.linear import DenseLinear, PanelPackedLinear, pack
-from actors.tensors.model.parallel_layers import ColwiseLinear, may_be_packed, rebase
+from actors.tensors.backends.cpu import gemm
+from actors.tensors.backends.cpu.linear import PanelPackedLinear, linear_method
+from actors.tensors.model.parallel_layers import ColwiseLinear, owns_weight, rebase
 from cluster.collectives.interface import LoneShard
 
 needs_instruction = pytest.mark.skipif(
-    not panels.is_available(), reason="this CPU has no AVX-512 dot product of bfloat16, or has AMX, which is faster"
+    gemm.why_not(torch.empty(32, 2, dtype=torch.bfloat16)) is not None,
+    reason="this CPU has no AVX-512 dot product of bfloat16, or has AMX, which is faster",
 )
 SHAPES = [(16, 2), (32, 8), (48, 34), (112, 1026), (96, 4096)]  # outputs, inputs
 
@@ -24,9 +25,9 @@ def weight_of(num_outputs: int, num_inputs: int) -> torch.Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_unpacking_brings_the_weight_back(shape: tuple[int, int]) -> None:
     weight = weight_of(*shape)
-    packed = panels.pack(weight)
+    packed = gemm.pack(weight)
     assert packed.numel() == weight.numel()
-    assert torch.equal(panels.unpack(packed, shape[0]), weight)
+    assert torch.equal(gemm.unpack(packed, shape[0]), weight)
 
 
 @needs_instruction
@@ -34,38 +35,38 @@ def test_unpacking_brings_the_weight_back(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("num_rows", [0, 1, 11, 12, 13, 30, 401])
 def test_a_product_is_torchs_and_no_row_depends_on_the_others(shape: tuple[int, int], num_rows: int) -> None:
     weight = weight_of(*shape)
-    packed, bias = panels.pack(weight), weight_of(shape[0], 1)[:, 0]
+    packed, bias = gemm.pack(weight), weight_of(shape[0], 1)[:, 0]
     x = torch.randn(num_rows, shape[1]).bfloat16()
-    out = panels.multiply(x, packed, bias)
+    out = gemm.multiply(x, packed, bias)
     expected = x.double() @ weight.double().T + bias.double()
     sums_of_sizes = x.double().abs() @ weight.double().abs().T + bias.double().abs()
     error = (out.double() - expected).abs()
     assert bool((error <= 2**-8 * expected.abs() + 1e-5 * sums_of_sizes).all())  # rounded once
-    alone = [panels.multiply(row.unsqueeze(0), packed, bias) for row in x]
+    alone = [gemm.multiply(row.unsqueeze(0), packed, bias) for row in x]
     assert torch.equal(out, torch.cat([out[:0], *alone]))
 
 
 @needs_instruction
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_no_number_stays_none(value: float) -> None:
-    linear = rebase(nn.Linear(8, 32, bias=False, dtype=torch.bfloat16), ColwiseLinear).place(LoneShard(), DenseLinear())
+    linear = rebase(nn.Linear(8, 32, bias=False, dtype=torch.bfloat16), ColwiseLinear).place(LoneShard())
     linear.requires_grad_(False)
     x = torch.ones(3, 8).bfloat16()
-    assert may_be_packed(linear)
-    linear.method = pack(linear)
-    assert isinstance(linear.method, PanelPackedLinear)
-    assert linear.method.is_finite(linear)
+    assert owns_weight(linear)
+    method = linear_method([linear.weight])
+    assert isinstance(method, PanelPackedLinear)
+    linear.hand_over(method)
+    assert not owns_weight(linear)
+    assert method.is_finite()
     x[1, 5] = value
     assert linear(x).isfinite().all(dim=1).tolist() == [True, False, True]
-    weight = linear.method.weight()
+    weight = method.weight()
     weight[17, 3] = value
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    linear.method.prepare(linear)
-    assert not linear.method.is_finite(linear)
+    assert not PanelPackedLinear(weight).is_finite()
 
 
 @pytest.mark.parametrize(
     ("shape", "dtype"), [((15, 8), torch.bfloat16), ((32, 7), torch.bfloat16), ((32, 8), torch.float32)]
 )
 def test_other_weights_do_not_lie_in_panels(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    assert not panels.suits(torch.zeros(shape, dtype=dtype))
+    assert gemm.why_not(torch.zeros(shape, dtype=dtype)) is not None

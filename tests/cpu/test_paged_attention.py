@@ -6,12 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from actors.tensors.backends.cpu import kernels
-from actors.tensors.backends.cpu import paged_attention_avx512 as dot_attention
+from actors.decisions.model.spec import AttentionSpec
+from actors.tensors.backends.cpu import kernels, paged_attention, paged_attention_avx512
 from actors.tensors.backends.cpu.avx512 import has_dot_product
+from actors.tensors.backends.cpu.kernels import HeadRows, KeysValues
+from actors.tensors.backends.cpu.paged_attention import AttentionSizes, RowTables
 
-DTYPE_TAGS = kernels.DTYPE_TAGS[torch.bfloat16]
 needs_instruction = pytest.mark.skipif(not has_dot_product(), reason="this CPU has no AVX-512 dot product of bfloat16")
+
+
+def spec_of(key_dim: int, value_dim: int) -> AttentionSpec:
+    return AttentionSpec("", 4, 2, key_dim, value_dim)
 
 
 class Case:
@@ -37,10 +42,11 @@ class Case:
 
     def run(self, attend: object, sinks: torch.Tensor, softcap: float) -> torch.Tensor:
         out = torch.empty(len(self.positions), self.sizes[0], self.sizes[3], dtype=torch.bfloat16)
-        addresses = self.query.data_ptr(), self.keys.data_ptr(), self.values.data_ptr(), out.data_ptr()
-        places, strides = np.arange(len(self.positions)), (self.query.stride(0), self.query.stride(1))
-        rows = self.tables, places, self.positions, self.first_keys
-        attend(addresses, rows, sinks.numpy(), self.sizes, strides, self.sizes[2] ** -0.5, softcap, DTYPE_TAGS)
+        query = HeadRows(self.query.data_ptr(), self.query.stride(0), self.query.stride(1))
+        cache = KeysValues(self.keys.data_ptr(), self.values.data_ptr())
+        rows = RowTables(self.tables, np.arange(len(self.positions)), self.positions, self.first_keys)
+        sizes = AttentionSizes(*self.sizes, self.sizes[2] ** -0.5, softcap)
+        attend(query, cache, out.data_ptr(), rows, sinks.numpy(), sizes, kernels.DTYPE_TAGS[torch.bfloat16])
         return out
 
 
@@ -52,23 +58,24 @@ def test_rows_attend_to_what_they_see_and_nothing_else(
     heads: tuple[int, int], dims: tuple[int, int], block_size: int, has_sinks: bool, softcap: float
 ) -> None:
     case = Case(heads, dims, block_size)
-    assert dot_attention.suits(torch.bfloat16, torch.device("cpu"), block_size, *dims)
+    assert paged_attention_avx512.why_not(spec_of(*dims), torch.bfloat16, block_size) is None
     sinks = torch.randn(heads[0]) if has_sinks else torch.zeros(0)
-    out = case.run(dot_attention.attend_decode, sinks, softcap)
+    out = case.run(paged_attention_avx512.attend_decode, sinks, softcap)
     assert out.isfinite().all()
-    torch.testing.assert_close(out, case.run(kernels.attend_decode, sinks, softcap), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(out, case.run(paged_attention.attend_decode, sinks, softcap), rtol=1e-2, atol=1e-2)
 
 
+@needs_instruction
 @pytest.mark.parametrize(
-    ("block_size", "key_dim", "value_dim", "dtype"),
+    ("block_size", "key_dim", "value_dim", "dtype", "reason"),
     [
-        (16, 48, 64, torch.bfloat16),
-        (16, 64, 32, torch.bfloat16),
-        (8, 64, 64, torch.bfloat16),
-        (16, 64, 64, torch.float32),
+        (16, 48, 64, torch.bfloat16, "heads of 48 and 64 numbers"),
+        (16, 64, 32, torch.bfloat16, "heads of 64 and 32 numbers"),
+        (8, 64, 64, torch.bfloat16, "cache.block_size 8"),
+        (16, 64, 64, torch.float32, "not float32"),
     ],
 )
 def test_sizes_that_do_not_fill_vectors_are_left_to_the_other_kernel(
-    block_size: int, key_dim: int, value_dim: int, dtype: torch.dtype
+    block_size: int, key_dim: int, value_dim: int, dtype: torch.dtype, reason: str
 ) -> None:
-    assert not dot_attention.suits(dtype, torch.device("cpu"), block_size, key_dim, value_dim)
+    assert reason in str(paged_attention_avx512.why_not(spec_of(key_dim, value_dim), dtype, block_size))
