@@ -24,7 +24,9 @@ START_S = 600
 class Server:
     """A server in a session of its own, ended with everything it started."""
 
-    def __init__(self, name: str, url: str, probe: str, command: list[str], environment: dict[str, str]) -> None:
+    def __init__(
+        self, name: str, url: str, probe: str, command: list[str], environment: dict[str, str], cwd: Path = ROOT
+    ) -> None:
         self.name, self.url, self._probe = name, url, probe
         self._check_free()
         self._log = tempfile.NamedTemporaryFile("w+", prefix=f"{name}-", suffix=".log")  # noqa: SIM115 - kept while it runs
@@ -34,7 +36,7 @@ class Server:
             stdout=self._log,
             stderr=self._log,
             start_new_session=True,
-            cwd=ROOT,
+            cwd=cwd,
         )
 
     def _check_free(self) -> None:
