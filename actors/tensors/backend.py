@@ -1,4 +1,4 @@
-"""The contract between a model and the device that it runs on: a backend is asked for things, never who it is.
+"""The contract between a model and the device that it runs on: callers ask a backend for things, never which one it is.
 
 T tokens of the step · R rows, a token each · V vocabulary rows of this shard.
 """
@@ -31,10 +31,10 @@ class Download(Protocol):
 
 
 class LinearMethod(Protocol):
-    """How one product multiplies. It holds the weight in whatever form it reads it."""
+    """How one linear layer multiplies. It holds the weight in the form that its kernel reads."""
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """[*, in] → [*, out], plus the bias [out] if one is given. The result is the caller's to write to."""
+        """[*, in] → [*, out], plus the bias [out] if one is given. The caller may write to the result."""
 
     def is_finite(self) -> bool:
         """Whether every number of the weight is finite."""
@@ -44,10 +44,10 @@ class AttentionBackend(Protocol):
     """How the attentions of a rank are computed over the paged cache."""
 
     def plan(self, layout: StepLayout) -> AttentionMetadata:
-        """Once a step: what every layer's attention must know of it."""
+        """Build the attention metadata of a step, once for all layers."""
 
     def write(self, cache: LayerCache, key: torch.Tensor, value: torch.Tensor, metadata: AttentionMetadata) -> None:
-        """Put key and value [KV heads, T, dimension] of the step's tokens into the cache."""
+        """Write key and value [KV heads, T, dimension] of the step's tokens into the cache."""
 
     def attend(
         self,
@@ -57,19 +57,19 @@ class AttentionBackend(Protocol):
         scaling: float,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Query [heads, T, dimension] over the cache, which has the step's keys already → [T, heads, value dimension].
+        """Query [heads, T, dimension] over the cache, which holds the step's keys → [T, heads, value dimension].
 
-        `sinks` [heads]: a logit beside the keys' that takes weight and gives no value.
+        `sinks` [heads]: a further logit in each head's softmax, which takes weight and gives no value.
         """
 
 
 class RankModel(Protocol):
-    """What a backend may use of the model of one rank; see model.stage_model.StageModel."""
+    """What a backend may use of one rank's model; see model.stage_model.StageModel."""
 
     spec: ModelSpec
     shard: ShardPlan
     module: nn.Module  # Transformers' own, pruned to the stage and cut to the shard
-    group: PresentGroup  # that its layers exchange through
+    group: PresentGroup  # through which its layers exchange
     attention: AttentionBackend
 
     def forward(
@@ -80,15 +80,15 @@ class RankModel(Protocol):
         metadata: AttentionMetadata,
         state_TH: torch.Tensor | None,
     ) -> torch.Tensor:
-        """→ hidden states [T, H] for the next stage, or on the last stage the logits [Q, V] of the rows asked for."""
+        """→ hidden states [T, H] for the next stage, or on the last stage the logits [Q, V] of the rows `rows_Q`."""
 
 
-LAST_ID = -1  # in place of an id: what this row sampled last, which only the device knows as yet
+LAST_ID = -1  # instead of an id: the one that this row sampled last, which so far only the device knows
 
 
 @dataclass(frozen=True)
 class DecodeRows:
-    """What a decode step asks for, on the host: one token a row."""
+    """The inputs of a decode step, on the host: one token a row."""
 
     ids: list[int]  # or LAST_ID
     positions: list[int]
@@ -97,32 +97,32 @@ class DecodeRows:
 
 
 class Decoder(Protocol):
-    """Runs steps of one token a row over buffers of fixed shape, so that the host waits for nothing."""
+    """Runs steps of one token a row over buffers of fixed shapes, so that the host need not wait for the device."""
 
     def takes(self, num_rows: int, last_position: int) -> bool:
-        """Whether there is a shape for a step of so many rows, none of them beyond a position."""
+        """Whether there is a shape for a step of `num_rows` rows at positions up to `last_position`."""
 
     def fill(self, rows: DecodeRows) -> None:
-        """Put a step into the buffers of its shape, without waiting for the device."""
+        """Copy a step's inputs into the buffers of its shape, without waiting for the device."""
 
     def state(self, num_rows: int) -> torch.Tensor:
-        """Where the hidden states of the stage before are to be received; not on the first stage."""
+        """The buffer [num_rows, H] that receives the hidden states of the stage before; not on the first stage."""
 
     def run(self) -> torch.Tensor:
-        """Run the step that was filled in last → hidden states or logits, one row each."""
+        """Run the step that was filled in last → hidden states [num_rows, H] or logits [num_rows, V]."""
 
     def remember(self, table_rows: Sequence[int], ids_R: torch.Tensor) -> None:
-        """What rows of the sequence table sampled last, int64 on the device: LAST_ID stands for it from now on."""
+        """Note what rows of the sequence table sampled last, int64 on the device: LAST_ID means these from now on."""
 
     def capture(self, group: StageGroup) -> None:
-        """Prepare every shape for the group of this epoch; all shards call it at once."""
+        """Prepare every shape for the group of this epoch; all shards call it at the same time."""
 
     def release(self) -> None:
-        """Let go of what belongs to the group of the epoch that has ended."""
+        """Drop what belongs to the group of the epoch that has ended."""
 
 
 class Backend(Protocol):
-    """One device. It is constructed with the torch device that a rank was given."""
+    """What one kind of device does for a rank. Its class is called with the torch device that the rank was given."""
 
     placed_on: ClassVar[Literal["cpu", "cuda"]]  # what Ray gives a rank: a share of the CPUs, or a GPU
     default_block_size: ClassVar[int]  # tokens in a block of the KV cache, where the config names none
@@ -130,40 +130,40 @@ class Backend(Protocol):
     device: torch.device
 
     def set_up(self) -> None:
-        """Once a process, before anything else: threads, the current device."""
+        """Set up the process, once and before anything else: number of threads, the current device."""
 
     def free_bytes(self, ranks_on_node: int) -> int:
-        """Memory that a rank may still take for the KV cache; ranks of one node may have to share it."""
+        """Bytes that a rank may still take for the KV cache; ranks of one node may have to share them."""
 
     def upload(self, host: torch.Tensor) -> torch.Tensor:
-        """A tensor of the host on the device, without waiting for it."""
+        """Copy a tensor from the host to the device, without waiting for the device."""
 
     def download(self, tensor: torch.Tensor) -> Download:
-        """Start to bring a tensor of the device to the host."""
+        """Start to copy a tensor from the device to the host."""
 
     def linear_method(self, weights: Sequence[torch.Tensor]) -> LinearMethod | None:
-        """How a product multiplies: weights [out, in] that get the same input, their outputs one after the other.
+        """The method for linear layers with the same input, by their weights [out, in]; it concatenates their outputs.
 
-        The method holds what it needs of them: the layers let go of theirs. None: nothing better than
-        `torch.nn.functional.linear` by each layer's own weight.
+        The method keeps what it needs of the weights, and the layers drop them. None: the backend has nothing better
+        than `torch.nn.functional.linear` by each layer's own weight.
         """
 
     def attention(self, specs: Sequence[AttentionSpec], dtype: torch.dtype, block_size: int) -> AttentionBackend:
-        """What computes the attentions of a rank; `specs` have this shard's heads."""
+        """The AttentionBackend for a rank's attentions; `specs` count this shard's heads."""
 
     def optimize(self, model: RankModel) -> list[Substitution]:
-        """Put what this backend does better in place of the model's own modules. The weights hold their values.
+        """Substitute modules of the model by faster ones of this backend. The weights are loaded already.
 
-        Each substitute was tried on random numbers against what it stands for, on this device.
+        Each substitute was tried on random numbers, on this device, against what it stands for.
         """
 
     def best_tokens(
         self, logits_RV: torch.Tensor, first_id: int, temperatures_R1: torch.Tensor | None, keys_R1: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores (float32) and ids (int64) of the best token of each row [R]; see sampling.gumbel.gumbel_argmax."""
+        """The Gumbel arg-max of each row: scores (float32) and ids (int64) [R]; see sampling.gumbel.gumbel_argmax."""
 
     def decoder(self, model: RankModel, plan: Plan, padding_block: int) -> Decoder | None:
-        """What runs decode steps over static buffers, once the cache is there; None: they run as all others do.
+        """What runs decode steps over static buffers, once the cache is allocated; None: they run like other steps.
 
         `padding_block` is the first of the blocks that no sequence owns.
         """

@@ -1,6 +1,6 @@
-"""Brings the ids that the last stage samples back to the first, which needs them before the engine has seen them.
+"""Sends the ids that the last stage samples back to the first, which needs them before the engine has seen them.
 
-Both ends run the same steps in the same order, so they agree without a word about what is sent and when it has come.
+Both ends run the same steps in the same order, so that both know, without further messages, what is sent and when.
 """
 
 from collections import deque
@@ -20,40 +20,41 @@ class FeedbackSender:
         self._sendings: deque[tuple[int, Sending, torch.Tensor]] = deque()
 
     def before(self, step: StepBatch) -> None:
-        """Let go of what the first stage has taken: that of all steps which this one's maker had seen the end of.
+        """Drop the sends that the first stage has received: of all steps whose results the engine had for this one.
 
-        Waiting for a later one could be for ever: the first stage may not want it yet.
+        Waiting for a later one could take for ever: the first stage may not be ready to receive it yet.
         """
         while self._sendings and self._sendings[0][0] <= step.seen:
             self._sendings.popleft()[1].wait()
 
     def send(self, step: StepBatch, ids_R: torch.Tensor) -> None:
-        """Start to send what a step sampled; nothing where it sampled nothing."""
+        """Start to send the ids that a step sampled, if it sampled any."""
         if len(ids_R):
             self._sendings.append((step.step, self._link.send(ids_R), ids_R))
 
 
 class FeedbackReceiver:
-    """The first stage's end: knows which steps sampled, and takes their ids when they are due."""
+    """The first stage's end: knows which steps sample, and receives their ids when a step needs them."""
 
     def __init__(self, link: Link, device: torch.device) -> None:
         self._link = link
         self._device = device
-        self._due: deque[tuple[int, int, tuple[Row, ...]]] = deque()  # step, lane, what it sampled for
+        self._due: deque[tuple[int, int, tuple[Row, ...]]] = deque()  # step, lane, the rows that it samples for
 
     def expect(self, step: StepBatch, rows: tuple[Row, ...]) -> None:
-        """A step went on its way to the last stage that samples for these rows."""
+        """Note that a step, which samples for these rows, is on its way to the last stage."""
         if rows:
             self._due.append((step.step, step.lane, rows))
 
     def before(self, step: StepBatch) -> None:
-        """Take what this step builds on: all that its maker had seen, and what "your last token" stands for.
+        """Receive the ids that this step builds on.
 
-        A row may be closed by now; what comes for it is lost with it.
+        These are of all steps whose results the engine had, and where an entry has no ids ("your last token"), of
+        all earlier steps of its lane. A row may be closed by now: its id is received and dropped.
         """
-        num = sum(number <= step.seen for number, _, _ in self._due)
+        num = sum(due_step <= step.seen for due_step, _, _ in self._due)
         if any(not entry.ids for entry in step.entries):
-            num = max([num, *(place for place, (_, lane, _) in enumerate(self._due, 1) if lane == step.lane)])
+            num = max([num, *(number for number, (_, lane, _) in enumerate(self._due, 1) if lane == step.lane)])
         for _ in range(num):
             rows = self._due.popleft()[2]
             ids_R = torch.empty(len(rows), dtype=torch.int64, device=self._device)

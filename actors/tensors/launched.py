@@ -1,4 +1,4 @@
-"""Steps that were launched: what each brings, now or once its sampled ids have reached the host."""
+"""Steps that were launched, and their results: at hand at once, or when the sampled ids have reached the host."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,21 +11,21 @@ from actors.words.messages import TokenLogprobs
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a step brings, each list in the order of the entries; see StepResult."""
+    """The results of a step, each list in the order of the entries; see StepResult."""
 
     token_ids: list[list[int]]  # of the entries that sample
-    logprobs: list[list[TokenLogprobs]]  # like `token_ids`; nothing at all where nobody asked
+    logprobs: list[list[TokenLogprobs]]  # as `token_ids`; an empty list if no entry wants them
     prompt_logprobs: list[list[TokenLogprobs]]  # of the entries that want them
 
 
 class Launched(Protocol):
-    """A step that was launched, and what it brings."""
+    """A step that was launched, and its results."""
 
     def is_ready(self) -> bool:
         """Whether `take` would not wait."""
 
     def take(self) -> Sampled | None:
-        """Wait → what the step brings, on every shard of the last stage; None on the others."""
+        """Wait → the results of the step, on every shard of the last stage; None on the other stages."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,16 @@ class Done:
     result: Sampled | None
 
     def is_ready(self) -> bool:
-        """True: nothing is waited for."""
+        """True: there is nothing to wait for."""
         return True
 
     def take(self) -> Sampled | None:
-        """What the step brings."""
+        """The results of the step."""
         return self.result
 
 
 class PendingSample:
-    """What a step sampled, while its ids are on their way to the host; see Launched."""
+    """A step whose sampled ids are on their way to the host; see Launched."""
 
     def __init__(self, rows: Sequence[Row], ids: Download, sampled: Sampled) -> None:
         """`sampled` has everything but the ids."""
@@ -53,7 +53,7 @@ class PendingSample:
         self._sampled = sampled
         self._is_taken = False
         for row in rows:
-            row.ids.append(0)  # until it is known
+            row.ids.append(0)  # a placeholder until the id is known
 
     def is_ready(self) -> bool:
         """Whether `take` would not wait."""
@@ -64,7 +64,7 @@ class PendingSample:
         if not self._is_taken:
             ids = self._ids.take().tolist()
             for (row, index), token_id in zip(self._rows, ids, strict=True):
-                if index < len(row.ids):  # else the row was begun anew
+                if index < len(row.ids):  # else a later step has cut the row back, to compute it anew
                     row.ids[index] = max(0, token_id)
             self._sampled.token_ids.extend([token_id] for token_id in ids)
             self._is_taken = True

@@ -23,11 +23,11 @@ from actors.tensors.weights.checkpoint import LoadReport, Progress, load_weights
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch, Substitution, TokenLogprobs
 from cluster.collectives.interface import Link, Sending, StageGroup
 
-_WARM_UP_SEQ = -1  # no engine numbers a sequence so
+_WARM_UP_SEQ = -1  # a number that the engine gives to no sequence
 
 
 class Neighbors(Protocol):
-    """Whom a rank exchanges tensors with in one epoch."""
+    """The group and the links through which a rank exchanges tensors in one epoch."""
 
     @property
     def stage(self) -> StageGroup:
@@ -43,7 +43,7 @@ class Neighbors(Protocol):
 
     @property
     def feedback(self) -> Link | None:
-        """From the last stage to the first; None on the others, and where they are one."""
+        """From the last stage to the first; None on the stages between, and where there is one stage only."""
 
 
 class _Work(NamedTuple):
@@ -56,7 +56,7 @@ class _Work(NamedTuple):
 
 
 class Runner:
-    """One rank's computer. Steps are executed by one thread, in the order of the channel."""
+    """Runs one rank's part of every step. One thread executes the steps, in the order of the channel."""
 
     def __init__(self, plan: Plan, rank: int, neighbors: Neighbors, backend: Backend) -> None:
         self.plan = plan
@@ -73,7 +73,7 @@ class Runner:
         self.join(neighbors)
 
     def join(self, neighbors: Neighbors) -> None:
-        """Take the neighbors of a new epoch: rows and sends of the old one are forgotten, weights and cache stay."""
+        """Take the neighbors of a new epoch. Rows and sends of the old one are forgotten; weights and cache stay."""
         self.neighbors = neighbors
         self.clock = PhaseClock()
         vocabulary = neighbors.stage, self.shard.vocab_rows, self.plan.spec.vocab_size
@@ -99,9 +99,9 @@ class Runner:
             self.decoder.release()
 
     def part(self) -> None:
-        """Let go of what belongs to the neighbors of the epoch that has ended. Raises when the device does not answer.
+        """Drop what belongs to the neighbors of the epoch that has ended. Raises when the device does not answer.
 
-        An error of a GPU stays with its process: whatever is asked of it next fails too.
+        A CUDA error stays with its process, so that the small sum that is computed here fails too.
         """
         self._sendings.clear()
         self._receiver = self._sender = None
@@ -116,7 +116,7 @@ class Runner:
     def load(self, folder: Path, progress: Progress | None = None, substitutes: bool = True) -> LoadReport:
         """Build this rank's model and read its weights. Raises ValueError, UnsupportedModel or CheckpointError.
 
-        `substitutes`: whether the backend may put its own in place of the model's modules, and pack the weights.
+        `substitutes`: whether the backend may substitute modules of the model, and pack the weights.
         """
         group, device = self.neighbors.stage, self.backend.device
         self.model = build(self.plan, self.shard.rank, folder, group, device, self.attention)
@@ -127,11 +127,11 @@ class Runner:
 
     @property
     def substitutions(self) -> list[Substitution]:
-        """What the backend computes by something of its own, and why not elsewhere."""
+        """Which modules the backend substituted, and why it left others as they are."""
         return [] if self.model is None else self.model.substitutions
 
     def num_blocks_that_fit(self, share: float, ranks_on_node: int) -> int:
-        """Blocks that a share of the free memory holds."""
+        """Blocks of the KV cache that fit into a share of the free memory."""
         free_bytes = int(self.backend.free_bytes(ranks_on_node) * share)
         return free_bytes // self.plan.kv_bytes_per_block(self.shard.rank) - self.backend.num_padding_blocks
 
@@ -147,7 +147,7 @@ class Runner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Run a short prompt and one token after it: all ranks at once, so that nothing is done first in a request."""
+        """Run a short prompt and one more token, on all ranks together, lest one-time work delay the first request."""
         num_ids = min(self.plan.block_size, self.plan.max_model_len - 1)
         num_blocks = num_blocks_for(num_ids + 1, self.plan.block_size)
         prefill = Entry(_WARM_UP_SEQ, 0, [0] * num_ids, list(range(num_blocks)), sample=True)
@@ -161,20 +161,20 @@ class Runner:
             assert self.model is not None
             self.decoder.capture(self.neighbors.stage)
             self.model.take_exchange_s()
-        self.clock = PhaseClock()  # what came before is no step
+        self.clock = PhaseClock()  # warming up is no step
 
     def execute(self, step: StepBatch) -> Sampled | None:
-        """Run one step → what it brings, on every shard of the last stage; None on the others."""
+        """Run one step → its results, on every shard of the last stage; None on the other stages."""
         return self.launch(step).take()
 
     @torch.inference_mode()
     def launch(self, step: StepBatch) -> Launched:
-        """Start one step; what it samples may come later."""
+        """Start one step; the ids that it samples may reach the host later."""
         while self._pending and self._pending[0].is_ready():
             self._pending.popleft().take()
         is_decode = self._is_decode(step)
         if not is_decode:
-            self._settle()  # its tensors are made of ids that the host must know
+            self._settle()  # its input tensors are made of ids that the host must know
         self._begin(step)
         is_last = self.neighbors.next is None
         if not step.entries:
@@ -192,7 +192,7 @@ class Runner:
         return Done(None)
 
     def _is_decode(self, step: StepBatch) -> bool:
-        """Whether the decoder runs it: every entry has one token and samples, and there is a shape for them."""
+        """Whether the decoder runs it: every entry has one token and samples, and the decoder has a shape for them."""
         entries = step.entries
         if self.decoder is None or not entries:
             return False
@@ -201,7 +201,7 @@ class Runner:
         return self.decoder.takes(len(entries), max(entry.start for entry in entries))
 
     def _begin(self, step: StepBatch) -> None:
-        """Take in what a step changes: ids that come back, rows, and blocks that must be clean."""
+        """Apply what a step changes: ids that come back from the last stage, rows, and blocks to be zeroed."""
         assert self.cache is not None, "allocate_cache comes first"
         for feedback in (self._receiver, self._sender):
             if feedback is not None:
@@ -255,12 +255,12 @@ class Runner:
             self._settle()  # they count every id before this one
         logits_RV = logits_QV[: len(rows)]
         sampled_ids_R = self.sampler.sample(logits_RV, SamplingBatch.of(rows, self.backend.upload))
-        next_ids_R = sampled_ids_R.clamp(min=0)  # what is no number has no id, but may be in the next step already
+        next_ids_R = sampled_ids_R.clamp(min=0)  # after NOT_A_NUMBER too, the next step may already be on its way
         if self._sender is not None:
             self._sender.send(step, next_ids_R)
         if self.decoder is not None and work.rows:
             self.decoder.remember([row.index for row in work.rows], next_ids_R)
-        logprobs = self._sampled_logprobs(work.rows, logits_RV, next_ids_R)  # where asked for, the host waits
+        logprobs = self._sampled_logprobs(work.rows, logits_RV, next_ids_R)  # if requested, the host waits
         prompt_logprobs = self._prompt_logprobs(work.prompts, logits_QV[len(rows) :])
         ids = self.backend.download(sampled_ids_R)
         self._pending.append(PendingSample(work.rows, ids, Sampled([], logprobs, prompt_logprobs)))
@@ -269,12 +269,12 @@ class Runner:
     def _sampled_logprobs(
         self, sampled: Sequence[Row], logits_RV: torch.Tensor, ids_R: torch.Tensor
     ) -> list[list[TokenLogprobs]]:
-        asked = {i: row.sampling.logprobs for i, row in enumerate(sampled) if row.sampling.logprobs is not None}
-        if not asked:
+        num_top = {i: row.sampling.logprobs for i, row in enumerate(sampled) if row.sampling.logprobs is not None}
+        if not num_top:
             return []
-        rows_L = self.backend.upload(torch.tensor(list(asked)))
-        read = self.logprobs.read(logits_RV[rows_L], ids_R[rows_L], list(asked.values()))
-        by_row = dict(zip(asked, read, strict=True))
+        rows_L = self.backend.upload(torch.tensor(list(num_top)))
+        read = self.logprobs.read(logits_RV[rows_L], ids_R[rows_L], list(num_top.values()))
+        by_row = dict(zip(num_top, read, strict=True))
         return [[by_row[i]] if i in by_row else [] for i in range(len(sampled))]
 
     def _prompt_logprobs(self, prompts: Sequence[PromptChunk], logits_LV: torch.Tensor) -> list[list[TokenLogprobs]]:
@@ -295,6 +295,6 @@ class Runner:
         self._sendings[lane] = (self.neighbors.next.send(hidden_TH), hidden_TH)
 
     def _settle(self) -> None:
-        """Wait for all ids that are on their way."""
+        """Wait for all sampled ids that are on their way to the host."""
         while self._pending:
             self._pending.popleft().take()

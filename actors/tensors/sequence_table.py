@@ -1,7 +1,7 @@
 """The sequence table: a row per open sequence (ids, blocks, sampling); it turns steps into tensors.
 
 T tokens of the step · R rows to sample · Q rows of logits. Tokens are laid out with single-token entries first, by
-length, so that similar ones are attended together; what is sampled goes back in the order of the entries.
+length, so that rows of similar length are attended together; sampled ids go back in the order of the entries.
 """
 
 from array import array
@@ -15,12 +15,12 @@ from actors.tensors.backend import AttentionBackend, Upload
 from actors.tensors.sampling.logits_processors import SamplingRow
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
 
-_ROWS_AT_FIRST = 8
+_INITIAL_ROWS = 8
 
 
 def max_table_rows(max_num_seqs: int) -> int:
-    """Rows that the table has at most, with so many sequences open at a time: it doubles."""
-    return 2 * max(_ROWS_AT_FIRST, max_num_seqs)
+    """The most rows that the table ever has with `max_num_seqs` sequences open at a time: it doubles when full."""
+    return 2 * max(_INITIAL_ROWS, max_num_seqs)
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Row:
 
 @dataclass(frozen=True)
 class PromptChunk:
-    """Prompt ids whose log-probabilities are wanted: one a row of logits, which is that of the id before."""
+    """Prompt ids whose log-probabilities are wanted, one a row of logits: the row of the id before it."""
 
     ids: list[int]
     num_top: int
@@ -44,7 +44,7 @@ class PromptChunk:
 
 @dataclass(frozen=True)
 class StepTensors:
-    """One step, on the device."""
+    """The inputs of one step, on the device."""
 
     ids_T: torch.Tensor  # int64
     positions_T: torch.Tensor  # int64
@@ -55,7 +55,7 @@ class StepTensors:
 
 
 class SequenceTable:
-    """The rows of all open sequences, changed by differences."""
+    """The rows of all open sequences; each step brings only what changes."""
 
     def __init__(
         self,
@@ -65,19 +65,19 @@ class SequenceTable:
         upload: Upload,
         knows_samples: bool = True,
     ) -> None:
-        """`knows_samples`: whether somebody says here what was sampled; the middle stages need no ids at all."""
+        """`knows_samples`: whether this rank learns the sampled ids; the middle stages do not, and need no ids."""
         self.knows_samples = knows_samples
         self.block_size = block_size
         self._attention = attention
         self._upload = upload
         self.rows: dict[int, Row] = {}
-        self._tables = torch.zeros(_ROWS_AT_FIRST, blocks_per_sequence, dtype=torch.int64)  # on the host
-        self._free = list(range(_ROWS_AT_FIRST))
+        self._tables = torch.zeros(_INITIAL_ROWS, blocks_per_sequence, dtype=torch.int64)  # on the host
+        self._free = list(range(_INITIAL_ROWS))
 
     def apply(self, step: StepBatch) -> list[int]:
-        """Drop closed rows, open new ones, add what the entries bring.
+        """Drop closed rows, open new ones, add the ids and blocks of the entries.
 
-        Returns the blocks that are fresh: nothing of their sequence is in them yet (those of a reused prefix are not).
+        Returns the fresh blocks, which hold nothing of their sequence yet (those of a reused prefix do).
         """
         for seq in step.closed:
             self._free.append(self.rows.pop(seq).index)
@@ -86,10 +86,10 @@ class SequenceTable:
         return [block for entry in step.entries for block in self._extend(entry)]
 
     def tensors(self, step: StepBatch) -> StepTensors:
-        """The tensors of a step that has entries; `apply` came before."""
+        """The input tensors of a step that has entries; `apply` was called for it before."""
         ids = array("q")
         chunks: list[Chunk] = []
-        first_token: dict[int, int] = {}  # by sequence: the place of its first id among the tokens
+        first_token: dict[int, int] = {}  # by sequence: the index of its first id among the step's tokens
         for entry in sorted(step.entries, key=lambda e: (len(e.ids) > 1, e.start if len(e.ids) <= 1 else 0)):
             row, num_ids = self.rows[entry.seq], max(1, len(entry.ids))
             chunks.append(Chunk(row.index, len(ids), entry.start, num_ids))
@@ -113,12 +113,12 @@ class SequenceTable:
         )
 
     def sampling_rows(self, step: StepBatch) -> list[SamplingRow]:
-        """How the next ids of a step's entries are drawn, of those that sample."""
+        """The SamplingRow of each of a step's entries that sample, in entry order."""
         return [self.sampling_row(entry) for entry in step.entries if entry.sample]
 
     @property
     def tables(self) -> torch.Tensor:
-        """The blocks of every row, int64 [rows, blocks], on the host; behind a row's last one lies anything."""
+        """The block table, int64 [rows, blocks], on the host; entries behind a row's last block mean nothing."""
         return self._tables
 
     def sampling_row(self, entry: Entry) -> SamplingRow:
@@ -127,7 +127,7 @@ class SequenceTable:
         return SamplingRow(row.sampling, entry.start + max(1, len(entry.ids)), row.ids, row.num_prompt)
 
     def _prompt_chunk(self, entry: Entry) -> PromptChunk:
-        """What follows each of an entry's ids, as far as it is prompt (a sequence computed anew has more ids)."""
+        """The id after each of an entry's ids, as far as it is of the prompt (a replayed sequence has more ids)."""
         row = self.rows[entry.seq]
         following = entry.ids[1:] + ([] if entry.next_prompt_id is None else [entry.next_prompt_id])
         num_top = row.sampling.prompt_logprobs
@@ -144,7 +144,7 @@ class SequenceTable:
     def _extend(self, entry: Entry) -> list[int]:
         row = self.rows[entry.seq]
         if entry.ids:
-            assert entry.start <= len(row.ids), f"sequence {entry.seq}: ids before position {entry.start} never came"
+            assert entry.start <= len(row.ids), f"sequence {entry.seq}: ids before position {entry.start} are missing"
             row.ids[entry.start :] = array("q", entry.ids)
         elif not self.knows_samples:
             row.ids[entry.start :] = array("q", [0])
