@@ -19,7 +19,7 @@ class FeedbackSender:
         self._link = link
         self._sendings: deque[tuple[int, Sending, torch.Tensor]] = deque()
 
-    def before(self, step: StepBatch) -> None:
+    def catch_up(self, step: StepBatch) -> None:
         """Drop the sends that the first stage has received: of all steps whose results the engine had for this one.
 
         Waiting for a later one could take for ever: the first stage may not be ready to receive it yet.
@@ -46,7 +46,7 @@ class FeedbackReceiver:
         if rows:
             self._due.append((step.step, step.lane, rows))
 
-    def before(self, step: StepBatch) -> None:
+    def catch_up(self, step: StepBatch) -> None:
         """Receive the ids that this step builds on.
 
         These are of all steps whose results the engine had, and where an entry has no ids ("your last token"), of

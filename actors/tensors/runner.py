@@ -205,7 +205,7 @@ class Runner:
         assert self.cache is not None, "allocate_cache comes first"
         for feedback in (self._receiver, self._sender):
             if feedback is not None:
-                feedback.before(step)
+                feedback.catch_up(step)
                 self.clock.lap("receive")
         fresh_blocks = self.table.apply(step)
         if fresh_blocks:

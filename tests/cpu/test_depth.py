@@ -61,15 +61,15 @@ def test_the_first_stage_takes_no_more_than_a_step_needs() -> None:
     for ids in ([10], [11, 12], [13], [14]):
         link.send(torch.tensor(ids))
     known = lambda: [list(row.ids) for row in rows]  # noqa: E731
-    receiver.before(step(5, 0, -1, [1, 2]))
+    receiver.catch_up(step(5, 0, -1, [1, 2]))
     assert known() == [[], [], [], [], []]
-    receiver.before(step(6, 1, 0, [1, 2]))
+    receiver.catch_up(step(6, 1, 0, [1, 2]))
     assert known() == [[10], [], [], [], []]
-    receiver.before(step(7, 0, 0, [1], []))  # "your last token" in lane 0: up to step 3, but not step 4
+    receiver.catch_up(step(7, 0, 0, [1], []))  # "your last token" in lane 0: up to step 3, but not step 4
     assert known() == [[10], [11], [12], [13], []]
-    receiver.before(step(8, 0, 4))
+    receiver.catch_up(step(8, 0, 4))
     assert known() == [[10], [11], [12], [13], [14]]
-    receiver.before(step(9, 0, 8, []))
+    receiver.catch_up(step(9, 0, 8, []))
     assert not link.messages
 
 
@@ -79,11 +79,11 @@ def test_the_last_stage_waits_only_for_what_the_first_has_taken() -> None:
     for number in range(4):
         sender.send(step(number, 0, -1), torch.tensor([number] * (number % 3)))
     assert [message.tolist() for message in link.messages] == [[1], [2, 2]], "a step that samples nothing says nothing"
-    sender.before(step(4, 0, 0))
+    sender.catch_up(step(4, 0, 0))
     assert link.waited == []
-    sender.before(step(5, 0, 1))
+    sender.catch_up(step(5, 0, 1))
     assert link.waited == [[1]]
-    sender.before(step(6, 0, 5))
+    sender.catch_up(step(6, 0, 5))
     assert link.waited == [[1], [2, 2]]
 
 

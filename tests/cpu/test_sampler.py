@@ -40,7 +40,7 @@ class ThreadGroup:
 
 
 def sample_on(num_shards: int, logits: torch.Tensor, rows: list[tuple[SamplingParams, int]]) -> list[list[int]]:
-    """What every shard draws."""
+    """The ids that every shard samples."""
     slots, barrier, drawn = [None] * num_shards, threading.Barrier(num_shards), [[]] * num_shards
 
     def run(shard: int) -> None:
@@ -116,15 +116,15 @@ def test_draws_at_neighbouring_positions_and_ids_are_independent() -> None:
 
 
 def test_noise_is_the_documented_hash() -> None:
-    def finalise(x: int) -> int:
+    def finalize(x: int) -> int:
         x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
         x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
         return x ^ x >> 31
 
-    assert finalise(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF  # splitmix64's published first output for seed 0
+    assert finalize(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF  # splitmix64's published first output for seed 0
     for seed, position, token in ((0, 0, 0), (2**63 - 1, 131_071, 128_255), (12345, 7, 31_999)):
-        key = finalise((finalise(seed) + position * 0x9E3779B97F4A7C15) % 2**64)
-        bits = finalise((key + token * 0x9E3779B97F4A7C15) % 2**64) >> 11
+        key = finalize((finalize(seed) + position * 0x9E3779B97F4A7C15) % 2**64)
+        bits = finalize((key + token * 0x9E3779B97F4A7C15) % 2**64) >> 11
         expected = -torch.log1p(-torch.tensor((bits + 0.5) * 2.0**-53, dtype=torch.float64))
         drawn = exponential(torch.tensor([[noise_key(seed, position)]]), torch.tensor([token]))
         assert float(drawn) == pytest.approx(float(expected), rel=1e-5)
@@ -136,7 +136,7 @@ def test_noise_is_finite_and_fine_near_zero() -> None:
     assert noise.isfinite().all()
     assert noise.min() > 0
     smallest = noise.flatten().sort().values[:200]
-    assert len(smallest.unique()) == 200, "ties where races are won"
+    assert len(smallest.unique()) == 200, "ties where the arg-max is decided"
 
 
 @pytest.mark.timeout(60)

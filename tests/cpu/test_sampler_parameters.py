@@ -18,7 +18,7 @@ from transformers import (
 from actors.decisions.model.shard_plan import split_evenly
 from actors.tensors.backends.cpu.backend import CPUBackend
 from actors.tensors.sampling.logits_processors import LogitsProcessors, SamplingRow
-from actors.tensors.sampling.ranking import NOTHING, best_of_shard, ids_of, scores_of, sort_keys_of
+from actors.tensors.sampling.ranking import NO_TOKEN, best_of_shard, ids_of, scores_of, sort_keys_of
 from actors.tensors.sampling.sampler import Sampler, SamplingBatch
 from actors.tensors.sampling.truncation import NUM_CANDIDATES, Truncation, truncation_thresholds
 from actors.words.messages import SamplingParams
@@ -71,12 +71,12 @@ def on_shards(num_shards: int, logits: torch.Tensor, job: Callable[[Any, torch.T
 
 
 def allowed(num_shards: int, logits: torch.Tensor, sampling: Sequence[SamplingParams]) -> torch.Tensor:
-    """Bool [R, V]: what the cuts leave of logits already divided by the temperature; the same on every shard."""
-    cuts = Truncation.of([SamplingRow(params, 0) for params in sampling], BACKEND.upload)
-    assert cuts is not None and len(cuts.rows_K) == len(sampling)
+    """Bool [R, V]: what truncation keeps of logits already divided by the temperature; the same on every shard."""
+    truncation = Truncation.of([SamplingRow(params, 0) for params in sampling], BACKEND.upload)
+    assert truncation is not None and len(truncation.rows_K) == len(sampling)
 
     def job(group: Any, mine: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor:
-        return truncation_thresholds(mine, cuts, group, rows, logits.shape[1])
+        return truncation_thresholds(mine, truncation, group, rows, logits.shape[1])
 
     thresholds = on_shards(num_shards, logits, job)
     assert all(torch.equal(other, thresholds[0]) for other in thresholds)
@@ -95,27 +95,27 @@ def warped(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     return scores
 
 
-def sample_on(num_shards: int, logits: torch.Tensor, draws: list[SamplingRow]) -> list[list[int]]:
-    def job(group: Any, mine: torch.Tensor, rows: tuple[int, int]) -> list[int]:
+def sample_on(num_shards: int, logits: torch.Tensor, rows: list[SamplingRow]) -> list[list[int]]:
+    def job(group: Any, mine: torch.Tensor, vocab_rows: tuple[int, int]) -> list[int]:
         return (
-            Sampler(group, rows, logits.shape[1], BACKEND.best_tokens)
-            .sample(mine, SamplingBatch.of(draws, BACKEND.upload))
+            Sampler(group, vocab_rows, logits.shape[1], BACKEND.best_tokens)
+            .sample(mine, SamplingBatch.of(rows, BACKEND.upload))
             .tolist()
         )
 
     return on_shards(num_shards, logits, job)
 
 
-def sample_alone(logits: torch.Tensor, draws: list[SamplingRow]) -> list[int]:
+def sample_alone(logits: torch.Tensor, rows: list[SamplingRow]) -> list[int]:
     size = logits.shape[1]
     return (
         Sampler(LoneShard(), (0, size), size, BACKEND.best_tokens)
-        .sample(logits, SamplingBatch.of(draws, BACKEND.upload))
+        .sample(logits, SamplingBatch.of(rows, BACKEND.upload))
         .tolist()
     )
 
 
-CUTS = [
+TRUNCATIONS = [
     *({"top_k": k} for k in (1, 2, 40, NUM_CANDIDATES, NUM_CANDIDATES + 1, 900)),
     *({"top_p": p} for p in (0.01, 0.3, 0.9, 0.99, 0.999_999)),
     *({"min_p": p} for p in (0.001, 0.1, 0.9, 1.0)),
@@ -128,9 +128,9 @@ CUTS = [
 
 @pytest.mark.parametrize("num_shards", [1, 2, 4])
 @pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])  # from nearly uniform, where candidates prove nothing, to peaked
-def test_cuts_leave_what_transformers_leaves(num_shards: int, spread: float) -> None:
-    logits = torch.randn(len(CUTS), 1003, generator=torch.Generator().manual_seed(3)) * spread
-    sampling = [SamplingParams(1.0, 0, **cut) for cut in CUTS]
+def test_truncation_keeps_what_transformers_keeps(num_shards: int, spread: float) -> None:
+    logits = torch.randn(len(TRUNCATIONS), 1003, generator=torch.Generator().manual_seed(3)) * spread
+    sampling = [SamplingParams(1.0, 0, **fields) for fields in TRUNCATIONS]
     left = allowed(num_shards, logits, sampling)
     for row, params in enumerate(sampling):
         expected = warped(logits[row : row + 1], params)[0].isfinite()
@@ -171,7 +171,7 @@ def test_the_vocabulary_is_gathered_only_where_candidates_prove_nothing() -> Non
     assert gathered(flat, cut) == NUM_CANDIDATES + 2 + vocab // 2
 
 
-def test_standings_order_by_score_then_lowest_id() -> None:
+def test_sort_keys_order_by_score_then_lowest_id() -> None:
     scores = torch.tensor([float("-inf"), -3e38, -2.5, -1e-40, -0.0, 0.0, 1e-40, 0.5, 3e38, float("inf")])
     ids = torch.tensor([0, 4_000_000_000, 3, 2, 1, 9, 8, 7, 6, 5])
     sort_keys = sort_keys_of(scores, ids)
@@ -180,9 +180,9 @@ def test_standings_order_by_score_then_lowest_id() -> None:
     )
     assert sort_keys[3] < sort_keys[5] and sort_keys[4] < sort_keys[6]
     assert torch.equal(scores_of(sort_keys), scores) and torch.equal(ids_of(sort_keys), ids)
-    assert int(sort_keys[0]) > NOTHING
+    assert int(sort_keys[0]) > NO_TOKEN
     assert ids_of(best_of_shard(torch.tensor([[1.0, 2.0, 2.0]]), 10, 3)).tolist() == [[11, 12, 10]]
-    assert best_of_shard(torch.tensor([[1.0]]), 10, 3)[0, 1:].tolist() == [NOTHING] * 2
+    assert best_of_shard(torch.tensor([[1.0]]), 10, 3)[0, 1:].tolist() == [NO_TOKEN] * 2
 
 
 def test_penalties_are_transformers_and_openais() -> None:
@@ -207,11 +207,11 @@ def test_penalties_are_transformers_and_openais() -> None:
     expected[3, 7] -= 1.5
     expected[3, 20] += 4.0
     before = logits.clone()
-    draws = [SamplingRow(sampling, len(ids), ids, len(prompt)) for sampling in params]
-    edits = LogitsProcessors.of(draws, BACKEND.upload)
-    assert edits is not None
+    sampled = [SamplingRow(sampling, len(ids), ids, len(prompt)) for sampling in params]
+    processors = LogitsProcessors.of(sampled, BACKEND.upload)
+    assert processors is not None
     for num_shards in (1, 3):
-        parts = on_shards(num_shards, logits, lambda _, mine, rows: edits.apply(mine, rows[0]))
+        parts = on_shards(num_shards, logits, lambda _, mine, rows: processors.apply(mine, rows[0]))
         torch.testing.assert_close(torch.cat(parts, 1), expected)
     assert torch.equal(logits, before), "log-probabilities are read from these"
 
@@ -228,7 +228,7 @@ def test_banned_ids_are_never_drawn_before_min_tokens() -> None:
     )
 
 
-def mixed_draws(num: int, vocab: int) -> list[SamplingRow]:
+def mixed_rows(num: int, vocab: int) -> list[SamplingRow]:
     """Every parameter alone and with others, over random histories."""
     generator = torch.Generator().manual_seed(8)
     kinds = [
@@ -241,24 +241,24 @@ def mixed_draws(num: int, vocab: int) -> list[SamplingRow]:
         {"temperature": 0.0},
         {"temperature": 1.7, "min_tokens": 9, "banned_ids": [0, 5], "repetition_penalty": 0.8, "top_p": 0.97},
     ]
-    draws = []
+    rows = []
     for row in range(num):
         ids = torch.randint(vocab, (5 + row,), generator=generator).tolist()
         sampling = SamplingParams(**{"temperature": 0.7, "seed": row, **kinds[row % len(kinds)]})
-        draws.append(SamplingRow(sampling, len(ids), ids, 4))
-    return draws
+        rows.append(SamplingRow(sampling, len(ids), ids, 4))
+    return rows
 
 
 @pytest.mark.parametrize("vocab", [103, 2003])
 def test_neither_shards_nor_neighbours_change_what_is_drawn(vocab: int) -> None:
-    draws = mixed_draws(48, vocab)
+    rows = mixed_rows(48, vocab)
     logits = torch.randn(48, vocab, generator=torch.Generator().manual_seed(9))
-    together = sample_alone(logits, draws)
-    assert together == [sample_alone(logits[row : row + 1], [draw])[0] for row, draw in enumerate(draws)]
-    plain = sample_alone(logits, [dataclasses.replace(d, sampling=SamplingParams(0.7, i)) for i, d in enumerate(draws)])
-    assert sum(a != b for a, b in zip(together, plain, strict=True)) > 10
+    together = sample_alone(logits, rows)
+    assert together == [sample_alone(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)]
+    plain = [dataclasses.replace(row, sampling=SamplingParams(0.7, i)) for i, row in enumerate(rows)]
+    assert sum(a != b for a, b in zip(together, sample_alone(logits, plain), strict=True)) > 10
     for num_shards in (2, 3, 4):
-        assert sample_on(num_shards, logits, draws) == [together] * num_shards
+        assert sample_on(num_shards, logits, rows) == [together] * num_shards
 
 
 @pytest.mark.parametrize(
@@ -278,14 +278,14 @@ def test_neither_shards_nor_neighbours_change_what_is_drawn(vocab: int) -> None:
 def test_draws_follow_the_exact_probabilities(parameters: dict[str, Any]) -> None:
     logits = torch.linspace(-1.5, 1.5, 16)[torch.randperm(16, generator=torch.Generator().manual_seed(0))]
     prompt, generated = [1, 2, 3], [4, 5, 4, 15]
-    draws = [
+    rows = [
         SamplingRow(
             SamplingParams(**{"temperature": 1.0, "seed": i % 100, **parameters}), 7 + i // 100, prompt + generated, 3
         )
         for i in range(NUM_DRAWS)
     ]
-    drawn = torch.tensor(sample_alone(logits.expand(NUM_DRAWS, -1), draws))
-    probabilities = exact(logits, draws[0].sampling, prompt, generated)
+    drawn = torch.tensor(sample_alone(logits.expand(NUM_DRAWS, -1), rows))
+    probabilities = exact(logits, rows[0].sampling, prompt, generated)
     counts = torch.bincount(drawn, minlength=16).double()
     assert not counts[probabilities == 0].any()
     is_left = probabilities > 0

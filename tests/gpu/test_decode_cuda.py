@@ -132,9 +132,9 @@ def logits_of(runner: Runner, batches: list[StepBatch]) -> torch.Tensor:
     rows = []
     sample = runner.sampler.sample
 
-    def record(logits, draws):
+    def record(logits, batch):
         rows.append(logits.float().cpu())
-        return sample(logits, draws)
+        return sample(logits, batch)
 
     runner.sampler.sample = record
     ids_of(runner, batches)

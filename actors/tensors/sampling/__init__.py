@@ -1,1 +1,1 @@
-"""From logits that are cut by vocabulary to the same ids on every shard, and their log-probabilities."""
+"""Sampling from logits that are sharded by vocabulary: the same ids on every shard, and their log-probabilities."""

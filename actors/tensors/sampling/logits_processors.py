@@ -1,6 +1,6 @@
-"""Changes logits before anything is drawn: penalties over a sequence's own ids, logit_bias, and banned stop ids.
+"""The logits processors: penalties over a sequence's own ids, logit_bias, and stop ids banned by min_tokens.
 
-R rows to sample · E of them that are edited · V vocabulary rows of this shard · N ids of all histories · M biases.
+R rows to sample · E of them that are changed · V vocabulary rows of this shard · N ids of all histories · M biases.
 """
 
 from array import array
@@ -15,16 +15,16 @@ from actors.words.messages import SamplingParams
 
 @dataclass(frozen=True)
 class SamplingRow:
-    """One id that is to be drawn: how, and after which ids."""
+    """How the next id of a row is sampled: the parameters, and the ids before it."""
 
     sampling: SamplingParams
-    position: int  # of the id that is drawn
+    position: int  # of the id that is sampled
     ids: Sequence[int] = ()  # prompt and generated, before `position`
     num_prompt: int = 0  # ids after these are generated
 
     @property
     def has_penalties(self) -> bool:
-        """Whether the ids before it count."""
+        """Whether the ids before it change its logits."""
         sampling = self.sampling
         return sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
 
@@ -39,7 +39,7 @@ class SamplingRow:
 
 @dataclass(frozen=True)
 class History:
-    """The ids before each draw that has penalties, flat, on the device."""
+    """The ids before the next one, of all rows with penalties, one after the other, on the device."""
 
     rows_N: torch.Tensor  # int64, among the E
     ids_N: torch.Tensor  # int64
@@ -60,24 +60,25 @@ class LogitsProcessors:
     biases_M: torch.Tensor  # float32
 
     @classmethod
-    def of(cls, draws: Sequence[SamplingRow], upload: Upload) -> "LogitsProcessors | None":
+    def of(cls, rows: Sequence[SamplingRow], upload: Upload) -> "LogitsProcessors | None":
         """None where no row is changed."""
-        edited = [(row, draw) for row, draw in enumerate(draws) if draw.has_penalties or draw.biases]
-        if not edited:
+        indices = [index for index, row in enumerate(rows) if row.has_penalties or row.biases]
+        if not indices:
             return None
-        sampling = [draw.sampling for _, draw in edited]
-        biases = [(row, *bias) for row, (_, draw) in enumerate(edited) for bias in draw.biases.items()]
+        changed = [rows[index] for index in indices]
+        sampling = [row.sampling for row in changed]
+        biases = [(index, *bias) for index, row in enumerate(changed) for bias in row.biases.items()]
         on_host = (
-            torch.tensor([row for row, _ in edited]),
+            torch.tensor(indices),
             torch.tensor([[params.repetition_penalty] for params in sampling], dtype=torch.float32),
             torch.tensor([[params.presence_penalty] for params in sampling], dtype=torch.float32),
             torch.tensor([[params.frequency_penalty] for params in sampling], dtype=torch.float32),
-            torch.tensor([row for row, _, _ in biases], dtype=torch.int64),
+            torch.tensor([index for index, _, _ in biases], dtype=torch.int64),
             torch.tensor([token_id for _, token_id, _ in biases], dtype=torch.int64),
             torch.tensor([bias for _, _, bias in biases], dtype=torch.float32),
         )
-        rows, repetition, presence, frequency, *of_biases = (upload(tensor) for tensor in on_host)
-        return cls(rows, repetition, presence, frequency, _history([draw for _, draw in edited], upload), *of_biases)
+        rows_E, repetition, presence, frequency, *of_biases = (upload(tensor) for tensor in on_host)
+        return cls(rows_E, repetition, presence, frequency, _history(changed, upload), *of_biases)
 
     def apply(self, logits_RV: torch.Tensor, first_id: int) -> torch.Tensor:
         """Float32 logits [R, V] of the vocabulary from `first_id` on → a changed copy."""
@@ -86,39 +87,39 @@ class LogitsProcessors:
         if self.history is not None:
             rows_N, ids_N = self.history.rows_N, self.history.ids_N
             num_rows = len(self.rows_E)
-            seen_EV = _scattered(
+            seen_EV = _scatter_add(
                 rows_N, ids_N, torch.ones_like(self.history.is_generated_N), num_rows, first_id, num_ids
             )
-            generated_EV = _scattered(rows_N, ids_N, self.history.is_generated_N, num_rows, first_id, num_ids)
+            generated_EV = _scatter_add(rows_N, ids_N, self.history.is_generated_N, num_rows, first_id, num_ids)
             repeated_EV = torch.where(logits_EV > 0, logits_EV / self.repetition_E1, logits_EV * self.repetition_E1)
             logits_EV = torch.where(seen_EV > 0, repeated_EV, logits_EV)
             logits_EV -= self.presence_E1 * (generated_EV > 0) + self.frequency_E1 * generated_EV
         if len(self.biases_M):
-            logits_EV += _scattered(
+            logits_EV += _scatter_add(
                 self.bias_rows_M, self.bias_ids_M, self.biases_M, len(self.rows_E), first_id, num_ids
             )
         return logits_RV.index_copy(0, self.rows_E, logits_EV)
 
 
-def _history(edited: list[SamplingRow], upload: Upload) -> History | None:
+def _history(changed: list[SamplingRow], upload: Upload) -> History | None:
     flat = array("q")
-    for draw in edited:
-        if draw.has_penalties:
-            flat.extend(draw.ids)
+    for row in changed:
+        if row.has_penalties:
+            flat.extend(row.ids)
     if not flat:
         return None
-    lengths = torch.tensor([len(draw.ids) if draw.has_penalties else 0 for draw in edited])
-    rows_N = torch.repeat_interleave(torch.arange(len(edited)), lengths)
-    places_N = torch.arange(len(flat)) - (lengths.cumsum(0) - lengths)[rows_N]
-    is_generated_N = places_N >= torch.tensor([draw.num_prompt for draw in edited])[rows_N]
+    lengths = torch.tensor([len(row.ids) if row.has_penalties else 0 for row in changed])
+    rows_N = torch.repeat_interleave(torch.arange(len(changed)), lengths)
+    positions_N = torch.arange(len(flat)) - (lengths.cumsum(0) - lengths)[rows_N]
+    is_generated_N = positions_N >= torch.tensor([row.num_prompt for row in changed])[rows_N]
     ids_N = torch.frombuffer(flat, dtype=torch.int64).clone()
     return History(*(upload(tensor) for tensor in (rows_N, ids_N, is_generated_N.float())))
 
 
-def _scattered(
+def _scatter_add(
     rows_N: torch.Tensor, ids_N: torch.Tensor, values_N: torch.Tensor, num_rows: int, first_id: int, num_ids: int
 ) -> torch.Tensor:
-    """Sums of values by (row, id) → [rows, ids of this shard]; whatever lies elsewhere falls into a column cut off."""
+    """Sum values by (row, id) → [rows, ids of this shard]; other shards' ids go to a last column, which is dropped."""
     columns_N = ids_N - first_id
     columns_N = columns_N.masked_fill_((columns_N < 0) | (columns_N >= num_ids), num_ids)
     sums = torch.zeros(num_rows * (num_ids + 1), dtype=values_N.dtype, device=values_N.device)

@@ -1,6 +1,6 @@
-"""Log-probabilities of ids, and of the likeliest ones, from logits that are cut by vocabulary and never gathered.
+"""Log-probabilities of given ids and of the likeliest ones, from logits sharded by vocabulary, without gathering them.
 
-L rows asked about · V vocabulary rows of this shard · C likeliest.
+L rows · V vocabulary rows of this shard · C likeliest ids · P shards.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class LogprobReader:
         self.vocab_size = vocab_size
 
     def read(self, logits_LV: torch.Tensor, ids_L: torch.Tensor, num_top: Sequence[int]) -> list[TokenLogprobs]:
-        """Of one id (int64, on the device) and of the `num_top` likeliest ids of each row, under the raw logits."""
+        """Raw log-probabilities of each row's id (int64, on the device), and of its `num_top` likeliest ids."""
         if not num_top:
             return []
         logits_LV = logits_LV.float()
@@ -42,7 +42,7 @@ class LogprobReader:
         ]
 
     def _own_logits(self, logits_LV: torch.Tensor, ids_L: torch.Tensor) -> torch.Tensor:
-        """[L, 1]; -inf where another shard has the id."""
+        """The logits of the ids [L, 1]; -inf where another shard has the id."""
         first, end = self.vocab_rows
         is_elsewhere_L1 = ((ids_L < first) | (ids_L >= end)).unsqueeze(1)
         columns_L1 = (ids_L - first).unsqueeze(1).masked_fill(is_elsewhere_L1, 0)

@@ -1,11 +1,11 @@
-"""Noise that is a pure function of (seed, position, token id): neither the layout nor a replay changes what is drawn.
+"""Noise that is a pure function of (seed, position, token id), so that neither layout nor replay changes an id.
 
 R rows to sample · V vocabulary rows.
 """
 
 import torch
 
-# The finaliser of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
+# The finalizer of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
 WEYL = 0x9E3779B97F4A7C15
 STEPS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 LAST_SHIFT = 31
@@ -14,15 +14,15 @@ FRACTION_BITS = 53
 
 
 def noise_key(seed: int, position: int) -> int:
-    """A 64-bit key (as a signed integer) of one draw: a seed's low 64 bits and the position of the token drawn."""
+    """The 64-bit key (as a signed integer) of a row's noise: of the seed's low 64 bits and the token's position."""
     return _signed(_mix(_mix(seed & _MASK64) + position * WEYL & _MASK64))
 
 
 def exponential(keys_R1: torch.Tensor, ids_V: torch.Tensor) -> torch.Tensor:
     """Exp(1) noise [R, V], float32, a pure function of key and id.
 
-    -log(1 - w) with w of 53 bits: near w = 0, where races are won, float32 keeps its full relative precision, and the
-    largest Gumbel value is 37. w stays below 1, so that noise is always finite.
+    -log(1 - w) with w of 53 bits: near w = 0, where the arg-max is decided, float32 keeps its full relative precision,
+    and the largest Gumbel value is 37. w stays below 1, so that noise is always finite.
     """
     # Multiplication of int64 wraps around, as the hash needs; its right shift copies the sign, which the mask removes
     x_RV = keys_R1 + ids_V * _signed(WEYL)
@@ -35,7 +35,7 @@ def exponential(keys_R1: torch.Tensor, ids_V: torch.Tensor) -> torch.Tensor:
 
 
 def _mix(x: int) -> int:
-    """The same finaliser on one unsigned 64-bit number."""
+    """The same finalizer on one unsigned 64-bit number."""
     for shift, multiplier in STEPS:
         x = (x ^ x >> shift) * multiplier & _MASK64
     return x ^ x >> LAST_SHIFT

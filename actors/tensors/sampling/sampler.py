@@ -1,8 +1,8 @@
-"""Draws the next ids from logits that are cut by vocabulary: the same ids on every shard, without gathering them.
+"""Samples the next ids from logits that are sharded by vocabulary: the same ids on every shard, without a gather.
 
-R rows to sample · V vocabulary rows of this shard. Temperature is an exponential race (equivalently Gumbel noise): with
-E independent Exp(1) per token, argmax(logit / temperature - log E) is distributed as softmax(logit / temperature).
-Truncation let fewer tokens run. What a row draws depends on nothing but its own logits, parameters and history.
+R rows to sample · K of them that are truncated · V vocabulary rows of this shard. Sampling at a temperature is a Gumbel
+arg-max: with E independent Exp(1) per token, argmax(logit / temperature - log E) is distributed as softmax(logit /
+temperature). Truncated tokens get the score -inf. A row's id depends only on its own logits, parameters and history.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from actors.tensors.sampling.truncation import Truncation, truncation_thresholds
 from actors.words.messages import NOT_A_NUMBER
 from cluster.collectives.interface import StageGroup
 
-_COLDEST = 1e-6  # below, finite logits could become infinite scores; it is as good as greedy already
+_MIN_TEMPERATURE = 1e-6  # below, finite logits could become infinite scores; this is as good as greedy
 
 BestTokens = Callable[
     [torch.Tensor, int, torch.Tensor | None, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]
@@ -28,27 +28,27 @@ BestTokens = Callable[
 
 @dataclass(frozen=True)
 class SamplingBatch:
-    """How each of R rows is drawn, on the device."""
+    """How R rows are sampled, on the device."""
 
     temperatures_R1: torch.Tensor | None  # float32, 0 where greedy; None: all rows are greedy
     keys_R1: torch.Tensor | None  # int64, of (seed, position)
-    edits: LogitsProcessors | None
-    cuts: Truncation | None
+    logits_processors: LogitsProcessors | None
+    truncation: Truncation | None
 
     @classmethod
-    def of(cls, draws: Sequence[SamplingRow], upload: Upload) -> "SamplingBatch":
-        """One draw a row."""
-        edits = LogitsProcessors.of(draws, upload)
-        sampling = [draw.sampling for draw in draws]
+    def of(cls, rows: Sequence[SamplingRow], upload: Upload) -> "SamplingBatch":
+        """The same rows as tensors."""
+        processors = LogitsProcessors.of(rows, upload)
+        sampling = [row.sampling for row in rows]
         if all(params.temperature == 0 for params in sampling):
-            return cls(None, None, edits, None)
+            return cls(None, None, processors, None)
         assert all(params.temperature == 0 or params.seed is not None for params in sampling), "the engine draws a seed"
         temperatures = torch.tensor(
-            [[max(params.temperature, _COLDEST) if params.temperature else 0.0] for params in sampling],
+            [[max(params.temperature, _MIN_TEMPERATURE) if params.temperature else 0.0] for params in sampling],
             dtype=torch.float32,
         )
-        keys = torch.tensor([[noise_key(draw.sampling.seed or 0, draw.position)] for draw in draws])
-        return cls(upload(temperatures), upload(keys), edits, Truncation.of(draws, upload))
+        keys = torch.tensor([[noise_key(row.sampling.seed or 0, row.position)] for row in rows])
+        return cls(upload(temperatures), upload(keys), processors, Truncation.of(rows, upload))
 
 
 class Sampler:
@@ -61,37 +61,37 @@ class Sampler:
         self.vocab_size = vocab_size
         self._best_tokens = best_tokens
 
-    def sample(self, logits_RV: torch.Tensor, draws: SamplingBatch) -> torch.Tensor:
+    def sample(self, logits_RV: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
         """Logits of this shard's vocabulary rows → ids [R], int64, the same on every shard.
 
-        NOT_A_NUMBER where the best logit is none, or is infinite: no distribution is left to draw from.
+        NOT_A_NUMBER where the best score is NaN or infinite: there is no distribution to sample from.
         """
         if not logits_RV.shape[0]:
             return torch.empty(0, dtype=torch.int64, device=logits_RV.device)
-        if draws.edits is not None:
-            logits_RV = draws.edits.apply(logits_RV.float(), self.vocab_rows[0])
-        return self._best_of_all_shards(*self._best(logits_RV, draws))
+        if batch.logits_processors is not None:
+            logits_RV = batch.logits_processors.apply(logits_RV.float(), self.vocab_rows[0])
+        return self._best_of_all_shards(*self._best_of_shard(logits_RV, batch))
 
-    def _best(self, logits_RV: torch.Tensor, draws: SamplingBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The best of this shard's tokens in each row: scores, float32 [R], and ids."""
+    def _best_of_shard(self, logits_RV: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best of this shard's tokens in each row: scores, float32 [R], and ids, int64 [R]."""
         first, end = self.vocab_rows
-        temperatures_R1 = draws.temperatures_R1
-        if draws.cuts is not None:
-            assert temperatures_R1 is not None, "what is cut is drawn"
-            is_drawn_R1 = temperatures_R1 > 0
-            scores_RV = logits_RV.float() / temperatures_R1.masked_fill(~is_drawn_R1, 1)
-            self._cut(scores_RV, draws.cuts, torch.arange(first, end, device=logits_RV.device))
-            logits_RV = torch.where(is_drawn_R1, scores_RV, logits_RV.float())
-            temperatures_R1 = is_drawn_R1.float()
-        return self._best_tokens(logits_RV, first, temperatures_R1, draws.keys_R1)
+        temperatures_R1 = batch.temperatures_R1
+        if batch.truncation is not None:
+            assert temperatures_R1 is not None, "greedy rows are not truncated"
+            is_random_R1 = temperatures_R1 > 0
+            scores_RV = logits_RV.float() / temperatures_R1.masked_fill(~is_random_R1, 1)
+            self._truncate(scores_RV, batch.truncation, torch.arange(first, end, device=logits_RV.device))
+            logits_RV = torch.where(is_random_R1, scores_RV, logits_RV.float())
+            temperatures_R1 = is_random_R1.float()
+        return self._best_tokens(logits_RV, first, temperatures_R1, batch.keys_R1)
 
-    def _cut(self, scores_RV: torch.Tensor, cuts: Truncation, ids_V: torch.Tensor) -> None:
-        """Take the tokens that may not be drawn out of the race."""
-        scores_KV = scores_RV.index_select(0, cuts.rows_K)
-        lowest_K1 = truncation_thresholds(scores_KV, cuts, self.group, self.vocab_rows, self.vocab_size)
+    def _truncate(self, scores_RV: torch.Tensor, truncation: Truncation, ids_V: torch.Tensor) -> None:
+        """Set the scores of truncated tokens to -inf."""
+        scores_KV = scores_RV.index_select(0, truncation.rows_K)
+        lowest_K1 = truncation_thresholds(scores_KV, truncation, self.group, self.vocab_rows, self.vocab_size)
         lowest_score_K1, last_id_K1 = scores_of(lowest_K1), ids_of(lowest_K1)
         is_out_KV = (scores_KV < lowest_score_K1) | ((scores_KV == lowest_score_K1) & (ids_V > last_id_K1))
-        scores_RV.index_copy_(0, cuts.rows_K, scores_KV.masked_fill_(is_out_KV, float("-inf")))
+        scores_RV.index_copy_(0, truncation.rows_K, scores_KV.masked_fill_(is_out_KV, float("-inf")))
 
     def _best_of_all_shards(self, scores_R: torch.Tensor, ids_R: torch.Tensor) -> torch.Tensor:
         scores_R = scores_R.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
