@@ -1,4 +1,4 @@
-"""Attention through the paged cache equals attention written out: windows, chunks, groups of rows, other's garbage."""
+"""Attention through the paged cache equals plain attention: windows, chunks, groups of rows, leftovers in blocks."""
 
 import random
 

@@ -1,5 +1,6 @@
 """Substitutes: what computes the same stands in, proven by numbers; what only looks alike stays, and says why."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from transformers.activations import ACT2FN
 from transformers.models.llama import modeling_llama as llama_model
 
 from actors.decisions.model.plan import Plan, make_plan
+from actors.remote.meeting import Assignment
+from actors.remote.rank import Rank
 from actors.tensors.backend import Backend
 from actors.tensors.backends.cpu import gemm, module_kernels
 from actors.tensors.backends.cpu.backend import CPUBackend
@@ -171,7 +174,7 @@ def test_what_is_no_number_or_fails_differs() -> None:
     assert "other shapes" in str(difference(lambda: ones, lambda: ones[:2]))
     assert "other dtypes" in str(difference(lambda: ones, ones.double))
     assert "it fails: ZeroDivisionError" in str(difference(lambda: ones, divide))
-    assert "cannot be tried: ZeroDivisionError" in str(difference(divide, lambda: ones))
+    assert "fails in the trial: ZeroDivisionError" in str(difference(divide, lambda: ones))
 
 
 # Whole models
@@ -291,6 +294,24 @@ def test_what_steps_aside_says_so_and_nothing_else_changes(case: str, tmp_path: 
         torch.testing.assert_close(output, one_by_one, rtol=tolerance, atol=tolerance)
         likeliest = int(one_by_one[0].argmax())
         assert output[0, likeliest] >= output[0].max() - tolerance * output[0].abs().max()
+
+
+@pytest.mark.parametrize("asked", ["auto", "none"])
+def test_a_rank_logs_each_substitution_once_and_none_leaves_them_out(
+    asked: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = checkpoint(tmp_path, Qwen3Config(**SIZES), "float32")
+    config = Config.model_validate({"model": {"source": str(tmp_path)}, "device": "cpu", "substitutions": asked})
+    rank = Rank(Assignment(config, plan, 0, "127.0.0.1", "cpu"))
+    rank._groups = Alone()
+    with caplog.at_level(logging.INFO):
+        loaded = rank.load(0.5, 1)
+    lines = [record.getMessage() for record in caplog.records if "substituted" in record.getMessage()]
+    assert len(lines) == len(loaded.substitutions)
+    assert bool(loaded.substitutions) == (asked == "auto")
+    for line, one in zip(lines, loaded.substitutions, strict=True):
+        assert f"{one.what}: substituted {one.count} times" in line
+        assert one.reason_not is None or one.reason_not in line
 
 
 @needs_panels

@@ -1,1 +1,1 @@
-"""Attention over a paged KV cache: what a step must know, the cache, and attention written out."""
+"""Attention over a paged KV cache: the metadata of a step, the cache, and the reference in plain torch."""

@@ -1,4 +1,4 @@
-"""Owns the paged KV cache of a rank: keys and values of its attentions, in blocks. Nobody else knows their layout."""
+"""Owns the paged KV cache of a rank: keys and values of its attentions, in blocks."""
 
 from collections.abc import Sequence
 
@@ -40,14 +40,14 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        """What it takes of the device's memory."""
+        """Bytes of the device's memory that it takes."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def clear(self, blocks: torch.Tensor) -> None:
         """Zero some blocks (int64 [n]) of every attention.
 
-        A masked position still enters attention, with weight 0, and 0 × NaN is NaN: what a request left in a block
-        must not reach the next one that holds it.
+        A masked position still enters attention with weight 0, and 0 × NaN is NaN: what one request left in a block
+        must not reach the next request that gets the block.
         """
         for tensor in self.tensors:
             tensor.index_fill_(0, blocks, 0)

@@ -1,6 +1,6 @@
-"""The records of attention in one step: who the tokens are, and which keys each of them sees.
+"""The attention metadata of one step: its tokens, the keys that each of them sees, and where the cache holds them.
 
-T tokens of the step · Q of them whose logits are asked for · B rows, a token each · K keys · N blocks of a table.
+T tokens of the step · Q logits rows · B rows, a token each · S sequences · K keys · N blocks of a table.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Chunk:
     """One sequence's tokens in a step."""
 
     table: int  # its row of the block tables
-    row: int  # of its first token among the step's
+    row: int  # index of its first token in the step
     start: int  # position of its first token
     num_tokens: int
 
@@ -33,8 +33,8 @@ class StepLayout(NamedTuple):
     """The tokens of a step, on the host."""
 
     chunks: list[Chunk]  # in token order, those of one token first
-    tables: torch.Tensor  # int64 [rows, blocks]: the blocks of every sequence; behind its last one lies anything
-    logits_rows: list[int] | None = None  # the tokens whose logits are asked for; None: all
+    tables: torch.Tensor  # int64 [rows, blocks]: the block tables; entries behind a sequence's last block mean nothing
+    logits_rows: list[int] | None = None  # indices of the tokens whose logits are needed; None: all
 
 
 class LayerCache(NamedTuple):
@@ -47,7 +47,7 @@ class LayerCache(NamedTuple):
 
 @dataclass(frozen=True)
 class DecodeGroup:
-    """Rows of one token each, of similar length: attended together through their block tables."""
+    """Rows of one token each, of similar length, whose keys are gathered through their block tables."""
 
     rows: slice  # of the step's tokens
     tables_BN: torch.Tensor  # int64; padded with a block of the same sequence
@@ -56,27 +56,27 @@ class DecodeGroup:
 
 @dataclass(frozen=True)
 class PrefillTile:
-    """Neighbouring tokens of one sequence, and the keys that any of them sees."""
+    """Neighboring tokens of one sequence, and the keys that any of them sees."""
 
     rows: slice  # of the step's tokens
     slots_K: torch.Tensor  # int64
-    mask_TK: torch.Tensor | None  # additive; None: the tile's own keys only, plainly causal
+    mask_TK: torch.Tensor | None  # additive; None: causal over the tile's own keys
 
 
 @dataclass(frozen=True)
 class CachedRows:
-    """Rows of one token each, of any length: a kernel reads their keys where they lie in the cache."""
+    """Rows of one token each, of any length, whose keys a kernel reads straight from the cache."""
 
-    rows: slice  # of the step's tokens, or of those whose logits are asked for
+    rows: slice  # of the step's tokens, or of its logits rows
     tables: Indices  # [sequences, blocks]
-    table_of_B: Indices  # each row's sequence among the tables
-    positions_B: Indices  # of the last key that it sees
-    first_keys_B: Indices  # and of the first
+    table_of_B: Indices  # the table of each row's sequence
+    positions_B: Indices  # of the last key that each row sees: its own
+    first_keys_B: Indices  # position of the first key that it sees
 
 
 @dataclass(frozen=True)
 class VisibleKeys:
-    """Which keys each token sees, for all attentions of one MaskSpec."""
+    """The keys that each token sees, in all attentions of one MaskSpec."""
 
     groups: tuple[DecodeGroup | CachedRows, ...]
     tiles: tuple[PrefillTile, ...]
@@ -84,26 +84,26 @@ class VisibleKeys:
 
 @dataclass(frozen=True)
 class LogitsRows:
-    """Those of a step's tokens whose logits are asked for: no others are needed behind the last layer's keys."""
+    """The tokens whose logits are needed: the last layer computes queries and MLP for no others."""
 
-    rows_Q: torch.Tensor  # int64, among the tokens
+    rows_Q: torch.Tensor  # int64, indices of tokens
     by_mask: dict[MaskSpec, CachedRows]
 
 
 @dataclass(frozen=True)
 class PagedRows:
-    """Where the keys of each sequence of a step lie; the tokens of one sequence stand together, in its order."""
+    """The block tables of a step's sequences, for kernels that read them; a sequence's tokens are consecutive."""
 
-    tables_SN: torch.Tensor  # int32; what lies behind a sequence's length is never seen, but must be a block
+    tables_SN: torch.Tensor  # int32; entries behind a sequence's length are not read, but must be valid blocks
     lengths_S: torch.Tensor  # int32: keys of each sequence, those of this step included
-    first_tokens_S1: torch.Tensor  # int32 [S + 1]: where each one's tokens begin in the step
-    first_keys_S1: torch.Tensor  # int32 [S + 1]: the kernel asks for it, and reads it only without block tables
-    max_queries: int  # tokens of one sequence in this step, at most
+    first_tokens_S1: torch.Tensor  # int32 [S + 1]: index of each sequence's first token in the step, and T
+    first_keys_S1: torch.Tensor  # int32 [S + 1]: the kernel requires it, but does not read it beside block tables
+    max_queries: int  # most tokens of one sequence in this step
     max_keys: int
 
     @classmethod
     def decode(cls, tables_BN: torch.Tensor, lengths_B: torch.Tensor, block_size: int) -> "PagedRows":
-        """Rows of one token each; every number that shapes a launch comes from the shapes of the tensors."""
+        """Rows of one token each. All sizes come from the tensors' shapes, so that a CUDA graph can hold the launch."""
         num_rows, num_blocks = tables_BN.shape
         rows = torch.arange(num_rows + 1, dtype=torch.int32, device=tables_BN.device)
         max_keys = num_blocks * block_size
@@ -112,12 +112,12 @@ class PagedRows:
 
 @dataclass(frozen=True)
 class AttentionMetadata:
-    """What attention must know about one step. A backend fills in what its kernels read."""
+    """What attention needs to know about one step. A backend fills in what its kernels read."""
 
-    slots_T: torch.Tensor  # int64: where each token's key and value are written (block × block size + offset)
+    slots_T: torch.Tensor  # int64: the slot of each token's key and value, block × block size + offset
     by_mask: dict[MaskSpec, VisibleKeys]
-    logits_rows: LogitsRows | None = None  # None: the logits of all tokens, or nobody reads it
-    paged: PagedRows | None = None  # for kernels that read block tables themselves
+    logits_rows: LogitsRows | None = None  # None: all tokens, or the backend does not use it
+    paged: PagedRows | None = None  # for kernels that read block tables
 
 
 def positions_of(chunks: list[Chunk]) -> Indices:

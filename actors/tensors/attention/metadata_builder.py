@@ -1,4 +1,4 @@
-"""Works out, once a step for all layers, which keys each token sees: groups of rows, tiles of prefill chunks."""
+"""Builds the attention metadata, once a step for all layers: groups of decode rows, tiles of prefill chunks."""
 
 import itertools
 from collections.abc import Callable
@@ -28,14 +28,14 @@ _KEYS_AT_ONCE = 1 << 17  # keys gathered for one group of decode rows, padding i
 
 @dataclass(frozen=True)
 class _Tokens:
-    """A step's tokens: the block tables, which of them each token's is, and its position."""
+    """A step's tokens: the block tables, the row of each token's table, and its position."""
 
     tables: Indices
     table_of_T: Indices
     positions_T: Indices
 
     def cached(self, rows: slice, which: "slice | Indices", mask_spec: MaskSpec) -> CachedRows:
-        """Some of them, as rows."""
+        """Some of the tokens, by index, as the rows `rows`."""
         positions = self.positions_T[which]
         return CachedRows(rows, self.tables, self.table_of_T[which], positions, mask_spec.first_key(positions))
 
@@ -52,9 +52,9 @@ class AttentionMetadataBuilder:
         reads_blocks: bool = False,
         longest_as_rows: int = 0,
     ) -> None:
-        """`reads_blocks`: a kernel reads rows of one token where they lie in the cache: none is padded or masked.
+        """`reads_blocks`: a kernel reads single-token rows' keys from the cache, so that none is padded or masked.
 
-        It gets chunks that end by position `longest_as_rows` token by token too.
+        Chunks that end at position `longest_as_rows` or earlier are then given to it token by token.
         """
         self.block_size = block_size
         self.mask_specs = mask_specs
@@ -77,10 +77,10 @@ class AttentionMetadataBuilder:
             logits_rows=None if layout.logits_rows is None else self._logits_rows(tokens, layout.logits_rows),
         )
 
-    def _logits_rows(self, tokens: "_Tokens", asked: list[int]) -> LogitsRows | None:
-        if not self.longest_as_rows or len(asked) >= len(tokens.table_of_T):
+    def _logits_rows(self, tokens: "_Tokens", logits_rows: list[int]) -> LogitsRows | None:
+        if not self.longest_as_rows or len(logits_rows) >= len(tokens.table_of_T):
             return None
-        rows_Q, rows = np.array(asked, np.int64), slice(0, len(asked))
+        rows_Q, rows = np.array(logits_rows, np.int64), slice(0, len(logits_rows))
         by_mask = {mask_spec: tokens.cached(rows, rows_Q, mask_spec) for mask_spec in self.mask_specs}
         return LogitsRows(torch.from_numpy(rows_Q), by_mask)
 
@@ -89,8 +89,8 @@ class AttentionMetadataBuilder:
     ) -> VisibleKeys:
         groups: list[DecodeGroup | CachedRows] = []
         tiles: list[PrefillTile] = []
-        for are_rows, neighbours in itertools.groupby(chunks, self._are_rows):
-            run = list(neighbours)
+        for are_rows, neighbors in itertools.groupby(chunks, self._are_rows):
+            run = list(neighbors)
             if not are_rows:
                 tiles += [
                     self._tile(chunk, tables, first, min(first + _TILE, chunk.end), mask_spec)
@@ -111,7 +111,7 @@ class AttentionMetadataBuilder:
         return [self._group(rows[first:end], tables, mask_spec) for first, end in self._similar(rows, mask_spec)]
 
     def _similar(self, rows: list[Chunk], mask_spec: MaskSpec) -> list[tuple[int, int]]:
-        """Cut rows into runs: within one, tables are at most twice as long as the shortest, and not too many keys."""
+        """Cut rows into runs [first, end) of few enough keys, no table longer than twice the shortest of its run."""
         runs, first, shortest = [], 0, 0
         for i, row in enumerate(rows):
             num_blocks = row.start // self.block_size - mask_spec.first_key(row.start) // self.block_size + 1
@@ -151,12 +151,12 @@ class AttentionMetadataBuilder:
         return PrefillTile(slice(row, row + end - first), slots_K, mask)
 
     def _slots(self, tables: torch.Tensor, chunk: Chunk, first: int, end: int) -> torch.Tensor:
-        """Where the cache holds positions [first, end) of a sequence."""
+        """The slots of positions [first, end) of a sequence."""
         positions = torch.arange(first, end)
         return tables[chunk.table, positions // self.block_size] * self.block_size + positions % self.block_size
 
     def _mask(self, visible: torch.Tensor) -> torch.Tensor:
-        """Additive: 0 where visible, else -inf; made on the device from one byte an element."""
+        """An additive mask, 0 where visible, else -inf; made on the device, so that one byte an element is uploaded."""
         on_device = self.upload(visible)
         mask = torch.zeros(on_device.shape, dtype=self.dtype, device=on_device.device)
         return mask.masked_fill_(~on_device, float("-inf"))

@@ -1,4 +1,4 @@
-"""Attention written out in plain torch, for any device: the judge of every kernel, and what runs where there is none.
+"""Attention in plain torch, for any device: the reference for every kernel, and what runs where there is no kernel.
 
 T tokens of the step · B rows, a token each · K keys · N blocks of a table · H KV heads · G queries to a KV head ·
 D dimension of a key (of a value: the attention's own).
@@ -14,19 +14,19 @@ from actors.tensors.attention.metadata import AttentionMetadata, DecodeGroup, La
 
 
 class Scores(NamedTuple):
-    """How an attention turns products of queries and keys into weights."""
+    """How an attention turns the products of queries and keys into weights."""
 
     scaling: float
     softcap: float | None
-    sinks_HG: torch.Tensor | None  # a logit beside the keys' that takes weight and gives no value
+    sinks_HG: torch.Tensor | None  # a further logit of each head, which takes weight and gives no value
 
     @property
     def are_plain(self) -> bool:
-        """Whether torch's own attention computes them."""
+        """Whether torch's scaled_dot_product_attention computes them."""
         return self.softcap is None and self.sinks_HG is None
 
     def sinks(self, num_dims: int) -> torch.Tensor | None:
-        """The sinks [H, G, 1, ...] with so many dimensions behind the heads'."""
+        """The sinks [H, G, 1, ...] with `num_dims` dimensions behind the heads'."""
         return None if self.sinks_HG is None else self.sinks_HG[(..., *[None] * num_dims)]
 
     def attend(
@@ -49,28 +49,28 @@ class Scores(NamedTuple):
 
 
 def scores_of(scaling: float, softcap: float | None, sinks: torch.Tensor | None, num_kv_heads: int) -> Scores:
-    """`sinks`: one a head [heads], or None."""
+    """The Scores of an attention; `sinks` [heads], or None."""
     return Scores(scaling, softcap, None if sinks is None else sinks.view(num_kv_heads, -1))
 
 
 def own_blocks(first_blocks_B1: torch.Tensor, last_blocks_B1: torch.Tensor, num_blocks: int) -> torch.Tensor:
-    """Which `num_blocks` columns of its table each row reads [B, N].
+    """The columns of its block table that each row reads [B, N]: N = `num_blocks` from its first block on.
 
-    Behind its end a row sees its own last block again: nothing of another sequence, masked or not, enters its
-    attention, where a number that is none (0 × NaN) would spread.
+    Behind its last block a row reads that block again. A block of another sequence must not enter its attention, even
+    masked: 0 × NaN is NaN.
     """
     return torch.minimum(first_blocks_B1 + torch.arange(num_blocks, device=first_blocks_B1.device), last_blocks_B1)
 
 
 def gather_blocks(cache_NbHD: torch.Tensor, tables_BN: torch.Tensor) -> torch.Tensor:
-    """What lies in the blocks of each row, as a view [B, H, K, D] of one copy."""
+    """Gather the blocks of each row → [B, H, K, D], a view of one copy."""
     _, _, num_heads, head_dim = cache_NbHD.shape
     gathered = cache_NbHD.index_select(0, tables_BN.flatten())
     return gathered.view(tables_BN.shape[0], -1, num_heads, head_dim).transpose(1, 2)
 
 
 def write(cache: LayerCache, key_HTD: torch.Tensor, value_HTD: torch.Tensor, slots_T: torch.Tensor) -> None:
-    """Put the step's keys and values into their slots of the cache."""
+    """Write the step's keys and values into their slots of the cache."""
     keys_SHD, values_SHD = cache.keys_NbHD.flatten(0, 1), cache.values_NbHD.flatten(0, 1)
     assert key_HTD.shape[0] == keys_SHD.shape[1], f"{key_HTD.shape[0]} KV heads, {keys_SHD.shape[1]} in the cache"
     keys_SHD.index_copy_(0, slots_T, key_HTD.transpose(0, 1))
@@ -84,14 +84,14 @@ def attend(
     scaling: float,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Query [heads, T, D] over the cache, which has the step's own keys already → [T, heads, value D]."""
+    """Query [heads, T, D] over the cache, which holds the step's own keys already → [T, heads, value D]."""
     num_kv_heads, value_dim = cache.values_NbHD.shape[2:]
     query_HGTD = query_hTD.view(num_kv_heads, -1, *query_hTD.shape[1:])
     out_THGD = query_hTD.new_empty(query_hTD.shape[1], *query_HGTD.shape[:2], value_dim)
     scores = scores_of(scaling, cache.spec.softcap, sinks, num_kv_heads)
     visible = metadata.by_mask[cache.spec.mask_spec]
     for group in visible.groups:
-        assert isinstance(group, DecodeGroup), "rows of the cache are for kernels"
+        assert isinstance(group, DecodeGroup), "CachedRows are for kernels"
         query_BHGD = query_HGTD[:, :, group.rows].permute(2, 0, 1, 3)
         out_THGD[group.rows] = attend_group(cache, group, query_BHGD, scores)
     for tile in visible.tiles:
@@ -102,8 +102,8 @@ def attend(
 def attend_group(cache: LayerCache, group: DecodeGroup, query_BHGD: torch.Tensor, scores: Scores) -> torch.Tensor:
     """Rows of one token each → [B, H, G, value D].
 
-    A row's G queries to a KV head stand where a sequence's tokens usually stand: keys are read once for all of them
-    and never repeated.
+    A row's G queries to a KV head take the dimension that usually holds a sequence's tokens: keys are read once for all
+    of them, and not repeated in memory.
     """
     keys_BHKD = gather_blocks(cache.keys_NbHD, group.tables_BN)
     values_BHKD = gather_blocks(cache.values_NbHD, group.tables_BN)
@@ -115,7 +115,7 @@ def attend_group(cache: LayerCache, group: DecodeGroup, query_BHGD: torch.Tensor
 
 
 def attend_tile(cache: LayerCache, tile: PrefillTile, query_HGTD: torch.Tensor, scores: Scores) -> torch.Tensor:
-    """Neighbouring tokens of one sequence → [T, H, G, value D]."""
+    """Neighboring tokens of one sequence → [T, H, G, value D]."""
     num_groups = query_HGTD.shape[1]
     keys_HKD = cache.keys_NbHD.flatten(0, 1).index_select(0, tile.slots_K).transpose(0, 1)
     values_HKD = cache.values_NbHD.flatten(0, 1).index_select(0, tile.slots_K).transpose(0, 1)
@@ -138,9 +138,9 @@ def attend_tile(cache: LayerCache, tile: PrefillTile, query_HGTD: torch.Tensor, 
 def attend_whole_tables(
     cache: LayerCache, query_BhD: torch.Tensor, rows: PagedRows, scaling: float, sinks: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Rows of one token each, through whole tables whatever the lengths → [B, heads, value D].
+    """Rows of one token each, over whole block tables, whatever their lengths → [B, heads, value D].
 
-    The shapes are the tables', and nothing asks the host: a graph can hold it.
+    All shapes follow from the tables', and nothing waits for the device, so that a CUDA graph can hold it.
     """
     block_size, num_kv_heads = cache.keys_NbHD.shape[1:3]
     scores = scores_of(scaling, cache.spec.softcap, sinks, num_kv_heads)

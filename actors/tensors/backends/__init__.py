@@ -1,1 +1,1 @@
-"""What depends on the device: one folder a device, and the choice between them."""
+"""All that depends on the device: one folder a device, and the choice between them."""

@@ -1,4 +1,4 @@
-"""Which backend serves a device: the two that are shipped, or a class that the config names. Imports one when asked."""
+"""Chooses the backend for a device: one of the two that are shipped, or a class that the config names."""
 
 import importlib
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,18 +16,18 @@ _SHIPPED = {
     "cpu": "actors.tensors.backends.cpu.backend:CPUBackend",
     "cuda": "actors.tensors.backends.cuda.backend:CUDABackend",
 }
-# As their classes say; a replica asks, and must not import torch's kernels for it.
+# As their classes say, for the replica, which must not import torch for it.
 _BLOCK_SIZES = {"cpu": DEFAULT_BLOCK_SIZE, "cuda": FA2_BLOCK_TOKENS}
 
 
 def backend_class(device: str) -> "type[Backend]":
     """The class for `cpu`, `cuda` or package.module:Class. Raises ValueError where that cannot be imported."""
     path = _SHIPPED.get(device, device)
-    assert is_backend_class(path), f"{device} is settled before a backend is chosen"
+    assert is_backend_class(path), f"{device} must be resolved before a backend is chosen"
     module, _, name = path.partition(":")
     try:
         found: Any = getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever the module raises, it cannot be used
+    except Exception as error:  # a module may raise anything while it is imported
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"device: {device} cannot be imported here ({reason}); install it on every node") from error
     missing = [name for name in ("placed_on", "default_block_size", "set_up") if not hasattr(found, name)]
@@ -52,7 +52,7 @@ def default_block_size(asked: str, placed: str) -> int:
 
 
 def placed_on(device: str) -> Literal["auto", "cpu", "cuda"]:
-    """What Ray must give each rank for this `device` of a config; a class says it itself."""
+    """What Ray must give each rank for this `device` of a config; a class says so by its `placed_on`."""
     if device in ("auto", "cpu", "cuda"):
         return device  # type: ignore[return-value]
     placed: Literal["cpu", "cuda"] = backend_class(device).placed_on

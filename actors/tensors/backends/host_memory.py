@@ -1,10 +1,10 @@
-"""How much main memory a process may still take: what the node has, and what its control group allows."""
+"""Reads how much main memory a process may still take, by what the node has and what its control group allows."""
 
 from pathlib import Path
 
 
 def available_bytes() -> int:
-    """Memory that a process may still take, in bytes, as the node and the container allow."""
+    """Bytes of memory that a process may still take on this node and in this container."""
     available = _available_on_node(Path("/proc/meminfo"))
     return max(0, min(available, _available_in_container(Path("/sys/fs/cgroup"), available)))
 

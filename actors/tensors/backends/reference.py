@@ -1,4 +1,4 @@
-"""The backend in plain torch: right on every device, and what the others override where they do better."""
+"""The backend in plain torch: it is right on every device, and others override what they do faster."""
 
 from collections.abc import Sequence
 from typing import ClassVar, Literal
@@ -23,7 +23,7 @@ from actors.words.messages import Substitution
 
 
 class ReferenceAttention:
-    """Attention written out; see AttentionBackend."""
+    """Attention in plain torch; see AttentionBackend."""
 
     def __init__(self, builder: AttentionMetadataBuilder) -> None:
         self._builder = builder
@@ -48,18 +48,18 @@ class ReferenceAttention:
         return reference.attend(cache, query, metadata, scaling, sinks)
 
 
-class Here:
-    """A tensor that the host has already; see Download."""
+class FinishedDownload:
+    """A tensor that is on the host already; see Download."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
 
     def is_ready(self) -> bool:
-        """True."""
+        """True: there is nothing to wait for."""
         return True
 
     def take(self) -> torch.Tensor:
-        """The tensor."""
+        """The tensor on the host."""
         return self._tensor
 
 
@@ -74,11 +74,11 @@ class ReferenceBackend:
         self.device = device
 
     def set_up(self) -> None:
-        """Ranks are the parallelism: two threads a rank would fight over the cores."""
+        """Use one thread: ranks run in parallel already, and more threads would compete for the cores."""
         torch.set_num_threads(1)
 
     def free_bytes(self, ranks_on_node: int) -> int:
-        """Main memory, divided among the ranks of the node."""
+        """Available main memory, divided among the ranks of the node."""
         return available_bytes() // ranks_on_node
 
     def upload(self, host: torch.Tensor) -> torch.Tensor:
@@ -86,20 +86,20 @@ class ReferenceBackend:
         return host.to(self.device)
 
     def download(self, tensor: torch.Tensor) -> Download:
-        """See Backend; it waits."""
-        return Here(tensor.cpu())
+        """See Backend. It waits for the tensor."""
+        return FinishedDownload(tensor.cpu())
 
     def linear_method(self, weights: Sequence[torch.Tensor]) -> LinearMethod | None:
         """None: `torch.nn.functional.linear`."""
         return None
 
     def attention(self, specs: Sequence[AttentionSpec], dtype: torch.dtype, block_size: int) -> AttentionBackend:
-        """Written out."""
+        """Attention in plain torch."""
         mask_specs = frozenset(spec.mask_spec for spec in specs)
         return ReferenceAttention(AttentionMetadataBuilder(block_size, mask_specs, dtype, self.upload))
 
     def optimize(self, model: RankModel) -> list[Substitution]:
-        """Nothing."""
+        """No substitutions."""
         return []
 
     def best_tokens(
@@ -109,5 +109,5 @@ class ReferenceBackend:
         return gumbel_argmax(logits_RV, first_id, temperatures_R1, keys_R1)
 
     def decoder(self, model: RankModel, plan: Plan, padding_block: int) -> Decoder | None:
-        """None: decode steps run as all others do."""
+        """None: decode steps run like all others."""
         return None

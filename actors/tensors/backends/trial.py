@@ -1,4 +1,4 @@
-"""Tries a substitute on random numbers against what it stands for, and keeps the account of what was substituted."""
+"""Tries substitutes on random numbers against what they stand for, and keeps account of what was substituted."""
 
 import math
 from collections import Counter
@@ -11,14 +11,14 @@ import torch
 from actors.words.messages import Substitution
 from cluster.collectives.interface import LoneShard, PresentGroup
 
-# How far the root mean square of the differences may be from that of the numbers. Rounding alone stays below half of
-# it; a factor or a term that is another one does not.
+# Allowed root mean square of the differences, relative to that of the expected numbers. Rounding alone stays below half
+# of it; a wrong factor or a missing term does not.
 _TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 0.008, torch.float16: 0.001}
-_SPREADS = 1.5  # times as far as one more rounding of its inputs takes the model's own code
+_SPREADS = 1.5  # times the difference that one more rounding of its inputs makes in the model's own output
 
 
 class Deviation(NamedTuple):
-    """How far a substitute is from the model's own code: root mean squares, of differences in that of the numbers."""
+    """How far a substitute's output is from the model's own: relative root mean square of the differences."""
 
     amount: float
 
@@ -27,14 +27,14 @@ Reason = str | Deviation  # why something is not substituted
 
 
 class Account:
-    """What is substituted in a model, and why not elsewhere."""
+    """Counts what is substituted in a model, with the reasons where it is not."""
 
     def __init__(self) -> None:
         self._done: Counter[str] = Counter()
         self._reasons: dict[str, list[Reason]] = {}
 
     def put(self, what: str, reason_not: Reason | None) -> bool:
-        """One place in the model, where it is used, or why not → whether it is."""
+        """Count one use of the substitute `what`, or why it is not used there → whether it is used."""
         reasons = self._reasons.setdefault(what, [])
         if reason_not is None:
             self._done[what] += 1
@@ -43,18 +43,18 @@ class Account:
         return reason_not is None
 
     def entries(self) -> list[Substitution]:
-        """One for each kind of substitute, with its reasons and the number of places of each."""
-        return [Substitution(what, self._done[what], _told(reasons)) for what, reasons in self._reasons.items()]
+        """One Substitution for each kind of substitute, with its reasons and how often each occurred."""
+        return [Substitution(what, self._done[what], _summary(reasons)) for what, reasons in self._reasons.items()]
 
 
-def _told(reasons: list[Reason]) -> str | None:
+def _summary(reasons: list[Reason]) -> str | None:
     deviations = [reason.amount for reason in reasons if isinstance(reason, Deviation)]
     counts = Counter(reason for reason in reasons if isinstance(reason, str))
     if deviations:
         largest = max(deviations, key=lambda amount: (math.isnan(amount), amount))
         counts[f"it differs from the model's own by {largest:.2g} of its size"] = len(deviations)
-    told = [reason if count == 1 else f"{reason} ({count} places)" for reason, count in counts.most_common()]
-    return "; ".join(told) or None
+    parts = [reason if count == 1 else f"{reason} ({count} places)" for reason, count in counts.most_common()]
+    return "; ".join(parts) or None
 
 
 def difference(
@@ -62,14 +62,15 @@ def difference(
 ) -> Reason | None:
     """Why a substitute does not give what the model's own code gives; None: it does, but for rounding.
 
-    All return a tensor, or a sequence of tensors and None. `nudged`: the model's own code on inputs that were rounded
-    once more. Where attention is peaked, that takes it further than the usual tolerance, and so may the substitute be.
+    All three return a tensor, or a sequence of tensors and None. `nudged` runs the model's own code on inputs that were
+    rounded once more. Where attention is peaked, its output then differs by more than the usual tolerance, and the
+    substitute's may differ as much.
     """
     try:
         expected = _tensors(own())
         spread = max(map(_distance, _tensors(nudged()), expected), default=0.0) if nudged is not None else 0.0
     except Exception as error:  # noqa: BLE001 - a model's code fails in its own ways
-        return f"the model's own cannot be tried: {_words(error)}"
+        return f"the model's own code fails in the trial: {_words(error)}"
     try:
         found = _tensors(substitute())
     except Exception as error:  # noqa: BLE001 - so does a compiler
@@ -86,7 +87,7 @@ def difference(
 
 
 def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Root mean square of the differences, in that of the expected numbers."""
+    """Root mean square of the differences, relative to that of the expected numbers."""
     size = float(expected.double().square().mean().sqrt())
     away = float((found.double() - expected.double()).square().mean().sqrt())
     return away / size if size else away
@@ -102,7 +103,7 @@ def _words(error: Exception) -> str:
 
 
 def random(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> torch.Tensor:
-    """Normal numbers, the same in every process."""
+    """Normally distributed numbers, the same in every process."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
@@ -114,7 +115,7 @@ def norm_inputs(size: int, eps: float, dtype: torch.dtype, device: torch.device)
 
 @contextmanager
 def exchanging_nothing(group: PresentGroup) -> Iterator[None]:
-    """While it lasts, the layers of a shard keep their own summands, so that each shard can try by itself."""
+    """A context in which the layers exchange nothing with other shards, so that each shard can run trials by itself."""
     present, group.group = group.group, LoneShard()
     try:
         yield

@@ -11,7 +11,7 @@ from actors.tensors.sampling.noise import exponential
 def gumbel_argmax(
     logits_RV: torch.Tensor, first_id: int, temperatures_R1: torch.Tensor | None, keys_R1: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores (float32) and ids (int64) of the best token of each row [R]; of equal scores the lowest id, NaN before all.
+    """Scores (float32) and ids (int64) of the best token of each row [R]; of equal scores the lowest id, NaN above all.
 
     The score is logit / temperature - log(noise) in rows with a temperature above 0, and the logit in rows with 0 (or
     in all rows where the temperatures are None).

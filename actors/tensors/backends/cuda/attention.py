@@ -1,6 +1,6 @@
-"""Paged attention on CUDA: torch's own kernel where it agrees with attention written out, else gathers of whole tables.
+"""Paged attention on CUDA: torch's kernel where it agrees with the reference, else gathers of whole block tables.
 
-T tokens of the step · S sequences in it · B rows of one token each · N blocks of a table · D dimension of a key.
+T tokens of the step · S sequences of the step · B rows of one token each · N blocks of a table · D dimension of a key.
 """
 
 import logging
@@ -29,12 +29,12 @@ class PagedKernel(Protocol):
     def attend(
         self,
         cache: LayerCache,
-        query_THD: torch.Tensor,
+        query_ThD: torch.Tensor,
         rows: PagedRows,
         scaling: float,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Query [T, heads, D] over the cache, which has the step's own keys already → [T, heads, value D]."""
+        """Query [T, heads, D] over the cache, which holds the step's own keys already → [T, heads, value D]."""
 
 
 class VarlenKernel:
@@ -47,19 +47,19 @@ class VarlenKernel:
     def attend(
         self,
         cache: LayerCache,
-        query_THD: torch.Tensor,
+        query_ThD: torch.Tensor,
         rows: PagedRows,
         scaling: float,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Query [T, heads, D] over the cache, which has the step's own keys already → [T, heads, value D]."""
+        """Query [T, heads, D] over the cache, which holds the step's own keys already → [T, heads, value D]."""
         from torch.nn.attention.varlen import varlen_attn
 
-        assert sinks is None, "why_no_kernel lets no sinks through"
-        # A last token sees all keys: without a window its kernel has a faster form for grouped queries
+        assert sinks is None, "why_no_kernel refuses sinks"
+        # The last token sees all keys: without a window argument the kernel has a faster path for grouped queries
         sees_all = rows.max_queries == 1 and self._left == -1
-        out_THD = varlen_attn(
-            query_THD,
+        out_ThD = varlen_attn(
+            query_ThD,
             cache.keys_NbHD,
             cache.values_NbHD,
             rows.first_tokens_S1,
@@ -68,16 +68,16 @@ class VarlenKernel:
             rows.max_keys,
             scale=scaling,
             window_size=(-1, -1) if sees_all else (self._left, 0),
-            enable_gqa=query_THD.shape[1] != cache.keys_NbHD.shape[2],
+            enable_gqa=query_ThD.shape[1] != cache.keys_NbHD.shape[2],
             seqused_k=rows.lengths_S,
             block_table=rows.tables_SN,
         )
-        assert isinstance(out_THD, torch.Tensor)
-        return out_THD
+        assert isinstance(out_ThD, torch.Tensor)
+        return out_ThD
 
 
 class CUDAAttention(ReferenceAttention):
-    """See AttentionBackend. Attentions without a kernel gather whole tables for decode rows, and tiles for prompts."""
+    """See AttentionBackend. Without a kernel, decode rows gather whole block tables, and prompts go tile by tile."""
 
     def __init__(
         self, specs: Sequence[AttentionSpec], dtype: torch.dtype, block_size: int, device: torch.device, upload: Upload
@@ -85,12 +85,12 @@ class CUDAAttention(ReferenceAttention):
         self.block_size = block_size
         self._upload = upload
         self.kernels, self.substitutions = choose_kernels(specs, dtype, block_size, device)
-        # Masks are made for those alone that no kernel computes
+        # Masks are built only for attentions that no kernel computes
         masks = frozenset(spec.mask_spec for spec in specs if spec.name not in self.kernels)
         super().__init__(AttentionMetadataBuilder(block_size, masks, dtype, upload))
 
     def plan(self, layout: StepLayout) -> AttentionMetadata:
-        """See AttentionBackend; the block tables of a step are all that a kernel needs."""
+        """See AttentionBackend; kernels need only the step's block tables."""
         metadata = super().plan(layout)
         if not self.kernels:
             return metadata
@@ -126,7 +126,7 @@ class CUDAAttention(ReferenceAttention):
 
 
 def kernel_device(device: torch.device) -> KernelDevice:
-    """What the choice of a kernel must know about a device."""
+    """The facts about a device on which the choice of a kernel depends."""
     if device.type != "cuda":
         return KernelDevice(device.type)
     from torch.nn.attention import current_flash_attention_impl
@@ -138,7 +138,7 @@ def kernel_device(device: torch.device) -> KernelDevice:
 def choose_kernels(
     specs: Sequence[AttentionSpec], dtype: torch.dtype, block_size: int, device: torch.device
 ) -> tuple[dict[str, PagedKernel], list[Substitution]]:
-    """The attentions, by name, that torch's kernel computes, and why not the others."""
+    """The kernels of the attentions that torch's kernel computes, by name, and why it does not compute the others."""
     where, account, chosen = kernel_device(device), Account(), dict[str, PagedKernel]()
     faults: dict[tuple[MaskSpec, int, int, int], str | None] = {}
     for spec in specs:
@@ -157,7 +157,7 @@ def choose_kernels(
 def kernel_fault(
     kernel: PagedKernel, spec: AttentionSpec, dtype: torch.dtype, block_size: int, device: torch.device
 ) -> str | None:
-    """What is wrong with a kernel on this device, seen on random rows of one and of several tokens; None: nothing."""
+    """What is wrong with a kernel on this device, by random sequences of one and of several tokens; None: nothing."""
     generator = torch.Generator().manual_seed(0)
     groups = spec.num_heads // spec.num_kv_heads
     num_heads, num_kv_heads = (groups, 1) if groups > 1 else (2, 2)
@@ -172,21 +172,21 @@ def kernel_fault(
     scaling = spec.key_dim**-0.5
     for num_queries in (1, 3):
         counts = [min(num_queries, length) for length in lengths]
-        query_THD = random(sum(counts), num_heads, spec.key_dim)
-        # The same tokens as rows of their own: each sees what lies before it
+        query_ThD = random(sum(counts), num_heads, spec.key_dim)
+        # The same tokens as single-token rows, each with its own length
         own = [(seq, lengths[seq] - count + 1 + i) for seq, count in enumerate(counts) for i in range(count)]
         rows = PagedRows.decode(tables_SN[[seq for seq, _ in own]], _int32([end for _, end in own], device), block_size)
-        expected = reference.attend_whole_tables(exact, query_THD.float(), rows, scaling)
+        expected = reference.attend_whole_tables(exact, query_ThD.float(), rows, scaling)
         first_tokens = _int32([0, *torch.tensor(counts).cumsum(0).tolist()], device)
         first_keys_S1 = _int32([i * 2 * block_size for i in range(len(lengths) + 1)], device)
         packed = PagedRows(tables_SN, _int32(lengths, device), first_tokens, first_keys_S1, num_queries, 2 * block_size)
         try:
-            out = kernel.attend(cache, query_THD, packed, scaling).float()
+            out = kernel.attend(cache, query_ThD, packed, scaling).float()
         except Exception as error:  # noqa: BLE001 - another torch may not even know the arguments
             return f"it fails on this device: {error}"
         difference = (out - expected).abs().max().item()
         if not difference < 0.03:  # two roundings of bfloat16 at values around 1; NaN fails too
-            return f"it differs by {difference:g} from attention written out on this device"
+            return f"it differs by {difference:g} from the reference on this device"
     return None
 
 

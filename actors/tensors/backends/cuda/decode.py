@@ -1,6 +1,6 @@
 """The decoder of a GPU: steps of one token a row over static buffers, a CUDA graph each; ids stay on the device.
 
-It runs on CPU too, without graphs, where the tests hold it against plain steps.
+It runs on CPU too, without graphs, where the tests compare it with eager steps.
 """
 
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ from actors.tensors.backends.cuda.decode_step import DecodeStep, LastIds
 from actors.tensors.sequence_table import max_table_rows
 from cluster.collectives.interface import StageGroup
 
-_TOKENS_GATHERED = 1024  # the smallest table that a decode step gathers whole
+_TOKENS_GATHERED = 1024  # tokens of the smallest block table that a decode step gathers whole
 
 
 class CUDADecoder:
     """See Decoder."""
 
     def __init__(self, model: RankModel, plan: Plan, padding_block: int, device: torch.device, upload: Upload) -> None:
-        """`padding_block` belongs to no sequence: rows of padding write there."""
+        """`padding_block` belongs to no sequence: padding rows write there."""
         attention = model.attention
         assert isinstance(attention, CUDAAttention), "a model attends through its device's backend"
         self._model = model
@@ -51,7 +51,7 @@ class CUDADecoder:
     def fill(self, rows: DecodeRows) -> None:
         """See Decoder."""
         bucket = self._bucket(len(rows.ids), max(rows.positions))
-        assert bucket is not None, "takes was asked before"
+        assert bucket is not None, "takes comes first"
         assert max(rows.table_rows) < self._last_ids.padding, "more sequences are open than scheduler.max_num_seqs"
         self._step = self.steps.get(bucket) or self.steps.setdefault(bucket, self._new_step(bucket))
         self._table_rows = rows.table_rows
@@ -59,14 +59,14 @@ class CUDADecoder:
 
     def state(self, num_rows: int) -> torch.Tensor:
         """See Decoder."""
-        assert self._state_BH is not None, "no stage is before the first"
+        assert self._state_BH is not None, "the first stage receives no hidden states"
         return self._state_BH[:num_rows]
 
     def run(self) -> torch.Tensor:
         """See Decoder."""
         assert self._step is not None, "fill comes first"
         output = self._step.run()[: len(self._table_rows)]
-        # A graph's output is written anew by its next replay; logits are read before that, a send may be later
+        # A graph's next replay overwrites its output: logits are read before it, but a send may still be running then
         return output if self._model.shard.has_head else output.clone()
 
     def remember(self, table_rows: Sequence[int], ids_R: torch.Tensor) -> None:
@@ -80,7 +80,7 @@ class CUDADecoder:
     def capture(self, group: StageGroup) -> None:
         """See Decoder: a graph for each shape, where there are graphs."""
         if self._last_ids.ids_P.is_cuda:
-            self.release()  # what ran before the capture has buffers of its own
+            self.release()  # steps that ran before the capture have other buffers
             self.steps = dict(capture({bucket: self._new_step(bucket) for bucket in self.buckets.all()}, group))
 
     def release(self) -> None:

@@ -1,7 +1,7 @@
-"""Decode steps captured in CUDA graphs: one launch a step, the all-reduces inside, memory shared by all of them.
+"""Decode steps captured in CUDA graphs: one launch a step, the all-reduces included, one memory pool for all graphs.
 
-Each graph proves itself at start-up: it must give what the same step gives uncaptured,
-on every shard, or all shards go on without graphs.
+Each graph is checked at start-up: on every shard it must give what the same step gives uncaptured, or all shards run
+without graphs.
 """
 
 import functools
@@ -27,17 +27,17 @@ class Runnable(Protocol):
     """A decode step of one bucket, captured or not; see DecodeStep."""
 
     def fill(self, rows: DecodeRows) -> None:
-        """Put a step into the buffers."""
+        """Copy a step's inputs into the buffers."""
 
     def table_rows(self, num_rows: int) -> torch.Tensor:
-        """The rows of the sequence table that the first rows are of."""
+        """The sequence table's rows of the first `num_rows` rows, int64 on the device."""
 
     def run(self) -> torch.Tensor:
         """Hidden states or logits [B, *]."""
 
 
 class CapturedStep:
-    """A DecodeStep as a CUDA graph. What `run` returns is written anew by the next `run`."""
+    """A DecodeStep as a CUDA graph. The next `run` overwrites what `run` returned."""
 
     def __init__(self, step: DecodeStep, pool: object, stream: torch.cuda.Stream) -> None:
         self.fill, self.table_rows = step.fill, step.table_rows
@@ -47,21 +47,21 @@ class CapturedStep:
             self._output = step.run()
 
     def run(self) -> torch.Tensor:
-        """One replay on the current stream."""
+        """Replay the graph on the current stream."""
         self._graph.replay()
         return self._output
 
 
 def capture(steps: dict[Bucket, DecodeStep], group: StageGroup) -> dict[Bucket, CapturedStep]:
-    """Capture steps, which hold padding only, in the order given; all shards call it at once.
+    """Capture steps, whose buffers hold padding only, in the order given; all shards call it at the same time.
 
-    → the same buckets, or nothing at all where any shard could not: the reason is logged there.
+    Returns a captured step for each bucket, or none at all if any shard failed, which then logs the reason.
     """
     captured: dict[Bucket, CapturedStep] = {}
     pool = torch.cuda.graph_pool_handle()
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     for number, (bucket, step) in enumerate(steps.items(), 1):
-        expected = _on(stream, step.run)  # what is done first, is done here: plans, workspaces, autotuning
+        expected = _on(stream, step.run)  # plans, workspaces and autotuning happen here, before the capture
         # A vote before the replay: the all-reduces in it need every shard
         made = _attempt(bucket, functools.partial(CapturedStep, step, pool, stream))
         if not all_agree(group, made is not None, _CUDA):
@@ -78,7 +78,7 @@ def capture(steps: dict[Bucket, DecodeStep], group: StageGroup) -> dict[Bucket, 
 
 
 def _on(stream: torch.cuda.Stream, work: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """Run on another stream, between what was launched before and what comes after."""
+    """Run on another stream, after what was launched before, and before what is launched later."""
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         result = work().clone()

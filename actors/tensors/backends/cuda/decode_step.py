@@ -1,7 +1,7 @@
-"""One decode step over static buffers: a token a row, every shape fixed by its bucket, nothing that needs the host.
+"""One decode step over static buffers: a token a row, every shape fixed by its bucket, no waiting for the device.
 
-B rows, those of padding included · N blocks of a table · C = 3 + N numbers of a row · H hidden size · V vocabulary.
-It runs the same on every device; on CUDA a graph holds it (decode_graph.py).
+B rows, padding included · N blocks of a table · C = 3 + N columns of the inputs · H hidden size · V vocabulary ·
+P rows of the sequence table, and one for padding. It runs the same on every device; on CUDA a graph holds it.
 """
 
 from array import array
@@ -16,19 +16,19 @@ _ID, _POSITION, _TABLE_ROW, _TABLE = 0, 1, 2, 3  # columns; the block table is t
 
 
 class LastIds:
-    """The id that each row of the sequence table sampled last, on the device; one place more is for padding."""
+    """The id that each row of the sequence table sampled last, on the device; one more entry is for padding rows."""
 
-    def __init__(self, num_places: int, device: torch.device) -> None:
-        self.ids_P = torch.zeros(num_places + 1, dtype=torch.int64, device=device)
-        self.padding = num_places
+    def __init__(self, num_rows: int, device: torch.device) -> None:
+        self.ids_P = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
+        self.padding = num_rows
 
-    def put(self, places_R: torch.Tensor, ids_R: torch.Tensor) -> None:
-        """Remember what rows sampled, both int64."""
-        self.ids_P.index_copy_(0, places_R, ids_R)
+    def put(self, rows_R: torch.Tensor, ids_R: torch.Tensor) -> None:
+        """Remember the ids that rows sampled; both int64."""
+        self.ids_P.index_copy_(0, rows_R, ids_R)
 
 
 class DecodeStep:
-    """One bucket's buffers, and the model run over them. Padding writes to a block that no sequence owns."""
+    """One bucket's buffers, and the model run over them. Padding rows write to a block that no sequence owns."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class DecodeStep:
         block_size: int,
         state: torch.Tensor | None,
     ) -> None:
-        """`state`: where hidden states [B or more, H] of the stage before arrive; None on the first stage."""
+        """`state`: the buffer [B or more, H] for hidden states of the stage before; None on the first stage."""
         self.bucket = bucket
         self._model = model
         self._last_ids = last_ids
@@ -52,7 +52,7 @@ class DecodeStep:
         self._rows_B = torch.arange(bucket.num_rows, device=device)
 
     def fill(self, rows: DecodeRows) -> None:
-        """Put a step into the buffers, without waiting for the device."""
+        """Copy a step's inputs into the buffers, without waiting for the device."""
         num_rows, device = len(rows.ids), self._inputs_BC.device
         on_host_BC = torch.empty(self._inputs_BC.shape, dtype=torch.int32, pin_memory=device.type == "cuda")
         numbers_3R = torch.frombuffer(array("i", rows.ids + rows.positions + rows.table_rows), dtype=torch.int32)
@@ -62,13 +62,13 @@ class DecodeStep:
         self._inputs_BC.copy_(on_host_BC, non_blocking=True)
 
     def table_rows(self, num_rows: int) -> torch.Tensor:
-        """The rows of the sequence table that the first rows are of, int64 [R], on the device."""
+        """The sequence table's rows of the first `num_rows` rows, int64 [R], on the device."""
         return self._inputs_BC[:num_rows, _TABLE_ROW].long()
 
     def run(self) -> torch.Tensor:
-        """→ hidden states [B, H], or on the last stage logits [B, V]; the rows of padding mean nothing."""
-        ids_B, positions_B, places_B = self._inputs_BC[:, :_TABLE].long().unbind(1)
-        ids_B = torch.where(ids_B == LAST_ID, self._last_ids.ids_P[places_B], ids_B)
+        """→ hidden states [B, H], or on the last stage logits [B, V]; padding rows mean nothing."""
+        ids_B, positions_B, table_rows_B = self._inputs_BC[:, :_TABLE].long().unbind(1)
+        ids_B = torch.where(ids_B == LAST_ID, self._last_ids.ids_P[table_rows_B], ids_B)
         tables_BN = self._inputs_BC[:, _TABLE:]
         blocks_B = tables_BN.gather(1, (positions_B // self._block_size).unsqueeze(1)).squeeze(1).long()
         attention = AttentionMetadata(

@@ -1,6 +1,6 @@
-"""Norms and rotary embeddings on CUDA as one kernel each, where that gives what the model's own code does.
+"""Norms and rotary embeddings on CUDA as one kernel each, where that gives what the model's own code gives.
 
-On a GPU every kernel of a decode step costs its start; the models write a norm as six of them and a rotation as ten.
+On a GPU every kernel launch of a decode step costs time; the models' own code takes six for a norm, ten for a rotation.
 """
 
 import functools
@@ -18,7 +18,7 @@ from actors.tensors.model.rotary import ROTARY_NAME
 
 @torch.inference_mode()
 def substitute_norms(model: nn.Module, account: Account) -> None:
-    """Let `torch.nn.functional.rms_norm` stand for the norms that it agrees with."""
+    """Substitute `torch.nn.functional.rms_norm` for the norms that it agrees with."""
     for module in model.modules():
         weights, eps = dict(module.named_parameters()), norm_eps(module)
         is_norm = set(weights) == {"weight"} and weights["weight"].dim() == 1 and isinstance(eps, float)
@@ -43,10 +43,9 @@ def _rms_norm(module: Any, eps: float, hidden_states: torch.Tensor) -> torch.Ten
 
 
 def substitute_rotary(model: nn.Module, account: Account, compile_function: Callable[[Any], Any] | None = None) -> None:
-    """Compile the rotary function of the model's own files, for CUDA tensors: one place in the account for each file.
+    """Compile the rotary function of each model file, for CUDA tensors; the account counts files.
 
-    A compiler keeps a function's meaning whatever it is. `compile_function`: torch.compile, unless a test has another;
-    then it is not only for CUDA tensors.
+    `compile_function`: torch.compile, or in a test another one, whose result is then used on all devices.
     """
     for name in sorted({type(module).__module__ for module in model.modules()}):
         file: Any = sys.modules[name]
@@ -54,32 +53,34 @@ def substitute_rotary(model: nn.Module, account: Account, compile_function: Call
         if own is None or not name.startswith("transformers.models.") or hasattr(own, "own"):
             continue
         device = next(model.parameters()).device
-        fused = _Fused(own, (compile_function or torch.compile)(own), everywhere=compile_function is not None)
-        if account.put("rotary", _rotary_fault(fused, device)):
-            setattr(file, ROTARY_NAME, fused)
+        rotary = _CompiledRotary(
+            own, (compile_function or torch.compile)(own), on_all_devices=compile_function is not None
+        )
+        if account.put("rotary", _why_not_rotary(rotary, device)):
+            setattr(file, ROTARY_NAME, rotary)
 
 
-class _Fused:
-    """A function and its compiled form, which is for CUDA tensors: other models of this process keep theirs."""
+class _CompiledRotary:
+    """A rotary function, compiled for CUDA tensors; other models of this process use the file's own function."""
 
-    def __init__(self, own: Any, compiled: Any, everywhere: bool) -> None:
-        self.own, self._compiled, self._everywhere = own, compiled, everywhere
+    def __init__(self, own: Any, compiled: Any, on_all_devices: bool) -> None:
+        self.own, self._compiled, self._on_all_devices = own, compiled, on_all_devices
 
     def __call__(self, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        function = self._compiled if query.is_cuda or self._everywhere else self.own
+        function = self._compiled if query.is_cuda or self._on_all_devices else self.own
         return function(query, *args, **kwargs)
 
 
 @torch.inference_mode()
-def _rotary_fault(fused: _Fused, device: torch.device) -> Reason | None:
-    """Why a compiled function is not used; None: it gives what the function gives, for one and for several tokens."""
+def _why_not_rotary(rotary: _CompiledRotary, device: torch.device) -> Reason | None:
+    """Why the compiled function is not used; None: it gives what the own one gives, for one and for several tokens."""
     generator = torch.Generator().manual_seed(0)
     for num_tokens in (1, 3, 5):
         query, key = (torch.randn(1, heads, num_tokens, 16, generator=generator).to(device) for heads in (4, 2))
         angles = torch.randn(1, num_tokens, 8, generator=generator).to(device)
         cos, sin = (torch.cat([x, x], dim=-1) for x in (angles.cos(), angles.sin()))
         arguments = query, key, cos, sin
-        reason = difference(functools.partial(fused.own, *arguments), functools.partial(fused, *arguments))
+        reason = difference(functools.partial(rotary.own, *arguments), functools.partial(rotary, *arguments))
         if reason is not None:
             return reason
     return None

@@ -1,13 +1,13 @@
-"""Tensors between host and device without waiting: pinned on the way up, and with an event on the way down."""
+"""Copies tensors between host and device without waiting: from pinned memory, and with an event on the way back."""
 
 import torch
 
 
 def to_device(on_host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on the device that the host does not wait for; on CPU the tensor itself.
+    """Copy to the device without waiting; on CPU the tensor itself.
 
-    From memory that is not pinned, CUDA may wait for the stream. The pinned copy goes back to torch's cache of such
-    memory, which lends it out again only once the device has read it.
+    From memory that is not pinned, CUDA may wait for the stream. The pinned copy returns to torch's pool of pinned
+    memory, which reuses it only after the device has read it.
     """
     if device.type != "cuda" or not on_host.numel():
         return on_host.to(device)
@@ -15,7 +15,7 @@ def to_device(on_host: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class EventDownload:
-    """A tensor on its way to pinned memory of the host; see Download."""
+    """A copy to pinned memory of the host, in progress; see Download."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -28,6 +28,6 @@ class EventDownload:
         return bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def take(self) -> torch.Tensor:
-        """Wait for this and for nothing that was launched later → the tensor on the host."""
+        """Wait for this copy, but for nothing that was launched later → the tensor on the host."""
         self._event.synchronize()
         return self._on_host

@@ -1,4 +1,4 @@
-"""Whether torch's paged attention kernel computes an attention, and the reason if it does not."""
+"""Decides whether torch's paged attention kernel can compute an attention, and says why not."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ FIRST_CAPABILITY = 80  # the same: "Ampere GPUs or newer"
 
 @dataclass(frozen=True)
 class KernelDevice:
-    """Where attention would run."""
+    """The device on which attention would run."""
 
     kind: str  # torch's device type
     capability: int = 0  # ten times the major plus the minor number of a CUDA device
@@ -19,9 +19,9 @@ class KernelDevice:
 
 
 def why_no_kernel(spec: AttentionSpec, dtype: str, block_size: int, device: KernelDevice) -> str | None:
-    """Why `torch.nn.attention.varlen.varlen_attn` with a block table cannot stand for an attention; None: it can.
+    """Why `torch.nn.attention.varlen.varlen_attn` with a block table cannot compute an attention; None: it can.
 
-    What it takes is read from torch 2.13's varlen.py and _fa3.py, and from flash_api.cpp of its FlashAttention 2.
+    Its limits are read from torch 2.13's varlen.py and _fa3.py, and from flash_api.cpp of its FlashAttention 2.
     """
     if device.kind != "cuda":
         return f"it runs on CUDA, not on {device.kind}"
