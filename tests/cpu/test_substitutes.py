@@ -61,7 +61,7 @@ class Alone:
 
 def merge(*layers: nn.Linear) -> MergedColwise:
     """Let linear layers be one product, as StageModel.prepare does."""
-    placed: list[ParallelLinear] = [rebase(layer, ColwiseLinear).place(LoneShard()) for layer in layers]
+    placed: list[ParallelLinear] = [rebase(layer, ColwiseLinear).set_group(LoneShard()) for layer in layers]
     method = BACKEND.linear_method([layer.weight for layer in placed])
     assert method is not None
     merged = MergedColwise(method, [len(layer.weight) for layer in placed], [layer.bias for layer in placed])

@@ -100,6 +100,11 @@ def assert_four_ranks(run: Run) -> None:
     assert all(rank["heartbeat_age_s"] < 5 for rank in ranks)
     assert cluster["requests"] == {"running": 0, "waiting": 0}
     assert cluster["kv_blocks"]["used"] == 0
+    for rank in ranks:
+        found = {one["what"]: (one["count"], one["reason_not"]) for one in rank["substitutions"]}
+        assert found["attention_block"] == (rank["layers"][1] - rank["layers"][0], None)
+        assert found["decoder_layer"][0] == 0  # float32: whole layers are a bfloat16 kernel's
+        assert "not computed by a bfloat16 kernel" in found["decoder_layer"][1]
 
 
 @pytest.mark.timeout(600)
