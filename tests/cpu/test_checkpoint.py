@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from actors.decisions.model.plan import Plan
-from actors.tensors.model.skeleton import build_skeleton, config_digest, read_config
+from actors.tensors.model.skeleton import build_skeleton, config_digest, read_model_config
 from actors.tensors.weights.checkpoint import boxes, find_sources, load_weights
 from actors.tensors.weights.conversion import Conversions
 from actors.tensors.weights.mapped import as_slices
@@ -33,7 +33,7 @@ def load(checkpoints: Callable[[str], Path]) -> Callable[..., dict[str, torch.Te
     def load(plan: Plan, folder: Path, rank: int = 0, **more: Any) -> dict[str, torch.Tensor]:
         for family in FAMILIES:
             if family not in made:
-                made[family] = Conversions(build_skeleton(read_config(checkpoints(family)), torch.float32))
+                made[family] = Conversions(build_skeleton(read_model_config(checkpoints(family)), torch.float32))
         family = next(name for name in FAMILIES if config_digest(checkpoints(name)) == plan.spec.config_digest)
         shard = plan.shards[rank]
         dtype = getattr(torch, plan.spec.dtype)
@@ -152,7 +152,7 @@ def test_a_wrong_shape_is_named(load: Any, plan_of: Any, copy: Callable[[str], P
 def test_a_quantised_tensor_is_refused(load: Any, plan_of: Any, copy: Callable[[str], Path]) -> None:
     folder = copy("llama")
     change(folder, NORM, torch.ones(64).to(torch.float8_e4m3fn))
-    with pytest.raises(CheckpointError, match=rf"{NORM} is stored as F8_E4M3; .*unquantised"):
+    with pytest.raises(CheckpointError, match=rf"{NORM} is stored as F8_E4M3; .*unquantized"):
         load(plan_of("llama"), folder)
 
 

@@ -86,7 +86,7 @@ def test_a_norm_over_the_heads_of_all_shards_stays_where_there_are_others(size):
     group = Shard()
     group.size = size
     present, norm = PresentGroup(group), nn.RMSNorm(8, eps=1e-6)
-    ColwiseRMSNorm.place(norm, present)
+    ColwiseRMSNorm.rebase(norm, present)
     account = Account()
     with exchanging_nothing(present):
         substitute_norms(nn.Sequential(norm), account)

@@ -49,7 +49,7 @@ def test_a_product_is_torchs_and_no_row_depends_on_the_others(shape: tuple[int, 
 @needs_instruction
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_no_number_stays_none(value: float) -> None:
-    linear = rebase(nn.Linear(8, 32, bias=False, dtype=torch.bfloat16), ColwiseLinear).place(LoneShard())
+    linear = rebase(nn.Linear(8, 32, bias=False, dtype=torch.bfloat16), ColwiseLinear).set_group(LoneShard())
     linear.requires_grad_(False)
     x = torch.ones(3, 8).bfloat16()
     assert owns_weight(linear)

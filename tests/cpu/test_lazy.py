@@ -20,7 +20,7 @@ from transformers.core_model_loading import (
 
 from actors.decisions.model.shard_plan import ShardPlan, TensorSlice
 from actors.tensors.weights.checkpoint import Sources, boxes, load_weights
-from actors.tensors.weights.conversion import Computed, Conversions, Group
+from actors.tensors.weights.conversion import Computed, ConversionGroup, Conversions
 from actors.tensors.weights.lazy import Lazy, Leaf, NotLazyError
 from actors.tensors.weights.mapped import byte_range, copied
 from actors.tensors.weights.safetensors_index import read_header
@@ -147,7 +147,7 @@ def test_what_is_not_understood_backwards_is_converted_whole(tmp_path: Path) -> 
     stored = [leaf.stored for leaf in saved([torch.arange(48.0).view(8, 6)], tmp_path)]
     conversions = Conversions.__new__(Conversions)
     conversions.shapes = Model()  # type: ignore[assignment]
-    group = Group("b.weight", WeightConverter("a", "b", operations=[Interleave(0)]), {"a": stored})
+    group = ConversionGroup("b.weight", WeightConverter("a", "b", operations=[Interleave(0)]), {"a": stored})
     sources = conversions.sources({"b.weight": group}, {"b.weight"})
     assert isinstance(sources["b.weight"], Computed)
     tensor = TensorSlice("b.weight", "b.weight", (8, 6), (((2, 5),), ((1, 2), (4, 6))), "float32")

@@ -20,7 +20,7 @@ from actors.tensors.backends.host_memory import available_bytes
 from actors.tensors.backends.reference import ReferenceBackend
 from actors.tensors.model.parallel_layers import RowwiseLinear, VocabParallelEmbedding, owns_weight, rebase
 from actors.tensors.model.parallelize import parallelize
-from actors.tensors.model.skeleton import build_skeleton, read_config
+from actors.tensors.model.skeleton import build_skeleton, read_model_config
 from actors.tensors.model.spec_reader import read_spec
 from actors.tensors.model.stage_model import build
 from actors.tensors.runner import Runner
@@ -181,7 +181,7 @@ def test_an_unreadable_config_is_named(tmp_path: Path) -> None:
 
 
 def test_the_skeleton_has_meta_parameters_and_real_buffers(checkpoints: Callable[[str], Path]) -> None:
-    model = build_skeleton(read_config(checkpoints("llama_tied")), torch.bfloat16)
+    model = build_skeleton(read_model_config(checkpoints("llama_tied")), torch.bfloat16)
     assert all(parameter.is_meta for parameter in model.parameters())
     buffers = dict(model.named_buffers())
     assert buffers
@@ -255,7 +255,7 @@ def test_a_rowwise_bias_is_added_once() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_rows", [0, 1, 5, 40])
 def test_a_packed_weight_multiplies_as_before(dtype: torch.dtype, num_rows: int) -> None:
-    linear = rebase(nn.Linear(24, 10, dtype=dtype), RowwiseLinear).place(LoneShard())
+    linear = rebase(nn.Linear(24, 10, dtype=dtype), RowwiseLinear).set_group(LoneShard())
     x = torch.randn(num_rows, 2, 48, dtype=dtype)[..., ::2]
     with torch.inference_mode():
         expected = linear(x)
@@ -323,7 +323,7 @@ def test_the_engine_s_mistakes_are_caught(runner: Runner) -> None:
     runner.execute(step([Entry(1, 0, [5, 6], [3], True)], opened=(1,)))
     with pytest.raises(AssertionError, match="open already"):
         runner.execute(step([], opened=(1,)))
-    with pytest.raises(AssertionError, match="never came"):
+    with pytest.raises(AssertionError, match="are missing"):
         runner.execute(step([Entry(1, 9, [5], [4], True)]))
     with pytest.raises(AssertionError, match="blocks do not hold"):
         runner.execute(step([Entry(1, 2, [5, 6, 7, 8], [], True)]))

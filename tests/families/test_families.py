@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from actors.decisions.model.families import TESTED
 from actors.decisions.model.plan import make_plan
 from actors.decisions.model.sizes import Sizes, valid_tensor_parallel_sizes
-from actors.tensors.model.skeleton import build_skeleton, read_config
+from actors.tensors.model.skeleton import build_skeleton, read_model_config
 from actors.tensors.model.spec_reader import read_spec
 from actors.tensors.weights.checkpoint import boxes, find_sources, load_weights
 from actors.tensors.weights.conversion import Conversions
@@ -163,7 +163,7 @@ def test_shards_gathered_are_the_original(family: str, tmp_path: Path) -> None:
     except UnsupportedModel:
         assert support()[family][-1].startswith("refused")
         return
-    conversions = Conversions(build_skeleton(read_config(tmp_path), torch.float32))
+    conversions = Conversions(build_skeleton(read_model_config(tmp_path), torch.float32))
     sizes = [tp for tp in (2, 4, 8) if tp in valid_tensor_parallel_sizes(Sizes.of(spec))]
     assert 2 in sizes
     for tp in sizes:
@@ -212,5 +212,6 @@ def test_experts_that_are_stored_twice_are_refused(tmp_path: Path) -> None:
     save_file({**tensors, name: model.state_dict()[name] + 1}, tmp_path / "model.safetensors")
     spec = read_spec(tmp_path)
     plan = make_plan(Config.model_validate({"model": {"source": str(tmp_path)}}), spec)
+    conversions = Conversions(build_skeleton(read_model_config(tmp_path), torch.float32))
     with pytest.raises(CheckpointError, match=r"are both stored for model\.layers\.0\.mlp\.experts\.gate_up_proj"):
-        find_sources(tmp_path, spec, plan.shards[0], Conversions(build_skeleton(read_config(tmp_path), torch.float32)))
+        find_sources(tmp_path, spec, plan.shards[0], conversions)

@@ -1,1 +1,1 @@
-"""The model of one rank: Transformers' own, asked what it is, pruned to a stage and cut to a shard."""
+"""The model of one rank: Transformers' own, described by a probe, pruned to a stage and cut to a shard."""

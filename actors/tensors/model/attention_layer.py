@@ -1,4 +1,4 @@
-"""Where a model's attention modules meet ours: what Transformers calls instead of its own attention functions."""
+"""Connects a model's attention modules to ours: the function that Transformers calls for attention."""
 
 from typing import Any
 
@@ -13,28 +13,28 @@ _ATTRIBUTE = "stagemesh_layer"  # where a model's attention module carries its L
 
 
 class CurrentStep:
-    """The step that runs now; one object, shared by all layers of a rank."""
+    """Holds the metadata of the step that is running; one object, shared by all layers of a rank."""
 
     def __init__(self) -> None:
         self._metadata: AttentionMetadata | None = None
 
     @property
     def metadata(self) -> AttentionMetadata:
-        """What attention must know about it."""
-        assert self._metadata is not None, "no step is set"
+        """The attention metadata of the running step."""
+        assert self._metadata is not None, "no step is running"
         return self._metadata
 
     def begin(self, metadata: AttentionMetadata) -> None:
-        """A step begins."""
+        """Set the metadata of the step that begins."""
         self._metadata = metadata
 
     def end(self) -> None:
-        """It has ended."""
+        """Forget the step that has ended."""
         self._metadata = None
 
 
 class LayerAttention:
-    """One attention of the model: its part of the cache, what computes it, and the step that runs now."""
+    """One attention of the model: its part of the cache, its backend, and the running step."""
 
     def __init__(self, cache: LayerCache, backend: AttentionBackend, current: CurrentStep) -> None:
         self.cache = cache
@@ -55,23 +55,23 @@ class LayerAttention:
         return self.attend_stored(query, scaling, sinks)
 
     def attend_stored(self, query: torch.Tensor, scaling: float, sinks: torch.Tensor | None = None) -> torch.Tensor:
-        """Query [heads, T, D], once the step's keys and values are in the cache → [T, heads, value D]."""
+        """Query [heads, T, D] over the cache, which holds the step's keys and values already → [T, heads, value D]."""
         return self._backend.attend(self.cache, query, self.current.metadata, scaling, sinks)
 
     def attach(self, module: nn.Module) -> None:
-        """Let a model's attention module attend through this."""
+        """Make a model's attention module attend through this."""
         setattr(module, _ATTRIBUTE, self)
 
 
 def attention_of(module: nn.Module) -> LayerAttention:
-    """What was attached to an attention module."""
+    """The LayerAttention that is attached to an attention module."""
     layer = getattr(module, _ATTRIBUTE)
     assert isinstance(layer, LayerAttention)
     return layer
 
 
 def detach(module: nn.Module) -> None:
-    """Take off what was attached, if anything."""
+    """Remove the LayerAttention from an attention module, if it has one."""
     if hasattr(module, _ATTRIBUTE):
         delattr(module, _ATTRIBUTE)
 
@@ -90,8 +90,8 @@ def paged_attention(
 ) -> tuple[torch.Tensor, None]:
     """Transformers' attention interface: query [1, heads, T, D], key and value [1, H, T, D] → ([1, T, heads, D], None).
 
-    What the step is and where the cache lies come from the module's own attribute, not through the model's arguments.
-    What the probe saw this module hand over is what comes; anything else fails here, loudly.
+    The step and the cache come from an attribute of the module, not through the model's arguments. A module that passes
+    other arguments than the probe saw fails here.
     """
     layer = attention_of(module)
     assert attention_mask is None

@@ -1,4 +1,4 @@
-"""Linear layers with the same input, multiplied as one product."""
+"""Merges linear layers that get the same input into one column-parallel product."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,10 @@ from actors.tensors.backend import LinearMethod
 
 
 class MergedColwise:
-    """Linear layers of one module that get the same input: their weights are multiplied as one.
+    """The merged column-parallel product of linear layers of one module that get the same input.
 
-    That they do is known from the probe. A layer that asks with another input still gets its right part, but the whole
-    product is computed anew for it.
+    The probe has seen that they do. A layer that is called with another input still gets its right part, but the whole
+    product is computed again for it.
     """
 
     def __init__(self, method: LinearMethod, sizes: Sequence[int], biases: Sequence[torch.Tensor | None]) -> None:
@@ -21,14 +21,14 @@ class MergedColwise:
         self.sizes = list(sizes)
         self.bias = torch.cat([bias for bias in biases if bias is not None]) if biases[0] is not None else None
         self._input: torch.Tensor | None = None
-        self._parts: dict[int, torch.Tensor] = {}  # that no layer has taken yet, by the layer's index
+        self._parts: dict[int, torch.Tensor] = {}  # by the layer's index; each is taken once
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """[*, in] → [*, outputs of all layers, one after the other]."""
         return self.method.multiply(x, self.bias)
 
     def part(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        """[*, in] → [*, outputs of one layer]: whoever asks first computes for all."""
+        """[*, in] → [*, outputs of one layer]: the first call with an input computes the product for all layers."""
         if self._input is not x or index not in self._parts:
             self._input, self._parts = x, dict(enumerate(torch.split(self.product(x), self.sizes, dim=-1)))
         part = self._parts.pop(index)
@@ -49,12 +49,12 @@ class MergedPart:
         return self.merged.part(self.index, x)
 
     def is_finite(self) -> bool:
-        """The first layer answers for all."""
+        """Whether all merged weights are finite; checked for the first layer only."""
         return self.index > 0 or self.merged.method.is_finite()
 
 
 def merged_of(layers: Sequence[nn.Module]) -> MergedColwise | None:
-    """The product of exactly these layers, in this order; None where they are not merged so."""
+    """The merged product of exactly these layers in this order; None if they are not merged so."""
     methods = [getattr(layer, "method", None) for layer in layers]
     if not all(isinstance(method, MergedPart) for method in methods):
         return None

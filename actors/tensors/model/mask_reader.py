@@ -1,4 +1,4 @@
-"""Reads how far tokens see from the mask function that a model builds, by asking it; no family's config keys."""
+"""Reads a MaskSpec from the mask function that a model builds, by calling it, not from config keys."""
 
 import inspect
 import math
@@ -13,16 +13,16 @@ from actors.words.errors import UnsupportedModel
 
 MaskFunction = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]
 
-_MOST_POSITIONS = 1 << 18  # asked about; a window wider than that is no window to us
+_MAX_POSITIONS = 1 << 18  # a window wider than that counts as none
 
 
 def read_mask(mask_function: MaskFunction, max_position: int) -> MaskSpec:
     """The MaskSpec that agrees with a function (batch, head, query position, key position) → visible.
 
-    Raises UnsupportedModel when none does: tokens that see the future, or patterns that are no window and no chunk.
+    Raises UnsupportedModel when none does: for tokens that see later ones, and patterns other than windows and chunks.
     """
     mask_function = _without_tensors(mask_function)
-    last = min(max_position, _MOST_POSITIONS) - 1
+    last = min(max_position, _MAX_POSITIONS) - 1
     queries = sorted({*range(min(last + 1, 64)), last, *(last * part // 23 for part in range(23))})
     keys = torch.arange(last + 1)
     firsts = []
@@ -31,7 +31,7 @@ def read_mask(mask_function: MaskFunction, max_position: int) -> MaskSpec:
         first = int(visible.int().argmax())
         if not torch.equal(visible, (keys >= first) & (keys <= query)):
             raise UnsupportedModel(
-                f"the mask of token {query} is not a run of tokens up to itself; no rule covers that"
+                f"the mask of token {query} is not a run of tokens up to itself, which is not supported"
             )
         firsts.append(first)
     return _fit(queries, firsts)
@@ -45,13 +45,13 @@ def _fit(queries: list[int], firsts: list[int]) -> MaskSpec:
     for mask_spec in candidates:
         if all(mask_spec.first_key(query) == first for query, first in zip(queries, firsts, strict=True)):
             return mask_spec
-    raise UnsupportedModel("the attention mask is neither a window nor a chunk; no rule covers it")
+    raise UnsupportedModel("the attention mask is neither a window nor a chunk, which is not supported")
 
 
 def _without_tensors(function: Any) -> Any:
-    """The same function with zeros for the tensors that it closes over: the padding of a batch, of which there is none.
+    """The same function with zeros for the tensors in its closure, which say how a batch is padded: here it never is.
 
-    They were made while tensors had no values, so that they cannot be asked.
+    They are fake tensors, which have no values.
     """
     if not inspect.isfunction(function) or not function.__closure__:
         return function

@@ -1,4 +1,4 @@
-"""The parallel layers: plain tensors and one collective, put in place of a model's own by the style of its plan."""
+"""The parallel layers, which replace a model's own by the styles of its plan: plain tensors and one collective each."""
 
 from typing import Any, Self, TypeVar
 
@@ -14,13 +14,13 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class ParallelLinear(nn.Linear):
-    """A linear layer of which this rank holds a part."""
+    """A linear layer of which this shard holds a part."""
 
     group: StageGroup
-    method: LinearMethod | None = None  # None: by the weight as it is
+    method: LinearMethod | None = None  # None: torch's product by the weight as it is
 
-    def place(self, group: StageGroup) -> Self:
-        """Say with whom it exchanges."""
+    def set_group(self, group: StageGroup) -> Self:
+        """Set the group through which it exchanges."""
         self.group = group
         return self
 
@@ -31,18 +31,18 @@ class ParallelLinear(nn.Linear):
         return self.method.multiply(x, bias)
 
     def hand_over(self, method: LinearMethod) -> None:
-        """A method holds the weight from now on; one of no elements stays, whose dtype and device may be asked."""
+        """Let a method hold the weight from now on; an empty weight stays, for its dtype and device."""
         self.method = method
         self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
 
 def owns_weight(layer: ParallelLinear) -> bool:
-    """Whether a method may take over the weight: the layer's forward is ours, so that nobody else reads it."""
+    """Whether a method may take over the weight: only our own forward reads it, and it has not been taken over yet."""
     return type(layer).__module__ == __name__ and layer.weight.numel() > 0
 
 
 class ColwiseLinear(ParallelLinear):
-    """Some rows of the weight: the whole input gives this shard's part of the output. Nothing is exchanged."""
+    """Some rows of the weight: the whole input gives this shard's part of the output, without an exchange."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - nn.Linear's name
         """[*, in] → [*, out on this shard]."""
@@ -50,7 +50,7 @@ class ColwiseLinear(ParallelLinear):
 
 
 class RowwiseLinear(ParallelLinear):
-    """Some columns of the weight: this shard's part of the input gives a summand of the whole output."""
+    """Some columns of the weight: this shard's part of the input gives one summand of the whole output."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - nn.Linear's name
         """[*, in on this shard] → [*, out], the same bits on every shard. The bias is added once, after the sum."""
@@ -59,7 +59,7 @@ class RowwiseLinear(ParallelLinear):
 
 
 class GatheredColwiseLinear(ColwiseLinear):
-    """Some rows of the weight, and then everybody's output."""
+    """Some rows of the weight; the outputs of all shards are gathered."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - nn.Linear's name
         """[*, in] → [*, out], the same on every shard."""
@@ -67,7 +67,7 @@ class GatheredColwiseLinear(ColwiseLinear):
 
 
 class SplitInputRowwiseLinear(RowwiseLinear):
-    """Some columns of the weight, for an input that every shard has whole."""
+    """Some columns of the weight, for an input that every shard has whole and takes its part of."""
 
     columns: Interval
 
@@ -77,7 +77,7 @@ class SplitInputRowwiseLinear(RowwiseLinear):
 
 
 class ColwiseEmbedding(nn.Embedding):
-    """Some of the hidden size of every row, and then everybody's."""
+    """Some columns of the table; the outputs of all shards are gathered."""
 
     group: StageGroup
 
@@ -99,8 +99,8 @@ class ColwiseRMSNorm(nn.Module):
     eps: float
 
     @classmethod
-    def place(cls, module: nn.Module, group: StageGroup) -> None:
-        """Put it in a norm's place. Raises UnsupportedModel for a norm of another kind."""
+    def rebase(cls, module: nn.Module, group: StageGroup) -> None:
+        """Turn a norm into this, in place. Raises UnsupportedModel for a norm of another kind."""
         eps = norm_eps(module)
         if eps is None or {name for name, _ in module.named_parameters()} != {"weight"}:
             raise UnsupportedModel(f"{type(module).__name__} is no root-mean-square norm; it cannot be cut")
@@ -108,7 +108,7 @@ class ColwiseRMSNorm(nn.Module):
         module.group, module.eps = group, eps  # type: ignore[assignment]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[*, n] → [*, n]. Where shards have the same heads, all heads are had as often: the mean stays what it is."""
+        """[*, n] → [*, n]. Heads that several shards hold are held equally often, so that the mean stays the same."""
         x_float32 = x.float()
         squares = self.group.all_reduce(x_float32.pow(2).sum(-1, keepdim=True))
         mean = squares / (x.shape[-1] * self.group.size)
@@ -116,13 +116,13 @@ class ColwiseRMSNorm(nn.Module):
 
 
 class VocabParallelEmbedding(nn.Embedding):
-    """Some rows of the table: other shards' ids look up nothing, and the sum over the shards is whole."""
+    """Some rows of the table: ids of other shards give zeros, and the sum over the shards is the whole output."""
 
     group: StageGroup
     rows: Interval
 
-    def place(self, group: StageGroup, rows: Interval) -> Self:
-        """Say which rows these are, and who has the others."""
+    def set_shard(self, group: StageGroup, rows: Interval) -> Self:
+        """Set which rows these are, and the group of the shards that hold the others."""
         self.group = group
         self.rows = rows
         return self
@@ -138,12 +138,12 @@ class VocabParallelEmbedding(nn.Embedding):
 
 
 def gather_last(group: StageGroup, part: torch.Tensor) -> torch.Tensor:
-    """Every shard's part [*, n], equal in size → [*, n × shards], in shard order."""
+    """Gather every shard's part [*, n], of equal sizes → [*, n × shards], in shard order."""
     return torch.cat(tuple(group.all_gather(part.contiguous())), dim=-1)
 
 
 class PassThrough(nn.Module):
-    """Stands for a module of another stage: gives its first argument on, whatever else comes."""
+    """Stands for a module of another stage: returns its first argument, whatever the others are."""
 
     def __init__(self, num_outputs: int = 0) -> None:
         """`num_outputs`: the length of the tuple that the module returned, 0 for a tensor alone."""
@@ -151,16 +151,16 @@ class PassThrough(nn.Module):
         self.num_outputs = num_outputs
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """[*] → the same."""
+        """[*] → the same tensor."""
         return (hidden_states, *[None] * (self.num_outputs - 1)) if self.num_outputs else hidden_states
 
 
 class NoEmbedding(nn.Module):
-    """Stands for the embedding on later stages: zeros of the right shape, for what comes before the first layer."""
+    """Stands for the embedding on later stages: zeros of the right shape, for the code ahead of the first layer."""
 
     def __init__(self, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.weight = torch.zeros(hidden_size, dtype=dtype, device=device)  # some models ask its dtype and device
+        self.weight = torch.zeros(hidden_size, dtype=dtype, device=device)  # some models read its dtype and device
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids [*] → zeros [*, hidden], without memory."""

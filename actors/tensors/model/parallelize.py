@@ -1,4 +1,4 @@
-"""Gives a model's modules the parallel form that their style names."""
+"""Turns a model's modules into the parallel layers that their styles name."""
 
 from collections.abc import Callable
 from typing import Any
@@ -32,25 +32,26 @@ _LINEAR: dict[str, type[ParallelLinear]] = {
 
 
 def parallelize(module: nn.Module, style: str, group: StageGroup, interval: Interval, is_head: bool = False) -> None:
-    """`interval`: what this shard has of the dimension that is cut. Raises UnsupportedModel where no layer is ready.
+    """`interval`: this shard's part of the dimension that is cut. Raises UnsupportedModel if no parallel layer fits.
 
-    The head's logits stay cut by vocabulary: the sampler never needs the gather that `colwise_gather_output` names.
+    The head's logits stay sharded by vocabulary: the sampler needs no gather, even if the style is
+    `colwise_gather_output`.
     """
     assert style in STYLES, style
     if is_head:
-        rebase(module, ColwiseLinear).place(group)
+        rebase(module, ColwiseLinear).set_group(group)
         return
     match style:
         case _ if style in _LINEAR:
-            linear = rebase(module, _LINEAR[style]).place(group)
+            linear = rebase(module, _LINEAR[style]).set_group(group)
             if isinstance(linear, SplitInputRowwiseLinear):
                 linear.columns = interval
         case "embedding_rowwise":
-            rebase(module, VocabParallelEmbedding).place(group, interval)
+            rebase(module, VocabParallelEmbedding).set_shard(group, interval)
         case "embedding_colwise":
             rebase(module, ColwiseEmbedding).group = group
         case "norm_colwise":
-            ColwiseRMSNorm.place(module, group)
+            ColwiseRMSNorm.rebase(module, group)
         case "moe_tp_experts" | "all_reduce":
             _after(module, lambda output: group.all_reduce(output.contiguous()))
         case "moe_identity_expert":
@@ -60,7 +61,7 @@ def parallelize(module: nn.Module, style: str, group: StageGroup, interval: Inte
 
 
 def _after(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Change what a module returns."""
+    """Apply `change` to what a module returns."""
 
     def hook(called: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         return change(output)

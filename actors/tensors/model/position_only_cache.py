@@ -1,19 +1,19 @@
-"""Stands where models expect Transformers' cache: says how far each token is, and keeps nothing.
+"""The position-only cache: stands in for Transformers' cache, gives each token's position, and stores nothing.
 
-Keys and values are kept by our own attention. Models that keep more (states of recurrent layers) ask for more than is
-here, and are found out.
+Our own attention stores keys and values. Models that need more from a cache (states of recurrent layers) call methods
+that it does not have, by which the probe finds them.
 """
 
 from typing import Any
 
 import torch
 
-# What may be asked of a cache without a consequence when it is not there.
+# Attributes that models read from a cache, and that may be missing.
 _HARMLESS = frozenset({"is_compileable", "is_sliding", "is_linear", "is_dummy"})
 
 
 class PositionOnlyCache:
-    """The past of packed tokens.
+    """The cache of packed tokens.
 
     Models that count positions themselves add the cache's length to 0, 1, 2 ...; the tokens of a step belong to many
     sequences, so the length here is a number for each token, such that the sum is its position.
@@ -24,42 +24,42 @@ class PositionOnlyCache:
         self._length_T = positions_T - count_T
 
     def get_seq_length(self, layer_idx: int = 0) -> torch.Tensor:
-        """Int64 [T]."""
+        """Position minus index of each token, int64 [T]."""
         return self._length_T
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Nothing is kept: attention itself writes them into the paged cache."""
+        """Return them as they are: attention itself writes them into the paged cache."""
         return key_states, value_states
 
 
 class ProbedCache:
-    """An empty past that notes what else a model wants of it."""
+    """An empty cache that notes which further attributes a model reads from it."""
 
     def __init__(self) -> None:
         self.wanted: set[str] = set()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Nothing came before."""
+        """0: the cache is empty."""
         return 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """For mask functions."""
+        """The position of the first query, for mask functions."""
         return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """For mask functions: keys, and the position of the first."""
+        """The number of keys and the position of the first, for mask functions."""
         return query_length, 0
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As PositionOnlyCache's."""
+        """See PositionOnlyCache."""
         return key_states, value_states
 
     def __getattr__(self, name: str) -> Any:
-        """Anything else."""
+        """Note the name of any other attribute."""
         if name not in _HARMLESS and not name.startswith("__"):
             self.wanted.add(name)
         raise AttributeError(name)

@@ -1,8 +1,8 @@
-"""Asks a model what it is: one pass on shapes alone records what it hands to attention and who runs before whom.
+"""The probe: one forward pass on fake tensors records a model's attention arguments and the order of its modules.
 
-The model's own code says how many heads each attention has, how far its tokens see, where the layers are, and what runs
-before and after them. Nothing is read from config keys, whose names and meaning differ from family to family. No memory
-is spent on weights, so that the largest models take a second.
+It shows how many heads each attention has, how far back its tokens see, where the layers are, and what runs before and
+after them. Nothing is read from config keys, whose names and meaning differ from family to family. Fake tensors have no
+memory, so that the largest models take a second.
 """
 
 import operator
@@ -24,16 +24,16 @@ from actors.tensors.model.mask_reader import MaskFunction, read_mask
 from actors.tensors.model.position_only_cache import ProbedCache
 from actors.words.errors import UnsupportedModel
 
-PROBE_NAME = "stagemesh_probe"  # as attention implementation and as mask function
+PROBE_NAME = "stagemesh_probe"  # of its attention implementation and its mask function
 _NUM_TOKENS = 8
 
-# Arguments of the attention function that do not change what it computes for us.
+# Arguments of the attention function that do not change its result here.
 _HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "is_causal", "position_embeddings"})
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What one attention module handed over."""
+    """The arguments with which one module called the attention function."""
 
     module: nn.Module
     num_heads: int
@@ -47,34 +47,36 @@ class AttentionCall:
 
 @dataclass
 class Trace:
-    """What a pass showed, in order."""
+    """The record of a pass, in the order of the calls."""
 
     attentions: list[AttentionCall] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)  # names of layers and of modules outside them that hold tensors
     state_shapes: set[tuple[int, ...]] = field(default_factory=set)  # of what enters the layers, for one token
     layer_outputs: set[int] = field(default_factory=set)  # lengths of the tuples that layers return, 0 for a tensor
     exchanges_more: bool = False  # whether a layer gets more from an earlier one than the hidden states
-    are_chained: bool = True  # whether each layer gets what the one before put out, untouched, and all the same angles
-    angles: Angles | None = None  # that the layers get
+    are_chained: bool = (
+        True  # whether each layer gets the unchanged output of the one before, and all get the same angles
+    )
+    angles: Angles | None = None  # of the layers' rotary embeddings
     linear_inputs: list[tuple[str, torch.Tensor, int]] = field(default_factory=list)  # name, input and its version
 
 
 class Probe:
-    """Runs a model that is `on_shapes` and records."""
+    """Runs a model that is `on_fake_tensors`, and records the Trace."""
 
     def __init__(self, model: PreTrainedModel, layers_name: str, max_position: int) -> None:
         self.trace = Trace()
         self._model = model
         self._layers_name = layers_name
         self._max_position = max_position
-        self._masks: list[tuple[torch.Tensor, MaskFunction]] = []  # that the model made, used or not
-        self._sights: dict[MaskFunction, MaskSpec] = {}  # of those that are used
-        self._extras: list[torch.Tensor] = []  # what layers returned beside the hidden states
+        self._masks: list[tuple[torch.Tensor, MaskFunction]] = []  # all that the model made
+        self._mask_specs: dict[MaskFunction, MaskSpec] = {}  # of those that an attention uses
+        self._extras: list[torch.Tensor] = []  # what layers returned besides the hidden states
         self._output: tuple[torch.Tensor, int] | None = None  # of the layer before, and its version
         self._angles: tuple[torch.Tensor, ...] = ()  # that the first layer got
 
     def run(self) -> Trace:
-        """Raises UnsupportedModel when the pass fails, or hands to attention what is not understood."""
+        """Run the pass. Raises UnsupportedModel when it fails, or calls attention with unsupported arguments."""
         AttentionInterface.register(PROBE_NAME, self._attend)
         AttentionMaskInterface.register(PROBE_NAME, self._mask)
         hooks = [hook for name, module in self._model.named_modules() for hook in self._hooks(name, module)]
@@ -83,7 +85,7 @@ class Probe:
         arguments["position_ids"] = torch.arange(_NUM_TOKENS).unsqueeze(0)
         past = ProbedCache()
         try:
-            with torch.no_grad():  # not inference mode: there tensors have no version that shows a change in place
+            with torch.no_grad():  # in inference mode tensors have no version, which shows changes in place
                 self._model(input_ids=ids, past_key_values=past, **arguments)
         except UnsupportedModel:
             raise
@@ -131,7 +133,7 @@ class Probe:
         return enter
 
     def _note_chain(self, state: torch.Tensor, angles: Any) -> None:
-        """Whether this layer gets what the one before put out, as it was, and the angles that the first one got."""
+        """Note whether this layer gets the unchanged output of the one before, and the same angles as the first one."""
         pair = tuple(angles) if isinstance(angles, tuple | list) else ()
         if self._output is None:
             self._angles = pair
@@ -158,19 +160,19 @@ class Probe:
             self._extras += [leaf for leaf in tree_leaves(output[1:]) if isinstance(leaf, torch.Tensor)]
 
     def _mask(self, q_length: int, kv_length: int, mask_function: MaskFunction, **kwargs: Any) -> torch.Tensor:
-        """Transformers' mask interface: notes what the function lets see, and gives a token for it."""
+        """Transformers' mask interface: notes the mask function, and returns a tensor by which to recognize it."""
         mask = torch.empty(1, 1, q_length, kv_length, dtype=torch.bool)
         self._masks.append((mask, mask_function))
         return mask
 
-    def _sight(self, mask: torch.Tensor | None, module: nn.Module) -> MaskSpec:
+    def _mask_spec_of(self, mask: torch.Tensor | None, module: nn.Module) -> MaskSpec:
         function = next((function for made, function in self._masks if made is mask), None)
         if function is None:
-            raise UnsupportedModel(f"{self._who(module)} makes a mask of its own; no rule says who sees what")
-        if function not in self._sights:
+            raise UnsupportedModel(f"{self._who(module)} makes a mask of its own, which is not supported")
+        if function not in self._mask_specs:
             with unset_fake_temporarily():
-                self._sights[function] = read_mask(function, self._max_position)
-        return self._sights[function]
+                self._mask_specs[function] = read_mask(function, self._max_position)
+        return self._mask_specs[function]
 
     def _attend(
         self,
@@ -187,10 +189,12 @@ class Probe:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """Transformers' attention interface: query [1, heads, T, D], key and value [1, H, T, D]."""
-        unknown = sorted(name for name, given in kwargs.items() if _is_meant(name, given))
+        unknown = sorted(name for name, given in kwargs.items() if _has_effect(name, given))
         if unknown:
-            raise UnsupportedModel(f"{self._who(module)} hands {', '.join(unknown)} to attention; no rule covers that")
-        mask_spec = self._sight(attention_mask, module)
+            raise UnsupportedModel(
+                f"{self._who(module)} passes {', '.join(unknown)} to attention, which is not supported"
+            )
+        mask_spec = self._mask_spec_of(attention_mask, module)
         if sliding_window not in (None, mask_spec.window) and not _sees_all(
             sliding_window, self._max_position, mask_spec
         ):
@@ -221,11 +225,11 @@ def same_inputs(trace: Trace) -> frozenset[tuple[str, ...]]:
     for name, tensor, version in trace.linear_inputs:
         groups[name.rpartition(".")[0], id(tensor), version].append(name)
     num_calls = Counter(name for name, _, _ in trace.linear_inputs)
-    num_together: Counter[tuple[str, ...]] = Counter()  # layers in which they get one input
+    num_together: Counter[tuple[str, ...]] = Counter()  # number of layers in which they get one input
     for names in groups.values():
         if len(names) > 1 and all(num_calls[name] == 1 for name in names):
             num_together[tuple(map(pattern_of, names))] += 1
-    num_layers = Counter(map(pattern_of, num_calls))  # in which a module is called
+    num_layers = Counter(map(pattern_of, num_calls))  # number of layers in which a module is called
     return frozenset(
         patterns
         for patterns, count in num_together.items()
@@ -240,8 +244,8 @@ def register_probe() -> None:
 
 
 @contextmanager
-def on_shapes(model: PreTrainedModel) -> Iterator[None]:
-    """While it lasts, tensors have shapes and no memory; the model's parameters, on meta until then, become such."""
+def on_fake_tensors(model: PreTrainedModel) -> Iterator[None]:
+    """A context of fake tensors, with shapes and no memory; the model's parameters, on meta before, become such."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         known: dict[int, nn.Parameter] = {}  # tied ones stay one
         for module in model.modules():
@@ -254,12 +258,12 @@ def on_shapes(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _experts(module: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Transformers' experts interface; which experts are hit has no answer on shapes."""
+    """Transformers' experts interface; fake tensors cannot show which experts are chosen."""
     return torch.empty_like(hidden_states)
 
 
 def _unprobed(*args: Any, **kwargs: Any) -> Any:
-    raise AssertionError("this model is run through a Probe only")
+    raise AssertionError("this model runs only through a Probe")
 
 
 def _holds_tensors(module: nn.Module) -> bool:
@@ -270,5 +274,5 @@ def _sees_all(window: int, max_position: int, mask_spec: MaskSpec) -> bool:
     return mask_spec == MaskSpec() and window >= max_position
 
 
-def _is_meant(name: str, given: Any) -> bool:
+def _has_effect(name: str, given: Any) -> bool:
     return given is not None and name not in _HARMLESS and not name.startswith("output_")

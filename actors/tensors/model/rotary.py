@@ -1,4 +1,4 @@
-"""Fixes rotary embeddings whose frequencies would follow the longest sequence of a batch."""
+"""Fixes rotary embeddings whose frequencies would depend on the longest sequence of a batch."""
 
 from typing import Any
 
@@ -7,21 +7,21 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from actors.words.errors import UnsupportedModel
 
-ROTARY_NAME = "apply_rotary_pos_emb"  # what Transformers' model files call it; all give (q, k, cos, sin)
-_FOLLOWING = ("dynamic", "longrope")  # Transformers chooses their frequencies by the largest position that it is given
+ROTARY_NAME = "apply_rotary_pos_emb"  # its name in Transformers' model files; called with (q, k, cos, sin)
+_DEPENDENT = ("dynamic", "longrope")  # rope types whose frequencies Transformers chooses by the largest position
 
 
 def fix_rotary(model: nn.Module, max_model_len: int) -> None:
     """Choose the frequencies once, for sequences of `max_model_len`: one long request must not change the others.
 
-    Up to the length that the model was first trained on they are Transformers' own. Beyond it Transformers would use
-    others for short prompts than for long ones; here all sequences use those for long ones.
+    Up to the length that the model was first trained on they are Transformers' own. Beyond it Transformers uses
+    different frequencies for short and for long prompts; here all sequences use those for long ones.
     """
     for module in model.modules():
         kind: Any = getattr(module, "rope_type", None)
-        if isinstance(kind, dict) and any(of_layers in _FOLLOWING for of_layers in kind.values()):
-            raise UnsupportedModel(f"{type(model).__name__}: rope types {kind} of several layers follow the batch")
-        if kind in _FOLLOWING:
+        if isinstance(kind, dict) and any(of_layers in _DEPENDENT for of_layers in kind.values()):
+            raise UnsupportedModel(f"{type(model).__name__}: rope types {kind} of several layers depend on the batch")
+        if kind in _DEPENDENT:
             _fix(module, max_model_len)
 
 

@@ -21,8 +21,8 @@ from actors.words.errors import UnsupportedModel
 _patch_lock = threading.Lock()
 
 
-def read_config(folder: Path) -> PretrainedConfig:
-    """config.json as Transformers reads it, code from the checkpoint never run.
+def read_model_config(folder: Path) -> PretrainedConfig:
+    """config.json as Transformers reads it; code from the checkpoint is never run.
 
     Raises UnsupportedModel by name for what cannot be served correctly, ValueError when the file cannot be read.
     """
@@ -35,7 +35,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     if "auto_map" in raw:
         raise UnsupportedModel(f"{architecture}: {path} needs code from the checkpoint (auto_map), which is never run")
     if raw.get("quantization_config"):
-        raise UnsupportedModel(f"{architecture}: {path} names a quantization_config; use the unquantised checkpoint")
+        raise UnsupportedModel(f"{architecture}: {path} names a quantization_config; use the unquantized checkpoint")
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -45,7 +45,7 @@ def read_config(folder: Path) -> PretrainedConfig:
 
 
 def config_digest(folder: Path) -> str:
-    """Tells apart configs that mean different models; who saved them, and how they are spelled, does not matter."""
+    """A digest of what a config says of the model: without who saved it, and whatever the order of its keys."""
     raw: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
     meant = {key: value for key, value in raw.items() if key not in ("transformers_version", "_name_or_path")}
     return hashlib.sha256(json.dumps(meant, sort_keys=True).encode()).hexdigest()
@@ -66,7 +66,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     """The whole ForCausalLM in eval mode, attention going through `paged_attention`.
 
     No memory is spent on parameters. Buffers (rotary frequencies) hold their real values, so that nothing has to be
-    recomputed. No mask function is registered: masks are then None, and what a layer sees is up to us.
+    recomputed. No mask function is registered: masks are then None, and our attention applies the MaskSpec.
     """
     AttentionInterface.register(ATTENTION_NAME, paged_attention)
     with parameters_on_meta():
@@ -75,7 +75,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """While it lasts, every parameter that a module registers goes to the meta device; buffers are left alone."""
+    """A context in which every parameter that a module registers goes to the meta device; buffers stay as they are."""
     with _patch_lock:
         register = nn.Module.register_parameter
 
@@ -93,14 +93,14 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 class _LargeOnMeta(TorchFunctionMode):
-    """Sends large tensors to the meta device where they are made: some models fill weights that nobody will read.
+    """Creates large tensors on the meta device: some models fill weights that are then never read.
 
-    What has no elements is not filled: the meta device would import torch's compiler to do nothing.
+    Tensors on the meta device are not filled: torch would import its compiler to do nothing.
     """
 
     _FACTORIES = frozenset({torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand})
-    _LARGE = 1 << 20  # elements; buffers are smaller, and are computed
-    _FILL = frozenset({"normal_", "uniform_"})  # by name: torch's, and those that Transformers puts in their place
+    _LARGE = 1 << 20  # elements; buffers are smaller, and keep their values
+    _FILL = frozenset({"normal_", "uniform_"})  # by name: torch's own, and those by which Transformers replaces them
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -1,4 +1,4 @@
-"""Reads a checkpoint's config into a ModelSpec: what a probe of the model shows, its tensors and its styles."""
+"""Reads a checkpoint's config into a ModelSpec: the probe's trace of the model, its tensors and its styles."""
 
 from pathlib import Path
 from typing import Any
@@ -9,19 +9,19 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from actors.decisions.model.families import TESTED, amended_styles
 from actors.decisions.model.spec import DTYPES, AttentionSpec, LayerSpec, ModelSpec, Parameter, Place
-from actors.tensors.model.probe import PROBE_NAME, Probe, on_shapes, register_probe, same_inputs
+from actors.tensors.model.probe import PROBE_NAME, Probe, on_fake_tensors, register_probe, same_inputs
 from actors.tensors.model.rotary import fix_rotary
-from actors.tensors.model.skeleton import build_model, config_digest, parameters_on_meta, read_config
+from actors.tensors.model.skeleton import build_model, config_digest, parameters_on_meta, read_model_config
 from actors.words.errors import UnsupportedModel
 
 
 def read_spec(folder: Path, dtype: str = "auto", only_tested: bool = True) -> ModelSpec:
-    """What the model in a folder is. `dtype` is config.model.dtype; "auto" takes config.json's.
+    """The ModelSpec of a checkpoint folder. `dtype` is config.model.dtype; "auto" takes config.json's.
 
-    Raises UnsupportedModel or ValueError, each with the file and the remedy. A family that nobody has shown to be right
-    is refused, unless `only_tested` is False: that is how it is shown.
+    Raises UnsupportedModel or ValueError, each with the file and the remedy. A family that is not in TESTED is refused,
+    unless `only_tested` is False, as in the tests that show a family to be right.
     """
-    config = read_config(folder)
+    config = read_model_config(folder)
     resolved = resolve_dtype(config, dtype)
     register_probe()
     try:
@@ -29,7 +29,7 @@ def read_spec(folder: Path, dtype: str = "auto", only_tested: bool = True) -> Mo
             model = build_model(config, getattr(torch, resolved), PROBE_NAME, PROBE_NAME)
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         raise UnsupportedModel(f"{folder / 'config.json'}: Transformers does not build it: {error}") from error
-    with on_shapes(model):
+    with on_fake_tensors(model):
         spec = _Reader(model, resolved, config_digest(folder)).spec()
     if only_tested and spec.architecture not in TESTED:
         raise UnsupportedModel(
@@ -40,10 +40,9 @@ def read_spec(folder: Path, dtype: str = "auto", only_tested: bool = True) -> Mo
 
 
 def resolve_dtype(config: PretrainedConfig, dtype: str) -> str:
-    """One of DTYPES. Raises ValueError when config.json does not settle it."""
+    """One of DTYPES. Raises ValueError when neither `dtype` nor config.json names one."""
     if dtype == "auto":
-        asked = config.dtype
-        dtype = "" if asked is None else str(asked).removeprefix("torch.")
+        dtype = "" if config.dtype is None else str(config.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ValueError(
             f"model.dtype: config.json says {dtype or 'nothing'}; set model.dtype to one of {', '.join(DTYPES)}"
@@ -52,7 +51,7 @@ def resolve_dtype(config: PretrainedConfig, dtype: str) -> str:
 
 
 class _Reader:
-    """One unsharded model, built and probed on shapes."""
+    """One unsharded model, built and probed on fake tensors."""
 
     def __init__(self, model: PreTrainedModel, dtype: str, digest: str) -> None:
         self.model = model
@@ -86,7 +85,7 @@ class _Reader:
             styles=self._styles(embedding_name, head_name),
             tied_head=tied,
             experts_per_token=self._experts_per_token(),
-            unused=frozenset(name for name in self.model.state_dict() if self._place(name) is None),
+            unused=frozenset(name for name in self.model.state_dict() if self._place_of(name) is None),
             exchanges_more=self.trace.exchanges_more,
             layer_outputs=self._only(self.trace.layer_outputs, "kinds of layer outputs"),
             are_layers_chained=self.trace.are_chained,
@@ -102,7 +101,7 @@ class _Reader:
         return amended_styles(self.config.model_type, own, self.layers_name, embedding_name, head_name)
 
     def _experts_per_token(self) -> int | None:
-        """For estimates only: families call it by many names."""
+        """Experts per token, for estimates only; families have many names for it."""
         names = (
             "num_experts_per_tok",
             "moe_topk",
@@ -115,7 +114,7 @@ class _Reader:
         return next((count for count in found if isinstance(count, int)), None)
 
     def _largest_list(self) -> str:
-        """The layers: of all module lists the one with most parameters."""
+        """The name of the list of layers: of all module lists the one with most parameters."""
         sizes = {
             name: sum(parameter.numel() for parameter in module.parameters())
             for name, module in self.model.named_modules()
@@ -159,7 +158,7 @@ class _Reader:
         kept = {pattern: str(dtype).removeprefix("torch.") for pattern, dtype in plan.items()}
         found = []
         for name, tensor in self.model.state_dict(keep_vars=True).items():
-            place = self._place(name)
+            place = self._place_of(name)
             if name == tied_head or place is None:
                 continue
             dtype = str(tensor.dtype).removeprefix("torch.")
@@ -168,8 +167,8 @@ class _Reader:
             found.append(Parameter(name, tuple(tensor.shape), dtype, place))
         return found
 
-    def _place(self, name: str) -> Place | None:
-        """Where a tensor is needed; None where nothing that runs owns it."""
+    def _place_of(self, name: str) -> Place | None:
+        """Where a tensor is needed; None if no module that runs owns it."""
         if name.startswith(self.layers_name + "."):
             return "layer"
         owner = name.rpartition(".")[0]
@@ -177,12 +176,12 @@ class _Reader:
             return "all"
         calls = self.trace.calls
         first, last = (calls.index(f"{self.layers_name}.{number}") for number in (0, self._num_layers() - 1))
-        places = [place for place, call in enumerate(calls) if call == owner]
-        if not places:
+        indices = [index for index, call in enumerate(calls) if call == owner]
+        if not indices:
             return None
-        if max(places) < first:
+        if max(indices) < first:
             return "first"
-        return "last" if min(places) > last else "all"
+        return "last" if min(indices) > last else "all"
 
     def _num_layers(self) -> int:
         layers = self.model.get_submodule(self.layers_name)

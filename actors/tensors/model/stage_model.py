@@ -1,6 +1,6 @@
 """One rank's part of the model: built from the skeleton, pruned to its stage, cut to its shard, run on packed tokens.
 
-T tokens of the step · H hidden size · Q rows of logits · V vocabulary rows of this shard.
+T tokens of the step · H hidden size · Q logits rows · V vocabulary rows of this shard.
 """
 
 import copy
@@ -24,7 +24,7 @@ from actors.tensors.model.parallel_layers import ColwiseLinear, NoEmbedding, Par
 from actors.tensors.model.parallelize import parallelize
 from actors.tensors.model.position_only_cache import PositionOnlyCache
 from actors.tensors.model.rotary import fix_rotary
-from actors.tensors.model.skeleton import build_skeleton, config_digest, read_config
+from actors.tensors.model.skeleton import build_skeleton, config_digest, read_model_config
 from actors.tensors.weights.checkpoint import Sources, find_sources
 from actors.tensors.weights.conversion import Conversions
 from actors.words.messages import Substitution
@@ -32,7 +32,7 @@ from cluster.collectives.interface import PresentGroup, StageGroup
 
 
 class StageModel:
-    """The layers of one stage, as one shard holds them; on the last stage the model's own tail too."""
+    """The layers of one stage, as one shard holds them; on the last stage also the model's final norm and head."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class StageModel:
         group: PresentGroup,
         attention: AttentionBackend,
     ) -> None:
-        """`skeleton` is pruned and cut already, and its layers exchange through `group`; use `build`."""
+        """`skeleton` is pruned and cut already, and its layers exchange through `group`; see `build`."""
         self.spec = spec
         self.shard = shard
         self.module = skeleton
@@ -52,33 +52,37 @@ class StageModel:
         self.attention = attention
         self.substitutions: list[Substitution] = []
         self._current = CurrentStep()
-        # By reference: a backend may put something else in the place of a whole layer
+        # By reference: a backend may replace a whole layer, after which the name is not found
         self._attention_modules = [skeleton.get_submodule(attention.spec.name) for attention in shard.attentions]
         self._state_1TH: torch.Tensor | None = None  # from the stage before
         self._output_1TH: torch.Tensor | None = None  # of the last owned layer
         self._hooks: list[Any] = []
-        self._watch_ends()
+        self._hook_ends()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor of this rank that is loaded, by its name in the model; a tied head is not named twice."""
+        """Every tensor that this rank loads, by its name in the model; a tied head appears once, as the embedding."""
         return {tensor.name: _find(self.module, tensor.name) for tensor in self.shard.tensors}
 
     def prepare(self, backend: Backend) -> None:
-        """Let the backend bring the weights, which hold their values now, into its form, and substitute what it can."""
-        for layers in self._products():
+        """Let the backend bring the weights, which are loaded now, into its form, and substitute modules."""
+        products = self._products()
+        while products:
+            layers = products.pop()
             weights = [layer.weight for layer in layers]
             method = backend.linear_method(weights)
-            if method is not None and len(layers) == 1:
+            if method is None and len(layers) > 1:
+                products += [[layer] for layer in layers]
+            elif method is not None and len(layers) == 1:
                 layers[0].hand_over(method)
             elif method is not None:
                 merged = MergedColwise(method, [len(weight) for weight in weights], [layer.bias for layer in layers])
                 for index, layer in enumerate(layers):
                     layer.hand_over(MergedPart(merged, index))
         self.substitutions = backend.optimize(self)
-        self._watch_ends()
+        self._hook_ends()
 
     def _products(self) -> list[list[ParallelLinear]]:
-        """The linear layers whose weights a backend may take over, those first that are multiplied as one."""
+        """The linear layers whose weights a backend may take over, first those that are merged into one product."""
         tied = {f"{self.spec.embedding_name}.weight", f"{self.spec.head_name}.weight"}
         tied = tied if self.shard.shares_tied_weight else set()
         linears = {
@@ -92,11 +96,11 @@ class StageModel:
         return [[linears[name] for name in group] for group in together] + alone
 
     def join(self, group: StageGroup) -> None:
-        """Let the layers exchange through the group of a new epoch."""
+        """Make the layers exchange through the group of a new epoch."""
         self.group.group = group
 
     def is_finite(self) -> bool:
-        """Whether every weight is a number; reads all of them."""
+        """Whether every weight is finite; reads all of them."""
         tensors = [
             tensor for tensor in (*self.module.parameters(), *self.module.buffers()) if tensor.is_floating_point()
         ]
@@ -106,11 +110,11 @@ class StageModel:
         return all(method is None or method.is_finite() for method in methods)
 
     def take_exchange_s(self) -> float:
-        """Seconds that the layers spent with the other shards since the last call."""
+        """Seconds that the layers spent in exchanges with other shards since the last call."""
         return self.group.take_seconds()
 
     def attach(self, cache: KVCache) -> None:
-        """Give each attention its part of the cache; called again when the cache is allocated anew."""
+        """Give each attention its part of the cache; called again when the cache is allocated again."""
         for module, layer in zip(self._attention_modules, cache.layers, strict=True):
             LayerAttention(layer, self.attention, self._current).attach(module)
 
@@ -122,10 +126,10 @@ class StageModel:
         metadata: AttentionMetadata,
         state_TH: torch.Tensor | None,
     ) -> torch.Tensor:
-        """→ hidden states [T, H] for the next stage, or on the last stage the logits [Q, V] of the rows asked for.
+        """→ hidden states [T, H] for the next stage, or on the last stage the logits [Q, V] of the tokens `rows_Q`.
 
-        `state_TH` comes from the stage before (None on the first). What the model's forward does ahead of its first
-        layer runs on a dummy on later stages, and is thrown away.
+        `state_TH` comes from the stage before (None on the first). On later stages, the code of the
+        model's forward ahead of its first layer runs on zeros, and its result is dropped.
         """
         self._current.begin(metadata)
         self._state_1TH = None if state_TH is None else state_TH.unsqueeze(0)
@@ -147,8 +151,8 @@ class StageModel:
             self._current.end()
             self._state_1TH = self._output_1TH = None
 
-    def _watch_ends(self) -> None:
-        """Bring in what the stage before computed, and keep what this one has, at whatever stands for its layers."""
+    def _hook_ends(self) -> None:
+        """Hook the first and the last owned layer, to bring in hidden states, and to keep those for the next stage."""
         for hook in self._hooks:
             hook.remove()
         (first, end), self._hooks = self.shard.layers, []
@@ -173,7 +177,7 @@ class StageModel:
 
 
 def _can_merge(group: tuple[str, ...], linears: dict[str, ParallelLinear]) -> bool:
-    """Whether the layers of these names are here, cut by outputs alike, and all with a bias or all without."""
+    """Whether layers of all these names are here, cut by outputs, and alike in inputs, dtype and having a bias."""
     layers = [linears[name] for name in group if name in linears]
     if len(layers) != len(group) or any(type(layer) is not ColwiseLinear for layer in layers):
         return False
@@ -183,7 +187,7 @@ def _can_merge(group: tuple[str, ...], linears: dict[str, ParallelLinear]) -> bo
 def build(
     plan: Plan, rank: int, folder: Path, group: StageGroup, device: torch.device, attention: AttentionBackend
 ) -> StageModel:
-    """Build one rank's model with empty tensors on the device.
+    """Build one rank's model, with uninitialized tensors on the device.
 
     Raises ValueError when the folder on this node describes another model than the plan was made for, CheckpointError
     when its files do not hold what this rank needs.
@@ -192,9 +196,9 @@ def build(
     if config_digest(folder) != spec.config_digest:
         raise ValueError(f"model.source: {folder} on this node describes another model than the plan; copy it anew")
     dtype: torch.dtype = getattr(torch, spec.dtype)
-    skeleton = build_skeleton(read_config(folder), dtype)
+    skeleton = build_skeleton(read_model_config(folder), dtype)
     fix_rotary(skeleton, plan.max_model_len)
-    sources = find_sources(folder, spec, shard, Conversions(skeleton))  # of the whole model: before it is pruned
+    sources = find_sources(folder, spec, shard, Conversions(skeleton))  # needs the whole model, so before pruning
     _prune(spec, shard, skeleton, dtype, device)
     present = PresentGroup(group)
     cut = {tensor.name: tensor for tensor in shard.tensors}
@@ -209,7 +213,7 @@ def build(
 
 
 def _interval(style: str, weight: TensorSlice | None) -> Interval:
-    """What a shard has of the dimension that a style cuts."""
+    """The shard's part of the dimension that a style cuts."""
     cuts = STYLES[style].cuts
     if weight is None or cuts is None:
         return 0, 0
@@ -218,7 +222,7 @@ def _interval(style: str, weight: TensorSlice | None) -> Interval:
 
 
 def _prune(spec: ModelSpec, shard: ShardPlan, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Put stand-ins where another stage owns the module; lists keep their length and layers their number."""
+    """Replace modules that another stage owns; the list of layers keeps its length, and layers their numbers."""
     first, end = shard.layers
     for layer in range(spec.num_layers):
         if not first <= layer < end:
@@ -234,7 +238,7 @@ def _prune(spec: ModelSpec, shard: ShardPlan, model: nn.Module, dtype: torch.dty
 
 
 def _localize_heads(spec: ModelSpec, shard: ShardPlan, model: nn.Module) -> None:
-    """A fused projection is taken apart by head counts of the module and its config: make them this shard's."""
+    """Set the head counts by which a module splits a fused projection to this shard's."""
     for attention in shard.attentions:
         module: Any = model.get_submodule(attention.spec.name)
         if "qkv_colwise" in {
@@ -247,7 +251,7 @@ def _localize_heads(spec: ModelSpec, shard: ShardPlan, model: nn.Module) -> None
 
 
 def _allocate(spec: ModelSpec, shard: ShardPlan, model: nn.Module, device: torch.device) -> None:
-    """Replace every tensor that is loaded by an empty one of the shard's shape; nothing stays on meta."""
+    """Replace every tensor that is loaded by an uninitialized one of the shard's shape; nothing stays on meta."""
     for tensor in shard.tensors:
         module_name, _, attribute = tensor.name.rpartition(".")
         module = model.get_submodule(module_name)

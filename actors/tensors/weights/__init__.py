@@ -1,1 +1,1 @@
-"""Checkpoints: where they are, what their files hold, and reading just the slices of one rank."""
+"""Checkpoints: where they are, what their files hold, and how a rank reads only its own slices of them."""

@@ -12,7 +12,7 @@ import torch
 
 from actors.decisions.model.shard_plan import Interval, ShardPlan, TensorSlice
 from actors.decisions.model.spec import ModelSpec
-from actors.tensors.weights.conversion import Computed, Conversions, Group
+from actors.tensors.weights.conversion import Computed, ConversionGroup, Conversions
 from actors.tensors.weights.lazy import Box, Lazy, Read
 from actors.tensors.weights.mapped import MappedFile, as_slices, copied
 from actors.tensors.weights.safetensors_index import stored_tensors
@@ -25,29 +25,29 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What loading took."""
+    """What loading read, and how long it took."""
 
     bytes_copied: int  # on the rank, in its own dtype
     seconds: float
     num_files: int
-    computed: tuple[str, ...]  # tensors whose sources were read whole, as their conversion is not understood backwards
+    computed: tuple[str, ...]  # tensors whose sources were read whole, because their conversion cannot be inverted
 
 
 @dataclass(frozen=True)
 class Sources:
-    """What a rank's tensors are made of: found and checked, nothing read yet."""
+    """The stored tensors that make a rank's tensors: found and checked, but not read yet."""
 
     shard: ShardPlan
     by_target: dict[str, Lazy | Computed]
     conversions: Conversions
-    twin: tuple[str, str, Lazy] | None  # of a tied head that is stored beside the embedding: both keys, and the head
+    twin: tuple[str, str, Lazy] | None  # a tied head that is stored beside the embedding: both keys, and the head
 
 
 def find_sources(folder: Path, spec: ModelSpec, shard: ShardPlan, conversions: Conversions) -> Sources:
-    """Where a checkpoint holds what a rank needs.
+    """Find where a checkpoint holds a rank's tensors.
 
-    Raises CheckpointError that names the file and the tensor, for whatever is missing, left over, truncated, of another
-    shape, or quantised.
+    Raises CheckpointError, which names file and tensor, for whatever is missing, left over, truncated, of another
+    shape, or quantized.
     """
     groups, leftovers = conversions.groups(stored_tensors(folder))
     for stored in leftovers:
@@ -82,8 +82,8 @@ def find_sources(folder: Path, spec: ModelSpec, shard: ShardPlan, conversions: C
     return Sources(shard, by_target, conversions, twin)
 
 
-def _check(tensor: TensorSlice, source: Lazy | Computed, groups: Mapping[str, Group]) -> None:
-    """What a lazy tensor says of itself fits what the model wants."""
+def _check(tensor: TensorSlice, source: Lazy | Computed, groups: Mapping[str, ConversionGroup]) -> None:
+    """Raises CheckpointError unless shape and kind of dtype of a lazy tensor are those of the model's."""
     if isinstance(source, Computed):
         return
     made_of = groups[tensor.key].keys if tensor.key in groups else tensor.key
@@ -129,22 +129,22 @@ def load_weights(sources: Sources, tensors: Mapping[str, torch.Tensor], progress
 
 
 def boxes(intervals: tuple[tuple[Interval, ...], ...]) -> Iterator[tuple[Box, tuple[slice, ...]]]:
-    """Every combination of intervals: a box of the whole tensor, and its place in the shard's."""
+    """Every combination of intervals: a box of the whole tensor, and the slices that it fills in the shard's tensor."""
     dims = []
     for of_dim in intervals:
         ends = list(itertools.accumulate(end - first for first, end in of_dim))
         dims.append([(one, slice(end - one[1] + one[0], end)) for one, end in zip(of_dim, ends, strict=True)])
     for combination in itertools.product(*dims):
-        yield tuple(box for box, _ in combination), tuple(place for _, place in combination)
+        yield tuple(interval for interval, _ in combination), tuple(part for _, part in combination)
 
 
 def _reads(source: Lazy, tensor: TensorSlice, target: torch.Tensor) -> Iterator[Read]:
-    for box, place in boxes(tensor.intervals):
-        yield from source.reads(box, target[place])
+    for box, part in boxes(tensor.intervals):
+        yield from source.reads(box, target[part])
 
 
 def _compute(source: Computed, conversions: Conversions) -> torch.Tensor:
-    """The whole of a tensor, by Transformers' own conversion of all that it is made of."""
+    """Compute a whole tensor, by Transformers' own conversion of all its sources."""
     group = source.group
     whole: dict[str, list[torch.Tensor]] = {}
     for pattern, of_pattern in group.stored.items():
@@ -162,13 +162,13 @@ def _slice_whole(whole: torch.Tensor, tensor: TensorSlice, target: torch.Tensor)
         raise CheckpointError(
             f"{tensor.key} is {list(whole.shape)}, but config.json asks for {list(tensor.full_shape)}"
         )
-    for box, place in boxes(tensor.intervals):
-        target[place].copy_(whole[as_slices(box)])
+    for box, part in boxes(tensor.intervals):
+        target[part].copy_(whole[as_slices(box)])
     return target.nbytes
 
 
 def _check_twin(sources: Sources, tensors: Mapping[str, torch.Tensor]) -> None:
-    """A tied head stored beside the embedding must equal it: Transformers unties the two when they differ."""
+    """Raises CheckpointError unless a tied head equals the embedding beside it; Transformers would untie the two."""
     if sources.twin is None:
         return
     name, embedding, twin = sources.twin

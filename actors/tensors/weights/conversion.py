@@ -1,7 +1,7 @@
-"""Which stored tensors make which tensor of the model: Transformers' own conversions, run on lazy tensors.
+"""Finds which stored tensors make which tensor of the model, by Transformers' own conversions on lazy tensors.
 
-Checkpoints keep names and layouts of their own: one tensor an expert, projections fused or apart. What Transformers
-does to them when it loads a whole model is the truth; here it is noted, so that a rank reads only its own parts.
+Checkpoints have names and layouts of their own: one tensor an expert, projections fused or apart. How Transformers
+converts them when it loads a whole model is recorded here, so that a rank reads only its own parts.
 """
 
 from collections import defaultdict
@@ -31,22 +31,22 @@ _ALWAYS_IGNORED = r"rotary_emb\.inv_freq"
 
 
 @dataclass(frozen=True)
-class Group:
-    """Stored tensors that one conversion makes one or several tensors of the model from."""
+class ConversionGroup:
+    """The stored tensors from which one conversion makes one or several tensors of the model."""
 
     first_target: str
-    converter: WeightConverter | None  # None: a tensor is stored as it is
+    converter: WeightConverter | None  # None: the tensor is stored as it is
     stored: dict[str, list[StoredTensor]] = field(default_factory=lambda: defaultdict(list))  # by source pattern
 
     @property
     def keys(self) -> str:
-        """For messages."""
+        """The file and the first keys, for messages."""
         tensors = [tensor for of_pattern in self.stored.values() for tensor in of_pattern]
         names = ", ".join(tensor.key for tensor in tensors[:3]) + (", ..." if len(tensors) > 3 else "")
         return f"{tensors[0].file}: {names}"
 
     def convert(self, tensors: Mapping[str, Sequence[Any]], model: Any) -> dict[str, Any]:
-        """By target name, what Transformers' operations make of tensors (by source pattern): real or lazy ones."""
+        """Apply Transformers' operations to tensors, real or lazy, by source pattern → the results by target name."""
         if self.converter is None:
             [[tensor]] = tensors.values()
             return {self.first_target: tensor}
@@ -63,7 +63,7 @@ class Group:
             )
         full_name = self.first_target.replace("*.", "0.")
         inside = next((pattern for pattern in made if pattern in full_name), None)
-        if inside is not None:  # operations name their results by patterns: the rest of the name is that of the target
+        if inside is not None:  # operations name their results by patterns: the rest of the name is the target's
             prefix, _, suffix = full_name.partition(inside)
             made = {prefix + pattern + suffix: value for pattern, value in made.items()}
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
@@ -71,14 +71,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Computed:
-    """A tensor whose conversion is not understood backwards: all its sources are read, and converted."""
+    """A tensor whose conversion cannot be inverted: all its sources are read whole, and converted."""
 
-    group: Group
+    group: ConversionGroup
     name: str
 
 
 class Shapes:
-    """What conversions ask a model for; it stays when the model is pruned."""
+    """The part of a model that conversions read: config and shapes, kept when the model is pruned."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.config = model.config
@@ -88,12 +88,12 @@ class Shapes:
         }
 
     def get_parameter(self, name: str) -> torch.Tensor:
-        """On meta."""
+        """A tensor of the model, on meta."""
         return self.state[name]
 
 
 class Conversions:
-    """What Transformers does to the checkpoints of a model; made from the whole skeleton."""
+    """Transformers' conversions of a model's checkpoints; made from the whole skeleton."""
 
     def __init__(self, skeleton: PreTrainedModel) -> None:
         self.shapes = Shapes(skeleton)
@@ -105,9 +105,9 @@ class Conversions:
         ignored = skeleton._keys_to_ignore_on_load_unexpected or ()  # noqa: SLF001 - it has no public name
         self.ignorable = frozenset({*ignored, _ALWAYS_IGNORED})
 
-    def groups(self, stored: Mapping[str, StoredTensor]) -> tuple[dict[str, Group], list[StoredTensor]]:
-        """By first target, what is stored for it; and what nothing in the model is made from."""
-        groups: dict[str, Group] = {}
+    def groups(self, stored: Mapping[str, StoredTensor]) -> tuple[dict[str, ConversionGroup], list[StoredTensor]]:
+        """The groups by first target, and the stored tensors that the model has no use for."""
+        groups: dict[str, ConversionGroup] = {}
         leftovers: list[StoredTensor] = []
         for key in sorted(stored, key=dot_natural_key):  # the order in which Transformers stacks experts
             target, pattern = self._target(key)
@@ -115,7 +115,7 @@ class Conversions:
                 leftovers.append(stored[key])
                 continue
             converter = None if pattern is None else self._by_pattern[pattern]
-            group = groups.setdefault(target, Group(target, converter))
+            group = groups.setdefault(target, ConversionGroup(target, converter))
             if group.converter is not converter or (converter is None and group.stored):
                 raise CheckpointError(f"{group.keys} and {key} are both stored for {target}; one of them must go")
             group.stored[pattern or key].append(stored[key])
@@ -125,12 +125,12 @@ class Conversions:
         """The (first) tensor of the model that a key is for, and the pattern of its converter."""
         state = self.shapes.state
         target, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, state)
-        if target not in state and key in state:  # Transformers' own rule: then it should not have been renamed
+        if target not in state and key in state:  # Transformers' own rule: such a key is not renamed
             target, pattern = rename_source_key(key, [], [], self._prefix, state)
         return target, pattern
 
-    def sources(self, groups: Mapping[str, Group], wanted: Collection[str]) -> dict[str, Lazy | Computed]:
-        """What the wanted tensors are made of; those that nothing is stored for are missing."""
+    def sources(self, groups: Mapping[str, ConversionGroup], wanted: Collection[str]) -> dict[str, Lazy | Computed]:
+        """The sources of the wanted tensors, by name; without those for which nothing is stored."""
         found: dict[str, Lazy | Computed] = {}
         for group in groups.values():
             if group.converter is None and group.first_target not in wanted:
@@ -145,8 +145,8 @@ class Conversions:
             found |= {name: source for name, source in made.items() if name in wanted}
         return found
 
-    def _on_meta(self, group: Group) -> dict[str, Computed]:
-        """Which tensors a conversion makes that is not understood backwards, and whether it can."""
+    def _on_meta(self, group: ConversionGroup) -> dict[str, Computed]:
+        """The tensors that a conversion makes which cannot be inverted; it is tried on meta tensors."""
         empty = {
             pattern: [torch.empty(one.shape, dtype=one.dtype, device="meta") for one in stored]
             for pattern, stored in group.stored.items()

@@ -1,6 +1,6 @@
-"""Tensors of a checkpoint that remember how they were put together, so that a part is read from just its sources.
+"""Lazy tensors: they record how a conversion makes them of stored tensors, so that a part is read from its sources.
 
-Transformers' own conversions run on them: what they stack, join, cut and transpose is noted, and asked backwards.
+Transformers' own conversions run on them: each stack, cat, split and transpose is recorded, and inverted for a read.
 """
 
 from abc import ABC, abstractmethod
@@ -18,7 +18,7 @@ Box = tuple[Interval, ...]  # a part of a tensor: one interval a dimension
 
 @dataclass(frozen=True)
 class Read:
-    """A part of a stored tensor and where it goes: a view of just that shape."""
+    """A part of a stored tensor, and the view of the same shape that it is copied to."""
 
     stored: StoredTensor
     box: Box
@@ -26,18 +26,18 @@ class Read:
 
 
 class NotLazyError(Exception):
-    """A conversion did something that is not understood backwards."""
+    """A conversion used an operation that cannot be inverted."""
 
 
 class Lazy(ABC):
-    """A tensor that is not there."""
+    """A tensor without data, which knows the sources of each of its parts."""
 
     shape: torch.Size
     dtype: torch.dtype
 
     @abstractmethod
     def reads(self, box: Box, target: torch.Tensor) -> Iterator[Read]:
-        """What fills `target` [shape of the box] with a part of this tensor."""
+        """The reads that fill `target` [shape of the box] with a part of this tensor."""
 
     @property
     def ndim(self) -> int:
@@ -45,22 +45,22 @@ class Lazy(ABC):
         return len(self.shape)
 
     def contiguous(self) -> "Lazy":
-        """It has no memory to lie in."""
+        """The same tensor: it has no memory layout."""
         return self
 
     def transpose(self, dim0: int, dim1: int) -> "Lazy":
-        """As torch does."""
+        """As torch.Tensor.transpose."""
         return Transposed(self, dim0, dim1)
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else tensors can do."""
+        """Raises NotLazyError for any other attribute of tensors."""
         raise NotLazyError(name)
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """torch.stack(lazy ones), and so on."""
+        """Called for torch.stack and other functions on lazy tensors."""
         if func not in _FUNCTIONS:
             raise NotLazyError(str(func))
         return _FUNCTIONS[func](*args, **(kwargs or {}))
@@ -75,12 +75,12 @@ class Leaf(Lazy):
         self.dtype = stored.dtype
 
     def reads(self, box: Box, target: torch.Tensor) -> Iterator[Read]:
-        """Itself."""
+        """One read, of the stored tensor itself."""
         yield Read(self.stored, box, target)
 
 
 class Joined(Lazy):
-    """Tensors one after the other along a dimension."""
+    """Tensors concatenated along a dimension."""
 
     def __init__(self, parts: Sequence[Lazy], dim: int) -> None:
         self.parts = parts
@@ -93,7 +93,7 @@ class Joined(Lazy):
         self.dtype = parts[0].dtype
 
     def reads(self, box: Box, target: torch.Tensor) -> Iterator[Read]:
-        """From the parts that the box meets."""
+        """The reads of the parts that overlap the box."""
         (first, end), start, filled = box[self.dim], 0, 0
         for part in self.parts:
             size = part.shape[self.dim]
@@ -107,7 +107,7 @@ class Joined(Lazy):
 
 
 class Stacked(Lazy):
-    """Tensors of one shape along a new dimension."""
+    """Tensors of one shape, stacked along a new dimension."""
 
     def __init__(self, parts: Sequence[Lazy], dim: int) -> None:
         self.parts = parts
@@ -118,15 +118,15 @@ class Stacked(Lazy):
         self.dtype = parts[0].dtype
 
     def reads(self, box: Box, target: torch.Tensor) -> Iterator[Read]:
-        """From the parts that the box names."""
+        """The reads of the parts in the box."""
         first, end = box[self.dim]
         rest = (*box[: self.dim], *box[self.dim + 1 :])
-        for place, part in enumerate(self.parts[first:end]):
-            yield from part.reads(rest, target.select(self.dim, place))
+        for index, part in enumerate(self.parts[first:end]):
+            yield from part.reads(rest, target.select(self.dim, index))
 
 
 class Narrowed(Lazy):
-    """A run along one dimension."""
+    """An interval of one dimension, as torch.narrow."""
 
     def __init__(self, whole: Lazy, dim: int, first: int, length: int) -> None:
         self.whole = whole
@@ -136,14 +136,14 @@ class Narrowed(Lazy):
         self.dtype = whole.dtype
 
     def reads(self, box: Box, target: torch.Tensor) -> Iterator[Read]:
-        """The same, further on."""
+        """The reads of the same box, offset in the whole tensor."""
         first, end = box[self.dim]
-        moved = (first + self.first, end + self.first)
-        yield from self.whole.reads((*box[: self.dim], moved, *box[self.dim + 1 :]), target)
+        interval = (first + self.first, end + self.first)
+        yield from self.whole.reads((*box[: self.dim], interval, *box[self.dim + 1 :]), target)
 
 
 class Transposed(Lazy):
-    """Two dimensions exchanged."""
+    """A tensor with two dimensions exchanged."""
 
     def __init__(self, whole: Lazy, dim0: int, dim1: int) -> None:
         self.whole = whole
@@ -152,7 +152,7 @@ class Transposed(Lazy):
         self.dtype = whole.dtype
 
     def reads(self, box: Box, target: torch.Tensor) -> Iterator[Read]:
-        """The exchanged box into the exchanged target."""
+        """The reads of the transposed box into the transposed target."""
         yield from self.whole.reads(self._swapped(box), target.transpose(*self.dims))
 
     def _swapped(self, items: Sequence[Any]) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""A safetensors file mapped into memory: parts are copied straight from the page cache, and the disk is asked ahead."""
+"""Maps safetensors files into memory: parts are copied straight from the page cache, and prefetched from disk."""
 
 import itertools
 import math
@@ -13,15 +13,15 @@ from actors.tensors.weights.lazy import Box, Read
 from actors.tensors.weights.safetensors_index import StoredTensor
 from actors.words.errors import CheckpointError
 
-_PIECE_BYTES = 1024 * 1024  # asked for at once
-_AHEAD_BYTES = 64 * 1024 * 1024  # on their way from the disk while something is copied
+_PIECE_BYTES = 1024 * 1024  # of one prefetch
+_AHEAD_BYTES = 64 * 1024 * 1024  # prefetched ahead of the copy
 
 
 class MappedFile:
-    """One file. Ranks of a node that read the same bytes read them from the disk once: all copy from the page cache."""
+    """One file. Bytes that several ranks of a node read come from disk once: all copy from the page cache."""
 
     def __init__(self, file: Path, num_bytes: int) -> None:
-        """`num_bytes`: how far it is going to be read."""
+        """`num_bytes`: the end of the last byte that will be read."""
         try:
             with file.open("rb") as stream:
                 if os.fstat(stream.fileno()).st_size < num_bytes:
@@ -32,7 +32,7 @@ class MappedFile:
             raise CheckpointError(f"{file} cannot be read: {error}") from error
 
     def close(self) -> None:
-        """The map itself goes with the last tensor."""
+        """Close the descriptor; the map is freed with the last tensor."""
         os.close(self._descriptor)
 
     def tensor(self, stored: StoredTensor) -> torch.Tensor:
@@ -42,26 +42,26 @@ class MappedFile:
             return torch.empty(stored.shape, dtype=stored.dtype)
         return torch.frombuffer(self._map, dtype=stored.dtype, count=numel, offset=stored.offset).view(stored.shape)
 
-    def fetch(self, first: int, end: int) -> None:
-        """Ask the kernel to read a range of bytes, without waiting; in pieces, as it cuts short what is long."""
+    def prefetch(self, first: int, end: int) -> None:
+        """Have the kernel read bytes [first, end), without waiting; in pieces, as it truncates long ranges."""
         for start in range(first, end, _PIECE_BYTES):
             os.posix_fadvise(self._descriptor, start, min(_PIECE_BYTES, end - start), os.POSIX_FADV_WILLNEED)
 
 
 def copied(reads: Iterable[Read]) -> Iterator[int]:
-    """Do all reads, in the order of the files; after each, the bytes that it filled."""
+    """Do all reads, in the order of the files; after each one, yield the bytes that it filled."""
     ordered = sorted(reads, key=lambda read: (read.stored.file, byte_range(read)))
     for file, of_file in itertools.groupby(ordered, key=lambda read: read.stored.file):
         batch = list(of_file)
         mapped = MappedFile(file, max(byte_range(read)[1] for read in batch))
         try:
-            fetched, asked = 0, 0  # reads of the batch that are asked for; the end of what is
+            num_prefetched, prefetched_end = 0, 0  # reads of the batch; bytes of the file
             for read in batch:
                 until = byte_range(read)[1] + _AHEAD_BYTES
-                while fetched < len(batch) and byte_range(batch[fetched])[0] < until:
-                    first, end = byte_range(batch[fetched])
-                    mapped.fetch(max(first, asked), end)
-                    fetched, asked = fetched + 1, max(asked, end)
+                while num_prefetched < len(batch) and byte_range(batch[num_prefetched])[0] < until:
+                    first, end = byte_range(batch[num_prefetched])
+                    mapped.prefetch(max(first, prefetched_end), end)
+                    num_prefetched, prefetched_end = num_prefetched + 1, max(prefetched_end, end)
                 read.target.copy_(mapped.tensor(read.stored)[as_slices(read.box)])
                 yield read.target.nbytes
         finally:
@@ -69,12 +69,12 @@ def copied(reads: Iterable[Read]) -> Iterator[int]:
 
 
 def as_slices(box: Box) -> tuple[slice, ...]:
-    """For indexing."""
+    """A box as slices, for indexing."""
     return tuple(slice(first, end) for first, end in box)
 
 
 def byte_range(read: Read) -> tuple[int, int]:
-    """[first, end) of the bytes of the file between which a read lies."""
+    """The smallest byte range [first, end) of the file that contains a read."""
     if any(first >= end for first, end in read.box):
         return read.stored.offset, read.stored.offset
     first = last = 0

@@ -1,4 +1,4 @@
-"""What safetensors files hold: index and headers, checked before a byte of data is read; no weights."""
+"""Reads the index and the headers of safetensors files, and checks them before any weight is read."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from actors.words.errors import CheckpointError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_MAX_DIMS = 64  # torch's own limit; with the next, what a header asks to be multiplied out stays small
+_MAX_DIMS = 64  # torch's own limit; with the next one, it bounds the sizes that a header makes us multiply
 _MAX_SIZE = 2**63 - 1
 _DTYPES = {
     "F64": torch.float64,
@@ -37,16 +37,16 @@ class StoredTensor:
     file: Path
     key: str
     shape: tuple[int, ...]
-    stored_dtype: str  # as the format spells it
+    stored_dtype: str  # by the format's name
     offset: int  # bytes from the start of the file
 
     @property
     def dtype(self) -> torch.dtype:
-        """Raises CheckpointError for what cannot be read: quantised weights, above all."""
+        """The torch dtype. Raises CheckpointError for dtypes that cannot be read, above all of quantized weights."""
         if self.stored_dtype not in _DTYPES:
             raise CheckpointError(
                 f"{self.file}: {self.key} is stored as {self.stored_dtype}; readable are {', '.join(_DTYPES)}. "
-                "Use an unquantised checkpoint"
+                "Use an unquantized checkpoint"
             )
         return _DTYPES[self.stored_dtype]
 
@@ -88,7 +88,7 @@ def _read_index(path: Path) -> dict[str, Path]:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """What a safetensors file says it holds; checked for gaps, overlaps, and against its length.
+    """The tensors of a safetensors file; its header is checked for gaps, overlaps, and against the file's length.
 
     Format: https://huggingface.co/docs/safetensors (8 bytes of length, then JSON, then the data).
     """

@@ -6,14 +6,14 @@ from huggingface_hub import snapshot_download, try_to_load_from_cache
 
 from configs.files import PROJECT_ROOT
 
-# What serving reads: weights, configs and tokenizer files at the top of the repository. Original-format twins of the
-# same weights (consolidated*.safetensors) would double the download.
+# Serving reads weights, configs and tokenizer files at the top of the repository. The same weights in their original
+# format (consolidated*.safetensors) would double the download.
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 _UNWANTED = ["*/*", "consolidated*"]
 
 
 def resolve_source(source: str, revision: str | None = None) -> Path:
-    """The folder that `model.source` names; downloads what the local cache lacks, unless HF_HUB_OFFLINE is set.
+    """The folder that `model.source` names; downloads files that the local cache lacks, unless HF_HUB_OFFLINE is set.
 
     A folder wins over a hub id of the same spelling; relative folders start at the project's root. Raises ValueError
     that names model.source and the remedy.
@@ -39,9 +39,9 @@ def local_folder(source: str, revision: str | None = None) -> Path | None:
 
 
 def architecture_folder(source: str, revision: str | None = None) -> tuple[Path, bool]:
-    """A folder whose config.json says what the model is, and whether that is the public value shipped with us.
+    """A folder with the model's config.json, and whether it is one of the public configs shipped with us.
 
-    Enough to plan with: weights need not be there, and nothing is downloaded. Raises ValueError like `resolve_source`.
+    Enough for a plan: weights need not be there, and nothing is downloaded. Raises ValueError like `resolve_source`.
     """
     folder = (PROJECT_ROOT / Path(source).expanduser()).resolve()
     if (folder / "config.json").is_file():
@@ -64,7 +64,7 @@ def architecture_folder(source: str, revision: str | None = None) -> tuple[Path,
 
 
 def shipped_architectures() -> list[str]:
-    """Hub ids that can be planned for offline."""
+    """Hub ids whose configs are shipped, so that they can be planned for offline."""
     folders = sorted((PROJECT_ROOT / "configs" / "architectures").iterdir())
     return [folder.name.replace("--", "/") for folder in folders]
 

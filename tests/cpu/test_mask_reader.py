@@ -1,4 +1,4 @@
-"""What tokens see is read off Transformers' own mask functions, and what is neither window nor chunk is refused."""
+"""The mask reader: windows and chunks are read from Transformers' own mask functions, other patterns are refused."""
 
 from typing import Any
 
@@ -42,7 +42,7 @@ def test_what_is_wider_than_the_model_is_everything() -> None:
     ],
 )
 def test_other_patterns_are_refused(function: Any) -> None:
-    with pytest.raises(UnsupportedModel, match="no rule covers"):
+    with pytest.raises(UnsupportedModel, match="not supported"):
         read_mask(function, 200)
 
 
