@@ -275,13 +275,13 @@ def _in_words(error: RayError, rank: int) -> str:
 
 
 def _check_substitutions(plan: Plan, loaded: list[Loaded]) -> None:
-    """The shards of a stage must compute alike, or their exchanges differ. Raises ValueError where they do not."""
+    """The shards of a stage must compute alike, or their exchanges differ. Raises GangFailure where they do not."""
     for shard, load in zip(plan.shards, loaded, strict=True):
         first = loaded[shard.rank - shard.shard]
         own, theirs = ({one.what: one.count for one in each.substitutions} for each in (load, first))
         if differing := sorted(what for what in own.keys() | theirs.keys() if own.get(what) != theirs.get(what)):
             counts = ", ".join(f"{what} {own.get(what)} times, not {theirs.get(what)}" for what in differing)
-            raise ValueError(
+            raise GangFailure(
                 f"stage {shard.stage}: shard {shard.shard} substitutes otherwise than shard 0: {counts}; "
                 "set substitutions: none, or give the stage a node whose devices are alike"
             )

@@ -108,7 +108,8 @@ class _Rotary:
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         """Q and k [1, heads, T, D], cos and sin [1, T, D] → the same, rotated."""
-        fits = not args and not kwargs and q.shape[0] == 1 and cos.shape == (1, q.shape[2], q.shape[3])
+        is_usual = not args and kwargs in ({}, {"unsqueeze_dim": 1})
+        fits = is_usual and q.shape[0] == 1 and cos.shape == (1, q.shape[2], q.shape[3])
         if not fits or not q.dtype == k.dtype == cos.dtype or q.dtype not in DTYPE_TAGS or q.shape[3] != k.shape[3]:
             return self.own(q, k, cos, sin, *args, **kwargs)
         cos, sin = cos.contiguous(), sin.contiguous()
