@@ -1,4 +1,4 @@
-"""Products by panels against torch's own, on CPUs that have the instruction."""
+"""Products with panel-packed weights against torch's own, on CPUs that have the instruction."""
 
 import math
 

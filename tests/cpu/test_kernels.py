@@ -1,4 +1,4 @@
-"""The CPU kernels against what they stand for, written out in torch."""
+"""The small CPU kernels against the same computations in torch."""
 
 import math
 

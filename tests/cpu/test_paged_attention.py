@@ -1,4 +1,4 @@
-"""Decode attention by whole vectors against the kernel that reads one key after the other."""
+"""Paged attention by AVX-512 vectors against the kernel that reads one key after the other."""
 
 import math
 
@@ -20,7 +20,7 @@ def spec_of(key_dim: int, value_dim: int) -> AttentionSpec:
 
 
 class Case:
-    """Rows of several lengths, whose blocks lie anywhere in a cache; what no row sees is no number."""
+    """Rows of several lengths, whose blocks lie anywhere in a cache; keys and values that no row sees are NaN."""
 
     def __init__(self, heads: tuple[int, int], dims: tuple[int, int], block_size: int) -> None:
         (num_heads, num_kv_heads), (key_dim, value_dim) = heads, dims
@@ -33,9 +33,9 @@ class Case:
         self.tables = torch.randperm(num_blocks, generator=generator).view(num_rows, longest).numpy()
         for row in range(num_rows):
             for position in range(self.first_keys[row], self.positions[row] + 1):
-                place = self.tables[row, position // block_size], position % block_size
-                self.keys[place] = torch.randn(num_kv_heads, key_dim, generator=generator)
-                self.values[place] = torch.randn(num_kv_heads, value_dim, generator=generator)
+                slot = self.tables[row, position // block_size], position % block_size
+                self.keys[slot] = torch.randn(num_kv_heads, key_dim, generator=generator)
+                self.values[slot] = torch.randn(num_kv_heads, value_dim, generator=generator)
         self.keys, self.values = self.keys.bfloat16(), self.values.bfloat16()
         self.query = torch.randn(num_rows, num_heads + 1, key_dim, generator=generator).bfloat16()[:, 1:]
         self.sizes = num_heads, num_kv_heads, key_dim, value_dim, block_size, 2

@@ -1,4 +1,4 @@
-"""Attention on CPU: rows of single tokens by kernels that read the cache in place, the rest written out in torch."""
+"""Attention on CPU: single-token rows by kernels that read the blocks of the cache, prefill tiles in torch."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ _NO_SINKS = np.zeros(0, np.float32)
 
 
 class CPUAttention(ReferenceAttention):
-    """See AttentionBackend. Decode rows, and prompts up to a length, go through kernels."""
+    """See AttentionBackend. Kernels compute decode rows, and prompts up to a length."""
 
     def __init__(self, specs: Sequence[AttentionSpec], dtype: torch.dtype, block_size: int, upload: Upload) -> None:
         self.block_size = block_size
@@ -87,12 +87,12 @@ class CPUAttention(ReferenceAttention):
 
 
 def tables_of(rows: CachedRows) -> RowTables:
-    """As the kernels read them."""
+    """The rows in the form that the kernels take."""
     return RowTables(rows.tables, rows.table_of_B, rows.positions_B, rows.first_keys_B)
 
 
 def sizes_of(cache: LayerCache, num_heads: int, scaling: float) -> AttentionSizes:
-    """What a kernel computes with: `num_heads` queries over this cache."""
+    """The sizes of an attention of `num_heads` query heads over this cache."""
     _, block_size, num_kv_heads, key_dim = cache.keys_NbHD.shape
     return AttentionSizes(
         num_heads=num_heads,

@@ -1,4 +1,4 @@
-"""The CPU backend: products in panels or as oneDNN packs them; attention, norms and whole layers in kernels."""
+"""The CPU backend: packed products, and kernels for attention, norms, MLPs and whole decoder layers."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ from actors.words.messages import Substitution
 
 
 class CPUBackend(ReferenceBackend):
-    """See Backend."""
+    """The CPUs of a node; see Backend."""
 
     def linear_method(self, weights: Sequence[torch.Tensor]) -> LinearMethod | None:
         """See Backend."""
@@ -58,7 +58,7 @@ class CPUBackend(ReferenceBackend):
 
 
 def _substitute_modules(model: RankModel, trials: dict[str, TrialSteps], account: Account) -> None:
-    """Norms, gated MLPs, attention blocks, and the rotary function of the attention modules that stay."""
+    """Substitute norms, gated MLPs, attention blocks, and the rotary function of attention modules that stay."""
     dtype: torch.dtype = getattr(torch, model.spec.dtype)
     for module in model.module.modules():
         if module_kernels.is_norm(module) and not isinstance(module, nn.LayerNorm):

@@ -1,4 +1,4 @@
-"""Compiles the kernels of the CPU backend: which sources their machine code depends on."""
+"""The decorator that compiles the CPU backend's kernels, with the sources on which their machine code depends."""
 
 from pathlib import Path
 
@@ -8,6 +8,6 @@ from cluster.collectives.compile import kernels_of
 __all__ = ["SOURCES", "kernel"]
 
 _HERE = Path(__file__).parent
-# The kernels call those of the exchange between shards, and share constants with the sampling on other devices.
+# The kernels inline those of the exchange between shards, and take constants from the sampling in torch.
 SOURCES = (Path(collectives.__file__).parent, _HERE.parents[1] / "sampling", _HERE)
 kernel = kernels_of(*SOURCES)

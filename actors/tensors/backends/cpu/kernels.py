@@ -1,7 +1,7 @@
-"""Small CPU kernels: norms, gated activations, rotary embeddings, which torch would do in several passes over memory.
+"""Small CPU kernels, one pass over memory each where torch takes several: norms, gated activations, rotary embeddings.
 
 They take addresses and strides (in elements), so that a call costs a microsecond and views need no copy. `dtype_tag` is
-a scalar of the element type: uint16 stands for bfloat16, float32 for itself. Sums are in float32.
+a scalar that stands for the element type: uint16 for bfloat16, float32 for float32. Sums are in float32.
 T tokens · H KV heads · D dimension of a head.
 """
 
@@ -23,11 +23,11 @@ class Rows(NamedTuple):
 
 
 class HeadRows(NamedTuple):
-    """Rows of heads, each of which is contiguous."""
+    """Rows of heads; each head is contiguous."""
 
     address: int
     row_stride: int  # elements from row to row
-    head_stride: int  # and from head to head
+    head_stride: int  # elements from head to head
 
 
 class CosSin(NamedTuple):
@@ -54,7 +54,7 @@ class Heads(NamedTuple):
 
 @kernel()
 def rms_norm(x: Rows, weight: int, out: Rows, num_rows: int, size: int, eps: float, dtype_tag: Any) -> None:
-    """Rows [num_rows, size], normed and times the weight [size]; rounded between the two, as Transformers does."""
+    """Rows [num_rows, size], normalized and times the weight [size]; rounded between the two, as in Transformers."""
     x_p, weight_p = pointer(x.address, dtype_tag), pointer(weight, dtype_tag)
     out_p = pointer(out.address, dtype_tag)
     for row in range(num_rows):
@@ -86,7 +86,7 @@ def silu_mul(gate: Rows, up: Rows, out: int, num_rows: int, size: int, dtype_tag
 def _rotate_head(
     x: Any, first: int, out: Any, first_out: int, cos: Any, sin: Any, angle: int, half: int, dtype_tag: Any
 ) -> None:
-    """One head of one token, in Llama's order: number i turns with number i + half."""
+    """Rotate one head of one token in Llama's order: element i pairs with element i + half."""
     for i in range(half):
         a, b = to_float32(x[first + i]), to_float32(x[first + half + i])
         out[first_out + i] = round_to(a * to_float32(cos[angle + i]) - b * to_float32(sin[angle + i]), dtype_tag)
@@ -112,7 +112,7 @@ def rotate(x: HeadRows, angles: CosSin, out: int, num_tokens: int, num_heads: in
 def rotate_and_store(
     product: int, angles: CosSin, query: int, cache: KeysValues, slots: Any, heads: Heads, dtype_tag: Any
 ) -> None:
-    """Of each token's row of queries, keys and values: rotate the first two, put the last two into the cache.
+    """Split each token's row into queries, keys and values, rotate the first two, and write the last two to the cache.
 
     Product [T, (heads + 2 H) × D] and angles [T, D] → query [T, heads, D], and in the slots [T] of the cache keys and
     values [slots, H, D].
@@ -128,8 +128,8 @@ def rotate_and_store(
             first = row + head * size
             is_query = head < num_heads
             out_p = query_p if is_query else keys_p
-            place = token * num_heads + head if is_query else slots[token] * num_kv_heads + head - num_heads
-            _rotate_head(product_p, first, out_p, place * size, cos_p, sin_p, angle, half, dtype_tag)
+            target = token * num_heads + head if is_query else slots[token] * num_kv_heads + head - num_heads
+            _rotate_head(product_p, first, out_p, target * size, cos_p, sin_p, angle, half, dtype_tag)
         first, out = row + (num_heads + num_kv_heads) * size, slots[token] * num_kv_heads * size
         for i in range(num_kv_heads * size):
             values_p[out + i] = product_p[first + i]

@@ -1,4 +1,4 @@
-"""How products multiply on CPU: weights in the order in which oneDNN reads them, or in panels of our own."""
+"""The linear methods of the CPU backend: weights packed by oneDNN, or panel-packed for our own product."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from actors.tensors.model.parallel_layers import ParallelLinear
 
 
 class OneDnnPackedLinear:
-    """The weight in the order in which oneDNN reads it, once and for all."""
+    """A weight that oneDNN has packed once, in the order in which its product reads it."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self._num_outputs, self._num_inputs = weight.shape
@@ -27,12 +27,12 @@ class OneDnnPackedLinear:
         return product
 
     def is_finite(self) -> bool:
-        """The sum of each row shows it: what is no number does not go away by adding."""
+        """Whether every weight is finite; by the sum of each row, in which NaN and infinity stay."""
         return bool(self.multiply(self._ones, None).isfinite().all())
 
 
 class PanelPackedLinear:
-    """The weight in panels, for CPUs whose fastest product is gemm's."""
+    """A panel-packed weight, for CPUs on which gemm's product is the fastest."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.num_outputs, self.num_inputs = weight.shape
@@ -40,11 +40,11 @@ class PanelPackedLinear:
         self._no_bias = weight.new_zeros(self.num_outputs)
 
     def addresses(self, bias: torch.Tensor | None = None) -> tuple[int, int]:
-        """Of the panels, and of the bias [out] or zeros, for `gemm.multiply_rows`."""
+        """The addresses of the panels and of the bias [out] (or zeros), for `gemm.PackedWeight`."""
         return self._packed.data_ptr(), (self._no_bias if bias is None else bias).data_ptr()
 
     def weight(self) -> torch.Tensor:
-        """[out, in], as it was."""
+        """The weight [out, in], unpacked."""
         return gemm.unpack(self._packed, self.num_outputs)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -52,12 +52,12 @@ class PanelPackedLinear:
         return gemm.multiply(x.contiguous(), self._packed, self._no_bias if bias is None else bias)
 
     def is_finite(self) -> bool:
-        """Whether every number of the weight is finite."""
+        """Whether every weight is finite."""
         return bool(self._packed.sum(dtype=torch.float32).isfinite())
 
 
 def linear_method(weights: Sequence[torch.Tensor]) -> OneDnnPackedLinear | PanelPackedLinear | None:
-    """The fastest for weights [out, in] that get the same input; None: torch's own product by each as it is."""
+    """The fastest method for weights [out, in] that get the same input; None: torch's own product by each weight."""
     if weights[0].dtype not in (torch.float32, torch.bfloat16):
         return None
     weight = weights[0] if len(weights) == 1 else torch.cat(tuple(weights))
@@ -67,11 +67,11 @@ def linear_method(weights: Sequence[torch.Tensor]) -> OneDnnPackedLinear | Panel
 
 
 def why_no_panels(layer: nn.Module) -> str | None:
-    """Why a layer's product is not one of panels; None: it is."""
+    """Why a layer's weight is not panel-packed; None: it is."""
     assert isinstance(layer, ParallelLinear)
     method = getattr(layer.method, "merged", layer).method
     if isinstance(method, PanelPackedLinear):
         return None
     if layer.weight.numel():
-        return "its weight stays as it is: others read it too, or its dtype has no product of ours"
+        return "its weight stays as it is: other modules read it too, or there is no product of ours for its dtype"
     return gemm.why_not(layer.weight.new_empty(0, layer.in_features)) or "its outputs are no multiple of 16"

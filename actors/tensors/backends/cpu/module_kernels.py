@@ -1,4 +1,4 @@
-"""Norms, gated MLPs and rotary embeddings by one kernel each, where that gives what the model's own code does."""
+"""Substitutes norms, gated MLPs and rotary embeddings by one kernel each, if it gives what the model's own gives."""
 
 from types import FunctionType
 from typing import Any
@@ -16,13 +16,13 @@ _CPU = torch.device("cpu")
 
 
 class KernelRMSNorm(nn.Module):
-    """Stands for a root-mean-square norm: one pass."""
+    """Stands for a root-mean-square norm, in one pass over its input."""
 
     weight: torch.Tensor
     original: type[nn.Module]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[*, n] → [*, n]. Numbers of another dtype than the weight's are left to the model's own code."""
+        """[*, n] → [*, n]. An input of another dtype than the weight's goes to the model's own code."""
         if hidden_states.dtype != self.weight.dtype:
             normed: torch.Tensor = self.original.forward(self, hidden_states)
             return normed
@@ -39,14 +39,14 @@ def _rms_norm(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def substitute_norm(module: Any) -> Reason | None:
-    """Make a norm a KernelRMSNorm → why not; None: it is one now."""
+    """Turn a norm into a KernelRMSNorm, in place; returns why not, or None if it is one now."""
     if isinstance(module, ColwiseRMSNorm):
         return "its mean is taken over the heads of all shards"
     weight = module.weight
     if weight.dtype not in DTYPE_TAGS:
         return f"kernels compute in bfloat16 and float32, not in {weight.dtype}"
     rows = norm_inputs(len(weight), norm_eps(module), weight.dtype, _CPU)
-    for row in rows:  # each for itself: beside large numbers small ones would not count
+    for row in rows:  # one at a time: next to large numbers, errors of small ones would not count
         reason = difference(lambda row=row: module(row[None]), lambda row=row: _rms_norm(module, row[None]))  # type: ignore[misc]
         if reason is not None:
             return reason
@@ -62,7 +62,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 class KernelGatedMLP(nn.Module):
-    """Stands for a gated MLP: gate and up in one product, and what is between them and the last in one pass."""
+    """Stands for a gated MLP: gate and up in one product, silu(gate) × up in one pass."""
 
     merged: MergedColwise  # gate and up
     down_proj: nn.Module
@@ -79,12 +79,12 @@ class KernelGatedMLP(nn.Module):
 
 
 def is_gated_mlp(module: nn.Module) -> bool:
-    """Whether a module has the parts of one."""
+    """Whether a module has the parts of a gated MLP."""
     return all(isinstance(getattr(module, name, None), nn.Module) for name in ("gate_proj", "up_proj", "down_proj"))
 
 
 def substitute_mlp(module: Any, hidden_size: int, dtype: torch.dtype) -> Reason | None:
-    """Make a gated MLP a KernelGatedMLP → why not; None: it is one now."""
+    """Turn a gated MLP into a KernelGatedMLP, in place; returns why not, or None if it is one now."""
     merged = merged_of([module.gate_proj, module.up_proj])
     if merged is None or len(set(merged.sizes)) != 1:
         return "gate and up are not multiplied as one"
@@ -99,7 +99,7 @@ def substitute_mlp(module: Any, hidden_size: int, dtype: torch.dtype) -> Reason 
 
 
 class _Rotary:
-    """A model file's rotary function, by the kernel for the shapes that it was tried on, else by itself."""
+    """The rotary function of a model file: by the kernel for usual arguments, else by the model's own code."""
 
     def __init__(self, own: Any) -> None:
         self.own = own
@@ -133,7 +133,7 @@ def uses_rotary(module: nn.Module) -> bool:
 
 
 def substitute_rotary(module: nn.Module, dim: int, dtype: torch.dtype) -> Reason | None:
-    """Let this module's own forward find the kernel where it looks for its file's function → why not; None: it does."""
+    """Make a module's forward call the kernel instead of its file's rotary function; returns why not, or None."""
     forward: Any = type(module).forward
     own = forward.__globals__.get(ROTARY_NAME)
     if own is None or dtype not in DTYPE_TAGS:

@@ -1,4 +1,4 @@
-"""Paged attention of single tokens on CPU, for any dtype and dimension: keys and values are read where they lie.
+"""Paged attention of single-token rows on CPU, for any dtype and dimension, straight from the blocks of the cache.
 
 B rows, a token each · H KV heads · D dimension of a key (E of a value). Sums are in float32.
 """
@@ -14,16 +14,16 @@ from cluster.collectives.elements import exp, pointer, prefetch, round_to, to_fl
 
 
 class RowTables(NamedTuple):
-    """Where each row's keys lie."""
+    """The block tables of rows, and the keys that each row sees."""
 
     tables: Indices  # [sequences, blocks]
-    table_of: Indices  # [B], a row's sequence among the tables
-    positions: Indices  # [B], of the last key that it sees
-    first_keys: Indices  # [B], and of the first
+    table_of: Indices  # [B], the table of a row's sequence
+    positions: Indices  # [B], of the last key that a row sees
+    first_keys: Indices  # [B], position of the first key that it sees
 
 
 class AttentionSizes(NamedTuple):
-    """What an attention computes with."""
+    """The sizes and factors of one attention."""
 
     num_heads: int
     num_kv_heads: int
@@ -35,40 +35,49 @@ class AttentionSizes(NamedTuple):
     softcap: float  # 0: none
 
 
-@kernel()
-def _locate(cached: Any, tables: Any, position: int, last: int, cache: Any) -> Any:
-    """Where a position's heads begin in keys or values; asks early for those that lie a block further.
+class _Layout(NamedTuple):
+    """The layout of the keys, or of the values, in the cache."""
 
-    The blocks of a sequence lie anywhere, and no hardware guesses where.
+    num_kv_heads: int
+    dim: int
+    block_size: int
+    element_bytes: int
+
+
+@kernel()
+def _locate(cached: Any, table: Any, position: int, last: int, layout: _Layout) -> Any:
+    """The index of a position's first element in the keys or values; prefetches the position one block later.
+
+    The hardware cannot foresee it, as the blocks of a sequence lie anywhere.
     """
-    num_kv_heads, dim, block_size, element_bytes = cache
-    block, offset, size = position // block_size, position % block_size, num_kv_heads * dim
+    block_size, size = layout.block_size, layout.num_kv_heads * layout.dim
+    block, offset = position // block_size, position % block_size
     if position + block_size <= last:
-        ahead = (tables[block + 1] * block_size + offset) * size
-        for i in range(ahead, ahead + size, 64 // element_bytes):
+        ahead = (table[block + 1] * block_size + offset) * size
+        for i in range(ahead, ahead + size, 64 // layout.element_bytes):
             prefetch(cached, i)
-    return (tables[block] * block_size + offset) * size
+    return (table[block] * block_size + offset) * size
 
 
 @kernel()
-def _score(queries: Any, scores: Any, keys: Any, tables: Any, first: int, count: int, cache: Any) -> None:
+def _score(queries: Any, scores: Any, keys: Any, table: Any, first: int, count: int, layout: _Layout) -> None:
     """Products of all queries [heads, D] with `count` keys from position `first` on → scores [heads, keys]."""
-    num_kv_heads, dim, _, _ = cache
+    num_kv_heads, dim = layout.num_kv_heads, layout.dim
     group = queries.shape[0] // num_kv_heads
     for j in range(count):
-        here = _locate(keys, tables, first + j, first + count - 1, cache)
+        here = _locate(keys, table, first + j, first + count - 1, layout)
         for kv_head in range(num_kv_heads):
-            place = here + kv_head * dim
+            key = here + kv_head * dim
             for head in range(kv_head * group, (kv_head + 1) * group):
                 score = np.float32(0)
                 for d in range(dim):
-                    score += queries[head, d] * to_float32(keys[place + d])
+                    score += queries[head, d] * to_float32(keys[key + d])
                 scores[head, j] = score
 
 
 @kernel()
 def softmax(scores: Any, count: int, sink: Any, softcap: float) -> None:
-    """Scores of one head → weights that sum to 1, together with that of its sink: an array of one logit, or of none."""
+    """Scores of one head → weights, in place; with its sink's (an array of one logit, or none) they sum to 1."""
     cap = np.float32(softcap)
     if cap > 0:
         for j in range(count):
@@ -85,28 +94,28 @@ def softmax(scores: Any, count: int, sink: Any, softcap: float) -> None:
 
 
 @kernel()
-def _sum_values(weights: Any, sums: Any, values: Any, tables: Any, first: int, count: int, cache: Any) -> None:
-    """Values weighted [heads, keys] and summed → [heads, E]."""
-    num_kv_heads, dim, _, _ = cache
+def _sum_values(weights: Any, sums: Any, values: Any, table: Any, first: int, count: int, layout: _Layout) -> None:
+    """Sums of `count` values from position `first` on, weighted by [heads, keys] → [heads, E]."""
+    num_kv_heads, dim = layout.num_kv_heads, layout.dim
     group = sums.shape[0] // num_kv_heads
     sums[:] = np.float32(0)
     for j in range(count):
-        here = _locate(values, tables, first + j, first + count - 1, cache)
+        here = _locate(values, table, first + j, first + count - 1, layout)
         for kv_head in range(num_kv_heads):
-            place = here + kv_head * dim
+            value = here + kv_head * dim
             for head in range(kv_head * group, (kv_head + 1) * group):
                 weight = weights[head, j]
                 for e in range(dim):
-                    sums[head, e] += weight * to_float32(values[place + e])
+                    sums[head, e] += weight * to_float32(values[value + e])
 
 
 @kernel()
 def attend_decode(
     query: HeadRows, cache: KeysValues, out: int, rows: RowTables, sinks: Any, sizes: AttentionSizes, dtype_tag: Any
 ) -> None:
-    """One query a row, [B, heads, D], over the keys that it sees, straight out of the blocks → `out` [B, heads, E].
+    """Queries [B, heads, D], each row over the keys that it sees → `out` [B, heads, E], contiguous.
 
-    `sinks`: float32 [heads], or nothing.
+    `sinks`: float32 [heads], or an empty array.
     """
     query_p, keys_p, values_p = (
         pointer(query.address, dtype_tag),
@@ -115,8 +124,8 @@ def attend_decode(
     )
     out_p = pointer(out, dtype_tag)
     num_heads, key_dim, value_dim = sizes.num_heads, sizes.key_dim, sizes.value_dim
-    key_layout = sizes.num_kv_heads, key_dim, sizes.block_size, sizes.element_bytes
-    value_layout = sizes.num_kv_heads, value_dim, sizes.block_size, sizes.element_bytes
+    key_layout = _Layout(sizes.num_kv_heads, key_dim, sizes.block_size, sizes.element_bytes)
+    value_layout = _Layout(sizes.num_kv_heads, value_dim, sizes.block_size, sizes.element_bytes)
     longest = (rows.positions - rows.first_keys).max() + 1
     scores = np.empty((num_heads, longest), np.float32)
     queries = np.empty((num_heads, key_dim), np.float32)
@@ -125,14 +134,14 @@ def attend_decode(
         table, first = rows.tables[rows.table_of[row]], rows.first_keys[row]
         count = rows.positions[row] + 1 - first
         for head in range(num_heads):
-            place = row * query.row_stride + head * query.head_stride
+            start = row * query.row_stride + head * query.head_stride
             for d in range(key_dim):
-                queries[head, d] = to_float32(query_p[place + d]) * np.float32(sizes.scaling)
+                queries[head, d] = to_float32(query_p[start + d]) * np.float32(sizes.scaling)
         _score(queries, scores, keys_p, table, first, count, key_layout)
         for head in range(num_heads):
             softmax(scores[head], count, sinks[head : head + 1], sizes.softcap)
         _sum_values(scores, sums, values_p, table, first, count, value_layout)
         for head in range(num_heads):
-            place = (row * num_heads + head) * value_dim
+            start = (row * num_heads + head) * value_dim
             for e in range(value_dim):
-                out_p[place + e] = round_to(sums[head, e], dtype_tag)
+                out_p[start + e] = round_to(sums[head, e], dtype_tag)

@@ -1,9 +1,9 @@
-"""Paged attention of single tokens by VDPBF16PS (AVX-512): 16 keys at a time, straight out of the blocks of the cache.
+"""Paged attention of single-token rows by VDPBF16PS (AVX-512): 16 keys at a time, straight from the cache's blocks.
 
-As `paged_attention.attend_decode`, for bfloat16 and sizes that fill vectors: as fast as the memory is.
+As `paged_attention.attend_decode`, for bfloat16 and sizes that fill vectors. Its speed is that of the memory.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +17,9 @@ from actors.tensors.backends.cpu.kernels import HeadRows, KeysValues
 from actors.tensors.backends.cpu.paged_attention import AttentionSizes, RowTables, softmax
 from cluster.collectives.elements import pointer, round_to
 
-# Up to so many keys a prompt's tokens are as fast one by one as by torch, with few keys twice as fast
+# Up to so many keys, a prompt computed as single-token rows is as fast as by torch; with few keys, twice as fast
 LONGEST = 4096
-_VALUES_AT_ONCE = 4  # vectors of a value: its sums stay in registers while the keys go by
+_VALUES_AT_ONCE = 4  # vectors of a value: their sums stay in registers over all keys of a tile
 
 
 def why_not(spec: AttentionSpec, dtype: torch.dtype, block_size: int) -> str | None:
@@ -36,68 +36,89 @@ def why_not(spec: AttentionSpec, dtype: torch.dtype, block_size: int) -> str | N
     return None
 
 
+class _Layout(NamedTuple):
+    """The heads of a row, and the layout of the keys, or of the values, in the cache."""
+
+    num_heads: int
+    group: int  # queries to a KV head
+    dim: int
+    step: int  # bytes from position to position
+    block_size: int
+    longest: int  # scores of a head: keys of whole tiles
+
+
+class _RowKeys(NamedTuple):
+    """The keys that a row sees, in tiles of WIDTH positions."""
+
+    table: Any  # its block table
+    first_tile: int
+    end_tile: int
+    first: int  # the first key, counted from the start of the first tile
+    end: int  # behind the last key, counted the same way
+
+
 @intrinsic
 def _score(
     typing_context: Any, query: Any, keys: Any, key_step: Any, num_parts: Any, scores: Any, ahead: Any, ahead_step: Any
 ) -> Any:
-    """One query by 16 keys, `key_step` bytes apart, in parts of 32 numbers → 16 float32 scores; addresses.
+    """One query by 16 keys, `key_step` bytes apart, in parts of 32 numbers → 16 float32 scores; by addresses.
 
-    Meanwhile it asks for 16 lines from `ahead` on, `ahead_step` bytes apart.
+    It prefetches 16 lines from `ahead` on, `ahead_step` bytes apart.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         query, keys, key_step, num_parts, scores, ahead, ahead_step = arguments
         writer = Writer(builder)
-        rows = [writer.moved(keys, key_step, I64(key)) for key in range(WIDTH)]
+        rows = [writer.offset(keys, key_step, I64(key)) for key in range(WIDTH)]
         for key in range(WIDTH):
-            writer.ask_for(writer.at(writer.moved(ahead, ahead_step, I64(key))))
+            writer.prefetch(writer.pointer_to(writer.offset(ahead, ahead_step, I64(key))))
 
         def add(part: Any, sums: list[Any]) -> list[Any]:
-            numbers = writer.load_pairs(writer.at(query, part, 4 * WIDTH))
-            loaded = (writer.load_pairs(writer.at(row, part, 4 * WIDTH)) for row in rows)
+            numbers = writer.load_pairs(writer.pointer_to(query, part, 4 * WIDTH))
+            loaded = (writer.load_pairs(writer.pointer_to(row, part, 4 * WIDTH)) for row in rows)
             return [writer.add_dot(sum_, numbers, key) for sum_, key in zip(sums, loaded, strict=True)]
 
         summed = writer.loop(num_parts, [SUMS([0.0] * WIDTH)] * WIDTH, add)
-        builder.store(writer.sums_within(summed), writer.at(scores), align=4)
+        builder.store(writer.horizontal_sums(summed), writer.pointer_to(scores), align=4)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 7), generate
 
 
-def _adding(num_heads: int) -> Any:
-    """A function for so many heads that share their values."""
+def _add_values_of(num_heads: int) -> Any:
+    """Make the function that adds values for `num_heads` heads, which share a KV head."""
 
     @intrinsic
     def add_values(
         typing_context: Any, weights: Any, weight_step: Any, values: Any, value_step: Any, num_values: Any, sums: Any,
         sum_step: Any, ahead: Any, ahead_step: Any,
     ) -> Any:  # fmt: skip
-        """To each head's 64 float32 sums, values `value_step` bytes apart, each times its float32 weight; addresses.
+        """Add to each head's 64 float32 sums the values, `value_step` bytes apart, times their float32 weights.
 
-        With each value it asks for a line from `ahead` on, `ahead_step` bytes further for the next one.
+        All are addresses. With each value it prefetches the line at `ahead`, which advances by `ahead_step`.
         """
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             weights, weight_step, values, value_step, num_values, sums, sum_step, ahead, ahead_step = arguments
             writer = Writer(builder)
             heads, parts = range(num_heads), range(_VALUES_AT_ONCE)
-            of_heads = [writer.moved(weights, weight_step, I64(head)) for head in heads]
+            of_heads = [writer.offset(weights, weight_step, I64(head)) for head in heads]
             targets = [
-                writer.at(writer.moved(sums, sum_step, I64(head)), first=4 * WIDTH * part)
+                writer.pointer_to(writer.offset(sums, sum_step, I64(head)), first=4 * WIDTH * part)
                 for head in heads
                 for part in parts
             ]
 
             def add(index: Any, sums: list[Any]) -> list[Any]:
-                writer.ask_for(writer.at(writer.moved(ahead, ahead_step, index)))
-                value = writer.moved(values, value_step, index)
-                parts_float32 = [writer.load_wide(writer.at(value, first=2 * WIDTH * part)) for part in parts]
+                writer.prefetch(writer.pointer_to(writer.offset(ahead, ahead_step, index)))
+                value = writer.offset(values, value_step, index)
+                numbers = [writer.load_as_float32(writer.pointer_to(value, first=2 * WIDTH * part)) for part in parts]
                 factors = [
-                    writer.everywhere(builder.load(writer.at(of_head, index, 4), typ=F32, align=4), SUMS)
+                    writer.broadcast(builder.load(writer.pointer_to(of_head, index, 4), typ=F32, align=4), SUMS)
                     for of_head in of_heads
                 ]
                 return [
-                    writer.add_product(sums[head * _VALUES_AT_ONCE + part], factors[head], parts_float32[part])
+                    writer.add_product(sums[head * _VALUES_AT_ONCE + part], factors[head], numbers[part])
                     for head in heads
                     for part in parts
                 ]
@@ -112,61 +133,62 @@ def _adding(num_heads: int) -> Any:
     return add_values
 
 
-_add_values, _add_values_of_two = _adding(1), _adding(2)
+_add_values, _add_values_of_two = _add_values_of(1), _add_values_of(2)
 
 
 @kernel()
-def _place(tables: Any, tile: int, block_size: int) -> int:
-    """The slot of a tile's first key."""
-    first = tile * WIDTH
-    return int(tables[first // block_size]) * block_size + first % block_size
+def _tile_offset(table: Any, tile: int, layout: _Layout) -> int:
+    """The offset in bytes of a tile's first key or value in the cache."""
+    first, block_size = tile * WIDTH, layout.block_size
+    return (int(table[first // block_size]) * block_size + first % block_size) * layout.step
 
 
 @kernel()
 def _score_row(
-    query: int, query_step: int, keys: int, ahead: int, scores: int, seen: Any, table: Any, sizes: Any
+    query: int, query_step: int, keys: int, scores: int, row: _RowKeys, layout: _Layout, next_read: int
 ) -> None:
-    """All heads of a row by all tiles of keys that it sees → scores [heads, `longest`]; addresses, steps in bytes."""
-    num_heads, group, dim, key_step, block_size, longest = sizes
-    first_tile, end_tile = seen
-    share = key_step // num_heads
+    """All heads of a row by all tiles of keys that it sees → scores [heads, `longest`].
+
+    By addresses; `query_step`: bytes from head to head. `next_read` is prefetched with the last tile.
+    """
+    first_tile, end_tile, dim, key_step = row.first_tile, row.end_tile, layout.dim, layout.step
+    share = key_step // layout.num_heads
     for tile in range(first_tile, end_tile):
-        here = keys + _place(table, tile, block_size) * key_step
-        following = keys + _place(table, tile + 1, block_size) * key_step if tile + 1 < end_tile else ahead
-        for head in range(num_heads):
-            target = scores + 4 * (head * longest + (tile - first_tile) * WIDTH)
-            asked = following + head * WIDTH * share
-            _score(query + head * query_step, here + head // group * 2 * dim, key_step, dim // 32, target, asked, share)
+        here = keys + _tile_offset(row.table, tile, layout)
+        ahead = keys + _tile_offset(row.table, tile + 1, layout) if tile + 1 < end_tile else next_read
+        for head in range(layout.num_heads):
+            target = scores + 4 * (head * layout.longest + (tile - first_tile) * WIDTH)
+            key, prefetched = here + head // layout.group * 2 * dim, ahead + head * WIDTH * share
+            _score(query + head * query_step, key, key_step, dim // 32, target, prefetched, share)
 
 
 @kernel()
-def _sum_row(
-    weights: int, values: int, ahead: int, sums: int, seen: Any, skipped: int, end: int, table: Any, sizes: Any
-) -> None:
-    """All heads' values of the tiles that a row sees, weighted → sums [heads, E]; addresses.
+def _sum_row(weights: int, values: int, sums: int, row: _RowKeys, layout: _Layout, next_read: int) -> None:
+    """The values of the tiles that a row sees, weighted and added to all heads' sums [heads, E].
 
-    The first `skipped` and those from `end` on are not read: they may be anything.
+    By addresses. Values of keys that the row does not see are not read: they may be NaN. `next_read` is prefetched with
+    the last tile.
     """
-    num_heads, group, dim, value_step, block_size, longest = sizes
-    first_tile, end_tile = seen
+    first_tile, end_tile, dim, value_step = row.first_tile, row.end_tile, layout.dim, layout.step
+    num_heads, group, longest = layout.num_heads, layout.group, layout.longest
     at_once = 2 if group % 2 == 0 else 1
     num_parts = dim // (_VALUES_AT_ONCE * WIDTH)
     share = value_step * at_once // (num_heads * num_parts)
     for tile in range(first_tile, end_tile):
-        skip = skipped if tile == first_tile else 0
-        count = min(WIDTH, end - (tile - first_tile) * WIDTH) - skip
-        here = values + _place(table, tile, block_size) * value_step + skip * value_step
-        asked = values + _place(table, tile + 1, block_size) * value_step if tile + 1 < end_tile else ahead
+        skip = row.first if tile == first_tile else 0
+        count = min(WIDTH, row.end - (tile - first_tile) * WIDTH) - skip
+        here = values + _tile_offset(row.table, tile, layout) + skip * value_step
+        ahead = values + _tile_offset(row.table, tile + 1, layout) if tile + 1 < end_tile else next_read
         for head in range(0, num_heads, at_once):
             of_head = weights + 4 * (head * longest + (tile - first_tile) * WIDTH + skip)
             for part in range(num_parts):
                 first = part * _VALUES_AT_ONCE * WIDTH
-                place, target = here + 2 * (head // group * dim + first), sums + 4 * (head * dim + first)
+                value, target = here + 2 * (head // group * dim + first), sums + 4 * (head * dim + first)
                 if at_once == 2:
-                    _add_values_of_two(of_head, 4 * longest, place, value_step, count, target, 4 * dim, asked, share)
+                    _add_values_of_two(of_head, 4 * longest, value, value_step, count, target, 4 * dim, ahead, share)
                 else:
-                    _add_values(of_head, 4 * longest, place, value_step, count, target, 4 * dim, asked, share)
-                asked += WIDTH * share
+                    _add_values(of_head, 4 * longest, value, value_step, count, target, 4 * dim, ahead, share)
+                ahead += WIDTH * share
 
 
 @kernel()
@@ -176,31 +198,31 @@ def attend_decode(
     """See `paged_attention.attend_decode`."""
     num_heads, value_dim, block_size = sizes.num_heads, sizes.value_dim, sizes.block_size
     group, row_bytes = num_heads // sizes.num_kv_heads, sizes.element_bytes * sizes.num_kv_heads
-    key_step, value_step = row_bytes * sizes.key_dim, row_bytes * value_dim
-    tables, positions, first_keys, keys, values = rows.tables, rows.positions, rows.first_keys, cache.keys, cache.values
+    positions, first_keys = rows.positions, rows.first_keys
     first_tiles, end_tiles = first_keys // WIDTH, positions // WIDTH + 1
     longest = (end_tiles - first_tiles).max() * WIDTH
     scores, sums = np.empty((num_heads, longest), np.float32), np.empty((num_heads, value_dim), np.float32)
     out_p = pointer(out, dtype_tag)
-    key_sizes = num_heads, group, sizes.key_dim, key_step, block_size, longest
-    value_sizes = num_heads, group, value_dim, value_step, block_size, longest
-    for row in range(len(positions)):
-        table, skipped = tables[rows.table_of[row]], first_keys[row] % WIDTH
-        count, seen = positions[row] + 1 - first_keys[row], (first_tiles[row], end_tiles[row])
-        ahead = values + _place(table, seen[0], block_size) * value_step
-        of_row = query.address + 2 * row * query.row_stride
-        _score_row(of_row, 2 * query.head_stride, keys, ahead, scores.ctypes.data, seen, table, key_sizes)
+    key_layout = _Layout(num_heads, group, sizes.key_dim, row_bytes * sizes.key_dim, block_size, longest)
+    value_layout = _Layout(num_heads, group, value_dim, row_bytes * value_dim, block_size, longest)
+    for i in range(len(positions)):
+        table, first = rows.tables[rows.table_of[i]], first_keys[i] % WIDTH
+        count = positions[i] + 1 - first_keys[i]
+        row = _RowKeys(table, first_tiles[i], end_tiles[i], first, first + count)
+        of_row, weights = query.address + 2 * i * query.row_stride, scores.ctypes.data
+        next_read = cache.values + _tile_offset(table, row.first_tile, value_layout)
+        _score_row(of_row, 2 * query.head_stride, cache.keys, weights, row, key_layout, next_read)
         for head in range(num_heads):
-            of_head = scores[head, skipped : skipped + count]
-            for i in range(count):
-                of_head[i] *= np.float32(sizes.scaling)
+            of_head = scores[head, row.first : row.end]
+            for j in range(count):
+                of_head[j] *= np.float32(sizes.scaling)
             softmax(of_head, count, sinks[head : head + 1], sizes.softcap)
         sums[:] = np.float32(0)
-        following = min(row + 1, len(positions) - 1)
-        ahead = keys + _place(tables[rows.table_of[following]], first_tiles[following], block_size) * key_step
-        here = scores.ctypes.data
-        _sum_row(here, values, ahead, sums.ctypes.data, seen, skipped, skipped + count, table, value_sizes)
+        next_row = min(i + 1, len(positions) - 1)
+        next_table = rows.tables[rows.table_of[next_row]]
+        next_read = cache.keys + _tile_offset(next_table, first_tiles[next_row], key_layout)
+        _sum_row(weights, cache.values, sums.ctypes.data, row, value_layout, next_read)
         for head in range(num_heads):
-            place = (row * num_heads + head) * value_dim
+            start = (i * num_heads + head) * value_dim
             for e in range(value_dim):
-                out_p[place + e] = round_to(sums[head, e], dtype_tag)
+                out_p[start + e] = round_to(sums[head, e], dtype_tag)

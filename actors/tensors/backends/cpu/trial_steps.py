@@ -1,4 +1,4 @@
-"""Steps over a scratch cache, on which attention blocks and decoder layers are tried against their substitutes."""
+"""Trial steps over a scratch cache, on which attention blocks and layers are compared with their substitutes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,12 +25,12 @@ class _Step(NamedTuple):
     metadata: AttentionMetadata
     positions_T: torch.Tensor
     hidden: torch.Tensor  # [1, T, hidden]
-    nudged: torch.Tensor  # the same, each number rounded once more
+    nudged: torch.Tensor  # the same, rounded once more
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
 
 
 class TrialSteps:
-    """A row that decodes behind more than a block of keys, by itself and beside the first tokens of a prompt."""
+    """Two steps: a row that decodes after more than a block of keys, alone, and together with the start of a prompt."""
 
     def __init__(self, model: RankModel, shard: AttentionShard, block_size: int) -> None:
         self.shard = shard
@@ -61,7 +61,7 @@ class TrialSteps:
 
     @contextmanager
     def attached_to(self, attention: nn.Module) -> Iterator[None]:
-        """While it lasts, an attention module attends over the scratch cache."""
+        """A context in which an attention module attends over the scratch cache."""
         LayerAttention(self._cache.layers[0], self._attention, self._current).attach(attention)
         try:
             yield
@@ -71,10 +71,10 @@ class TrialSteps:
     def run(
         self, module: nn.Module, forward: Callable[..., Any] | None = None, is_nudged: bool = False
     ) -> list[torch.Tensor]:
-        """What a module gives in each step, called as models call layers and attention.
+        """The output of a module in each step, called as models call layers and attention modules.
 
-        The cache holds the same before each step. `forward`: by this in place of the module's own. `is_nudged`: on
-        inputs that were rounded once more.
+        The cache holds the same before each step. `forward`: called instead of the module's own. `is_nudged`: on inputs
+        that were rounded once more.
         """
         return [self._run(step, module, forward, is_nudged) for step in self._steps]
 

@@ -1,4 +1,4 @@
-"""Attention blocks of Llama's form on CPU in four calls: product, rotation and cache in one pass, attention, output."""
+"""Attention blocks of Llama's form on CPU in four calls: product, rotation and cache write, attention, output."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 class KernelAttention(nn.Module):
-    """Stands for an attention block whose three projections are one product."""
+    """Stands for an attention block whose q, k and v projections are merged into one product."""
 
     merged: MergedColwise  # queries, keys and values
     o_proj: nn.Module
@@ -25,7 +25,7 @@ class KernelAttention(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
-        """[1, T, hidden] and cos and sin [1, T, D] → [1, T, hidden], and no weights."""
+        """[1, T, hidden], and cos and sin [1, T, D] → [1, T, hidden], and None for the attention weights."""
         layer = attention_of(self)
         cos, sin = position_embeddings
         num_tokens, size = hidden_states.shape[1], self.head_dim
@@ -51,7 +51,7 @@ class KernelAttention(nn.Module):
 
 
 def substitute(module: Any, trial: TrialSteps) -> Reason | None:
-    """Make an attention module a KernelAttention → why not; None: it is one now."""
+    """Turn an attention module into a KernelAttention, in place; returns why not, or None if it is one now."""
     if (unfit := _why_not(module, trial)) is not None:
         return unfit
     module.merged = merged_of([getattr(module, name) for name in PROJECTIONS])

@@ -1,4 +1,4 @@
-"""Decoder layers of Llama's form in kernels that call each other: products, what lies between them, sums over shards.
+"""Decoder layers of Llama's form as kernels that call each other: products, norms, attention, sums over the shards.
 
 T tokens · H hidden size · B rows of one token · D dimension of a head. bfloat16 only.
 """
@@ -10,7 +10,7 @@ import torch
 
 from actors.tensors.attention.metadata import Indices
 from actors.tensors.backends.cpu.compile import kernel
-from actors.tensors.backends.cpu.gemm import multiply_rows
+from actors.tensors.backends.cpu.gemm import PackedWeight, multiply_rows
 from actors.tensors.backends.cpu.kernels import (
     DTYPE_TAGS,
     CosSin,
@@ -37,15 +37,15 @@ _NO_SINKS = np.zeros(0, np.float32)
 
 PROJECT, ATTEND, FINISH = 1, 2, 4  # parts of a layer
 
-# The columns of a layer's row in the table of layers: addresses, and the index of its attention's mask among the step's
+# Columns of the table of layers: addresses, and the index of the layer's mask among those of the step
 NORM, QKV, QKV_BIAS, OUT, MLP_NORM, GATE_UP, GATE_UP_BIAS, DOWN, NO_BIAS, KEYS, VALUES, MASK = range(12)
 
 
 class Buffers(NamedTuple):
-    """Addresses of what lies between the products."""
+    """Addresses of the activations between the products."""
 
     hidden: int  # [T, H]
-    normed: int  # [T, H]; later what a product gave before it is summed over the shards
+    normed: int  # [T, H]; later the output of a product before it is summed over the shards
     product: int  # [T, (heads + 2 KV heads) × D]
     query: int  # [T, heads, D], rotated
     attended: int  # [T, heads, D]
@@ -57,7 +57,7 @@ class Sizes(NamedTuple):
     """What all layers of a run have in common, on this shard."""
 
     hidden: int
-    inner: int  # between the MLP's products
+    inner: int  # size between the MLP's products
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -67,19 +67,19 @@ class Sizes(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Which layers [first, end), and which of PROJECT, ATTEND and FINISH of each."""
+    """The layers [first, end) to run, and which parts of each."""
 
     first: int
     end: int
-    what: int
+    what: int  # PROJECT, ATTEND and FINISH, combined by |
 
 
 class StepArrays(NamedTuple):
-    """What the kernels get of one step."""
+    """The arrays of one step."""
 
     buffers: Buffers
     angles: CosSin
-    slots: Indices  # [T], where the cache takes each token's key and value
+    slots: Indices  # [T], the slot of each token's key and value in the cache
 
 
 class RowsByMask(NamedTuple):
@@ -93,19 +93,18 @@ class RowsByMask(NamedTuple):
 
 @kernel()
 def _project(layer: Any, step: StepArrays, sizes: Sizes) -> None:
-    """Normed rows → queries, and keys and values in the cache."""
+    """Normed rows → rotated queries, and keys and values in the cache."""
     buffers, num_heads, num_kv_heads, head_dim = step.buffers, sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
     num_outputs, num_tokens = (num_heads + 2 * num_kv_heads) * head_dim, len(step.slots)
-    multiply_rows(
-        buffers.normed, layer[QKV], layer[QKV_BIAS], buffers.product, num_tokens, sizes.hidden, num_outputs, layer[OUT]
-    )
+    qkv = PackedWeight(layer[QKV], layer[QKV_BIAS], num_outputs, sizes.hidden)
+    multiply_rows(buffers.normed, qkv, buffers.product, num_tokens, layer[OUT])
     cache, heads = KeysValues(layer[KEYS], layer[VALUES]), Heads(num_heads, num_kv_heads, head_dim)
     rotate_and_store(buffers.product, step.angles, buffers.query, cache, step.slots, heads, _TAG)
 
 
 @kernel()
 def _attend(layer: Any, buffers: Buffers, rows: RowsByMask, sizes: Sizes) -> None:
-    """Queries → what they attend to."""
+    """Queries → outputs of attention."""
     head_dim, row_stride = sizes.head_dim, sizes.num_heads * sizes.head_dim
     attention = AttentionSizes(
         sizes.num_heads, sizes.num_kv_heads, head_dim, head_dim, sizes.block_size, 2, sizes.scaling, 0.0
@@ -118,6 +117,7 @@ def _attend(layer: Any, buffers: Buffers, rows: RowsByMask, sizes: Sizes) -> Non
 
 @kernel()
 def _add(x: int, other: int, count: int) -> None:
+    """Add `other` to `x`, `count` numbers each."""
     x_p, other_p = pointer(x, _TAG), pointer(other, _TAG)
     for i in range(count):
         x_p[i] = round_to(to_float32(x_p[i]) + to_float32(other_p[i]), _TAG)
@@ -125,9 +125,10 @@ def _add(x: int, other: int, count: int) -> None:
 
 @kernel()
 def _add_reduced(state: Any, part: int, x: int, norm: int, normed: int, num_rows: int, size: int, eps: float) -> Any:
-    """Sum the shards' parts [T, H], add that to `x`, and norm it (0: do not) → the status of the exchange.
+    """Sum the shards' parts [T, H], add the sum to `x`, and write its norm to `normed` → the status of the exchange.
 
-    A row at a time, so that the norm finds it in the first cache; `normed` may lie where `part` does.
+    `norm`: the norm's weight, or 0 for none. It goes row by row, so that the norm finds a row in the L1 cache; `normed`
+    may be the same memory as `part`.
     """
     if state[SIZE] > 1:
         status = all_reduce(state, _KIND, part, num_rows * size, 2, _TAG)
@@ -143,29 +144,30 @@ def _add_reduced(state: Any, part: int, x: int, norm: int, normed: int, num_rows
 
 @kernel()
 def _finish(layers: Any, i: int, buffers: Buffers, num_rows: int, sizes: Sizes, state: Any) -> Any:
-    """What follows attention in layer `i`, and the norm before the next one's → the status of its exchanges."""
-    normed, hidden, inner, eps = buffers.normed, sizes.hidden, sizes.inner, sizes.eps
-    layer, attended_size = layers[i], sizes.num_heads * sizes.head_dim
-    multiply_rows(buffers.attended, layer[OUT], layer[NO_BIAS], normed, num_rows, attended_size, hidden, layer[GATE_UP])
+    """The rest of layer `i` after attention, and the next layer's first norm → the status of the exchanges."""
+    layer, normed, hidden, inner, eps = layers[i], buffers.normed, sizes.hidden, sizes.inner, sizes.eps
+    out = PackedWeight(layer[OUT], layer[NO_BIAS], hidden, sizes.num_heads * sizes.head_dim)
+    gate_up = PackedWeight(layer[GATE_UP], layer[GATE_UP_BIAS], 2 * inner, hidden)
+    down = PackedWeight(layer[DOWN], layer[NO_BIAS], hidden, inner)
+    multiply_rows(buffers.attended, out, normed, num_rows, gate_up.panels)
     status = _add_reduced(state, normed, buffers.hidden, layer[MLP_NORM], normed, num_rows, hidden, eps)
     if status != OK:
         return status
     both, activated = buffers.gate_up, buffers.activated
-    multiply_rows(normed, layer[GATE_UP], layer[GATE_UP_BIAS], both, num_rows, hidden, 2 * inner, layer[DOWN])
+    multiply_rows(normed, gate_up, both, num_rows, down.panels)
     silu_mul(Rows(both, 2 * inner), Rows(both + 2 * inner, 2 * inner), activated, num_rows, inner, _TAG)
     is_last = i + 1 == len(layers)
     next_read, next_norm = (layer[DOWN], 0) if is_last else (layers[i + 1, QKV], layers[i + 1, NORM])
-    multiply_rows(activated, layer[DOWN], layer[NO_BIAS], normed, num_rows, inner, hidden, next_read)
+    multiply_rows(activated, down, normed, num_rows, next_read)
     return _add_reduced(state, normed, buffers.hidden, next_norm, normed, num_rows, hidden, eps)
 
 
 @kernel()
 def run(layers: Any, part: Part, step: StepArrays, rows: RowsByMask, sizes: Sizes, state: Any) -> Any:
-    """Some layers, or parts of them → the status of their exchanges.
+    """Run some layers, or parts of them → the status of their exchanges.
 
-    `step.slots` is of the tokens that are projected, `rows` of those that are attended and finished. Whole layers and
-    parts run the same instructions, so that what becomes of a row does not depend, even in its last bit, on what else
-    is attended here.
+    `step.slots` has the tokens of PROJECT, `rows` those of ATTEND and FINISH. Whole layers and parts run the same
+    instructions, so that no bit of a row depends on whether its step is run as a whole or in parts.
     """
     for i in range(part.first, part.end):
         layer = layers[i]

@@ -1,7 +1,7 @@
-"""Runs of decoder layers of Llama's form on CPU, each in one kernel call: no Python between one product and the next.
+"""Runs of decoder layers of Llama's form on CPU, each in one kernel call, without Python between the products.
 
-What a layer is made of is kernels already (module_kernels.py, attention.py); that layers follow each other with nothing
-between is known from the probe. T tokens of the step · Q those whose logits are asked for · H hidden size.
+The modules of such a layer are substituted already (module_kernels.py, attention.py), and the probe has seen that
+nothing happens between the layers. T tokens of the step · Q logits rows · H hidden size.
 """
 
 import itertools
@@ -43,27 +43,27 @@ from cluster.collectives.shared_memory import SharedMemoryStage
 
 logger = logging.getLogger(__name__)
 
-WHAT = "decoder_layer"  # the name of this substitution
+WHAT = "decoder_layer"  # the name of the substitution
 _NONE = np.zeros(0, np.int64)
 _NO_ROWS = RowsByMask(_NONE[None], _NONE, _NONE, _NONE[None])
 
 
 def _rows_of(of_masks: Sequence[DecodeGroup | CachedRows]) -> RowsByMask:
-    """The same rows for each of the masks."""
+    """The rows of a step, with the first keys by each mask; `of_masks` are the same rows."""
     rows = [of_mask for of_mask in of_masks if isinstance(of_mask, CachedRows)]
-    assert len(rows) == len(of_masks), "a kernel reads rows from the cache"
+    assert len(rows) == len(of_masks), "the CPU backend plans CachedRows only"
     first_keys = np.stack([one.first_keys_B for one in rows])
     return RowsByMask(rows[0].tables, rows[0].table_of_B, rows[0].positions_B, first_keys)
 
 
 class LayerRun(nn.Module):
-    """Neighbouring layers of one stage, of equal sizes. It stands for the first one; the others pass through."""
+    """Consecutive layers of one stage, of equal sizes. It replaces the first one; the others pass through."""
 
     def __init__(self, layers: Sequence[Any], ends_model: bool) -> None:
-        """`ends_model`: whether nothing but logits comes behind them."""
+        """`ends_model`: whether only the logits rows are needed after these layers."""
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self._layers = list(layers)  # the same, of any type
+        self._layers = list(layers)  # the same, typed Any
         self._ends_model = ends_model
         first = layers[0]
         attention, out, down = first.self_attn, first.self_attn.o_proj.method, first.mlp.down_proj.method
@@ -73,15 +73,15 @@ class LayerRun(nn.Module):
             num_heads=out.num_inputs // attention.head_dim,
             num_kv_heads=(sum(attention.merged.sizes) - out.num_inputs) // (2 * attention.head_dim),
             head_dim=attention.head_dim,
-            block_size=0,  # until the cache is there
+            block_size=0,  # until the cache is allocated
             eps=norm_eps(first.input_layernorm),
             scaling=attention.scaling,
         )
         self._group: PresentGroup = attention.o_proj.group
-        self._attentions: list[LayerAttention] = []  # that the table of layers is of
+        self._attentions: list[LayerAttention] = []  # for which the table of layers was made
         self._masks: list[MaskSpec] = []
         self._space = torch.empty(0, dtype=DTYPE)
-        self._unfit: StageGroup | None = None  # whose exchange is none for kernels, as was logged
+        self._unfit: StageGroup | None = None  # the group through which kernels cannot exchange, as was logged
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[1, T, H] → [1, T, H]."""
@@ -89,7 +89,7 @@ class LayerRun(nn.Module):
         if why_no_exchange(group) is None:
             return self._run(hidden_states, group, *kwargs["position_embeddings"])
         if group is not self._unfit:
-            logger.warning("%s steps aside in this epoch: %s", WHAT, why_no_exchange(group))
+            logger.warning("%s is not used in this epoch: %s", WHAT, why_no_exchange(group))
             self._unfit = group
         for layer in self.layers:
             hidden_states = layer(hidden_states, *args, **kwargs)
@@ -98,7 +98,7 @@ class LayerRun(nn.Module):
     def _run(self, hidden: torch.Tensor, group: StageGroup, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         attentions = [attention_of(layer.self_attn) for layer in self._layers]
         num_tokens, size = hidden.shape[1], self._sizes.hidden
-        assert hidden.dtype == cos.dtype == DTYPE, "other dtypes than the probe saw"
+        assert hidden.dtype == cos.dtype == DTYPE, "the dtypes are not those that the probe saw"
         if attentions != self._attentions:
             self._tabulate(attentions)
         state, _memory = group.lend_state() if isinstance(group, SharedMemoryStage) else (alone(), None)
@@ -117,7 +117,7 @@ class LayerRun(nn.Module):
         return x
 
     def _all_layers(self, metadata: AttentionMetadata, step: StepArrays, x_TH: torch.Tensor, state: Any) -> Any:
-        """All layers; the last one of a model goes on only with those tokens whose logits are asked for."""
+        """Run all layers; the last one of a model finishes only the logits rows."""
         wanted = metadata.logits_rows if self._ends_model else None
         num_layers = len(self.layers)
         status = self._some_layers(metadata, step, 0, num_layers if wanted is None else num_layers - 1, state)
@@ -138,13 +138,13 @@ class LayerRun(nn.Module):
         return status
 
     def _some_layers(self, metadata: AttentionMetadata, step: StepArrays, first: int, end: int, state: Any) -> Any:
-        """Some layers for all tokens; torch computes the attention of steps with a prompt that is too long for ours."""
+        """Run some layers for all tokens; if a prompt is too long for the kernel, torch computes the attention."""
         of_masks = [metadata.by_mask[mask] for mask in self._masks]
         if not any(visible.tiles for visible in of_masks):
             rows = _rows_of([visible.groups[0] for visible in of_masks])
             return self._call(Part(first, end, PROJECT | ATTEND | FINISH), step, rows, state)
         status, no_index = OK, np.zeros(len(step.slots), np.int64)
-        rows = RowsByMask(_NO_ROWS.tables, no_index, no_index, _NO_ROWS.first_keys)  # as many as there are tokens
+        rows = RowsByMask(_NO_ROWS.tables, no_index, no_index, _NO_ROWS.first_keys)  # only their number counts
         for i in range(first, end):
             if status == OK:
                 self._call(Part(i, i + 1, PROJECT), step, _NO_ROWS, state)
@@ -157,7 +157,7 @@ class LayerRun(nn.Module):
         return kernel.run(self._table, part, step, rows, self._sizes, state)
 
     def _lay_out(self, hidden: int, num_tokens: int) -> Buffers:
-        """Where each of what lies between the products lies; kept for steps of as many tokens or fewer."""
+        """Lay out the activations in one buffer, which is kept for steps of as many tokens or fewer."""
         sizes = self._sizes
         queries = sizes.num_heads * sizes.head_dim
         product = queries + 2 * sizes.num_kv_heads * sizes.head_dim
@@ -169,7 +169,7 @@ class LayerRun(nn.Module):
         return Buffers(hidden, *(part.data_ptr() for part in parts))
 
     def _tabulate(self, attentions: list[LayerAttention]) -> None:
-        """Write down where everything lies; the cache is another when it was allocated anew."""
+        """Make the table of layers; the addresses of the cache change when it is allocated again."""
         self._attentions = attentions
         self._masks = sorted({attention.spec.mask_spec for attention in attentions}, key=repr)
         self._sizes = self._sizes._replace(block_size=attentions[0].cache.keys_NbHD.shape[1])
@@ -177,7 +177,7 @@ class LayerRun(nn.Module):
         self._table = np.array(rows)
 
     def _row(self, layer: Any, attention: LayerAttention) -> list[int]:
-        """In the order of kernel.NORM, kernel.QKV and so on."""
+        """A row of the table of layers; its columns are kernel.NORM, kernel.QKV and so on."""
         qkv, gate_up = (merged.method.addresses(merged.bias) for merged in (layer.self_attn.merged, layer.mlp.merged))
         (out, no_bias), (down, _) = layer.self_attn.o_proj.method.addresses(), layer.mlp.down_proj.method.addresses()
         norm, mlp_norm = layer.input_layernorm.weight.data_ptr(), layer.post_attention_layernorm.weight.data_ptr()
@@ -190,13 +190,13 @@ def why_no_exchange(group: StageGroup) -> str | None:
     """Why a kernel cannot sum over the shards of a group; None: it can."""
     if isinstance(group, LoneShard | SharedMemoryStage):
         return None
-    return f"the shards exchange through {type(group).__name__}, not through memory that kernels share"
+    return f"the shards exchange through {type(group).__name__}, not through shared memory"
 
 
 def substitute(model: RankModel, trials: dict[str, TrialSteps], account: Account) -> None:
-    """Let neighbouring layers of a model that kernels compute run as one. Its parts are substituted already.
+    """Substitute runs of consecutive layers by a LayerRun each. The modules of the layers are substituted already.
 
-    `trials`: by the name of an attention.
+    `trials`: by the name of the attention.
     """
     layers = model.module.get_submodule(model.spec.layers_name)
     assert isinstance(layers, nn.ModuleList)
@@ -213,14 +213,14 @@ def substitute(model: RankModel, trials: dict[str, TrialSteps], account: Account
 
 
 def _runs(layers: nn.ModuleList, indices: list[int]) -> Iterator[list[int]]:
-    """Neighbours among them, of equal sizes."""
-    keys = [(index - place, _sizes_of(layers[index])) for place, index in enumerate(indices)]
+    """Runs of consecutive indices whose layers have equal sizes."""
+    keys = [(index - i, _sizes_of(layers[index])) for i, index in enumerate(indices)]
     for _, run in itertools.groupby(zip(indices, keys, strict=True), key=lambda pair: pair[1]):
         yield [index for index, _ in run]
 
 
 def _sizes_of(layer: Any) -> tuple[object, ...]:
-    """What all layers of a run have in common."""
+    """The sizes that all layers of a run must share."""
     attention, norms = layer.self_attn, (layer.input_layernorm, layer.post_attention_layernorm)
     outs = attention.o_proj.method, layer.mlp.down_proj.method
     sizes = [size for out in outs for size in (out.num_inputs, out.num_outputs)]
@@ -228,7 +228,7 @@ def _sizes_of(layer: Any) -> tuple[object, ...]:
 
 
 def _why_not(model: RankModel, layer: Any, trials: dict[str, TrialSteps]) -> Reason | None:
-    """Why kernels do not compute a whole layer; None: they do."""
+    """Why a layer is not part of a LayerRun; None: it is."""
     reason = _why_not_by_parts(model, layer)
     if reason is not None:
         return reason
@@ -237,7 +237,7 @@ def _why_not(model: RankModel, layer: Any, trials: dict[str, TrialSteps]) -> Rea
         return "its scores are capped"
     reason = paged_attention_avx512.why_not(trial.shard.spec, trial.dtype, trial.block_size)
     if reason is not None:
-        return f"its attention has no kernel of the same kind: {reason}"
+        return f"its attention is not computed by the AVX-512 kernel: {reason}"
     run = LayerRun([layer], ends_model=False)
     with exchanging_nothing(model.group), trial.attached_to(layer.self_attn):
         return difference(lambda: trial.run(layer), lambda: trial.run(run), lambda: trial.run(layer, is_nudged=True))
@@ -245,10 +245,10 @@ def _why_not(model: RankModel, layer: Any, trials: dict[str, TrialSteps]) -> Rea
 
 def _why_not_by_parts(model: RankModel, layer: Any) -> str | None:
     if not model.spec.are_layers_chained or model.spec.layer_outputs:
-        return "something comes between the layers"
+        return "the model does something between its layers"
     names = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
     if any(not isinstance(getattr(layer, name, None), nn.Module) for name in names):
-        return f"a layer has not the parts {', '.join(names)}"
+        return f"a layer does not have the parts {', '.join(names)}"
     if type(layer.self_attn) is not KernelAttention or type(layer.mlp) is not KernelGatedMLP:
         return "its attention or its MLP is not computed by a kernel"
     norms = (layer.input_layernorm, layer.post_attention_layernorm)
@@ -261,7 +261,7 @@ def _why_not_by_parts(model: RankModel, layer: Any) -> str | None:
         return "o_proj or down_proj has a bias"
     merged = layer.self_attn.merged.method, layer.mlp.merged.method
     if not all(isinstance(method, PanelPackedLinear) for method in (*merged, *(out.method for out in outs))):
-        return "its products are not multiplied in panels"
+        return "its weights are not panel-packed"
     if any(type(out) is not RowwiseLinear for out in outs):
-        return "its outputs are not summed over the shards in the plain way"
+        return "its outputs are not summed over the shards by a plain row-wise layer"
     return why_no_exchange(model.group.group)
