@@ -1,6 +1,6 @@
 """The contract between a model and the device that it runs on: callers ask a backend for things, never which one it is.
 
-T tokens of the step · R rows, a token each · V vocabulary rows of this shard.
+T tokens of the step · Q logits rows · R rows, a token each · H hidden size · V vocabulary rows of this shard.
 """
 
 from collections.abc import Callable, Sequence

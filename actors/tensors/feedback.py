@@ -22,7 +22,7 @@ class FeedbackSender:
     def catch_up(self, step: StepBatch) -> None:
         """Drop the sends that the first stage has received: of all steps whose results the engine had for this one.
 
-        Waiting for a later one could take for ever: the first stage may not be ready to receive it yet.
+        Waiting for a later one could take forever: the first stage may not be ready to receive it yet.
         """
         while self._sendings and self._sendings[0][0] <= step.seen:
             self._sendings.popleft()[1].wait()

@@ -1,4 +1,4 @@
-"""Steps that were launched, and their results: at hand at once, or when the sampled ids have reached the host."""
+"""Steps that were launched, and their results: available now, or once the sampled ids have reached the host."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

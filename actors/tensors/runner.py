@@ -1,4 +1,4 @@
-"""The Runner: everything a rank computes, from loading its weights to the ids of a step. No Ray in it."""
+"""The Runner: everything that a rank computes, from loading its weights to the ids of a step, without Ray."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -147,7 +147,7 @@ class Runner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Run a short prompt and one more token, on all ranks together, lest one-time work delay the first request."""
+        """Run a short prompt and one more token, on all ranks together: one-time work is done before any request."""
         num_ids = min(self.plan.block_size, self.plan.max_model_len - 1)
         num_blocks = num_blocks_for(num_ids + 1, self.plan.block_size)
         prefill = Entry(_WARM_UP_SEQ, 0, [0] * num_ids, list(range(num_blocks)), sample=True)
@@ -249,7 +249,7 @@ class Runner:
         return output
 
     def _sample(self, step: StepBatch, work: _Work, logits_QV: torch.Tensor) -> PendingSample:
-        """Draw the next ids, remember them, and read the log-probabilities that were asked for."""
+        """Sample the next ids, remember them, and read the requested log-probabilities."""
         rows = self.table.sampling_rows(step)
         if any(row.has_penalties for row in rows):
             self._settle()  # they count every id before this one

@@ -1,6 +1,6 @@
 """The sequence table: a row per open sequence (ids, blocks, sampling); it turns steps into tensors.
 
-T tokens of the step · R rows to sample · Q rows of logits. Tokens are laid out with single-token entries first, by
+T tokens of the step · R rows to sample · Q logits rows. Tokens are laid out with single-token entries first, by
 length, so that rows of similar length are attended together; sampled ids go back in the order of the entries.
 """
 
@@ -122,7 +122,7 @@ class SequenceTable:
         return self._tables
 
     def sampling_row(self, entry: Entry) -> SamplingRow:
-        """How an entry's next id is drawn."""
+        """The SamplingRow of one entry."""
         row = self.rows[entry.seq]
         return SamplingRow(row.sampling, entry.start + max(1, len(entry.ids)), row.ids, row.num_prompt)
 

@@ -127,7 +127,7 @@ def test_torch_takes_these_arguments() -> None:
     """Through the shapes that torch itself declares for it."""
     rows = PagedRows.decode(torch.zeros(3, 4, dtype=torch.int32), torch.ones(3, dtype=torch.int32), 256)
     on_meta = PagedRows(
-        *(tensor.to("meta") for tensor in (rows.tables_SN, rows.lengths_S, rows.first_tokens_S1, rows.first_keys_S1)),
+        *(tensor.to("meta") for tensor in (rows.tables_SN, rows.lengths_S, rows.first_tokens_O, rows.first_keys_O)),
         rows.max_queries,
         rows.max_keys,
     )

@@ -1,6 +1,7 @@
 """The attention metadata of one step: its tokens, the keys that each of them sees, and where the cache holds them.
 
-T tokens of the step · Q logits rows · B rows, a token each · S sequences · K keys · N blocks of a table.
+T tokens of the step · Q logits rows · B rows, a token each · S sequences, O = S + 1 offsets · K keys · H KV heads ·
+D dimension of a key or a value · N blocks, of a table or of the cache · b tokens of a block.
 """
 
 from dataclasses import dataclass
@@ -96,8 +97,8 @@ class PagedRows:
 
     tables_SN: torch.Tensor  # int32; entries behind a sequence's length are not read, but must be valid blocks
     lengths_S: torch.Tensor  # int32: keys of each sequence, those of this step included
-    first_tokens_S1: torch.Tensor  # int32 [S + 1]: index of each sequence's first token in the step, and T
-    first_keys_S1: torch.Tensor  # int32 [S + 1]: the kernel requires it, but does not read it beside block tables
+    first_tokens_O: torch.Tensor  # int32: index of each sequence's first token in the step, and T (cu_seqlens_q)
+    first_keys_O: torch.Tensor  # int32 (cu_seqlens_k): required by the kernel, but not read beside block tables
     max_queries: int  # most tokens of one sequence in this step
     max_keys: int
 

@@ -1,7 +1,7 @@
 """Attention in plain torch, for any device: the reference for every kernel, and what runs where there is no kernel.
 
-T tokens of the step · B rows, a token each · K keys · N blocks of a table · H KV heads · G queries to a KV head ·
-D dimension of a key (of a value: the attention's own).
+T tokens of the step · B rows, a token each · S sequences · K keys · N blocks of a table · P slots of the cache ·
+h heads · H KV heads · G queries to a KV head · D dimension of a key (of a value: the attention's own).
 """
 
 from typing import NamedTuple
@@ -71,10 +71,10 @@ def gather_blocks(cache_NbHD: torch.Tensor, tables_BN: torch.Tensor) -> torch.Te
 
 def write(cache: LayerCache, key_HTD: torch.Tensor, value_HTD: torch.Tensor, slots_T: torch.Tensor) -> None:
     """Write the step's keys and values into their slots of the cache."""
-    keys_SHD, values_SHD = cache.keys_NbHD.flatten(0, 1), cache.values_NbHD.flatten(0, 1)
-    assert key_HTD.shape[0] == keys_SHD.shape[1], f"{key_HTD.shape[0]} KV heads, {keys_SHD.shape[1]} in the cache"
-    keys_SHD.index_copy_(0, slots_T, key_HTD.transpose(0, 1))
-    values_SHD.index_copy_(0, slots_T, value_HTD.transpose(0, 1))
+    keys_PHD, values_PHD = cache.keys_NbHD.flatten(0, 1), cache.values_NbHD.flatten(0, 1)
+    assert key_HTD.shape[0] == keys_PHD.shape[1], f"{key_HTD.shape[0]} KV heads, {keys_PHD.shape[1]} in the cache"
+    keys_PHD.index_copy_(0, slots_T, key_HTD.transpose(0, 1))
+    values_PHD.index_copy_(0, slots_T, value_HTD.transpose(0, 1))
 
 
 def attend(

@@ -1,8 +1,9 @@
-"""Samples the next ids from logits that are sharded by vocabulary: the same ids on every shard, without a gather.
+"""Samples the next ids from logits that are sharded by vocabulary: the same ids on every shard.
 
-R rows to sample · K of them that are truncated · V vocabulary rows of this shard. Sampling at a temperature is a Gumbel
-arg-max: with E independent Exp(1) per token, argmax(logit / temperature - log E) is distributed as softmax(logit /
-temperature). Truncated tokens get the score -inf. A row's id depends only on its own logits, parameters and history.
+R rows to sample · K of them truncated · V vocabulary rows of this shard · P shards.
+Sampling at a temperature is a Gumbel arg-max: with E independent Exp(1) per token, argmax(logit / temperature - log E)
+is distributed as softmax(logit / temperature). Truncated tokens get the score -inf. A row's id depends only on its own
+logits, parameters and history.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +38,7 @@ class SamplingBatch:
 
     @classmethod
     def of(cls, rows: Sequence[SamplingRow], upload: Upload) -> "SamplingBatch":
-        """The same rows as tensors."""
+        """Bring rows into this form."""
         processors = LogitsProcessors.of(rows, upload)
         sampling = [row.sampling for row in rows]
         if all(params.temperature == 0 for params in sampling):

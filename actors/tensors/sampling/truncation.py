@@ -1,7 +1,7 @@
 """Truncation by top_k, top_p and min_p: one threshold a row, the same on every shard, mostly without a full gather.
 
 They apply to softmax(logit / temperature) one after the other, each to the tokens that the one before kept, as in
-Transformers: top_k keeps the k best tokens; top_p the smallest set of the best whose share of the probability is at
+Transformers: top_k keeps the k best tokens; top_p the smallest set of the best whose share of their probability is at
 least top_p; min_p the tokens with at least that share of the likeliest token's probability. Of equal logits the lower
 id ranks higher. A threshold is a sort key (see ranking.py).
 

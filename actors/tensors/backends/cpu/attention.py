@@ -1,4 +1,7 @@
-"""Attention on CPU: single-token rows by kernels that read the blocks of the cache, prefill tiles in torch."""
+"""Attention on CPU: single-token rows by kernels that read the blocks of the cache, prefill tiles in torch.
+
+T tokens of the step · B rows, a token each · h heads · H KV heads · G queries to a KV head · D dimension of a key.
+"""
 
 from collections.abc import Sequence
 

@@ -72,7 +72,7 @@ def _log(x: Any) -> Any:
 
 @_exact_kernel
 def _minus_log1p_of_minus(w: Any) -> Any:
-    """-log(1 - w) for w from 2**-54 to 1 - 2**-24, exact also where 1 - w rounds to 1."""
+    """-log(1 - w) for w from 2**-54 to 1 - 2**-24, precise also where 1 - w rounds to 1."""
     near = -_log_of_ratio(-w, np.float32(2) - w)
     far = -_log(np.float32(1) - w)
     return near if w < np.float32(1 / 3) else far

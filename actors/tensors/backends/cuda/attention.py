@@ -1,6 +1,7 @@
 """Paged attention on CUDA: torch's kernel where it agrees with the reference, else gathers of whole block tables.
 
-T tokens of the step · S sequences of the step · B rows of one token each · N blocks of a table · D dimension of a key.
+T tokens of the step · S sequences of the step, O = S + 1 offsets · N blocks of a table · h heads · H KV heads ·
+D dimension of a key or a value.
 """
 
 import logging
@@ -62,8 +63,8 @@ class VarlenKernel:
             query_ThD,
             cache.keys_NbHD,
             cache.values_NbHD,
-            rows.first_tokens_S1,
-            rows.first_keys_S1 if self._takes_first_keys else None,
+            rows.first_tokens_O,
+            rows.first_keys_O if self._takes_first_keys else None,
             rows.max_queries,
             rows.max_keys,
             scale=scaling,
@@ -104,8 +105,8 @@ class CUDAAttention(ReferenceAttention):
             torch.nn.functional.pad(counts_S.cumsum(0), (1, 0)),
             torch.arange(len(chunks) + 1) * max_keys,
         )
-        tables_SN, lengths_S, first_tokens, first_keys = (self._upload(x.int()) for x in on_host)
-        rows = PagedRows(tables_SN, lengths_S, first_tokens, first_keys, int(counts_S.max()), max_keys)
+        tables_SN, lengths_S, first_tokens_O, first_keys_O = (self._upload(x.int()) for x in on_host)
+        rows = PagedRows(tables_SN, lengths_S, first_tokens_O, first_keys_O, int(counts_S.max()), max_keys)
         return AttentionMetadata(metadata.slots_T, metadata.by_mask, paged=rows)
 
     def attend(
@@ -177,9 +178,11 @@ def kernel_fault(
         own = [(seq, lengths[seq] - count + 1 + i) for seq, count in enumerate(counts) for i in range(count)]
         rows = PagedRows.decode(tables_SN[[seq for seq, _ in own]], _int32([end for _, end in own], device), block_size)
         expected = reference.attend_whole_tables(exact, query_ThD.float(), rows, scaling)
-        first_tokens = _int32([0, *torch.tensor(counts).cumsum(0).tolist()], device)
-        first_keys_S1 = _int32([i * 2 * block_size for i in range(len(lengths) + 1)], device)
-        packed = PagedRows(tables_SN, _int32(lengths, device), first_tokens, first_keys_S1, num_queries, 2 * block_size)
+        first_tokens_O = _int32([0, *torch.tensor(counts).cumsum(0).tolist()], device)
+        first_keys_O = _int32([i * 2 * block_size for i in range(len(lengths) + 1)], device)
+        packed = PagedRows(
+            tables_SN, _int32(lengths, device), first_tokens_O, first_keys_O, num_queries, 2 * block_size
+        )
         try:
             out = kernel.attend(cache, query_ThD, packed, scaling).float()
         except Exception as error:  # noqa: BLE001 - another torch may not even know the arguments

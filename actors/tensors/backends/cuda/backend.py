@@ -32,7 +32,7 @@ class CUDABackend(ReferenceBackend):
             super().set_up()
 
     def free_bytes(self, ranks_on_node: int) -> int:
-        """Memory of the rank's own GPU, what torch holds without using it included."""
+        """Free memory of the rank's own GPU, including what torch holds but does not use."""
         if self.device.type != "cuda":
             return super().free_bytes(ranks_on_node)
         free, _ = torch.cuda.mem_get_info(self.device)

@@ -1,4 +1,7 @@
-"""Attention blocks of Llama's form on CPU in four calls: product, rotation and cache write, attention, output."""
+"""Attention blocks of Llama's form on CPU in four calls: product, rotation and cache write, attention, output.
+
+T tokens of the step · h heads · D their dimension.
+"""
 
 from typing import Any
 

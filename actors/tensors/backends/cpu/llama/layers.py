@@ -1,7 +1,7 @@
 """Runs of decoder layers of Llama's form on CPU, each in one kernel call, without Python between the products.
 
 The modules of such a layer are substituted already (module_kernels.py, attention.py), and the probe has seen that
-nothing happens between the layers. T tokens of the step · Q logits rows · H hidden size.
+nothing happens between the layers. T tokens of the step · Q logits rows · H hidden size · h heads · D their dimension.
 """
 
 import itertools
