@@ -115,6 +115,7 @@ class Gang:
         self.executor.close()
         if self._serving:
             ray.wait(self._serving, num_returns=len(self._serving), timeout=patience_s)
+            self._monitor.join(patience_s)  # it asks Ray, which may be shut down next
         self._serving = []
         self._pool.close()
 
@@ -173,7 +174,8 @@ class Gang:
         ]  # fmt: skip
         self._serving = self._call_all("serve")
         watch = (self.executor, self._serving)
-        threading.Thread(target=self._watch, args=watch, name="gang-monitor", daemon=True).start()
+        self._monitor = threading.Thread(target=self._watch, args=watch, name="gang-monitor", daemon=True)
+        self._monitor.start()
         pool.fill_spares()
 
     def _join(self, plan: Plan, infos: list[WorkerInfo], devices: list[str]) -> None:
@@ -242,7 +244,7 @@ class Gang:
             rank = serving.index(done[0])
             is_death, reason = _end_of_loop(done[0], rank)
             ends.insert(0 if is_death else len(ends), (reason, rank))
-        if not is_death:
+        if not is_death and not self._is_closing:
             time.sleep(_FOLLOW_S)  # the rank reports it itself, with its step
         if not self._is_closing:
             executor.fail(*ends[0], is_death)
