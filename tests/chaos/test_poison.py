@@ -1,4 +1,4 @@
-"""R8, R18: requests that kill a rank each time, and numbers that are none: only they fail.
+"""R8, R18: requests that kill a rank each time, and requests that give NaN: only they fail.
 
 CHAOS_NANS=40 python -m pytest -m soak tests/chaos/test_poison.py
 """
@@ -32,7 +32,7 @@ def test_what_one_request_does_to_a_rank_ends_with_it(app: App, act: str, tell: 
     assert max(row["rebuilds"] for row in rows) <= 3
 
 
-def test_what_is_no_number_never_leaves(app: App, folder: Path, tell: Say, show: Any) -> None:
+def test_nan_never_leaves(app: App, folder: Path, tell: Say, show: Any) -> None:
     chance, count, problems = random.Random(18), int(parameter("CHAOS_NANS", 40)), list[str]()
     epoch = app.epoch()
     with scene(app) as play:

@@ -38,7 +38,7 @@ def test_a_request_that_kills_fails_alone(app: App, script: Script) -> None:
     assert 1 <= deed.rebuilds <= 3
 
 
-def test_what_is_no_number_never_leaves(app: App, script: Script, folder: Path) -> None:
+def test_nan_never_leaves(app: App, script: Script, folder: Path) -> None:
     with scene(app, script) as play:
         play.people.circle(play.asked["stream"], 8)
         spells = [Spell("nan", rank, at, once=number) for number, (rank, at) in enumerate([(0, 0), (1, 5), (3, 2)])]

@@ -149,7 +149,7 @@ def test_a_wrong_shape_is_named(load: Any, plan_of: Any, copy: Callable[[str], P
         load(plan_of("llama"), folder)
 
 
-def test_a_quantised_tensor_is_refused(load: Any, plan_of: Any, copy: Callable[[str], Path]) -> None:
+def test_a_quantized_tensor_is_refused(load: Any, plan_of: Any, copy: Callable[[str], Path]) -> None:
     folder = copy("llama")
     change(folder, NORM, torch.ones(64).to(torch.float8_e4m3fn))
     with pytest.raises(CheckpointError, match=rf"{NORM} is stored as F8_E4M3; .*unquantized"):

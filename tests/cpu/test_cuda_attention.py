@@ -1,4 +1,4 @@
-"""The paged kernel: when it is chosen, what it is asked, and that a kernel which is wrong is found out.
+"""Paged attention on CUDA: when the kernel is chosen, how it is called, and that a wrong kernel is not used.
 
 Torch's kernel runs on CUDA only. Here a function that does what its documentation says stands for it.
 """

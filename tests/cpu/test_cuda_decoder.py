@@ -277,15 +277,15 @@ def test_penalties_count_ids_that_were_still_on_their_way(
     for number in range(1, 8):
         runner.launch(StepBatch(0, number, 0, [], [], [Entry(0, 1 + number, [], [], True)]))
     row = runner.table.rows[0]
-    draw = runner.table.sampling_row(Entry(0, 8, [], [], True))
+    sampled = runner.table.sampling_row(Entry(0, 8, [], [], True))
     runner._settle()
     assert isinstance(row.ids, array)
-    assert list(draw.ids) == list(row.ids)
+    assert list(sampled.ids) == list(row.ids)
     assert len(set(row.ids[2:])) > 1
 
 
 @pytest.mark.parametrize("num_ids", [1, 2])
-def test_what_is_no_number_is_told_and_never_looked_up(
+def test_not_a_number_is_reported_and_never_looked_up(
     plan_of: Callable[..., Plan], checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, num_ids: int
 ) -> None:
     """In a decode step (one id) as in a prefill; the next step, launched already, goes on with some id."""

@@ -56,7 +56,7 @@ class Lent:
     def close(self) -> None: ...
 
 
-class ActorPool:
+class LocalGang:
     """The ranks of one layout in their loops, and engines over them, one after the other."""
 
     def __init__(self, pool: Any, plan: Plan, folder: Path) -> None:
@@ -128,23 +128,23 @@ class Events:
 
 
 @pytest.fixture(scope="module")
-def crew_of(
+def gang_of(
     pool: Any, plan_of: Callable[..., Plan], checkpoints: Callable[[str], Path]
-) -> Iterator[Callable[[int, int], ActorPool]]:
+) -> Iterator[Callable[[int, int], LocalGang]]:
     """The ranks of a layout; those of the layout before go home when another one is asked for."""
-    now: dict[tuple[int, int], ActorPool] = {}
+    now: dict[tuple[int, int], LocalGang] = {}
 
-    def get(tp: int, pp: int) -> ActorPool:
+    def get(tp: int, pp: int) -> LocalGang:
         if (tp, pp) not in now:
-            for crew in [now.pop(layout) for layout in list(now)]:
-                crew.close()
+            for gang in [now.pop(layout) for layout in list(now)]:
+                gang.close()
             plan = plan_of("llama", tp, pp, model={"max_model_len": MAX_MODEL_LEN}, scheduler={"depth": 2})
-            now[tp, pp] = ActorPool(pool, plan, checkpoints("llama"))
+            now[tp, pp] = LocalGang(pool, plan, checkpoints("llama"))
         return now[tp, pp]
 
     yield get
-    for crew in now.values():
-        crew.close()
+    for gang in now.values():
+        gang.close()
 
 
 @pytest.fixture(scope="module")
@@ -186,12 +186,12 @@ def grid() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("tp", "pp", "budget", "prefix_cache", "num_blocks", "depth"), list(grid()))
 def test_greedy_is_transformers_generate(
-    crew_of: Any, references: Any, tp: int, pp: int, budget: int, prefix_cache: bool, num_blocks: int, depth: int
+    gang_of: Any, references: Any, tp: int, pp: int, budget: int, prefix_cache: bool, num_blocks: int, depth: int
 ) -> None:
     references = sorted(references, key=lambda one: -len(one[0]))  # nothing limits the first chunk but the budget
     requests = [Request(str(i), prompt, NUM_NEW, GREEDY) for i, (prompt, _) in enumerate(references)]
-    crew = crew_of(tp, pp)
-    ids, engine = crew.generate(
+    gang = gang_of(tp, pp)
+    ids, engine = gang.generate(
         requests,
         max_num_seqs=8,
         max_num_batched_tokens=budget,
@@ -201,22 +201,22 @@ def test_greedy_is_transformers_generate(
     )
     assert ids == [new_ids for _, new_ids in references]
     assert (engine.stats.num_preemptions > 0) == (num_blocks == SMALL)
-    entries = [entry for step in crew.steps for entry in step.entries]
+    entries = [entry for step in gang.steps for entry in step.entries]
     assert any(not entry.ids for entry in entries) == (depth > 1), "no step was made before its ids were known"
     assert (max(len(entry.ids) for entry in entries) > 16) == (budget > 16)
     assert (engine.stats.num_prompt_cached > 0) == prefix_cache or num_blocks == LARGE
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_concurrent_streams_equal_the_same_requests_one_by_one(crew_of: Any, depth: int) -> None:
+def test_concurrent_streams_equal_the_same_requests_one_by_one(gang_of: Any, depth: int) -> None:
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(103, (1 + number % 19,), generator=generator).tolist() for number in range(32)]
     requests = [Request(str(number), prompt, 16, GREEDY) for number, prompt in enumerate(prompts)]
-    crew = crew_of(2, 2)
-    alone, _ = crew.generate(requests, at_once=False, depth=1, prefix_cache=False)
-    together, _ = crew.generate(requests, depth=depth)
+    gang = gang_of(2, 2)
+    alone, _ = gang.generate(requests, at_once=False, depth=1, prefix_cache=False)
+    together, _ = gang.generate(requests, depth=depth)
     assert together == alone
-    assert max(len(step.entries) for step in crew.steps) >= 8
+    assert max(len(step.entries) for step in gang.steps) >= 8
 
 
 # Every parameter alone and with others.
@@ -246,31 +246,31 @@ def mixed_requests() -> list[Request]:
 
 
 @pytest.fixture(scope="module")
-def drawn_alone(crew_of: Any) -> list[list[int]]:
+def drawn_alone(gang_of: Any) -> list[list[int]]:
     """What each of the mixed requests draws while nobody else runs."""
-    return crew_of(1, 1).generate(mixed_requests(), at_once=False, prefix_cache=False)[0]
+    return gang_of(1, 1).generate(mixed_requests(), at_once=False, prefix_cache=False)[0]
 
 
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
-def test_seeded_draws_depend_on_the_request_alone(crew_of: Any, drawn_alone: list[list[int]], tp: int, pp: int) -> None:
-    requests, crew = mixed_requests(), crew_of(tp, pp)
-    ids, _ = crew.generate(requests)
+def test_seeded_draws_depend_on_the_request_alone(gang_of: Any, drawn_alone: list[list[int]], tp: int, pp: int) -> None:
+    requests, gang = mixed_requests(), gang_of(tp, pp)
+    ids, _ = gang.generate(requests)
     assert ids == drawn_alone
-    ids, engine = crew.generate(requests[::-1], depth=2, num_blocks=2 * BLOCKS_OF_LONGEST, max_num_batched_tokens=41)
+    ids, engine = gang.generate(requests[::-1], depth=2, num_blocks=2 * BLOCKS_OF_LONGEST, max_num_batched_tokens=41)
     assert ids[::-1] == drawn_alone
     assert engine.stats.num_preemptions > 0
     banned = [set(range(40, 60)) & set(drawn) for request, drawn in zip(requests, ids[::-1], strict=True)]
     assert not any(found for found, request in zip(banned, requests, strict=True) if request.sampling.min_tokens)
 
 
-def test_served_draws_follow_the_exact_probabilities(crew_of: Any, model: Any) -> None:
+def test_served_draws_follow_the_exact_probabilities(gang_of: Any, model: Any) -> None:
     num_draws, prompt = 4000, [5, 77, 31]
     cut = {"temperature": 3.0, "top_k": 12, "top_p": 0.95}
     requests = [
         Request(str(seed), prompt, 1, SamplingParams(**cut, seed=seed, logit_bias={9: 4.0}))
         for seed in range(num_draws)
     ]
-    ids, _ = crew_of(2, 2).generate(requests, max_num_seqs=200)
+    ids, _ = gang_of(2, 2).generate(requests, max_num_seqs=200)
     with torch.no_grad():
         logits = model(torch.tensor([prompt])).logits[0, -1].double()
     logits[9] += 4.0

@@ -48,7 +48,7 @@ def test_a_product_is_torchs_and_no_row_depends_on_the_others(shape: tuple[int, 
 
 @needs_instruction
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_no_number_stays_none(value: float) -> None:
+def test_nan_and_infinity_stay(value: float) -> None:
     linear = rebase(nn.Linear(8, 32, bias=False, dtype=torch.bfloat16), ColwiseLinear).set_group(LoneShard())
     linear.requires_grad_(False)
     x = torch.ones(3, 8).bfloat16()
@@ -68,5 +68,5 @@ def test_what_is_no_number_stays_none(value: float) -> None:
 @pytest.mark.parametrize(
     ("shape", "dtype"), [((15, 8), torch.bfloat16), ((32, 7), torch.bfloat16), ((32, 8), torch.float32)]
 )
-def test_other_weights_do_not_lie_in_panels(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_other_weights_are_not_panel_packed(shape: tuple[int, int], dtype: torch.dtype) -> None:
     assert gemm.why_not(torch.zeros(shape, dtype=dtype)) is not None

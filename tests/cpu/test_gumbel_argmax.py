@@ -49,7 +49,7 @@ def test_noise_is_as_fine_as_the_hash_where_races_are_won_and_lost() -> None:
     torch.testing.assert_close(scores.double(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_no_number_is_above_all_and_zeros_are_equal() -> None:
+def test_nan_is_above_all_and_zeros_are_equal() -> None:
     rows = [[0.0, math.nan, math.inf], [-math.inf] * 3, [-0.0, 0.0, -1.0], [-1.0, -0.0, 0.0], [-math.nan, 1.0, 2.0]]
     logits = torch.tensor(rows)
     for temperatures in (None, torch.ones(len(rows), 1)):

@@ -1,4 +1,4 @@
-"""A stage's layers in one call give what they give one by one."""
+"""Runs of decoder layers in one kernel call give what the layers give one by one."""
 
 import mmap
 import time

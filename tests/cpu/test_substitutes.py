@@ -1,4 +1,4 @@
-"""Substitutes: what computes the same stands in, proven by numbers; what only looks alike stays, and says why."""
+"""Substitutes: modules that compute the same are replaced, as numbers show; others stay, and a reason is given."""
 
 import logging
 from collections.abc import Callable
@@ -162,7 +162,7 @@ def test_an_account_adds_up() -> None:
     assert account.entries() == [Substitution("norm", 1, reason), Substitution("layer", 1, None)]
 
 
-def test_what_is_no_number_or_fails_differs() -> None:
+def test_nan_and_errors_are_differences() -> None:
     def divide() -> float:
         return 1 / 0
 

@@ -40,7 +40,7 @@ class Case:
     path: str = COMPLETIONS
     method: str = "POST"
     headers: tuple[tuple[bytes, bytes], ...] = ((b"content-type", b"application/json"),)
-    can_use_kernel: bool = True  # our app answers, so that errors are OpenAI's objects; False: a server before it does
+    is_from_app: bool = True  # our app answers, so that errors are OpenAI's objects; False: a server before it does
     raw: bytes | None = None  # instead of a well-formed request
     manner: str = ""  # how it is sent: see `_push`
     num_answers: int = 1  # that come where all is well
@@ -142,7 +142,7 @@ def check(case: Case, answer: Answer) -> None:
     if answer.status >= 400:
         assert len(answer.body) <= 4096, f"{case.id}: {len(answer.body)} bytes"
         assert not SECRETS.search(answer.body.decode("utf-8", "replace")), f"{case.id}: {told!r}"
-    if answer.status < 400 or not case.can_use_kernel or case.method == "HEAD":
+    if answer.status < 400 or not case.is_from_app or case.method == "HEAD":
         return
     assert answer.headers["content-type"] == "application/json", f"{case.id}: {answer.headers}"
     error = json.loads(answer.body)["error"]
@@ -481,7 +481,7 @@ def _wire(target: Target) -> list[Case]:
     for name, request in raw.items():
         statuses = (*refused, 200) if request.startswith(b"GET") else refused
         # Some servers wait for the rest of what was announced: the sender says that there is none.
-        cases.append(Case(f"wire: {name}", statuses, raw=request, can_use_kernel=False, manner="half-close"))
+        cases.append(Case(f"wire: {name}", statuses, raw=request, is_from_app=False, manner="half-close"))
     return cases
 
 
@@ -493,9 +493,9 @@ def _manners(target: Target) -> list[Case]:
     twice = Case("", (200,), good).request().replace(b"connection: close", b"connection: keep-alive")
     return [
         Case("manner: a body in drips", (200,), good, manner="dribble"),
-        Case("manner: half a body", (NOTHING, 400), good, manner="head only", can_use_kernel=False),
-        Case("manner: half-closed", (200, NOTHING, 400, 499), good, manner="half-close", can_use_kernel=False),
-        Case("manner: half-closed stream", (200, NOTHING, 400, 499), stream, manner="half-close", can_use_kernel=False),
+        Case("manner: half a body", (NOTHING, 400), good, manner="head only", is_from_app=False),
+        Case("manner: half-closed", (200, NOTHING, 400, 499), good, manner="half-close", is_from_app=False),
+        Case("manner: half-closed stream", (200, NOTHING, 400, 499), stream, manner="half-close", is_from_app=False),
         Case("manner: reset", (NOTHING,), good, manner="reset"),
         Case("manner: reset stream", (NOTHING,), stream, manner="reset"),
         Case("manner: reset chat", (NOTHING,), _chat(target, max_tokens=32), path=CHATS, manner="reset"),

@@ -1,4 +1,4 @@
-"""Nobody asks a device who it is: what depends on it lives in backends and transports, which one place each chooses."""
+"""Only backends and transports depend on the kind of a device, and each is chosen in one module."""
 
 import ast
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TENSORS = "actors/tensors/backends"
-# Where it may be asked: the backends, the transports and their choice, and who hands a device to Ray.
+# Files that may read it: the backends, the transports and their choice, and where Ray is asked for a device.
 MAY_ASK = (f"{TENSORS}/", "cluster/collectives/groups.py", "cluster/collectives/cpu_transport.py")
 MAY_ASK += ("cluster/collectives/cuda_transport.py",)
 SHARED = {"choose", "reference", "trial", "host_memory"}  # what lies beside the backends, for all of them

@@ -65,7 +65,7 @@ def test_in_a_hang_the_silent_come_first_then_step_stage_and_collective() -> Non
     assert verdict_on_silence(progress_by_rank, 100.5, 3.0) is None
 
 
-def test_last_words_tell_a_crash_from_a_kill() -> None:
+def test_crash_reports_tell_a_crash_from_a_kill() -> None:
     killed = verdict_on_deaths([Complaint(2, 5, "rank 2 died"), Complaint(0, 5, "rank 0 died")])
     assert (killed.cause, killed.ranks, killed.is_from_within) == ("killed", (0, 2), False)
     left = {2: CrashReport(11, ""), 0: CrashReport(11, "")}
@@ -94,7 +94,7 @@ def test_who_fell_silent_in_a_step_may_have_been_frozen_by_it() -> None:
         ("import ctypes; ctypes.string_at(0)", "Fatal Python error: Segmentation fault"),
         ("os.abort()", "Fatal Python error: Aborted"),
         ("os.kill(os.getpid(), 9)", ""),
-        ("time.sleep(60)", ""),  # whoever buries it ends it
+        ("time.sleep(60)", ""),  # collecting its crash report ends it
     ],
 )
 def test_a_black_box_tells_how_a_process_ended_and_in_which_step(end: str, words: str, tmp_path) -> None:
@@ -450,7 +450,7 @@ def test_closing_while_the_gang_comes_back_ends_everything(gangs) -> None:
     assert all(executor.is_closed for executor in world.made)
 
 
-def test_what_is_no_number_fails_its_request_alone_and_the_ranks_are_checked_once(gangs) -> None:
+def test_nan_fails_its_request_alone_and_the_ranks_are_checked_once(gangs) -> None:
     class Odd(Mortal):
         def _draw(self, row, ids):
             return NOT_A_NUMBER if row.sampling.seed == 13 and len(ids) >= 10 else super()._draw(row, ids)
@@ -471,4 +471,4 @@ def test_what_is_no_number_fails_its_request_alone_and_the_ranks_are_checked_onc
     before = world.engine.stats.num_prompt_cached
     world.engine.add(Request("alike", shared, 3, GREEDY))
     world.listener.all_of(["alike"])
-    assert world.engine.stats.num_prompt_cached == before, "blocks of what was no number are shared"
+    assert world.engine.stats.num_prompt_cached == before, "blocks with NaN are shared"
