@@ -1,6 +1,7 @@
 """Tiny checkpoints of every supported family, and a pool of rank processes that any layout can borrow."""
 
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -15,6 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from actors.decisions.model.plan import Plan, make_plan
+from actors.decisions.model.spec import ModelSpec
+from actors.tensors.model import spec_reader
 from actors.tensors.model.spec_reader import read_spec
 from actors.tensors.runner import Sampled
 from actors.words.messages import StepBatch
@@ -121,6 +124,26 @@ def plan_of(checkpoints: Callable[[str], Path]) -> Callable[..., Plan]:
         return make_plan(Config(**arguments), specs[family])
 
     return make
+
+
+@pytest.fixture(scope="session")
+def specs_read() -> Callable[..., ModelSpec]:
+    """`read_spec`, once for each config.json and dtype: it probes the model, which takes seconds for a large one."""
+
+    @functools.cache
+    def read(folder: Path, config: bytes, dtype: str, only_tested: bool) -> ModelSpec:
+        return read_spec(folder, dtype, only_tested)
+
+    def remembered(folder: Path, dtype: str = "auto", only_tested: bool = True) -> ModelSpec:
+        return read(folder, (folder / "config.json").read_bytes(), dtype, only_tested)
+
+    return remembered
+
+
+@pytest.fixture
+def specs_are_read_once(specs_read: Callable[..., ModelSpec], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what is made of a spec, over and over for the same few models."""
+    monkeypatch.setattr(spec_reader, "read_spec", specs_read)
 
 
 class Pool:

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 ANSWER_S = 60.0
+# Imported once, by the server that forks the ranks: what every scenario imports
+PRELOADED = ["torch", "torch.distributed", "pytest", "cluster.collectives.groups", "cluster.collectives.shared_memory"]
 
 
 def run_ranks(file: str, scenario: str, num_ranks: int, **arguments: Any) -> list[tuple[str, Any]]:
     """By rank: ("ok", result), ("TypeOfError", text), or ("dead", exit code)."""
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "pytest"])
+    context.set_forkserver_preload(PRELOADED)
     started = []
     for rank in range(num_ranks):
         ours, theirs = context.Pipe(duplex=False)

@@ -9,7 +9,7 @@ import pytest
 
 from deployments import cli
 
-pytestmark = pytest.mark.timeout(10)
+pytestmark = [pytest.mark.timeout(10), pytest.mark.usefixtures("specs_are_read_once")]
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESET = (ROOT / "configs" / "llama70b_tp8_pp4.yaml").read_text()

@@ -1,5 +1,6 @@
 """Joining, talking, failing and joining again: rank processes with real sockets."""
 
+import contextlib
 import functools
 import os
 import runpy
@@ -41,6 +42,19 @@ def join_all(rank, port, layout, epoch=1, timeout_s=20.0, address=ADDRESS, share
         cpu_transport.share_memory = lambda *_: None  # as where memory cannot be shared
     store = join_store(ADDRESS, port, epoch, 20.0)
     return join(Topology(*layout), rank, store, CPU, address, timeout_s)
+
+
+@contextlib.contextmanager
+def leaving_after(port, rank, first):
+    """A rank stays in its scenario, and so alive, until rank `first` has left, whatever became of that one."""
+    store = join_store(ADDRESS, port, 1, 20.0)
+    try:
+        yield
+    finally:
+        if rank == first:
+            store.put("left", rank)
+        else:
+            store.take("left")
 
 
 def use(groups, topology, rank):
@@ -144,27 +158,27 @@ def listen_somewhere(rank, port, address, shared):
 
 def receive_nothing(rank, port, how):
     groups = join_all(rank, port, (1, 2), timeout_s=1.0 if how == "timeout" else 30.0)
-    if rank == 0:
-        if how == "death":
-            os._exit(7)
-        if how == "wrong size":
-            groups.next.send(torch.ones(3)).wait()
-        time.sleep(2.0)
-        return
-    if how == "abort":
-        threading.Timer(0.3, groups.abort).start()
-    groups.previous.receive(torch.ones(4))
+    if rank == 0 and how == "death":
+        os._exit(7)
+    with leaving_after(port, rank, first=1):
+        if rank == 0:
+            if how == "wrong size":
+                groups.next.send(torch.ones(3)).wait()
+            return
+        if how == "abort":
+            threading.Timer(0.3, groups.abort).start()
+        groups.previous.receive(torch.ones(4))
 
 
 def wait_for_feedback(rank, port, how):
     groups = join_all(rank, port, (1, 3), timeout_s=1.0 if how == "timeout" else 30.0)
-    if rank == 0:
-        if how == "abort":
-            threading.Timer(0.3, groups.abort).start()
-        groups.feedback.receive(torch.ones(4))
     if rank == 2 and how == "death":
         os._exit(7)
-    time.sleep(2.0)
+    with leaving_after(port, rank, first=0):
+        if rank == 0:
+            if how == "abort":
+                threading.Timer(0.3, groups.abort).start()
+            groups.feedback.receive(torch.ones(4))
 
 
 def send_much(rank, port):
@@ -189,9 +203,9 @@ def send_much(rank, port):
 
 def send_to_a_hanging_neighbour(rank, port):
     groups = join_all(rank, port, (1, 2), timeout_s=0.7)
-    if rank == 0:
-        groups.next.send(torch.ones(20_000_000)).wait()
-    time.sleep(3.0)
+    with leaving_after(port, rank, first=0):
+        if rank == 0:
+            groups.next.send(torch.ones(20_000_000)).wait()
 
 
 def knock_as_a_stranger(rank, port):
@@ -213,19 +227,19 @@ def knock_as_a_stranger(rank, port):
 def stage_fails(rank, port, how):
     """On gloo, as where there is no shared memory."""
     groups = join_all(rank, port, (2, 1), timeout_s=1.0 if how == "timeout" else 30.0, shared=False)
-    if rank == 1:
-        if how == "death":
-            os._exit(7)
-        time.sleep(2.0)
-        return
-    if how == "abort":
-        threading.Timer(0.3, groups.abort).start()
-    began = time.monotonic()
-    try:
-        groups.stage.all_reduce(torch.ones(4))
-    finally:
-        groups.close()
-        assert time.monotonic() - began < 20  # the group's own patience is 30 s
+    if rank == 1 and how == "death":
+        os._exit(7)
+    with leaving_after(port, rank, first=0):
+        if rank == 1:
+            return
+        if how == "abort":
+            threading.Timer(0.3, groups.abort).start()
+        began = time.monotonic()
+        try:
+            groups.stage.all_reduce(torch.ones(4))
+        finally:
+            groups.close()
+            assert time.monotonic() - began < 20  # the group's own patience is 30 s
 
 
 # Tests

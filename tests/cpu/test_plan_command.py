@@ -20,7 +20,7 @@ from actors.tensors.backends.choose import default_block_size, placed_on
 from actors.tensors.backends.cpu.attention import CPUAttention
 from actors.tensors.backends.cuda.varlen_support import KernelDevice, why_no_kernel
 from actors.tensors.backends.reference import ReferenceBackend
-from actors.tensors.model.spec_reader import read_spec
+from actors.tensors.model import spec_reader
 from actors.tensors.model.stage_model import build
 from actors.tensors.weights.source import architecture_folder, shipped_architectures
 from cluster.collectives.interface import LoneShard
@@ -29,6 +29,8 @@ from configs.files import read_config
 from deployments import cli
 
 ATTENTION = ReferenceBackend(torch.device("cpu")).attention([], torch.float32, 16)  # nobody attends here
+
+pytestmark = pytest.mark.usefixtures("specs_are_read_once")
 
 ROOT = Path(__file__).resolve().parents[2]
 BILLIONS = {
@@ -49,7 +51,7 @@ def asked(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
 def planned(source: str, tp: int, pp: int, **groups: Any) -> Plan:
     parallel = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp}
     config = Config.model_validate({"model": {"source": source}, "parallel": parallel, **groups})
-    return make_plan(config, read_spec(architecture_folder(source)[0]))
+    return make_plan(config, spec_reader.read_spec(architecture_folder(source)[0]))
 
 
 def test_a_405b_model_is_planned_to_the_byte_as_a_command(tmp_path: Path) -> None:
@@ -69,7 +71,7 @@ def test_a_405b_model_is_planned_to_the_byte_as_a_command(tmp_path: Path) -> Non
 @pytest.mark.parametrize("source", sorted(BILLIONS))
 def test_shipped_architectures_are_the_public_ones(source: str) -> None:
     assert shipped_architectures() == sorted(BILLIONS, key=lambda name: name.replace("/", "--"))
-    spec = read_spec(architecture_folder(source)[0])
+    spec = spec_reader.read_spec(architecture_folder(source)[0])
     assert sum(parameter.numel for parameter in spec.parameters) / 1e9 == pytest.approx(BILLIONS[source], abs=1e-3)
 
 
@@ -281,7 +283,7 @@ def test_a_small_cache_is_named_beside_what_else_is_wrong(tmp_path: Path, capsys
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_config_takes_the_fast_path_of_its_device(path: Path) -> None:
     config = read_config(path)
-    spec = read_spec(architecture_folder(config.model.source)[0], config.model.dtype)
+    spec = spec_reader.read_spec(architecture_folder(config.model.source)[0], config.model.dtype)
     plan = make_plan(config, spec, default_block_size(config.device, placed_on(config.device)))
     attentions = [attention.local_spec for shard in plan.shards for attention in shard.attentions]
     if config.device == "cpu":
