@@ -98,7 +98,9 @@ def check(request: Request, told: Told, log_softmax: torch.Tensor) -> None:
         assert distance(of_id, ids[at], log_softmax[at - 1], params.prompt_logprobs or 0) < TOLERANCE
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (4, 1), (1, 3), (2, 3), (4, 3)])
+@pytest.mark.parametrize(
+    ("tp", "pp"), [(1, 1), (2, 1), (4, 1), (1, 3), (2, 3), pytest.param(4, 3, marks=pytest.mark.soak)]
+)
 def test_logprobs_are_transformers_log_softmax(gang_of: Any, log_softmax_of: Any, tp: int, pp: int) -> None:
     gang = gang_of("llama", tp, pp)
     requests = [
