@@ -56,7 +56,7 @@ NUM_WARM_UP = 5
 
 
 class OneOfMany:
-    """A shard whose neighbours are not there: what it exchanges comes back as it was."""
+    """A shard whose neighbors are not there: what it exchanges comes back as it was."""
 
     def __init__(self, shard: int, size: int) -> None:
         self.shard, self.size = shard, size

@@ -1,4 +1,4 @@
-"""The grid of ranks: the stage and the shard of each rank, and its neighbours."""
+"""The grid of ranks: the stage and the shard of each rank, and its neighbors."""
 
 from dataclasses import dataclass
 

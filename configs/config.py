@@ -283,8 +283,8 @@ class Config(Group):
     substitutions: Literal["auto", "none"] = Field(
         default="auto",
         description="`auto`: the device's kernels stand in for the model's own modules where they compute the same; "
-        "`none`: nowhere, though attention over the KV cache stays the device's. Set `none` to find out whether a "
-        "kernel is at fault; it is slower.",
+        "`none`: nowhere, though attention over the KV cache, the choice of ids and exchanges stay the device's. Set "
+        "`none` to find out whether a kernel is at fault; it is slower.",
     )
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()

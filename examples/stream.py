@@ -1,6 +1,6 @@
 """Streams a completion: prints each piece of text as soon as the server sends it, then why the text ended.
 
-Needs a server that runs (`make serve`), and the openai package (`pip install openai`; `make test` has installed it).
+Needs a server that runs (`make serve`), and the openai package (`pip install openai`; make has installed it).
 
     python examples/stream.py
     python examples/stream.py http://127.0.0.1:8000 "Q: What is a stage?

@@ -40,7 +40,7 @@ from actors.words.messages import (
 logger = logging.getLogger(__name__)
 
 _MAX_MESSAGE_BYTES = 256 * 1024 * 1024
-_BLAME_S = 0.25  # a rank that lost its neighbour often reports that before the neighbour's death is noticed
+_BLAME_S = 0.25  # a rank that lost its neighbor often reports that before the neighbor's death is noticed
 ENCODER = msgspec.msgpack.Encoder()
 _FROM_RANK: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(FromRank)
 

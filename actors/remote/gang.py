@@ -17,7 +17,7 @@ from actors.decisions.failure.patience import StepClock
 from actors.decisions.model.plan import Plan
 from actors.remote.actor_pool import ActorPool, RankActor, WorkerInfo
 from actors.remote.channel import EngineChannel
-from actors.remote.meeting import Loaded, Meeting, RankInfo
+from actors.remote.meeting import Loaded, Meeting, RankInfo, check_substitutions
 from actors.words.errors import GangFailure, GangLost, Verdict
 from actors.words.executor import Revival
 from cluster.topology import Topology
@@ -82,7 +82,10 @@ class Gang:
         self.epoch = epoch
         self.executor = self._open_channel(self.executor.clock)
         self._phase_s["fence"] = time.monotonic() - began
-        self._assemble(self._plan, self.num_blocks, self._config.recovery.wait_s)
+        try:
+            self._assemble(self._plan, self.num_blocks, self._config.recovery.wait_s)
+        except ValueError as error:
+            raise GangFailure(str(error)) from error
         verdict = self._inquire(verdict, dead)
         logger.info("epoch %d serves; seconds by phase: %s", epoch, self._phase_s)
         return Revival(self.executor, verdict, self._phase_s)
@@ -162,7 +165,7 @@ class Gang:
             actor.call.remote("load", share, ranks_on[node]) for actor, node in zip(pool.actors, nodes, strict=True)
         ]
         loaded: list[Loaded] = self._phase("load", lambda: self._gather(loads, "loaded their weights"))
-        _check_substitutions(plan, loaded)
+        check_substitutions(plan, loaded)
         self.num_blocks = num_blocks or _num_blocks(config, plan, loaded)
         self._phase("warm", lambda: self._gather(self._call_all("allocate", self.num_blocks), "warmed up"))
         self._ranks = [
@@ -188,7 +191,7 @@ class Gang:
         self.executor.wait_for_ranks(self._config.timeouts.collective_s)
 
     def _inquire(self, verdict: Verdict, dead: dict[int, str]) -> Verdict:
-        """Revise the verdict by what lost processes left, which says more than what their neighbours noticed."""
+        """Revise the verdict by what lost processes left, which says more than what their neighbors noticed."""
         left: dict[int, CrashReport] = {}
         for rank, ref in self._crash_reports.items():
             if report := _result(ref, rank):
@@ -274,19 +277,6 @@ def _in_words(error: RayError, rank: int) -> str:
         return f"rank {rank} died: {str(error).partition(chr(10))[0]}"
     cause = getattr(error, "cause", None)
     return f"rank {rank} failed: {type(cause).__name__}: {cause}" if cause else f"rank {rank} failed: {error}"
-
-
-def _check_substitutions(plan: Plan, loaded: list[Loaded]) -> None:
-    """The shards of a stage must compute alike, or their exchanges differ. Raises GangFailure where they do not."""
-    for shard, load in zip(plan.shards, loaded, strict=True):
-        first = loaded[shard.rank - shard.shard]
-        own, theirs = ({one.what: one.count for one in each.substitutions} for each in (load, first))
-        if differing := sorted(what for what in own.keys() | theirs.keys() if own.get(what) != theirs.get(what)):
-            counts = ", ".join(f"{what} {own.get(what)} times, not {theirs.get(what)}" for what in differing)
-            raise GangFailure(
-                f"stage {shard.stage}: shard {shard.shard} substitutes otherwise than shard 0: {counts}; "
-                "set substitutions: none, or give the stage a node whose devices are alike"
-            )
 
 
 def _num_blocks(config: Config, plan: Plan, loaded: list[Loaded]) -> int:

@@ -55,3 +55,16 @@ class RankInfo:
     seconds: dict[str, float] = field(default_factory=dict)  # by phase, since it joined; see PhaseClock
     load_s: float = 0.0  # reading its weights took so long
     substitutions: list[Substitution] = field(default_factory=list)
+
+
+def check_substitutions(plan: Plan, loaded: list[Loaded]) -> None:
+    """The shards of a stage must compute alike, or their exchanges differ. Raises ValueError where they do not."""
+    for shard, load in zip(plan.shards, loaded, strict=True):
+        first = loaded[shard.rank - shard.shard]
+        own, theirs = ({one.what: one.count for one in each.substitutions} for each in (load, first))
+        if differing := sorted(what for what in own.keys() | theirs.keys() if own.get(what) != theirs.get(what)):
+            counts = ", ".join(f"{what} {own.get(what)} times, not {theirs.get(what)}" for what in differing)
+            raise ValueError(
+                f"stage {shard.stage}: shard {shard.shard} substitutes otherwise than shard 0: {counts}; "
+                "give the stage devices that are alike, or set substitutions: none (attention over the KV cache stays)"
+            )

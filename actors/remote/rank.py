@@ -99,12 +99,8 @@ class Rank:
         self._say("loaded %.1f MB in %.1f s", report.bytes_copied / 1e6, report.seconds)
         substitutions = self._runner.substitutions
         for one in substitutions:
-            self._say(
-                "%s: substituted %d times%s",
-                one.what,
-                one.count,
-                f"; not everywhere: {one.reason_not}" if one.reason_not else "",
-            )
+            why_not = f"; not {'everywhere' if one.count else 'used'}: {one.reason_not}" if one.reason_not else ""
+            self._say("%s: substituted %d times%s", one.what, one.count, why_not)
         fits = self._runner.num_blocks_that_fit(memory_share, ranks_on_node)
         self._loaded = Loaded(this.plan.shards[this.rank].weight_bytes, report.seconds, fits, substitutions)
         return self._loaded

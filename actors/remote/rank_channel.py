@@ -11,7 +11,7 @@ import zmq
 from actors.decisions.failure.patience import HEARTBEAT_S
 from actors.remote.channel import ENCODER, ChannelAddress, KeyPair, identity
 from actors.words.messages import Fence, FromRank, Heartbeat, RankFailure, StepBatch, StepResult, ToRank
-from cluster.collectives.interface import NeighbourLost
+from cluster.collectives.interface import NeighborLost
 
 _TO_RANK: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
 
@@ -63,7 +63,7 @@ class RankChannel:
 
     def report(self, error: BaseException) -> None:
         """Report that this rank cannot go on, if the engine still listens."""
-        reason, is_echo = f"{type(error).__name__}: {error}", isinstance(error, NeighbourLost)
+        reason, is_echo = f"{type(error).__name__}: {error}", isinstance(error, NeighborLost)
         with contextlib.suppress(zmq.Again):
             self._send(self._socket, RankFailure(self.epoch, self.step, reason, self._count_ops(), is_echo))
 

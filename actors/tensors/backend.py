@@ -43,6 +43,8 @@ class LinearMethod(Protocol):
 class AttentionBackend(Protocol):
     """How the attentions of a rank are computed over the paged cache."""
 
+    substitutions: list[Substitution]  # which kernels compute them, and why not all
+
     def plan(self, layout: StepLayout) -> AttentionMetadata:
         """Build the attention metadata of a step, once for all layers."""
 

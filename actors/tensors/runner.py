@@ -128,7 +128,7 @@ class Runner:
     @property
     def substitutions(self) -> list[Substitution]:
         """Which modules the backend substituted, and why it left others as they are."""
-        return [] if self.model is None else self.model.substitutions
+        return [*self.attention.substitutions, *([] if self.model is None else self.model.substitutions)]
 
     def num_blocks_that_fit(self, share: float, ranks_on_node: int) -> int:
         """Blocks of the KV cache that fit into a share of the free memory."""
@@ -179,7 +179,7 @@ class Runner:
         is_last = self.neighbors.next is None
         if not step.entries:
             return Done(Sampled([], [], []) if is_last else None)
-        work = self._decode_work(step) if is_decode else self._eager_work(step)
+        work = self._decode_work(step) if is_decode else self._packed_work(step)
         output = self._compute(work)
         if is_last:
             pending = self._sample(step, work, output)
@@ -211,7 +211,7 @@ class Runner:
         if fresh_blocks:
             self.cache.clear(self.backend.upload(torch.tensor(fresh_blocks)))
 
-    def _eager_work(self, step: StepBatch) -> _Work:
+    def _packed_work(self, step: StepBatch) -> _Work:
         tensors, state = self.table.tensors(step), None
         if self.neighbors.previous is not None:
             shape = (tensors.ids_T.shape[0], *self.plan.spec.state_shape)

@@ -7,7 +7,7 @@ from cluster.collectives.socket_link import SocketLink, connect_links
 from cluster.collectives.transport import Member
 
 
-class CpuTransport:
+class CPUTransport:
     """Connects ranks whose tensors are on the CPU; see Transport."""
 
     def __init__(self, member: Member) -> None:

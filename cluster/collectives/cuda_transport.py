@@ -12,7 +12,7 @@ from cluster.collectives.symmetric_memory import with_symmetric_memory
 from cluster.collectives.transport import Member
 
 
-class CudaTransport:
+class CUDATransport:
     """Connects ranks whose tensors are on a CUDA device each; see Transport."""
 
     def __init__(self, member: Member) -> None:

@@ -1,4 +1,4 @@
-"""The groups of one rank in one epoch: its stage, its links to the neighbour stages, and a control group over all."""
+"""The groups of one rank in one epoch: its stage, its links to the neighbor stages, and a control group over all."""
 
 import logging
 from collections.abc import Iterable
@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from cluster.collectives.cpu_transport import CpuTransport
-from cluster.collectives.cuda_transport import CudaTransport
+from cluster.collectives.cpu_transport import CPUTransport
+from cluster.collectives.cuda_transport import CUDATransport
 from cluster.collectives.interface import Link, LoneShard, StageGroup
 from cluster.collectives.process_group import GlooGroup
 from cluster.collectives.rendezvous import EpochStore
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 # By the type of a torch device. A backend whose tensors are on the CPU uses the CPU's, whatever computes them.
-_TRANSPORTS: dict[str, type[Transport]] = {"cpu": CpuTransport, "cuda": CudaTransport}
+_TRANSPORTS: dict[str, type[Transport]] = {"cpu": CPUTransport, "cuda": CUDATransport}
 
 
 @dataclass

@@ -6,19 +6,19 @@ from typing import Protocol
 import torch
 
 
-class NeighbourLost(RuntimeError):
+class NeighborLost(RuntimeError):
     """Another rank left, was aborted, or could not be reached: the cause is there, not in this rank."""
 
 
-class NeighbourLate(NeighbourLost, TimeoutError):
+class NeighborLate(NeighborLost, TimeoutError):
     """Another rank did not come in time."""
 
 
 class StageGroup(Protocol):
     """The shards of one stage (tensor-parallel group). Every shard calls the same operations in the same order.
 
-    Results have the same bits on every shard. Each operation raises NeighbourLate when a neighbour does not come in
-    time, and NeighbourLost once the group was aborted.
+    Results have the same bits on every shard. Each operation raises NeighborLate when a neighbor does not come in
+    time, and NeighborLost once the group was aborted.
     """
 
     size: int
@@ -35,7 +35,7 @@ class StageGroup(Protocol):
         """Equal shapes [*] from every shard → [size, *], in shard order."""
 
     def abort(self) -> None:
-        """Make every operation, now and later, raise NeighbourLost. Any thread may call it."""
+        """Make every operation, now and later, raise NeighborLost. Any thread may call it."""
 
     def close(self) -> None:
         """Release what the group holds. May be called twice."""
@@ -49,7 +49,7 @@ class Sending(Protocol):
 
 
 class Link(Protocol):
-    """One direction between a rank and its neighbour stage."""
+    """One direction between a rank and its neighbor stage."""
 
     def send(self, tensor: torch.Tensor) -> Sending:
         """Start to send a contiguous tensor and return at once."""

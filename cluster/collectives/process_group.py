@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOptions  # type: ignore[attr-defined]
 
-from cluster.collectives.interface import NeighbourLate, NeighbourLost
+from cluster.collectives.interface import NeighborLate, NeighborLost
 from cluster.collectives.rendezvous import EpochStore
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class ProcessGroup(ABC):
 
     def _backend_in_use(self) -> Any:
         if self._backend is None or self.aborted.is_set():
-            raise NeighbourLost(f"{self.name}: {'closed' if self._backend is None else 'aborted'}")
+            raise NeighborLost(f"{self.name}: {'closed' if self._backend is None else 'aborted'}")
         self.num_operations += 1
         return self._backend
 
@@ -115,7 +115,7 @@ class GlooGroup(ProcessGroup):
         self.wait(self._backend_in_use().barrier())
 
     def wait(self, work: Any) -> None:
-        """Block until the work is done. Raises NeighbourLate, or NeighbourLost when a member died or it was aborted."""
+        """Block until the work is done. Raises NeighborLate, or NeighborLost when a member died or it was aborted."""
         deadline = time.monotonic() + self.timeout_s
         while True:
             try:
@@ -123,11 +123,11 @@ class GlooGroup(ProcessGroup):
                 return
             except RuntimeError as error:
                 if self.aborted.is_set():
-                    raise NeighbourLost(f"{self.name}: aborted") from None
+                    raise NeighborLost(f"{self.name}: aborted") from None
                 if "timed out" not in str(error).lower():
-                    raise NeighbourLost(f"{self.name}: {error}") from error
+                    raise NeighborLost(f"{self.name}: {error}") from error
                 if work.is_completed() or time.monotonic() > deadline:
-                    raise NeighbourLate(f"{self.name}: not done within {self.timeout_s:g} s") from None
+                    raise NeighborLate(f"{self.name}: not done within {self.timeout_s:g} s") from None
 
     def _release(self, last_reference: list[Any]) -> None:
         if self.aborted.is_set():
@@ -204,7 +204,7 @@ class TorchStage:
         return gathered
 
     def abort(self) -> None:
-        """Make every operation here, now and later, raise RuntimeError; neighbours notice when this rank closes."""
+        """Make every operation here, now and later, raise RuntimeError; neighbors notice when this rank closes."""
         self._group.abort()
 
     def close(self) -> None:

@@ -25,7 +25,7 @@ from cluster.collectives import exchange
 from cluster.collectives.compile import KERNELS
 from cluster.collectives.elements import DTYPE_TAGS
 from cluster.collectives.exchange import BUFFER_BYTES, LINE_WORDS, MOST_KINDS, NUM_HEAD_LINES
-from cluster.collectives.interface import NeighbourLate, NeighbourLost
+from cluster.collectives.interface import NeighborLate, NeighborLost
 from cluster.collectives.rendezvous import EpochStore
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class SharedMemoryStage:
         return whole.view(self.size, *tensor.shape)
 
     def abort(self) -> None:
-        """Make every shard's operations, now and later, raise NeighbourLost. Any thread may call it."""
+        """Make every shard's operations, now and later, raise NeighborLost. Any thread may call it."""
         self._words[0] = 1 + self.shard
 
     def close(self) -> None:
@@ -102,11 +102,11 @@ class SharedMemoryStage:
     def lend_state(self) -> tuple["np.ndarray[Any, np.dtype[np.int64]]", torch.Tensor]:
         """The state for kernels that exchange, and the memory, which stays valid while the caller holds it.
 
-        Another thread may close the group meanwhile. Raises NeighbourLost when no operation may follow.
+        Another thread may close the group meanwhile. Raises NeighborLost when no operation may follow.
         """
         lent = self._state, self._data
         if self._out_of_use or self._words[0]:
-            raise NeighbourLost(f"stage group: {self._out_of_use or _aborted(self._words)}")
+            raise NeighborLost(f"stage group: {self._out_of_use or _aborted(self._words)}")
         return lent
 
     def check(self, status: int) -> None:
@@ -115,9 +115,9 @@ class SharedMemoryStage:
             return
         words, op = self._words, self.num_operations
         if status == exchange.ABORTED or self._out_of_use:
-            raise NeighbourLost(f"stage group: {self._out_of_use or _aborted(words)}")
+            raise NeighborLost(f"stage group: {self._out_of_use or _aborted(words)}")
         if status == exchange.TIMED_OUT:
-            raise NeighbourLate(self._behind(words, op))
+            raise NeighborLate(self._behind(words, op))
         own, theirs = (words[(NUM_HEAD_LINES + shard) * LINE_WORDS + 1 + (op & 1)] for shard in (self.shard, status))
         self._out_of_use = (
             f"operation {op} differs: shard {self.shard} called {_operation(own)}, shard {status} {_operation(theirs)}"

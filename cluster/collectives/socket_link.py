@@ -1,7 +1,7 @@
-"""The hop between two stages on CPU: one TCP connection in one direction, which only the neighbour can open.
+"""The hop between two stages on CPU: one TCP connection in one direction, which only the neighbor can open.
 
 Why not gloo: `abort` in another thread does not end its receive, which stays blocked until its timeout, so a survivor
-could not leave a broken epoch in time. Any thread can shut a socket down, a socket shows at once that the neighbour has
+could not leave a broken epoch in time. Any thread can shut a socket down, a socket shows at once that the neighbor has
 died, and a hop of 16 KB takes a third of the time.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from cluster.collectives.interface import NeighbourLate, NeighbourLost
+from cluster.collectives.interface import NeighborLate, NeighborLost
 from cluster.collectives.rendezvous import EpochStore
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class SocketSending:
     def wait(self) -> None:
         """Block until the buffer may be used again. Raises TimeoutError or RuntimeError."""
         if not self._done.wait(self._link.timeout_s):
-            raise NeighbourLate(f"{self._link.name}: a send did not end within {self._link.timeout_s:g} s")
+            raise NeighborLate(f"{self._link.name}: a send did not end within {self._link.timeout_s:g} s")
         if self._error is not None:
             raise self._error
 
@@ -146,15 +146,15 @@ class SocketLink:
             except OSError as error:
                 raise self._failure(error) from error
             if count == 0:
-                raise self._failure(ConnectionError("the neighbour closed it or died"))
+                raise self._failure(ConnectionError("the neighbor closed it or died"))
             buffer = buffer[count:]
 
     def _failure(self, error: OSError) -> Exception:
         if self._aborted:
-            return NeighbourLost(f"{self.name}: aborted")
+            return NeighborLost(f"{self.name}: aborted")
         if isinstance(error, TimeoutError):
-            return NeighbourLate(f"{self.name}: no byte moved for {self.timeout_s:g} s")
-        return NeighbourLost(f"{self.name}: {error}")
+            return NeighborLate(f"{self.name}: no byte moved for {self.timeout_s:g} s")
+        return NeighborLost(f"{self.name}: {error}")
 
 
 def connect_links(

@@ -3,7 +3,7 @@
 The kernels are torch's own (torch.ops.symm_mem); they reach the others' memory over NVLink. Other messages go to NCCL.
 This has never run on a GPU: unless its sums are right on every shard at start-up, NCCL does everything.
 
-A kernel that waits for a dead neighbour cannot be aborted, unlike NCCL's: such a rank must be killed.
+A kernel that waits for a dead neighbor cannot be aborted, unlike NCCL's: such a rank must be killed.
 """
 
 import functools

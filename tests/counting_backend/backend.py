@@ -33,6 +33,7 @@ class CountingAttention:
 
     def __init__(self, inner: AttentionBackend, counts: Counter[str]) -> None:
         self.inner, self.counts = inner, counts
+        self.substitutions = inner.substitutions
 
     def plan(self, layout: StepLayout) -> AttentionMetadata:
         self.counts["plan"] += 1

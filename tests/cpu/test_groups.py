@@ -201,7 +201,7 @@ def send_much(rank, port):
     return last.item()
 
 
-def send_to_a_hanging_neighbour(rank, port):
+def send_to_a_hanging_neighbor(rank, port):
     groups = join_all(rank, port, (1, 2), timeout_s=0.7)
     with leaving_after(port, rank, first=0):
         if rank == 0:
@@ -210,7 +210,7 @@ def send_to_a_hanging_neighbour(rank, port):
 
 def knock_as_a_stranger(rank, port):
     store = join_store(ADDRESS, port, 1, 20.0)
-    if rank == 0:  # a scanner, before the neighbour comes
+    if rank == 0:  # a scanner, before the neighbor comes
         address, door, token = store.take("link/to1")
         strangers = [socket.create_connection((address, door)) for _ in range(2)]
         strangers[0].sendall(b"GET / HTTP/1.1\r\n\r\n" + bytes(4096))
@@ -289,9 +289,9 @@ def test_nothing_listens_on_another_address(run, shared):
 @pytest.mark.parametrize(
     ("how", "error", "text"),
     [
-        ("timeout", "NeighbourLate", "link 0 to 1: no byte moved for 1 s"),
-        ("abort", "NeighbourLost", "link 0 to 1: aborted"),
-        ("death", "NeighbourLost", "link 0 to 1: the neighbour closed it or died"),
+        ("timeout", "NeighborLate", "link 0 to 1: no byte moved for 1 s"),
+        ("abort", "NeighborLost", "link 0 to 1: aborted"),
+        ("death", "NeighborLost", "link 0 to 1: the neighbor closed it or died"),
         ("wrong size", "RuntimeError", "link 0 to 1: hop 1 brings 12 bytes, but hop 1 of 16 was expected"),
     ],
 )
@@ -304,9 +304,9 @@ def test_receive_leaves_when_nothing_comes(run, how, error, text):
 @pytest.mark.parametrize(
     ("how", "error", "text"),
     [
-        ("timeout", "NeighbourLate", "feedback 2 to 0: no byte moved for 1 s"),
-        ("abort", "NeighbourLost", "feedback 2 to 0: aborted"),
-        ("death", "NeighbourLost", "feedback 2 to 0: the neighbour closed it or died"),
+        ("timeout", "NeighborLate", "feedback 2 to 0: no byte moved for 1 s"),
+        ("abort", "NeighborLost", "feedback 2 to 0: aborted"),
+        ("death", "NeighborLost", "feedback 2 to 0: the neighbor closed it or died"),
     ],
 )
 def test_the_first_stage_leaves_when_no_feedback_comes(run, how, error, text):
@@ -318,9 +318,9 @@ def test_sends_that_no_buffer_holds_arrive_in_order(run):
     assert is_ok(run("send_much", 2)) == [None, 7]
 
 
-def test_send_to_a_neighbour_that_hangs_times_out(run):
-    kind, text = run("send_to_a_hanging_neighbour", 2)[0]
-    assert kind == "NeighbourLate" and text.startswith("link 0 to 1")
+def test_send_to_a_neighbor_that_hangs_times_out(run):
+    kind, text = run("send_to_a_hanging_neighbor", 2)[0]
+    assert kind == "NeighborLate" and text.startswith("link 0 to 1")
 
 
 def test_strangers_at_the_door_are_refused(run):
@@ -330,9 +330,9 @@ def test_strangers_at_the_door_are_refused(run):
 @pytest.mark.parametrize(
     ("how", "error", "text"),
     [
-        ("timeout", "NeighbourLate", "stage0: not done within 1 s"),
-        ("abort", "NeighbourLost", "stage0: aborted"),
-        ("death", "NeighbourLost", "stage0: "),
+        ("timeout", "NeighborLate", "stage0: not done within 1 s"),
+        ("abort", "NeighborLost", "stage0: aborted"),
+        ("death", "NeighborLost", "stage0: "),
     ],
 )
 def test_gloo_stage_leaves_when_a_shard_does_not_come(run, how, error, text):

@@ -8,7 +8,7 @@ from transformers.models.llama import modeling_llama as known
 
 from actors.tensors.backends.cpu import kernels
 from actors.tensors.backends.cpu.kernels import CosSin, HeadRows, KeysValues, Rows
-from actors.tensors.backends.cpu.paged_attention import AttentionSizes, RowTables, attend_decode
+from actors.tensors.backends.cpu.paged_attention import AttentionSizes, RowTables, attend_rows
 
 TYPES = [torch.float32, torch.bfloat16]
 ULPS = {torch.float32: 4e-6, torch.bfloat16: 1e-2}
@@ -74,10 +74,10 @@ def test_a_fault_in_the_numbers_is_not_hidden(dtype: torch.dtype, value: float) 
     queries, cache = HeadRows(query.data_ptr(), 8, 8), KeysValues(keys.data_ptr(), values.data_ptr())
     rows = RowTables(tables, number, position, number)
     sizes = AttentionSizes(1, 1, 8, 8, 4, query.element_size(), 1.0, 0.0)
-    attend_decode(queries, cache, out.data_ptr(), rows, no_sinks, sizes, dtype_tag)
+    attend_rows(queries, cache, out.data_ptr(), rows, no_sinks, sizes, dtype_tag)
     assert out.isnan().all()
     keys[0, 2, 0, 3] = 1
-    attend_decode(queries, cache, out.data_ptr(), rows, no_sinks, sizes, dtype_tag)
+    attend_rows(queries, cache, out.data_ptr(), rows, no_sinks, sizes, dtype_tag)
     close(out, torch.ones(1, 8, dtype=dtype))
 
 

@@ -20,7 +20,7 @@ from actors.tensors.runner import Runner
 from actors.tensors.sequence_table import StepTensors
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch, Substitution
 from cluster.collectives.exchange import BUFFER_BYTES
-from cluster.collectives.interface import LoneShard, NeighbourLate, NeighbourLost, PresentGroup
+from cluster.collectives.interface import LoneShard, NeighborLate, NeighborLost, PresentGroup
 from cluster.collectives.shared_memory import SharedMemoryStage
 from configs.config import Config
 
@@ -45,7 +45,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
 }
 
 
-class Neighbours:
+class Neighbors:
     """A rank's groups: only its stage's."""
 
     previous = next = feedback = None
@@ -77,11 +77,11 @@ def plan_of(folder: Path, config: PreTrainedConfig, num_shards: int) -> Plan:
     return make_plan(Config(**arguments, cache={"block_size": 16}), read_spec(folder, "bfloat16"))
 
 
-def groups_of(num_shards: int, timeout_s: float = 30.0) -> list[Neighbours]:
+def groups_of(num_shards: int, timeout_s: float = 30.0) -> list[Neighbors]:
     if num_shards == 1:
-        return [Neighbours(LoneShard())]
+        return [Neighbors(LoneShard())]
     memory = mmap.mmap(-1, 4096 + 2 * num_shards * BUFFER_BYTES)
-    return [Neighbours(SharedMemoryStage(memory, num_shards, shard, timeout_s)) for shard in range(num_shards)]
+    return [Neighbors(SharedMemoryStage(memory, num_shards, shard, timeout_s)) for shard in range(num_shards)]
 
 
 def steps_of(plan: Plan) -> list[StepBatch]:
@@ -104,7 +104,7 @@ def steps_of(plan: Plan) -> list[StepBatch]:
     return [StepBatch(0, number, 0, opened, [], entries) for number, (opened, entries) in enumerate(steps)]
 
 
-def runners_of(plan: Plan, folder: Path, groups: list[Neighbours]) -> list[RecordingRunner]:
+def runners_of(plan: Plan, folder: Path, groups: list[Neighbors]) -> list[RecordingRunner]:
     runners = [RecordingRunner(plan, rank, one, CPUBackend(torch.device("cpu"))) for rank, one in enumerate(groups)]
     for runner in runners:
         runner.load(folder)
@@ -215,7 +215,7 @@ def test_a_new_rank_and_one_that_stays_start_alike_in_a_new_epoch(tmp_path: Path
     assert all(torch.equal(now, then) for now, then in zip(after, before, strict=True))
 
 
-def test_a_neighbour_that_stays_away_is_late_and_one_that_aborts_is_lost(tmp_path: Path) -> None:
+def test_a_neighbor_that_stays_away_is_late_and_one_that_aborts_is_lost(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, FAMILIES["llama"], 2)
     steps, groups = steps_of(plan), groups_of(2, timeout_s=0.5)
     runners = runners_of(plan, tmp_path, groups)
@@ -228,7 +228,7 @@ def test_a_neighbour_that_stays_away_is_late_and_one_that_aborts_is_lost(tmp_pat
     with ThreadPoolExecutor(1) as pool:
         reached = groups[1].stage.num_operations
         there = pool.submit(embed_only, groups[1].stage, 3)
-        with pytest.raises(NeighbourLate, match=rf"operation {reached + 2} timed out.*behind: shard 1"):
+        with pytest.raises(NeighborLate, match=rf"operation {reached + 2} timed out.*behind: shard 1"):
             runners[0].execute(steps[2])
         there.result(20)
         groups = groups_of(2)
@@ -240,5 +240,5 @@ def test_a_neighbour_that_stays_away_is_late_and_one_that_aborts_is_lost(tmp_pat
         while groups[0].stage.num_operations == groups[1].stage.num_operations:
             time.sleep(0.001)  # until the first layer waits
         groups[1].stage.abort()
-        with pytest.raises(NeighbourLost, match="aborted by shard 1"):
+        with pytest.raises(NeighborLost, match="aborted by shard 1"):
             waits.result(20)

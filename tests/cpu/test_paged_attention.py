@@ -60,9 +60,9 @@ def test_rows_attend_to_what_they_see_and_nothing_else(
     case = Case(heads, dims, block_size)
     assert paged_attention_avx512.why_not(spec_of(*dims), torch.bfloat16, block_size) is None
     sinks = torch.randn(heads[0]) if has_sinks else torch.zeros(0)
-    out = case.run(paged_attention_avx512.attend_decode, sinks, softcap)
+    out = case.run(paged_attention_avx512.attend_rows, sinks, softcap)
     assert out.isfinite().all()
-    torch.testing.assert_close(out, case.run(paged_attention.attend_decode, sinks, softcap), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(out, case.run(paged_attention.attend_rows, sinks, softcap), rtol=1e-2, atol=1e-2)
 
 
 @needs_instruction

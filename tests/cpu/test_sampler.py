@@ -105,7 +105,7 @@ def test_rare_tokens_of_a_large_vocabulary_are_drawn_as_often_as_they_should() -
 
 
 @pytest.mark.timeout(60)
-def test_draws_at_neighbouring_positions_and_ids_are_independent() -> None:
+def test_draws_at_neighboring_positions_and_ids_are_independent() -> None:
     keys = torch.tensor([[noise_key(5, position)] for position in range(300)])
     noise = exponential(keys, torch.arange(300)).double()
     assert abs(float(noise.mean()) - 1) < 0.02
@@ -160,7 +160,7 @@ def test_of_equal_logits_greedy_takes_the_lowest_id() -> None:
         assert sample_on(num_shards, logits, rows) == [[3, 8]] * num_shards
 
 
-def test_a_row_does_not_depend_on_its_neighbours() -> None:
+def test_a_row_does_not_depend_on_its_neighbors() -> None:
     logits = torch.randn(9, 70, generator=torch.Generator().manual_seed(2))
     rows = [(SamplingParams(1.0 if row % 2 else 0, row), 50 + row) for row in range(9)]
     together = sample_alone(logits, rows)

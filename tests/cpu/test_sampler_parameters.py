@@ -250,7 +250,7 @@ def mixed_rows(num: int, vocab: int) -> list[SamplingRow]:
 
 
 @pytest.mark.parametrize("vocab", [103, 2003])
-def test_neither_shards_nor_neighbours_change_what_is_drawn(vocab: int) -> None:
+def test_neither_shards_nor_neighbors_change_what_is_drawn(vocab: int) -> None:
     rows = mixed_rows(48, vocab)
     logits = torch.randn(48, vocab, generator=torch.Generator().manual_seed(9))
     together = sample_alone(logits, rows)

@@ -91,7 +91,7 @@ def wait_for_nobody(rank, size, port):
     return str(first.value)
 
 
-def lose_neighbour(rank, size, port):
+def lose_neighbor(rank, size, port):
     group = join(rank, size, port, timeout_s=1.0)
     group.all_reduce(torch.ones(3))
     if rank == 1:
@@ -231,11 +231,11 @@ def test_timeout_names_the_operation_and_who_is_behind(run):
     assert first == "stage group: operation 2 timed out after 0.5 s, behind: shard 1 (at 1)"
 
 
-def test_killed_neighbour_is_late(run):
-    answers = run("lose_neighbour", 3, size=3)
+def test_killed_neighbor_is_late(run):
+    answers = run("lose_neighbor", 3, size=3)
     assert answers[1] == ("dead", 7)
     for kind, text in (answers[0], answers[2]):
-        assert kind == "NeighbourLate" and "behind: shard 1 (at 1)" in text
+        assert kind == "NeighborLate" and "behind: shard 1 (at 1)" in text
 
 
 def test_abort_from_any_thread_frees_all_shards(run):

@@ -80,7 +80,7 @@ class ThreadLink:
         tensor.copy_(sent)
 
 
-class Neighbours:
+class Neighbors:
     feedback = None
 
     def __init__(self, stage: ThreadGroup, previous: ThreadLink | None, following: ThreadLink | None) -> None:
@@ -111,8 +111,8 @@ class ThreadGang:
         for rank in range(topology.num_ranks):
             stage, shard = topology.stage(rank), topology.shard(rank)
             group = ThreadGroup(self.shared[stage], shard)
-            neighbours = Neighbours(group, links[shard][stage], links[shard][stage + 1])
-            self.runners.append(RecordingRunner(plan, rank, neighbours, backend or CPUBackend(CPU)))
+            neighbors = Neighbors(group, links[shard][stage], links[shard][stage + 1])
+            self.runners.append(RecordingRunner(plan, rank, neighbors, backend or CPUBackend(CPU)))
         self.reports = [runner.load(folder) for runner in self.runners]  # building patches torch: one at a time
         self._all(lambda runner: runner.allocate_cache(num_blocks))
 

@@ -65,7 +65,7 @@ def test_a_rank_reports_its_own_failure(engine):
 
 def test_who_died_is_named_not_who_noticed(engine):
     ranks = connect(engine)
-    ranks[1].report(RuntimeError("the neighbour closed it or died"))
+    ranks[1].report(RuntimeError("the neighbor closed it or died"))
     threading.Timer(0.05, engine.fail, ["rank 0 died", 0]).start()
     with pytest.raises(GangFailure, match=r"^rank 0 died$"):
         engine.wait(10)

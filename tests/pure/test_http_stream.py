@@ -421,12 +421,12 @@ def test_a_fault_of_ours_in_a_stream_ends_only_that_stream(make_world, scripted_
     world = make_world(executor=executor)
 
     async def go():
-        client, neighbour = (Client(world.app, COMPLETIONS, STREAM) for _ in range(2))
-        await until_true(lambda: executor.release() and client.num_writes and neighbour.num_writes)
+        client, neighbor = (Client(world.app, COMPLETIONS, STREAM) for _ in range(2))
+        await until_true(lambda: executor.release() and client.num_writes and neighbor.num_writes)
         broken = next(iter(world.outbox._mailboxes.values()))
         monkeypatch.setattr(broken, "take", None)
-        await until_true(lambda: executor.release() == 0 and client.task.done() and neighbour.task.done())
-        last = [each.events()[-1] for each in (client, neighbour)]
+        await until_true(lambda: executor.release() == 0 and client.task.done() and neighbor.task.done())
+        last = [each.events()[-1] for each in (client, neighbor)]
         ends = sorted(event if isinstance(event, str) else "error" for event in last)
         assert ends == ["[DONE]", "error"]
 

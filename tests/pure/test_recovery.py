@@ -7,6 +7,8 @@ import sys
 import threading
 import time
 from collections import deque
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -24,9 +26,10 @@ from actors.decisions.failure.quarantine import Quarantine
 from actors.decisions.schedule.settings import SchedulerSettings
 from actors.remote.black_box import CrashFile, collect_crash_report
 from actors.remote.engine import Engine
+from actors.remote.meeting import Loaded, check_substitutions
 from actors.words.errors import EngineStopped, GangFailure, GangLost, Verdict
 from actors.words.executor import Revival
-from actors.words.messages import NOT_A_NUMBER, Request, SamplingParams
+from actors.words.messages import NOT_A_NUMBER, Request, SamplingParams, Substitution
 from tests.fakes.fake_executor import FakeExecutor, logprobs_of, next_id
 
 GREEDY = SamplingParams(0.0)
@@ -40,17 +43,17 @@ NUM_BLOCKS = 64
 def test_of_those_who_complain_the_one_furthest_behind_is_the_culprit() -> None:
     """Ranks of two stages with two shards; all others wait for what rank 1 never reached."""
     said = [
-        Complaint(2, 7, "neighbour gone", op=3),
+        Complaint(2, 7, "neighbor gone", op=3),
         Complaint(0, 7, "aborted", op=12),
         Complaint(1, 7, "own error", op=11),
-        Complaint(3, 8, "neighbour gone"),
+        Complaint(3, 8, "neighbor gone"),
     ]
     for _ in range(20):
         random.shuffle(said)
         assert verdict_on_complaints(said, 2) == Verdict("failed", "own error", (1,), 7)
     said.append(Complaint(3, 6, "the last stage, one step behind"))
     assert verdict_on_complaints(said, 2).ranks == (3,)
-    said[-1] = Complaint(3, 6, "neighbour gone", is_echo=True)  # what was under way to it went with its neighbour
+    said[-1] = Complaint(3, 6, "neighbor gone", is_echo=True)  # what was under way to it went with its neighbor
     assert verdict_on_complaints(said, 2).ranks == (1,)
 
 
@@ -74,7 +77,7 @@ def test_crash_reports_tell_a_crash_from_a_kill() -> None:
     verdict = revise_verdict(killed, {}, left)
     assert (verdict.cause, verdict.ranks, verdict.step) == ("crashed", (0,), 12)
     assert verdict.reason == "rank 0 ended itself: Fatal Python error: Aborted"
-    noticed = Verdict("failed", "rank 1 lost its neighbour", (1,), 11)
+    noticed = Verdict("failed", "rank 1 lost its neighbor", (1,), 11)
     assert revise_verdict(noticed, {0: "rank 0 died"}, {}) == Verdict("killed", "rank 0 died", (0,))
     assert revise_verdict(noticed, {}, {}) == noticed
 
@@ -472,3 +475,19 @@ def test_nan_fails_its_request_alone_and_the_ranks_are_checked_once(gangs) -> No
     world.engine.add(Request("alike", shared, 3, GREEDY))
     world.listener.all_of(["alike"])
     assert world.engine.stats.num_prompt_cached == before, "blocks with NaN are shared"
+
+
+def test_shards_of_a_stage_that_substitute_otherwise_are_refused() -> None:
+    def plan_of(num_shards: int) -> Any:
+        shards = [SimpleNamespace(rank=rank, stage=0, shard=rank) for rank in range(num_shards)]
+        return SimpleNamespace(shards=shards)
+
+    alike = [Substitution("rms_norm", 3), Substitution("rotary", 0, "it differs by 0.5 of its size")]
+    other = [Substitution("rms_norm", 3), Substitution("rotary", 0, "it differs by 0.7 of its size")]
+    check_substitutions(plan_of(2), [Loaded(1, 1.0, 1, alike), Loaded(1, 1.0, 1, other)])
+    fewer = [Substitution("rms_norm", 2)]
+    message = (
+        "stage 0: shard 1 substitutes otherwise than shard 0: rms_norm 2 times, not 3, rotary None times, not 0; give"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_substitutions(plan_of(2), [Loaded(1, 1.0, 1, alike), Loaded(1, 1.0, 1, fewer)])

@@ -26,14 +26,14 @@ class Complaint:
     step: int
     reason: str
     op: int = 0
-    is_echo: bool = False  # it cannot go on because a neighbour was lost
+    is_echo: bool = False  # it cannot go on because a neighbor was lost
 
 
 def verdict_on_complaints(complaints: Collection[Complaint], num_shards: int) -> Verdict:
-    """The culprit among ranks that complain: one that does not complain of a neighbour, else the one furthest behind.
+    """The culprit among ranks that complain: one that does not complain of a neighbor, else the one furthest behind.
 
-    Ranks that lost a neighbour complain too, and may be a step behind the culprit, where that is of an earlier stage.
-    Where all complain of neighbours, the others wait for what the one furthest behind never reached.
+    Ranks that lost a neighbor complain too, and may be a step behind the culprit, where that is of an earlier stage.
+    Where all complain of neighbors, the others wait for what the one furthest behind never reached.
     """
     first = min(complaints, key=lambda said: (said.is_echo, said.step, said.rank // num_shards, said.op, said.rank))
     return Verdict("failed", first.reason, (first.rank,), first.step)
@@ -79,7 +79,7 @@ class CrashReport:
 def revise_verdict(verdict: Verdict, dead: Mapping[int, str], left: Mapping[int, CrashReport]) -> Verdict:
     """The verdict once it is known who is dead (rank → how, in words) and what the processes that are gone left.
 
-    A process that ended by itself is the culprit before any that was killed, and a death before what neighbours said.
+    A process that ended by itself is the culprit before any that was killed, and a death before what neighbors said.
     """
     if crashed := [rank for rank in sorted(left) if left[rank].text]:
         rank = min(crashed, key=lambda rank: left[rank].step)

@@ -14,7 +14,7 @@ class Accelerator:
     memory_bytes: int
     memory_bytes_per_s: int
     bf16_flop_per_s: int  # without sparsity
-    link_bytes_per_s: int  # to its neighbours in the node, each direction
+    link_bytes_per_s: int  # to its neighbors in the node, each direction
     nic_bytes_per_s: int = _NIC
 
 

@@ -27,6 +27,7 @@ class ReferenceAttention:
 
     def __init__(self, builder: AttentionMetadataBuilder) -> None:
         self._builder = builder
+        self.substitutions: list[Substitution] = []
 
     def plan(self, layout: StepLayout) -> AttentionMetadata:
         """See AttentionBackend."""

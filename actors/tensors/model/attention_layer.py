@@ -76,7 +76,7 @@ def detach(module: nn.Module) -> None:
         delattr(module, _ATTRIBUTE)
 
 
-def paged_attention(
+def transformers_attention(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,

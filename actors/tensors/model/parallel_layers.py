@@ -91,6 +91,14 @@ def norm_eps(module: nn.Module) -> Any:
     return getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
 
+def is_rms_norm(module: nn.Module) -> bool:
+    """Whether a module has the parts of a root-mean-square norm: one weight [n], and an epsilon."""
+    if isinstance(module, nn.LayerNorm):
+        return False
+    weights = dict(module.named_parameters())
+    return set(weights) == {"weight"} and weights["weight"].dim() == 1 and isinstance(norm_eps(module), float)
+
+
 class ColwiseRMSNorm(nn.Module):
     """A root-mean-square norm over the heads of all shards, of which this one has some."""
 

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.llama import modeling_llama  # noqa: F401 - with it, what all model files import (remote/imports.py)
 
-from actors.tensors.model.attention_layer import ATTENTION_NAME, paged_attention
+from actors.tensors.model.attention_layer import ATTENTION_NAME, transformers_attention
 from actors.words.errors import UnsupportedModel
 
 _patch_lock = threading.Lock()
@@ -63,12 +63,12 @@ def build_model(
 
 
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The whole ForCausalLM in eval mode, attention going through `paged_attention`.
+    """The whole ForCausalLM in eval mode, attention going through `transformers_attention`.
 
     No memory is spent on parameters. Buffers (rotary frequencies) hold their real values, so that nothing has to be
     recomputed. No mask function is registered: masks are then None, and our attention applies the MaskSpec.
     """
-    AttentionInterface.register(ATTENTION_NAME, paged_attention)
+    AttentionInterface.register(ATTENTION_NAME, transformers_attention)
     with parameters_on_meta():
         return build_model(config, dtype, ATTENTION_NAME)
 

@@ -17,6 +17,7 @@ from actors.tensors.backends.cpu import paged_attention, paged_attention_avx512
 from actors.tensors.backends.cpu.kernels import DTYPE_TAGS, HeadRows, KeysValues
 from actors.tensors.backends.cpu.paged_attention import AttentionSizes, RowTables
 from actors.tensors.backends.reference import ReferenceAttention
+from actors.tensors.backends.trial import Account
 
 _NO_SINKS = np.zeros(0, np.float32)
 
@@ -26,10 +27,10 @@ class CPUAttention(ReferenceAttention):
 
     def __init__(self, specs: Sequence[AttentionSpec], dtype: torch.dtype, block_size: int, upload: Upload) -> None:
         self.block_size = block_size
-        self.reasons_not_avx512 = [paged_attention_avx512.why_not(spec, dtype, block_size) for spec in specs]
+        reasons_not_avx512 = [paged_attention_avx512.why_not(spec, dtype, block_size) for spec in specs]
         self._kernels = {
-            (spec.key_dim, spec.value_dim): (paged_attention if reason else paged_attention_avx512).attend_decode
-            for spec, reason in zip(specs, self.reasons_not_avx512, strict=True)
+            (spec.key_dim, spec.value_dim): (paged_attention if reason else paged_attention_avx512).attend_rows
+            for spec, reason in zip(specs, reasons_not_avx512, strict=True)
         }
         mask_specs = frozenset(spec.mask_spec for spec in specs)
         super().__init__(
@@ -39,9 +40,13 @@ class CPUAttention(ReferenceAttention):
                 dtype,
                 upload,
                 reads_blocks=dtype in DTYPE_TAGS,
-                longest_as_rows=paged_attention_avx512.LONGEST if not any(self.reasons_not_avx512) else 0,
+                longest_as_rows=paged_attention_avx512.LONGEST if not any(reasons_not_avx512) else 0,
             )
         )
+        account = Account()
+        for reason in reasons_not_avx512:
+            account.put("paged_attention_avx512", reason)
+        self.substitutions = account.entries()
 
     def attend(
         self,

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from actors.decisions.model.spec import AttentionSpec
 from actors.tensors.backend import AttentionBackend, LinearMethod, RankModel
@@ -16,7 +15,7 @@ from actors.tensors.backends.cpu.llama import layers as decoder_layers
 from actors.tensors.backends.cpu.trial_steps import TrialSteps
 from actors.tensors.backends.reference import ReferenceBackend
 from actors.tensors.backends.trial import Account, exchanging_nothing
-from actors.tensors.model.parallel_layers import ParallelLinear
+from actors.tensors.model.parallel_layers import ParallelLinear, is_rms_norm
 from actors.words.messages import Substitution
 
 
@@ -39,8 +38,6 @@ class CPUBackend(ReferenceBackend):
         for module in model.module.modules():
             if isinstance(module, ParallelLinear):
                 account.put("panel_packed_linear", linear.why_no_panels(module))
-        for reason in attention.reasons_not_avx512:
-            account.put("paged_attention_avx512", reason)
         shards = model.shard.attentions
         trials = {shard.spec.name: TrialSteps(model, shard, attention.block_size) for shard in shards}
         with exchanging_nothing(model.group):
@@ -61,7 +58,7 @@ def _substitute_modules(model: RankModel, trials: dict[str, TrialSteps], account
     """Substitute norms, gated MLPs, attention blocks, and the rotary function of attention modules that stay."""
     dtype: torch.dtype = getattr(torch, model.spec.dtype)
     for module in model.module.modules():
-        if module_kernels.is_norm(module) and not isinstance(module, nn.LayerNorm):
+        if is_rms_norm(module):
             account.put("rms_norm", module_kernels.substitute_norm(module))
         elif module_kernels.is_gated_mlp(module):
             account.put("gated_mlp", module_kernels.substitute_mlp(module, model.spec.hidden_size, dtype))

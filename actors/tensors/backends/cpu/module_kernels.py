@@ -40,7 +40,7 @@ def _rms_norm(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 def substitute_norm(module: Any) -> Reason | None:
     """Turn a norm into a KernelRMSNorm, in place; returns why not, or None if it is one now."""
-    if isinstance(module, ColwiseRMSNorm):
+    if isinstance(module, ColwiseRMSNorm) and module.group.size > 1:
         return "its mean is taken over the heads of all shards"
     weight = module.weight
     if weight.dtype not in DTYPE_TAGS:
@@ -53,12 +53,6 @@ def substitute_norm(module: Any) -> Reason | None:
     module.original = type(module)
     module.__class__ = KernelRMSNorm
     return None
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module has the parts of a root-mean-square norm: one weight [n], and an epsilon."""
-    weights = dict(module.named_parameters())
-    return set(weights) == {"weight"} and weights["weight"].dim() == 1 and isinstance(norm_eps(module), float)
 
 
 class KernelGatedMLP(nn.Module):

@@ -110,7 +110,7 @@ def _sum_values(weights: Any, sums: Any, values: Any, table: Any, first: int, co
 
 
 @kernel()
-def attend_decode(
+def attend_rows(
     query: HeadRows, cache: KeysValues, out: int, rows: RowTables, sinks: Any, sizes: AttentionSizes, dtype_tag: Any
 ) -> None:
     """Queries [B, heads, D], each row over the keys that it sees → `out` [B, heads, E], contiguous.

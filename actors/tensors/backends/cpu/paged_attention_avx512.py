@@ -1,6 +1,6 @@
 """Paged attention of single-token rows by VDPBF16PS (AVX-512): 16 keys at a time, straight from the cache's blocks.
 
-As `paged_attention.attend_decode`, for bfloat16 and sizes that fill vectors. Its speed is that of the memory.
+As `paged_attention.attend_rows`, for bfloat16 and sizes that fill vectors. Its speed is that of the memory.
 """
 
 from typing import Any, NamedTuple
@@ -192,10 +192,10 @@ def _sum_row(weights: int, values: int, sums: int, row: _RowKeys, layout: _Layou
 
 
 @kernel()
-def attend_decode(
+def attend_rows(
     query: HeadRows, cache: KeysValues, out: int, rows: RowTables, sinks: Any, sizes: AttentionSizes, dtype_tag: Any
 ) -> None:
-    """See `paged_attention.attend_decode`."""
+    """See `paged_attention.attend_rows`."""
     num_heads, value_dim, block_size = sizes.num_heads, sizes.value_dim, sizes.block_size
     group, row_bytes = num_heads // sizes.num_kv_heads, sizes.element_bytes * sizes.num_kv_heads
     positions, first_keys = rows.positions, rows.first_keys

@@ -16,8 +16,8 @@ from actors.tensors.model.attention_layer import CurrentStep, LayerAttention, de
 from actors.tensors.model.position_only_cache import PositionOnlyCache
 
 _CPU = torch.device("cpu")
-_NUM_BLOCKS = 6
-_TABLES = ((4, 0), (1, 5))
+_NUM_BLOCKS = 8
+_TABLES = ((4, 0, 2, 6), (1, 5, 3, 7))  # as many blocks as blocks of one token take
 _NUM_PROMPT = 3  # tokens of the second sequence; the first one decodes one
 
 

@@ -78,17 +78,18 @@ class VarlenKernel:
 
 
 class CUDAAttention(ReferenceAttention):
-    """See AttentionBackend. Without a kernel, decode rows gather whole block tables, and prompts go tile by tile."""
+    """See AttentionBackend. Without a kernel, rows gather whole block tables in the decoder and beside kernels."""
 
     def __init__(
         self, specs: Sequence[AttentionSpec], dtype: torch.dtype, block_size: int, device: torch.device, upload: Upload
     ) -> None:
         self.block_size = block_size
         self._upload = upload
-        self.kernels, self.substitutions = choose_kernels(specs, dtype, block_size, device)
+        self.kernels, substitutions = choose_kernels(specs, dtype, block_size, device)
         # Masks are built only for attentions that no kernel computes
         masks = frozenset(spec.mask_spec for spec in specs if spec.name not in self.kernels)
         super().__init__(AttentionMetadataBuilder(block_size, masks, dtype, upload))
+        self.substitutions = substitutions
 
     def plan(self, layout: StepLayout) -> AttentionMetadata:
         """See AttentionBackend; kernels need only the step's block tables."""

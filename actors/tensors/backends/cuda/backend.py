@@ -52,14 +52,12 @@ class CUDABackend(ReferenceBackend):
 
     def optimize(self, model: RankModel) -> list[Substitution]:
         """See Backend: norms and rotary embeddings as one kernel each."""
-        attention = model.attention
-        assert isinstance(attention, CUDAAttention), "a model attends through its device's backend"
         account = Account()
         if self.device.type == "cuda":
             with exchanging_nothing(model.group):
                 module_kernels.substitute_norms(model.module, account)
                 module_kernels.substitute_rotary(model.module, account)
-        return [*attention.substitutions, *account.entries()]
+        return account.entries()
 
     def decoder(self, model: RankModel, plan: Plan, padding_block: int) -> Decoder | None:
         """See Backend."""

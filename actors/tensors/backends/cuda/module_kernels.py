@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from actors.tensors.backends.trial import Account, Reason, difference, norm_inputs
-from actors.tensors.model.parallel_layers import ColwiseRMSNorm, norm_eps
+from actors.tensors.model.parallel_layers import ColwiseRMSNorm, is_rms_norm, norm_eps
 from actors.tensors.model.rotary import ROTARY_NAME
 
 
@@ -20,10 +20,8 @@ from actors.tensors.model.rotary import ROTARY_NAME
 def substitute_norms(model: nn.Module, account: Account) -> None:
     """Substitute `torch.nn.functional.rms_norm` for the norms that it agrees with."""
     for module in model.modules():
-        weights, eps = dict(module.named_parameters()), norm_eps(module)
-        is_norm = set(weights) == {"weight"} and weights["weight"].dim() == 1 and isinstance(eps, float)
-        if is_norm and not isinstance(module, nn.LayerNorm):
-            account.put("rms_norm", _substitute_norm(module, eps))
+        if is_rms_norm(module):
+            account.put("rms_norm", _substitute_norm(module, norm_eps(module)))
 
 
 def _substitute_norm(module: Any, eps: Any) -> Reason | None:

@@ -23,7 +23,7 @@ from actors.tensors.backends.cpu.kernels import (
     silu_mul,
 )
 from actors.tensors.backends.cpu.paged_attention import AttentionSizes, RowTables
-from actors.tensors.backends.cpu.paged_attention_avx512 import attend_decode
+from actors.tensors.backends.cpu.paged_attention_avx512 import attend_rows
 from cluster.collectives.elements import pointer, round_to, to_float32
 from cluster.collectives.exchange import OK, SIZE, all_reduce
 from cluster.collectives.shared_memory import kind_of_all_reduce
@@ -112,7 +112,7 @@ def _attend(layer: Any, buffers: Buffers, rows: RowsByMask, sizes: Sizes) -> Non
     tables = RowTables(rows.tables, rows.table_of, rows.positions, rows.first_keys[layer[MASK]])
     cache = KeysValues(layer[KEYS], layer[VALUES])
     query = HeadRows(buffers.query, row_stride, head_dim)
-    attend_decode(query, cache, buffers.attended, tables, _NO_SINKS, attention, _TAG)
+    attend_rows(query, cache, buffers.attended, tables, _NO_SINKS, attention, _TAG)
 
 
 @kernel()
