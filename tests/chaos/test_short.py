@@ -1,6 +1,7 @@
 """The fault kit in short, on one served gang of 2 x 2 ranks: a kill, a hang, a request that kills, and NaN."""
 
 import random
+import re
 from pathlib import Path
 from signal import SIGSTOP
 
@@ -19,15 +20,20 @@ def script(app: App) -> Script:
 
 
 def test_nothing_is_lost_when_ranks_are_killed_or_stopped(app: App, script: Script, tell: Say) -> None:
-    chance = random.Random(0)
+    chance, before = random.Random(0), app.cluster()
     with scene(app, script) as play:
         usual_crowd(play)
-        strikes(play, 1, chance, tell)
+        (kill,) = strikes(play, 1, chance, tell)
         (stop,) = strikes(play, 1, chance, tell, SIGSTOP)
     assert play.problems == []
     assert play.num_checked >= 12
     assert f"rank {stop.rank}" in app.failures()[stop.epoch]
     assert stop.noticed_s < 5.0
+    after = app.cluster()
+    assert (after["replica"], after["epoch"]) == (before["replica"], before["epoch"] + 2)
+    stays = [was["pid"] == now["pid"] for was, now in zip(before["ranks"], after["ranks"], strict=True)]
+    assert stays == [rank not in (kill.rank, stop.rank) for rank in range(4)]
+    assert re.search(r'gang_rebuilds_total\{cause="silent".*\} 1', app.get("/metrics").text)
 
 
 def test_a_request_that_kills_fails_alone(app: App, script: Script) -> None:

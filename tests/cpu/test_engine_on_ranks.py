@@ -183,7 +183,7 @@ def grid() -> Iterator[Any]:
     stages with two and three. More than four ranks show the layout itself.
     """
     few = [(16, True, SMALL, 2), (2048, False, SMALL, 2), (16, False, LARGE, 1), (2048, True, LARGE, 2)]
-    usual = {2: few, 3: few, 4: few[:2], 6: few[:1], 8: few[:1], 12: few[1:2]}  # by number of ranks
+    usual = {2: few, 3: few, 4: few[:2], 6: few[:1], 8: few[2:3], 12: few[3:]}  # by number of ranks
     for (tp, pp), *setting in itertools.product(LAYOUTS, (16, 2048), (True, False), (LARGE, SMALL), (1, 2)):
         is_soak = tp * pp > 1 and tuple(setting) not in usual[tp * pp]
         yield pytest.param(tp, pp, *setting, marks=[pytest.mark.soak] if is_soak else [])
@@ -257,8 +257,8 @@ def drawn_alone(gang_of: Any) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("tp", "pp"),  # outside a soak each number of shards and of stages alone, and both together
-    [pytest.param(*layout, marks=[pytest.mark.soak] if layout in ((2, 3), (4, 2)) else []) for layout in LAYOUTS],
+    ("tp", "pp"),  # outside a soak each number of shards and of stages alone, and both together with four ranks
+    [pytest.param(*layout, marks=[pytest.mark.soak] if layout[0] * layout[1] > 4 else []) for layout in LAYOUTS],
 )
 def test_seeded_draws_depend_on_the_request_alone(gang_of: Any, drawn_alone: list[list[int]], tp: int, pp: int) -> None:
     requests, gang = mixed_requests(), gang_of(tp, pp)

@@ -15,6 +15,15 @@ import httpx
 import pytest
 
 from tests.hostile.corpus import Case, Target, check, corpus, golden_requests, said, send
+from tests.local_ray.demo import (
+    assert_examples_work,
+    assert_four_ranks,
+    assert_printed_command_works,
+    assert_readme_example_works,
+    assert_streams_at_once_equal_one_by_one,
+    assert_trained_answers,
+    client_of,
+)
 from tests.serving import Run, until
 
 pytest.importorskip("ray")
@@ -61,6 +70,19 @@ def test_the_model_is_what_the_corpus_takes_it_for(run: Run) -> None:
     assert (card["id"], card["max_model_len"]) == (TARGET.model, TARGET.max_model_len)
     wrong = run.post({**LONG, "prompt": [TARGET.vocab_size]})
     assert f"from 0 to {TARGET.vocab_size - 1}" in wrong.json()["error"]["message"]
+
+
+def test_the_demo_answers_what_it_was_trained_to(run: Run) -> None:
+    assert_printed_command_works(run)
+    with client_of(run) as client:
+        assert_trained_answers(client)
+        assert_streams_at_once_equal_one_by_one(client)
+    assert_four_ranks(run)
+
+
+def test_the_programs_that_docs_show_work(run: Run) -> None:
+    assert_readme_example_works(run)
+    assert_examples_work(run)
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
