@@ -27,6 +27,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_work
 LAYOUTS = ["2x1", "1x2"]
 BATCHES = [1, 8, 32]
 LONG_PROMPT = 1500  # tokens
+ATTEMPTS = 3
 
 
 def offline(folder: Path, config: Path, *options: str) -> list[dict]:
@@ -42,13 +43,14 @@ def offline(folder: Path, config: Path, *options: str) -> list[dict]:
         "1",
         "--json",
     ]
-    done = subprocess.run(
-        [*command, "--layouts", *LAYOUTS, *options],
-        cwd=folder, capture_output=True, text=True, timeout=900, env={**os.environ, **ENVIRONMENT},
-    )  # fmt: skip
-    if done.returncode:
-        raise SystemExit(f"{folder}: {done.stderr[-3000:]}")
-    return json.loads(done.stdout)["layouts"]
+    for _ in range(ATTEMPTS):  # Ray may end a process that asks it while it shuts down
+        done = subprocess.run(
+            [*command, "--layouts", *LAYOUTS, *options],
+            cwd=folder, capture_output=True, text=True, timeout=900, env={**os.environ, **ENVIRONMENT},
+        )  # fmt: skip
+        if done.returncode == 0:
+            return json.loads(done.stdout)["layouts"]
+    raise SystemExit(f"{folder}: {done.stderr[-3000:]}")
 
 
 def tokens(folder: Path, config: Path) -> dict[str, float]:
