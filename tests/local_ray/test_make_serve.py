@@ -21,7 +21,7 @@ def test_the_demo_serves_until_ctrl_c(tmp_path: Path, ha_proxy: bool) -> None:
         run.wait_for()
         assert_printed_command_works(run)
         with client_of(run) as client:
-            assert_trained_answers(client, share=4)
+            assert_trained_answers(client)
         assert_four_ranks(run)
         if ha_proxy:
             addresses = [run.listening().get(port) for port in (run.port, *run.doors.values())]
