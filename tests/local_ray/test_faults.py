@@ -135,7 +135,7 @@ def app(cluster: None, checkpoint: Path) -> Iterator[App]:
 class Client(threading.Thread):
     """One request in a thread of its own, and all that was answered."""
 
-    def __init__(self, app: App, stream: bool = True, max_tokens: int = 400) -> None:
+    def __init__(self, app: App, stream: bool = True, max_tokens: int = 240) -> None:
         super().__init__(daemon=True)
         self._url = app.url + "/v1/completions"
         self._body = {"model": "tiny", "stream": stream, **STREAM, "max_tokens": max_tokens}
@@ -323,10 +323,10 @@ def reserved() -> set[str]:
     return {name for name, group in placement_group_table().items() if group["state"] != "REMOVED"}
 
 
-@pytest.mark.parametrize(("seconds", "share"), [(10.0, 0.10), pytest.param(60.0, 0.05, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(("seconds", "share"), [(6.0, 0.10), pytest.param(60.0, 0.05, marks=pytest.mark.soak)])
 def test_an_idle_gang_costs_nothing_and_answers_at_once(app: App, seconds: float, share: float) -> None:
-    """5 % of a core is promised; over ten seconds the noise is larger, so that 10 % are let pass there."""
-    under_load = [first_token_s(app) for _ in [Client(app, max_tokens=300) for _ in range(NUM_STREAMS)]]
+    """5 % of a core is promised; over six seconds the noise is larger, so that 10 % are let pass there."""
+    under_load = [first_token_s(app) for _ in [Client(app, max_tokens=100) for _ in range(NUM_STREAMS)]]
     until(lambda: app.cluster()["requests"]["running"] == 0)
     time.sleep(0.5)
     pids = set(app.pids())

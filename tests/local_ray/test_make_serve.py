@@ -1,6 +1,7 @@
 """`make serve` as a person meets it: it serves, it says why it cannot, and it leaves nothing behind.
 
-test_edge.py meets the demo behind the default proxy, where a run of its own shows the same as here only in a soak.
+test_edge.py meets the whole demo, behind the default proxy. HAProxy is met here, with one rank: how many there are is
+nothing to it, and three fewer start sooner. `-m soak` runs the whole demo behind both.
 """
 
 import signal
@@ -11,18 +12,26 @@ import pytest
 from tests.local_ray.demo import assert_four_ranks, assert_printed_command_works, assert_trained_answers, client_of
 from tests.serving import Run, until
 
+ONE_RANK = {"parallel": {"tensor_parallel_size": 1, "pipeline_parallel_size": 1}}
+
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "ha_proxy", [pytest.param(False, id="python proxy", marks=pytest.mark.soak), pytest.param(True, id="haproxy")]
+    ("ha_proxy", "changes"),
+    [
+        pytest.param(True, ONE_RANK, id="haproxy, one rank"),
+        pytest.param(True, {}, id="haproxy", marks=pytest.mark.soak),
+        pytest.param(False, {}, id="python proxy", marks=pytest.mark.soak),
+    ],
 )
-def test_the_demo_serves_until_ctrl_c(tmp_path: Path, ha_proxy: bool) -> None:
-    with Run(tmp_path, ha_proxy=ha_proxy) as run:
+def test_the_demo_serves_until_ctrl_c(tmp_path: Path, ha_proxy: bool, changes: dict[str, dict[str, int]]) -> None:
+    with Run(tmp_path, ha_proxy=ha_proxy, **changes) as run:
         run.wait_for()
         assert_printed_command_works(run)
         with client_of(run) as client:
-            assert_trained_answers(client)
-        assert_four_ranks(run)
+            assert_trained_answers(client, share=4 if changes else 1)
+        if not changes:
+            assert_four_ranks(run)
         if ha_proxy:
             addresses = [run.listening().get(port) for port in (run.port, *run.doors.values())]
             assert addresses == ["127.0.0.1"] * 3
