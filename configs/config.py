@@ -3,24 +3,11 @@
 docs/configuration.md is made of this; `python tests/docs_pages.py` writes it anew.
 """
 
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
 
-
-@dataclass(frozen=True)
-class Unit:
-    """What a number counts; for the documentation only."""
-
-    name: str
-
-
-Tokens = Annotated[int, Unit("tokens")]
-Sequences = Annotated[int, Unit("sequences")]
-Bytes = Annotated[int, Unit("bytes")]
-CPUs = Annotated[float, Unit("CPUs")]
-Seconds = Annotated[float, Unit("seconds")]
+from configs.units import Bytes, CPUs, Seconds, Sequences, Tokens, Unit
 
 
 def is_backend_class(device: str) -> bool:
@@ -67,6 +54,11 @@ class ModelConfig(Group):
         ge=2,
         description="Prompt and generated tokens of one request together; none: as many positions as the model knows. "
         "Lower it where the KV cache does not hold one request of full length.",
+    )
+    generation_config: Literal["auto", "none"] = Field(
+        default="auto",
+        description="`auto`: requests that leave temperature, top_p and the like out get what the checkpoint's "
+        "generation_config.json says; see docs/api.md. Set `none` for the API's own defaults, whatever the checkpoint.",
     )
 
 

@@ -22,6 +22,7 @@ from cluster.placement.placement import make_bundles, make_label_selectors, make
 from cluster.topology import Topology
 from configs.config import Config
 from configs.files import parse_args
+from deployments.api.sampling_defaults import SamplingDefaults
 from deployments.serve.drain import Drain, leaving_node
 
 _DEPLOYMENT = "LLMReplica"
@@ -114,10 +115,14 @@ def _is_deployed() -> bool:
 
 
 def _check_model(config: Config, topology: Topology) -> None:
-    """Refuse a local checkpoint that is missing or cannot be cut so. A hub id is checked once it is downloaded."""
+    """Refuse a local checkpoint that is missing, cannot be cut so, or has sampling defaults that cannot be taken.
+
+    A hub id is checked once it is downloaded.
+    """
     folder = local_folder(config.model.source, config.model.revision)
     if folder is not None:
         sizes = Sizes.guess(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         reasons = broken_constraints(sizes, topology) if sizes else []
         if reasons:
             raise ValueError("\n".join(reasons))
+        SamplingDefaults.read(folder, config.model.generation_config)

@@ -19,7 +19,8 @@ from pydantic import BaseModel, PlainValidator
 from pydantic.fields import FieldInfo
 
 from actors.decisions.model.styles import STYLES
-from configs.config import Config, Unit
+from configs.config import Config
+from configs.units import Unit
 from deployments.api.bodies import ChatBody, CompletionBody, GenerationBody, StreamOptions
 from deployments.api.prompt_fields import Message
 from deployments.api.token_pages import TokenizeBody

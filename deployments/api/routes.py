@@ -192,6 +192,7 @@ class Pages:
             "created": identity.created,
             "owned_by": "stagemesh",
             "max_model_len": self._service.limits.max_model_len,
+            "sampling_defaults": self._service.defaults.in_force(),
         }
 
 

@@ -18,6 +18,7 @@ from deployments.api.errors import ApiError
 from deployments.api.generation import Answer, Echo, Generation, draining, too_late
 from deployments.api.metrics import Latencies, Metrics, Stopwatch
 from deployments.api.outbox import Outbox
+from deployments.api.sampling_defaults import SamplingDefaults
 from deployments.text.prompts import ConversationError, Prompt
 from deployments.text.tokenizer import Text
 
@@ -54,12 +55,17 @@ class Service:
         identity: Identity,
         limits: Limits,
         ranks: Callable[[], Sequence[RankInfo]],
+        defaults: SamplingDefaults = SamplingDefaults(),
     ) -> None:
-        """The engine delivers to `outbox`; `ranks` gives what `/cluster` shows of each."""
+        """The engine delivers to `outbox`; `ranks` gives what `/cluster` shows of each.
+
+        `defaults`: what the checkpoint sets for fields that requests leave out.
+        """
         self.engine = engine
         self.identity = identity
         self.limits = limits
         self.ranks = ranks
+        self.defaults = defaults
         self.admission = Admission(limits.admission.max_requests)
         self.text = text
         self.is_draining = False  # new requests are refused, running ones finish; may be set from any thread
@@ -85,6 +91,7 @@ class Service:
         self.check_model(body.model)
         self.check_ids("logit_bias", list(body.logit_bias))
         self.check_ids("stop_token_ids", body.stop_token_ids)
+        body = self.defaults.fill(body)
         prompts = body.prompts
         with self.admission.reserve(len(prompts) * body.n):
             answers: list[Answer] = []
@@ -173,7 +180,7 @@ class Service:
         rest = self.limits.max_model_len - num_prompt_tokens
         field, max_tokens = body.token_limit
         if max_tokens is None:
-            max_tokens = min(rest, body.default_max_tokens or rest)
+            max_tokens = min(rest, self.defaults.max_tokens or body.default_max_tokens or rest)
         if max_tokens > rest:
             raise ApiError(
                 400,

@@ -61,8 +61,7 @@ def parse_body(raw: bytes, kind: type[AnyBody]) -> AnyBody:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        raise _as_api_error(first) from None
+        raise as_api_error(error) from None
 
 
 def _num_openers(raw: bytes) -> int:
@@ -77,7 +76,9 @@ _OWN_WORDS: dict[str, Callable[[ErrorDetails], str]] = {
 }
 
 
-def _as_api_error(error: ErrorDetails) -> ApiError:
+def as_api_error(invalid: ValidationError) -> ApiError:
+    """The first problem as an ApiError (400), in our words."""
+    error = invalid.errors(include_url=False, include_input=False)[0]
     path = [str(part) for part in error["loc"]]
     field = error.get("ctx", {}).get("field")
     param = ".".join([*path, *([field] if field else [])]) or None

@@ -4,13 +4,14 @@ import argparse
 import asyncio
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import uvloop
 
+from deployments.api.sampling_defaults import FIELDS, SamplingDefaults
 from deployments.bench.client import Client, connection_words, error_words
 from deployments.bench.drive import Extent, Progress, drive
 from deployments.bench.figures import Figures, Load, Timeline, figures
@@ -29,13 +30,13 @@ def measure(options: argparse.Namespace, key: str | None) -> OnlineReport:
 
 async def _measure(options: argparse.Namespace, key: str | None) -> OnlineReport:
     url = base_url(options.target)
-    shared = {"stream": True, "stream_options": {"include_usage": True}, "temperature": options.temperature}
+    shared = {"stream": True, "stream_options": {"include_usage": True}}
     async with Client(url, key, options.timeout, shared) as client:
         with _connection_said(url):
             model = await _model(client, options.model)
             workload = await _workload(client, options, model["id"])
         _check_lengths(options, workload, model.get("max_model_len"))
-        send = Sender(client, workload, options, model["id"])
+        send = Sender(client, workload, options, model)
         await _warm_up(send, url, options.warmup)
         found = []
         for level, load in enumerate(loads(options)):
@@ -56,14 +57,23 @@ async def _measure(options: argparse.Namespace, key: str | None) -> OnlineReport
 class Sender:
     """Sends requests with the fields that the options ask for."""
 
-    def __init__(self, client: Client, workload: Workload, options: argparse.Namespace, model: str) -> None:
-        self._client, self._workload, self._options, self._model = client, workload, options, model
+    def __init__(
+        self, client: Client, workload: Workload, options: argparse.Namespace, model: Mapping[str, Any]
+    ) -> None:
+        """`model`: its card. Sampling fields for which it names a default are sent as what changes nothing.
+
+        The figures are then those of the load asked for, whatever the checkpoint's own settings.
+        """
+        self._client, self._workload, self._options = client, workload, options
+        plain, named = SamplingDefaults().in_force(), model.get("sampling_defaults") or {}
+        self._fields = {"model": model["id"], **{name: plain[name] for name in FIELDS if name in named}}
+        self._fields["temperature"] = options.temperature
 
     async def __call__(self, level: int, index: int) -> Timeline:
         """Send request `index` of a load, which is the `level`th of the sweep."""
         options, ask = self._options, self._workload.ask(level, index)
         limit = "max_completion_tokens" if ask.path == CHAT else "max_tokens"
-        fields: dict[str, Any] = {"model": self._model, limit: options.output_len, **ask.fields}
+        fields: dict[str, Any] = {**self._fields, limit: options.output_len, **ask.fields}
         if options.ignore_eos:
             fields["ignore_eos"] = True
         if options.temperature > 0:

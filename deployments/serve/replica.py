@@ -73,13 +73,15 @@ def _read_model(config: Config, device: str) -> tuple[Plan, Any]:
     from actors.tensors.model.spec_reader import read_spec
     from actors.tensors.weights.source import resolve_source
     from deployments.api.routes import build_app
+    from deployments.api.sampling_defaults import SamplingDefaults
     from deployments.api.service import Identity, Limits, Service
     from deployments.text.tokenizer import Text
 
     folder = resolve_source(config.model.source, config.model.revision)
     spec, block_size = read_spec(folder, config.model.dtype), default_block_size(config.device, device)
     plan = make_plan(config, spec, block_size)
-    text = Text.load(folder)
+    text, defaults = Text.load(folder), SamplingDefaults.read(folder, config.model.generation_config)
+    logger.info("sampling defaults of generation_config.json: %s", defaults)
 
     def app_of(engine: Engine, outbox: Outbox, ranks: Callable[[], list[RankInfo]]) -> Any:
         identity = Identity(
@@ -95,7 +97,7 @@ def _read_model(config: Config, device: str) -> tuple[Plan, Any]:
             admission=config.admission,
             request_s=config.timeouts.request_s,
         )
-        return build_app(Service(engine, outbox, text, identity, limits, ranks))
+        return build_app(Service(engine, outbox, text, identity, limits, ranks, defaults))
 
     return plan, app_of
 

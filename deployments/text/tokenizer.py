@@ -1,7 +1,6 @@
 """Text: the model's tokenizer and chat template. Prompts become token ids, and ids become text."""
 
 import asyncio
-import json
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from deployments.text.chat_template import ChatTemplate
+from deployments.text.generation_config import eos_token_ids
 from deployments.text.prompts import Conversation, ConversationError, Prompt
 from deployments.text.token_text import TokenTexts
 from deployments.text.transcript import Decoder, Transcript
@@ -41,7 +41,7 @@ class Text:
         Raises ValueError or OSError when it cannot be read, or when its chat template does not end.
         """
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-        text = cls(tokenizer, _eos_token_ids(Path(folder)))
+        text = cls(tokenizer, eos_token_ids(Path(folder)))
         if text._template is not None:
             text._template.check()
         return text
@@ -118,13 +118,3 @@ def _chat_template(tokenizer: Any) -> ChatTemplate | None:
     except ValueError:  # there is none, or several without a default
         return None
     return ChatTemplate(template, tokenizer.special_tokens_map)
-
-
-def _eos_token_ids(folder: Path) -> frozenset[int]:
-    """Ids that end an answer, from generation_config.json (chat models list several) or config.json."""
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            value = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
-            if value is not None:
-                return frozenset(value if isinstance(value, list) else [value])
-    return frozenset()

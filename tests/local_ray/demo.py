@@ -33,6 +33,15 @@ def assert_printed_command_works(run: Run) -> None:
     assert answer.text.rstrip().endswith("data: [DONE]")
 
 
+def assert_checkpoints_defaults_hold(run: Run) -> None:
+    """The demo's generation_config.json says `do_sample: false`: that is logged, told, and done."""
+    assert "sampling defaults of generation_config.json: temperature 0" in run.printed()
+    (card,) = run.get("/v1/models").json()["data"]
+    assert card["sampling_defaults"]["temperature"] == 0
+    body = {"model": card["id"], "prompt": "Q: What is a stage?\nA:", "max_tokens": 8}
+    assert run.post(body).json()["choices"] == run.post({**body, "temperature": 0}).json()["choices"]
+
+
 def ask(client: openai.OpenAI, question: str, *, stream: bool, **more: Any) -> str:
     """The answer to a question at temperature 0."""
     messages: list[Any] = [{"role": "user", "content": question}]

@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.local_ray.demo import assert_four_ranks, assert_printed_command_works, assert_trained_answers, client_of
+from tests.local_ray.demo import (
+    assert_checkpoints_defaults_hold,
+    assert_four_ranks,
+    assert_printed_command_works,
+    assert_trained_answers,
+    client_of,
+)
 from tests.serving import Run, until
 
 ONE_RANK = {"parallel": {"tensor_parallel_size": 1, "pipeline_parallel_size": 1}}
@@ -28,6 +34,7 @@ def test_the_demo_serves_until_ctrl_c(tmp_path: Path, ha_proxy: bool, changes: d
     with Run(tmp_path, ha_proxy=ha_proxy, **changes) as run:
         run.wait_for()
         assert_printed_command_works(run)
+        assert_checkpoints_defaults_hold(run)
         with client_of(run) as client:
             assert_trained_answers(client, share=4 if changes else 1)
         if not changes:

@@ -18,6 +18,7 @@ from cluster.topology import Topology
 from configs.config import AdmissionConfig
 from deployments.api.outbox import Outbox
 from deployments.api.routes import build_app
+from deployments.api.sampling_defaults import SamplingDefaults
 from deployments.api.service import Identity, Limits, Service
 from deployments.text.tokenizer import Text
 from tests.fakes.fake_executor import FakeExecutor, next_id
@@ -81,7 +82,7 @@ class ScriptedExecutor(FakeExecutor):
 class World:
     """One replica without Ray: engine, service and app over an executor."""
 
-    def __init__(self, text, executor=None, ranks=list, **limits):
+    def __init__(self, text, executor=None, ranks=list, defaults=SamplingDefaults(), **limits):
         self.text = text
         self.executor = executor or FakeExecutor(vocab_size=VOCAB_SIZE)
         self.outbox = Outbox()
@@ -91,7 +92,7 @@ class World:
         admission = AdmissionConfig(**{name: limits.pop(name, value) for name, value in admission.items()})
         values = {"max_model_len": 128, "vocab_size": VOCAB_SIZE, "admission": admission, "request_s": 600.0} | limits
         identity = Identity(MODEL, "replica-1", "0.1.0", 1, Topology(2, 2))
-        self.service = Service(self.engine, self.outbox, text, identity, Limits(**values), ranks)
+        self.service = Service(self.engine, self.outbox, text, identity, Limits(**values), ranks, defaults)
         self.app = build_app(self.service)
         self.engine.start()
 

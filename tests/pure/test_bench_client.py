@@ -370,6 +370,16 @@ def test_a_sweep_over_a_server_that_sometimes_fails(capsys: pytest.CaptureFixtur
     assert server.num_connections < len(prompts), "connections are kept"
 
 
+def test_a_server_that_names_sampling_defaults_is_asked_for_none_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    named = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.1, "max_tokens": 512, "new": 1}
+    server = Server(fine, json.dumps({"data": [{"id": "m", "sampling_defaults": named}]}).encode())
+    with server.serve() as url:
+        figures_of(capsys, url, "--num-requests", "1", "--output-len", "3")
+    for body in server.bodies:
+        assert (body["temperature"], body["top_p"], body["top_k"], body["repetition_penalty"]) == (0, 1, 0, 1)
+        assert body["max_tokens"] == 3 and not {"min_p", "new", "seed"} & set(body)
+
+
 def test_conversations_go_to_the_chats(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     async def script(number: int, body: dict[str, Any], write: Write) -> None:
         opening = chat(role="assistant", content="")
