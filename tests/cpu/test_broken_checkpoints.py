@@ -21,6 +21,7 @@ ATTENTION = ReferenceBackend(torch.device("cpu")).attention([], torch.float32, 1
 pytestmark = pytest.mark.timeout(10)
 
 NORM = "model.layers.2.input_layernorm.weight"
+ATTN = "model.layers.2.self_attn"
 INDEX = "model.safetensors.index.json"
 
 
@@ -30,6 +31,7 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.weight_map: dict[str, str] = json.loads((path / INDEX).read_text())["weight_map"]
+        self.names = sorted(set(self.weight_map.values()))
         self.file = path / self.weight_map[NORM]
 
     def index(self, text: str | None = None, **changes: str | None) -> None:
@@ -88,17 +90,39 @@ BREAKS: dict[str, tuple[Callable[[Folder], Any], str]] = {
         lambda f: (f.tensors(extra=torch.ones(1)), f.index(extra=f.file.name)),
         "holds extra, which LlamaForCausalLM has no place for",
     ),
-    "tensor beside the index": (lambda f: f.tensors(extra=torch.ones(1)), "holds extra, which .* does not say"),
+    "tensor that the index leaves out": (
+        lambda f: f.tensors(extra=torch.ones(1)),
+        "holds extra, which .* no place for",
+    ),
+    "bias of a projection": (
+        lambda f: f.tensors(**{f"{ATTN}.q_proj.bias": torch.ones(64)}),
+        f"holds {ATTN}.q_proj.bias, which LlamaForCausalLM has no place for in {ATTN}.q_proj: .* Correct config.json",
+    ),
+    "norm of the queries": (
+        lambda f: f.tensors(**{f"{ATTN}.q_norm.weight": torch.ones(8), f"{ATTN}.k_norm.weight": torch.ones(8)}),
+        rf"holds {ATTN}.k_norm.weight \(and 1 more\), which .* no place for in {ATTN}:",
+    ),
+    "norm of the embedding": (
+        lambda f: f.tensors(**{"model.embed_layernorm.weight": torch.ones(64)}),
+        "holds model.embed_layernorm.weight, which .* no place for in model:",
+    ),
+    "bias of the head": (lambda f: f.tensors(**{"lm_head.bias": torch.ones(103)}), "no place for in lm_head:"),
+    "scale of a weight": (
+        lambda f: f.tensors(**{f"{ATTN}.q_proj.weight_scale": torch.ones(1), "extra": torch.ones(1)}),
+        rf"holds {ATTN}.q_proj.weight_scale \(and 1 more\), a part of quantized weights",
+    ),
+    "tensor in two files": (
+        lambda f: save_file({NORM: torch.ones(64)}, f.path / next(n for n in f.names if n != f.file.name)),
+        f"both hold {NORM}",
+    ),
     "index is no JSON": (lambda f: f.index("{"), "is not an index"),
     "index is a list": (lambda f: f.index("[]"), "is not an index"),
     "index without a map": (lambda f: f.index('{"weight_map": 3}'), "is not an index"),
     "index nested deeply": (lambda f: f.index("[" * 100_000), "is not an index"),
-    "index leads elsewhere": (lambda f: f.index(**{NORM: "../../etc/passwd"}), "no safetensors file beside it"),
-    "index names a pickle": (lambda f: f.index(**{NORM: "pytorch_model.bin"}), "no safetensors file beside it"),
-    "index names another file": (
-        lambda f: f.index(**{NORM: next(name for name in f.weight_map.values() if name != f.file.name)}),
-        f"holds no tensor {NORM}",
-    ),
+    "index of nothing": (lambda f: f.index('{"weight_map": {}}'), "it names none"),
+    "index leads elsewhere": (lambda f: f.index(**{NORM: "../../etc/passwd"}), "no safetensors file in its folder"),
+    "index names a pickle": (lambda f: f.index(**{NORM: "pytorch_model.bin"}), "no safetensors file in its folder"),
+    "no index": (lambda f: (f.path / INDEX).unlink(), "neither .* there is .* and .* more; download the index"),
     "header of exabytes": (lambda f: f.file.write_bytes(struct.pack("<Q", 1 << 60) + b"{}"), "header would take"),
     "header nested deeply": (lambda f: f.header(dict, lambda _: "[" * 90_000), "truncated or no safetensors"),
     "header with a key twice": (lambda f: f.header(dict, twice), f"{NORM} is there twice"),

@@ -146,7 +146,7 @@ def test_what_is_not_understood_backwards_says_so(tmp_path: Path) -> None:
 def test_what_is_not_understood_backwards_is_converted_whole(tmp_path: Path) -> None:
     stored = [leaf.stored for leaf in saved([torch.arange(48.0).view(8, 6)], tmp_path)]
     conversions = Conversions.__new__(Conversions)
-    conversions.shapes = Model()  # type: ignore[assignment]
+    conversions.structure = Model()  # type: ignore[assignment]
     group = ConversionGroup("b.weight", WeightConverter("a", "b", operations=[Interleave(0)]), {"a": stored})
     sources = conversions.sources({"b.weight": group}, {"b.weight"})
     assert isinstance(sources["b.weight"], Computed)

@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from actors.decisions.model.shard_plan import Interval, ShardPlan, TensorSlice
 from actors.decisions.model.spec import ModelSpec
 from actors.tensors.weights.conversion import Computed, ConversionGroup, Conversions
 from actors.tensors.weights.lazy import Box, Lazy, Read
+from actors.tensors.weights.leftovers import leave_out
 from actors.tensors.weights.mapped import MappedFile, as_slices, copied
 from actors.tensors.weights.safetensors_index import stored_tensors
 from actors.words.errors import CheckpointError
@@ -46,16 +46,15 @@ class Sources:
 def find_sources(folder: Path, spec: ModelSpec, shard: ShardPlan, conversions: Conversions) -> Sources:
     """Find where a checkpoint holds a rank's tensors.
 
-    Raises CheckpointError, which names file and tensor, for whatever is missing, left over, truncated, of another
-    shape, or quantized.
+    The first rank logs what is left out, and what is odd. Raises CheckpointError, which names file and tensor, for
+    what is missing, truncated, of another shape, quantized, or left over where it may change what the model answers.
     """
-    groups, leftovers = conversions.groups(stored_tensors(folder))
-    for stored in leftovers:
-        if not any(re.search(pattern, stored.key) for pattern in conversions.ignorable):
-            raise CheckpointError(
-                f"{stored.file} holds {stored.key}, which {spec.architecture} has no place for; "
-                "it would be silently left out"
-            )
+    stored = stored_tensors(folder, getattr(conversions.structure.config, "transformers_weights", None))
+    groups, leftovers = conversions.groups(stored.tensors)
+    notes = [*stored.notes, *leave_out(leftovers, spec, conversions.structure)]
+    absent = {conversions.target_of(key)[0]: (key, file) for key, file in stored.absent.items()}
+    for target in sorted(set(absent) & {name for name, group in groups.items() if group.converter is not None}):
+        raise _absent(*absent[target])  # a part of what is converted together
     embedding, head = f"{spec.embedding_name}.weight", f"{spec.head_name}.weight"
     wanted = {tensor.key for tensor in shard.tensors} | ({head} if spec.tied_head else set())
     found = conversions.sources(groups, wanted)
@@ -68,8 +67,13 @@ def find_sources(folder: Path, spec: ModelSpec, shard: ShardPlan, conversions: C
             twin = (groups[head].keys, embedding, tied)
     by_target = {}
     for tensor in shard.tensors:
+        if tensor.key not in found and tensor.key in absent:
+            raise _absent(*absent[tensor.key])
         if tensor.key not in found:
-            raise CheckpointError(f"{folder} holds no tensor {tensor.key}, nor what it could be made of")
+            raise CheckpointError(
+                f"{folder} holds no tensor {tensor.key}, nor what it could be made of; download it again, or correct "
+                "config.json"
+            )
         by_target[tensor.name] = found[tensor.key]
         _check(tensor, by_target[tensor.name], groups)
     computed = [name for name, source in by_target.items() if isinstance(source, Computed)]
@@ -79,7 +83,13 @@ def find_sources(folder: Path, spec: ModelSpec, shard: ShardPlan, conversions: C
             len(computed),
             computed[0],
         )
+    for note in notes if shard.rank == 0 else ():
+        logger.warning("%s", note)
     return Sources(shard, by_target, conversions, twin)
+
+
+def _absent(key: str, file: Path) -> CheckpointError:
+    return CheckpointError(f"{file} holds no tensor {key}, though the index says so; download it again")
 
 
 def _check(tensor: TensorSlice, source: Lazy | Computed, groups: Mapping[str, ConversionGroup]) -> None:
@@ -152,7 +162,7 @@ def _compute(source: Computed, conversions: Conversions) -> torch.Tensor:
         whole[pattern] = [file.tensor(stored) for file, stored in zip(files, of_pattern, strict=True)]
         for file in files:
             file.close()
-    made = group.convert(whole, conversions.shapes)[source.name]
+    made = group.convert(whole, conversions.structure)[source.name]
     assert isinstance(made, torch.Tensor)
     return made
 

@@ -5,9 +5,9 @@ converts them when it loads a whole model is recorded here, so that a rank reads
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -25,9 +25,6 @@ from actors.words.errors import CheckpointError
 
 # What Transformers' conversions raise for tensors that do not fit each other
 _WRONG_TENSORS = (ValueError, RuntimeError, IndexError, KeyError, TypeError, AttributeError, StopIteration)
-
-# Older checkpoints carry the rotary frequencies of every layer; Transformers drops them wherever it computes them
-_ALWAYS_IGNORED = r"rotary_emb\.inv_freq"
 
 
 @dataclass(frozen=True)
@@ -77,8 +74,15 @@ class Computed:
     name: str
 
 
-class Shapes:
-    """The part of a model that conversions read: config and shapes, kept when the model is pruned."""
+class Leftover(NamedTuple):
+    """A stored tensor that the model has no place for."""
+
+    stored: StoredTensor
+    name: str  # as the model would call it
+
+
+class Structure:
+    """The part of a model that conversions and the rule on leftovers read, kept when the model is pruned."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.config = model.config
@@ -86,6 +90,18 @@ class Shapes:
             name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
             for name, tensor in model.state_dict().items()
         }
+        self.computed = frozenset(name for name, _ in model.named_buffers()) - set(self.state)  # buffers never stored
+        # Patterns of what checkpoints of this family hold beside the model; the attribute has no public name
+        self.ignored = sorted(model._keys_to_ignore_on_load_unexpected or ())  # noqa: SLF001
+        self._modules = frozenset(name for name, _ in model.named_modules())
+
+    def owner(self, name: str) -> tuple[str, list[str]]:
+        """The innermost module of the model on a tensor's path, and the rest of the path."""
+        parts = name.split(".")
+        for end in range(len(parts) - 1, 0, -1):
+            if ".".join(parts[:end]) in self._modules:
+                return ".".join(parts[:end]), parts[end:]
+        return "", parts
 
     def get_parameter(self, name: str) -> torch.Tensor:
         """A tensor of the model, on meta."""
@@ -96,38 +112,53 @@ class Conversions:
     """Transformers' conversions of a model's checkpoints; made from the whole skeleton."""
 
     def __init__(self, skeleton: PreTrainedModel) -> None:
-        self.shapes = Shapes(skeleton)
+        self.structure = Structure(skeleton)
         transforms = get_model_conversion_mapping(skeleton)
         self._renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
         self._converters = [one for one in transforms if isinstance(one, WeightConverter)]
         self._by_pattern = {pattern: one for one in self._converters for pattern in one.source_patterns}
         self._prefix = skeleton.base_model_prefix
-        ignored = skeleton._keys_to_ignore_on_load_unexpected or ()  # noqa: SLF001 - it has no public name
-        self.ignorable = frozenset({*ignored, _ALWAYS_IGNORED})
 
-    def groups(self, stored: Mapping[str, StoredTensor]) -> tuple[dict[str, ConversionGroup], list[StoredTensor]]:
-        """The groups by first target, and the stored tensors that the model has no use for."""
+    def groups(self, tensors: Iterable[StoredTensor]) -> tuple[dict[str, ConversionGroup], list[Leftover]]:
+        """The groups by first target, and the stored tensors that the model has no place for.
+
+        Raises CheckpointError where two stored tensors would be the same one of the model.
+        """
         groups: dict[str, ConversionGroup] = {}
-        leftovers: list[StoredTensor] = []
-        for key in sorted(stored, key=dot_natural_key):  # the order in which Transformers stacks experts
-            target, pattern = self._target(key)
-            if target not in self.shapes.state:
-                leftovers.append(stored[key])
+        leftovers: list[Leftover] = []
+        for stored in sorted(tensors, key=_stacking_order):
+            target, pattern = self.target_of(stored.key)
+            if target not in self.structure.state:
+                leftovers.append(Leftover(stored, self._name_of(target)))
                 continue
             converter = None if pattern is None else self._by_pattern[pattern]
             group = groups.setdefault(target, ConversionGroup(target, converter))
-            if group.converter is not converter or (converter is None and group.stored):
-                raise CheckpointError(f"{group.keys} and {key} are both stored for {target}; one of them must go")
-            group.stored[pattern or key].append(stored[key])
+            before = group.stored[pattern or stored.key]
+            if before and before[-1].key == stored.key:
+                raise CheckpointError(
+                    f"{before[-1].file} and {stored.file} both hold {stored.key}; one of them must go"
+                )
+            if group.converter is not converter or (converter is None and len(group.stored) > 1):
+                both = f"{group.keys} and {stored.key}"
+                raise CheckpointError(f"{both} are both stored for {target}; one of them must go")
+            before.append(stored)
         return groups, leftovers
 
-    def _target(self, key: str) -> tuple[str, str | None]:
+    def target_of(self, key: str) -> tuple[str, str | None]:
         """The (first) tensor of the model that a key is for, and the pattern of its converter."""
-        state = self.shapes.state
+        state = self.structure.state
         target, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, state)
         if target not in state and key in state:  # Transformers' own rule: such a key is not renamed
             target, pattern = rename_source_key(key, [], [], self._prefix, state)
         return target, pattern
+
+    def _name_of(self, target: str) -> str:
+        """What the model would call a leftover: with or without the base model's prefix, as it leads further in.
+
+        Transformers adds or takes off the prefix only where that makes the name of a tensor that the model has.
+        """
+        names = (target, f"{self._prefix}.{target}", target.removeprefix(f"{self._prefix}."))
+        return min(names, key=lambda name: len(self.structure.owner(name)[1]))
 
     def sources(self, groups: Mapping[str, ConversionGroup], wanted: Collection[str]) -> dict[str, Lazy | Computed]:
         """The sources of the wanted tensors, by name; without those for which nothing is stored."""
@@ -137,7 +168,7 @@ class Conversions:
                 continue
             leaves = {pattern: [Leaf(one) for one in stored] for pattern, stored in group.stored.items()}
             try:
-                made: dict[str, Any] = group.convert(leaves, self.shapes)
+                made: dict[str, Any] = group.convert(leaves, self.structure)
             except NotLazyError:
                 made = self._on_meta(group)
             except _WRONG_TENSORS as error:
@@ -152,6 +183,11 @@ class Conversions:
             for pattern, stored in group.stored.items()
         }
         try:
-            return {name: Computed(group, name) for name in group.convert(empty, self.shapes)}
+            return {name: Computed(group, name) for name in group.convert(empty, self.structure)}
         except _WRONG_TENSORS as error:
             raise CheckpointError(f"{group.keys} do not make {group.first_target}: {error}") from error
+
+
+def _stacking_order(stored: StoredTensor) -> Any:
+    """Sorts tensors as Transformers does, which stacks experts in this order."""
+    return dot_natural_key(stored.key)

@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from actors.words.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_INDEX_SUFFIX = ".safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _MAX_DIMS = 64  # torch's own limit; with the next one, it bounds the sizes that a header makes us multiply
 _MAX_SIZE = 2**63 - 1
@@ -51,40 +53,118 @@ class StoredTensor:
         return _DTYPES[self.stored_dtype]
 
 
-def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint by its key, found as Transformers finds them; every header is read and checked.
+@dataclass(frozen=True)
+class StoredTensors:
+    """What the headers of a checkpoint's files say, and where its index says otherwise."""
 
-    Raises CheckpointError that names the file and the tensor.
+    tensors: tuple[StoredTensor, ...]  # by file; a key may be in two files
+    absent: Mapping[str, Path]  # keys that the index names, and no file holds → the file that should
+    notes: tuple[str, ...]  # what is odd and does no harm, for people
+
+
+def stored_tensors(folder: Path, named: str | None = None) -> StoredTensors:
+    """Every tensor of a checkpoint, found as Transformers finds them; every header is read and checked.
+
+    The index only says which files there are; their headers say what is in them. `named` is `transformers_weights` of
+    config.json: the file or index to read instead of the usual ones. Raises CheckpointError that names file and tensor.
     """
-    single, path = folder / SINGLE_FILE, folder / INDEX_FILE
-    if single.is_file():
-        return read_header(single)
-    if not path.is_file():
-        raise CheckpointError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
-    files = _read_index(path)
-    headers = {file: read_header(file) for file in sorted(set(files.values()))}
-    for key, file in files.items():
-        if key not in headers[file]:
-            raise CheckpointError(f"{file} holds no tensor {key}, though {INDEX_FILE} says so; download it again")
-    for file, header in headers.items():
-        for key in header:
-            if files.get(key) != file:
-                raise CheckpointError(f"{file} holds {key}, which {INDEX_FILE} does not say; download both again")
-    return {key: headers[file][key] for key, file in files.items()}
+    path = _entry_point(folder, named)
+    if not path.name.endswith(_INDEX_SUFFIX):
+        return StoredTensors(tuple(read_header(path).values()), {}, tuple(_unread(path)))
+    index, _ = _read_index(path)
+    headers = {file: read_header(file) for file in sorted(set(index.values()))}
+    held = {key for header in headers.values() for key in header}
+    absent = {key: file for key, file in index.items() if key not in held}
+    oddities = {
+        "names what no file holds": list(absent),
+        "names the wrong file for": [key for key, file in index.items() if key in held and key not in headers[file]],
+        "does not name": sorted(held - set(index)),
+    }
+    notes = [
+        f"{path} {what}: {in_short(keys)}; the files' headers are followed" for what, keys in oddities.items() if keys
+    ]
+    return StoredTensors(
+        tuple(one for header in headers.values() for one in header.values()), absent, (*_unread(path), *notes)
+    )
 
 
-def _read_index(path: Path) -> dict[str, Path]:
+def stored_dtype(folder: Path, named: str | None = None) -> str | None:
+    """The floating dtype of a checkpoint as torch names it, chosen as by Transformers' dtype="auto" without a config's.
+
+    It is the one that the index's metadata names, else that of the first file's first floating tensor by name; float8
+    is passed over. None: nothing is stored in floating point. `named` and errors as for `stored_tensors`.
+    """
+    path = _entry_point(folder, named)
+    if path.name.endswith(_INDEX_SUFFIX):
+        files, dtype = _read_index(path)
+        if dtype is not None:
+            return dtype
+        path = min(files.values())
+    dtypes = [_DTYPES.get(tensor.stored_dtype) for _, tensor in sorted(read_header(path).items())]
+    floating = (dtype for dtype in dtypes if dtype is not None and dtype.is_floating_point)
+    return next((str(dtype).removeprefix("torch.") for dtype in floating), None)
+
+
+def in_short(keys: Sequence[str]) -> str:
+    """Keys of tensors, for messages: the first three, and how many there are."""
+    first = ", ".join(key[:100] for key in keys[:3])
+    return f"{first}, ... ({len(keys)} in all)" if len(keys) > 3 else first
+
+
+def _entry_point(folder: Path, named: str | None) -> Path:
+    """The file or the index from which a checkpoint is read. Raises CheckpointError with what there is instead."""
+    if named is not None:
+        path = folder / named
+        if not _is_inside(named) or not named.endswith((".safetensors", _INDEX_SUFFIX)):
+            raise CheckpointError(
+                f"{folder / 'config.json'}: transformers_weights {named!r} is no safetensors file or index beside it"
+            )
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing, though transformers_weights in config.json names it")
+        return path
+    for name in (SINGLE_FILE, INDEX_FILE):
+        if (folder / name).is_file():
+            return folder / name
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    remedy = "it is no checkpoint of Transformers"
+    if others:
+        there = f"{others[0]} and {len(others) - 1} more" if others[1:] else others[0]
+        remedy = f"there is {there}; download the index, or name the only file in config.json as transformers_weights"
+    raise CheckpointError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}: {remedy}")
+
+
+def _unread(path: Path) -> Iterator[str]:
+    """Notes on files beside an entry point from which others might read weights."""
+    if path.name == SINGLE_FILE and path.with_name(INDEX_FILE).is_file():
+        yield f"{path} is read, as by Transformers, and not the files that {INDEX_FILE} beside it names"
+    adapter = path.with_name("adapter_config.json")
+    if adapter.is_file():
+        yield f"{adapter} names an adapter, which is not applied; merge it into the weights if it is meant"
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a file name stays in its folder; links are followed, as the hub's cache is made of them."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
+
+
+def _read_index(path: Path) -> tuple[dict[str, Path], str | None]:
+    """The file of every key that an index names, and the dtype that its metadata names, if any."""
     try:
-        weight_map = json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates)["weight_map"]
-        files = {str(key): path.parent / str(name) for key, name in weight_map.items()}
+        index = json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates)
+        names = {str(key): str(name) for key, name in index["weight_map"].items()}
+        dtype = index.get("metadata", {}).get("dtype")
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not an index of safetensors files: {_in_short(error)}") from error
-    for file in sorted(set(files.values())):
-        if file.parent != path.parent or file.suffix != ".safetensors":
-            raise CheckpointError(f"{path} names {file}, which is no safetensors file beside it")
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing, though {path.name} names it; download the checkpoint again")
-    return files
+        raise CheckpointError(f"{path} is not an index of safetensors files: {_error_in_short(error)}") from error
+    if not names:
+        raise CheckpointError(f"{path} is not an index of safetensors files: it names none")
+    for name in sorted(set(names.values())):
+        if not _is_inside(name) or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{path} names {name[:200]}, which is no safetensors file in its folder")
+        if not (path.parent / name).is_file():
+            raise CheckpointError(
+                f"{path.parent / name} is missing, though {path.name} names it; download the checkpoint again"
+            )
+    return {key: path.parent / name for key, name in names.items()}, None if dtype is None else str(dtype)
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -108,7 +188,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{file} is truncated or no safetensors file: {_in_short(error)}") from error
+        raise CheckpointError(f"{file} is truncated or no safetensors file: {_error_in_short(error)}") from error
     end = 0
     for first, last, key in ranges:
         if first != end:
@@ -149,5 +229,5 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _in_short(error: BaseException) -> str:
+def _error_in_short(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error)[:200]}"
