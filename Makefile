@@ -9,7 +9,7 @@ PIP := $(VENV_PYTHON) -m pip --disable-pip-version-check --quiet
 # What .venv was made from; it is made anew when one of these files, or the folder it lies in, is another.
 STATE := { cat pyproject.toml constraints.txt Makefile | cksum; pwd; }
 # Whether .venv still works: packages are looked up, not imported, so that this costs a few hundredths of a second.
-WORKS := from importlib.util import find_spec; assert all(map(find_spec, "torch ray transformers pytest configs".split()))
+WORKS := from importlib.util import find_spec; assert all(map(find_spec, "torch ray transformers pytest xdist configs".split()))
 # Whether a .venv of another state can be brought up to date: a Python that is new enough, in this folder, with pip.
 USABLE := import sys, os, pip; assert sys.version_info >= (3, 11) and open(".venv/pyvenv.cfg").read().rstrip().endswith(os.getcwd() + "/.venv")
 
@@ -26,9 +26,13 @@ help: ## what there is
 serve: venv
 	@exec $(VENV_PYTHON) -m deployments.serve.command $(CONFIG) $(ARGS)
 
+# pytest ends with 5 where ARGS chose no test: one of the halves may.
 test: check
-	@echo '== pytest'
-	@$(VENV_PYTHON) -m pytest $(ARGS)
+	@echo '== pytest: what takes one core, two at a time'
+	@one=0; $(VENV_PYTHON) -m pytest --cores=one -n 2 --dist loadfile $(ARGS) || one=$$?; \
+	echo '== pytest: ranks and servers, which take all cores'; \
+	all=0; $(VENV_PYTHON) -m pytest --cores=all $(ARGS) || all=$$?; \
+	case "$$one $$all" in '0 0' | '0 5' | '5 0') ;; *) exit 1 ;; esac
 
 check: venv
 	@echo '== ruff'

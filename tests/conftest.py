@@ -22,6 +22,25 @@ if str(ROOT) not in sys.path:  # a checkout that was not installed
     sys.path.insert(0, str(ROOT))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cores", choices=("one", "all"), help="only tests that take one core, or only the others")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`make test` runs those that take one core two at a time, and then the others one by one."""
+    cores = config.getoption("--cores")
+    if cores is not None:
+        left_out = [item for item in items if _takes_all_cores(item) != (cores == "all")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if _takes_all_cores(item) == (cores == "all")]
+
+
+def _takes_all_cores(item: pytest.Item) -> bool:
+    """Whether it starts ranks or servers, with promises about time: Ray, the pool of ranks, or as its file says."""
+    on_ray = {"local_ray", "chaos"} & set(item.path.relative_to(ROOT).parts)
+    return bool(on_ray or "pool" in getattr(item, "fixturenames", ()) or item.get_closest_marker("all_cores"))
+
+
 def _segments() -> set[Path]:
     folder = Path("/dev/shm")
     return set(folder.iterdir()) if folder.is_dir() else set()

@@ -25,7 +25,7 @@ ADDRESS = "127.0.0.1"
 OTHER_ADDRESS = "127.0.0.2"  # on Linux all of 127/8 is this machine: stands for the second interface of a node
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = [pytest.mark.timeout(90), pytest.mark.all_cores]
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ ADDRESS = "127.0.0.1"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64]
 SHAPES = [(1,), (), (7,), (3, 5, 11), (0,), (BUFFER_BYTES // 2 + 13,)]  # the last one takes several pieces
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = [pytest.mark.timeout(90), pytest.mark.all_cores]
 
 
 @pytest.fixture
