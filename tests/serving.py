@@ -83,6 +83,13 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def reserved() -> set[str]:
+    """The placement groups that hold something, in the Ray cluster of this process."""
+    from ray.util.placement_group import placement_group_table
+
+    return {name for name, group in placement_group_table().items() if group["state"] != "REMOVED"}
+
+
 @dataclass
 class Served:
     """What is served at a URL, as its clients and its operator see it."""

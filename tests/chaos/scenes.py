@@ -98,6 +98,7 @@ class Blow:
     noticed_s: float = 0.0
     back_s: float = 0.0  # ready again
     stall_s: float = 0.0  # the longest that a stream waited for a token
+    health: set[int] = field(default_factory=set)  # what /health said until then
 
 
 def strike(play: Scene, rank: int, number: Signals = SIGKILL, second: tuple[int, float] | None = None) -> Blow:
@@ -112,7 +113,13 @@ def strike(play: Scene, rank: int, number: Signals = SIGKILL, second: tuple[int,
         with suppress(ProcessLookupError):
             send(pids[blow.second], number)
     blow.noticed_s = until(lambda: has_noticed(play.app, blow.epoch), every_s=0.03)
-    until(lambda: play.app.epoch() > blow.epoch and play.app.is_ready(), every_s=0.05)
+    play.people.ask(play.asked["stream"][0])  # waits for the gang
+
+    def is_back() -> bool:
+        blow.health.add(play.app.status("/health"))
+        return play.app.epoch() > blow.epoch and play.app.is_ready()
+
+    until(is_back, every_s=0.05)
     blow.back_s = time.monotonic() - blow.at
     until(lambda: not is_alive(pids[rank]), within_s=15)  # also who is only stopped
     return blow

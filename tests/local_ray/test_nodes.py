@@ -1,34 +1,18 @@
 """What Ray says about its nodes, and waiting for them."""
 
-import time
-
 import pytest
 
 ray = pytest.importorskip("ray")
 
 from cluster.placement.nodes import read_nodes, wait_for  # noqa: E402
 from cluster.placement.placement import InfeasiblePlacement, NodeFree, StageNeed, resolve_device  # noqa: E402
+from tests.serving import until  # noqa: E402
 
 pytestmark = pytest.mark.timeout(120)
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    """A cluster of its own, two CPUs, gone afterwards."""
-    ray.init(
-        address="local",
-        num_cpus=2,
-        num_gpus=0,
-        include_dashboard=False,
-        log_to_driver=False,
-        labels={"zone": "north"},
-        configure_logging=False,
-    )
-    yield
-    ray.shutdown()
-
-
 def test_the_node_says_what_it_has_and_what_is_free(cluster):
+    until(lambda: read_nodes()[0].free_cpus == 2, within_s=10)  # what a test before has given back
     (node,) = read_nodes()
     assert node.alive and node.node_id == ray.get_runtime_context().get_node_id()
     assert (node.cpus, node.gpus, node.labels["zone"]) == (2, 0, "north")
@@ -42,10 +26,7 @@ def test_what_is_reserved_is_busy(cluster):
     group = ray.util.placement_group([{"CPU": 1}])
     ray.get(group.ready(), timeout=30)
     busy = [StageNeed(1.5, 0)]
-    for _ in range(100):  # Ray's picture lags behind a little
-        if read_nodes()[0].free_cpus == 1:
-            break
-        time.sleep(0.1)
+    until(lambda: read_nodes()[0].free_cpus == 1, within_s=10)  # Ray's picture lags behind a little
     with pytest.raises(InfeasiblePlacement, match="busy: CPU"):
         wait_for(busy, "STRICT_PACK", wait_s=0)
     assert wait_for(busy, "STRICT_PACK", wait_s=0, may_be_busy=True).busy
