@@ -63,9 +63,15 @@ class RankActor:
         self._rank_number = rank
         if self._rank is None:
             assignment = Assignment(self._config, plan, rank, self._info.address, device)
-            self._rank = Rank(assignment, self._black_box.enter)
+            self._rank = Rank(assignment, self._black_box.enter, self.make_runner)
         key: bytes = self._rank.new_key()
         return key
+
+    def make_runner(self, *parts: Any) -> Any:
+        """Make the rank's Runner; the parts are its arguments. Others that derive from this make another kind."""
+        from actors.tensors.runner import Runner
+
+        return Runner(*parts)
 
     def call(self, method: str, *args: Any) -> Any:
         """Call a method of the Rank."""
@@ -151,15 +157,20 @@ class ActorPool:
         self._members, self._spares = [], []
 
     def _create(self, stage: int, takes_share: bool) -> _Member:
-        options: dict[str, Any] = {"num_cpus": self._config.placement.cpus_per_rank if takes_share else 0}
-        if self._device == "cuda":
-            # Each rank sees all GPUs of its node: hiding the others from it breaks NVLink paths (ray#61073).
-            variables = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-            options |= {"num_gpus": int(takes_share), "runtime_env": {"env_vars": variables}}
-        strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=stage)
-        actor = (
-            ray.remote(self._actor_class)
-            .options(scheduling_strategy=strategy, max_restarts=0, **options)
-            .remote(self._config)
-        )
+        options = actor_options(self._placement, stage, self._device)
+        options["num_cpus"] = self._config.placement.cpus_per_rank if takes_share else 0
+        if not takes_share:
+            options.pop("num_gpus", None)
+        actor = ray.remote(self._actor_class).options(**options).remote(self._config)
         return _Member(actor, actor.info.remote())
+
+
+def actor_options(placement: PlacementGroup, stage: int, device: str) -> dict[str, Any]:
+    """Ray's options for an actor in the bundle of a stage: with one of its GPUs on cuda, and with no CPUs."""
+    strategy = PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=stage)
+    options: dict[str, Any] = {"scheduling_strategy": strategy, "max_restarts": 0, "num_cpus": 0}
+    if device == "cuda":
+        # Each rank sees all GPUs of its node: hiding the others from it breaks NVLink paths (ray#61073).
+        variables = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+        options |= {"num_gpus": 1, "runtime_env": {"env_vars": variables}}
+    return options

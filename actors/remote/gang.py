@@ -105,6 +105,10 @@ class Gang:
             for info in self._ranks
         ]
 
+    def ask(self, method: str) -> list[Any]:
+        """Call a method of every actor → references, in rank order; ranks that serve answer once they have left."""
+        return [getattr(actor, method).remote() for actor in self._pool.actors]
+
     def give_up(self) -> None:
         """End every wait for ranks. Any thread may call it."""
         self._is_closing = True

@@ -14,9 +14,11 @@ from collections.abc import Callable
 
 import torch
 
+from actors.decisions.model.plan import Plan
 from actors.remote.channel import KeyPair
 from actors.remote.meeting import Assignment, Loaded, Meeting
 from actors.remote.rank_channel import RankChannel
+from actors.tensors.backend import Backend
 from actors.tensors.backends.choose import make_backend
 from actors.tensors.launched import Launched
 from actors.tensors.runner import Runner
@@ -34,9 +36,15 @@ _LOOK_S = 50e-6  # how often a rank whose steps are under way looks for a messag
 class Rank:
     """Owns the model part, KV cache and groups of one (stage, shard). A plain class; an actor wraps it."""
 
-    def __init__(self, assignment: Assignment, enter_step: Callable[[int], None] = lambda step: None) -> None:
+    def __init__(
+        self,
+        assignment: Assignment,
+        enter_step: Callable[[int], None] = lambda step: None,
+        make_runner: Callable[[Plan, int, Groups, Backend], Runner] = Runner,
+    ) -> None:
         """`enter_step` is called with each step that begins, and with -1 when it has ended."""
         self.assignment = assignment
+        self._make_runner = make_runner
         self._enter_step = enter_step
         self._keys = KeyPair.make()
         self._is_over = threading.Event()  # the epoch that this rank is in, or on its way into
@@ -93,7 +101,7 @@ class Rank:
         if self._loaded is not None:
             return self._loaded
         this = self.assignment
-        self._runner = Runner(this.plan, this.rank, self._groups, self._backend)
+        self._runner = self._make_runner(this.plan, this.rank, self._groups, self._backend)
         folder = resolve_source(this.config.model.source, this.config.model.revision)
         report = self._runner.load(folder, self._progress(), this.config.substitutions == "auto")
         self._say("loaded %.1f MB in %.1f s", report.bytes_copied / 1e6, report.seconds)

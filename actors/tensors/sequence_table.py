@@ -5,6 +5,7 @@ length, so that rows of similar length are attended together; sampled ids go bac
 """
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,11 @@ _INITIAL_ROWS = 8
 def max_table_rows(max_num_seqs: int) -> int:
     """The most rows that the table ever has with `max_num_seqs` sequences open at a time: it doubles when full."""
     return 2 * max(_INITIAL_ROWS, max_num_seqs)
+
+
+def in_token_order(entries: Sequence[Entry]) -> list[Entry]:
+    """The entries of a step as their tokens are laid out: single tokens first, by length, then chunks of prompts."""
+    return sorted(entries, key=lambda entry: (len(entry.ids) > 1, entry.start if len(entry.ids) <= 1 else 0))
 
 
 @dataclass
@@ -90,7 +96,7 @@ class SequenceTable:
         ids = array("q")
         chunks: list[Chunk] = []
         first_token: dict[int, int] = {}  # by sequence: the index of its first id among the step's tokens
-        for entry in sorted(step.entries, key=lambda e: (len(e.ids) > 1, e.start if len(e.ids) <= 1 else 0)):
+        for entry in in_token_order(step.entries):
             row, num_ids = self.rows[entry.seq], max(1, len(entry.ids))
             chunks.append(Chunk(row.index, len(ids), entry.start, num_ids))
             first_token[entry.seq] = len(ids)

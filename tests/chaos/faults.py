@@ -121,13 +121,10 @@ class HauntedActor(RankActor):
 
     folder: str
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        import actors.remote.rank as room
+    def make_runner(self, *parts: Any) -> Any:
         from tests.chaos.haunted_runner import haunted_runner
 
-        runner = haunted_runner(Path(self.folder))
-        room.Runner = runner
+        return haunted_runner(Path(self.folder))(*parts)
 
 
 def haunted_actor(folder: Path) -> type[RankActor]:
