@@ -6,17 +6,19 @@ import sys
 from deployments.bench import command as bench_command
 from deployments.bench import profile
 from deployments.plan import command as plan_command
+from deployments.verify import command as verify_command
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one sub-command and return its exit code."""
     parser = argparse.ArgumentParser(
         prog="stagemesh",
-        description="Plan and measure large models that are served on Ray, in shards and stages.",
+        description="Plan, verify and measure large models that are served on Ray, in shards and stages.",
         epilog="To serve one: make serve CONFIG=configs/demo.yaml",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     plan_command.add_to(commands)
+    verify_command.add_to(commands)
     profile.add_to(commands)
     bench_command.add_to(commands)
     options = parser.parse_args(argv)

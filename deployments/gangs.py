@@ -6,6 +6,7 @@ import queue
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from typing import Self
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -98,7 +99,7 @@ class Session:
                 num_running -= event.finish_reason is not None
                 yield now, event
 
-    def __enter__(self) -> "Session":
+    def __enter__(self) -> Self:
         self._engine.start()
         return self
 

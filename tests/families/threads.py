@@ -100,7 +100,15 @@ class RecordingRunner(Runner):
 class ThreadGang:
     """All ranks of a plan, loaded from a folder; one step of a lane in flight: threads have no feedback link."""
 
-    def __init__(self, plan: Plan, folder: Path, num_blocks: int, backend: Backend | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        num_blocks: int,
+        backend: Backend | None = None,
+        runner_class: type[Any] = RecordingRunner,
+        substitutes: bool = True,
+    ) -> None:
         plan = dataclasses.replace(plan, scheduler=dataclasses.replace(plan.scheduler, depth=1))
         topology = plan.topology
         tp, pp = topology.tensor_parallel_size, topology.pipeline_parallel_size
@@ -112,8 +120,9 @@ class ThreadGang:
             stage, shard = topology.stage(rank), topology.shard(rank)
             group = ThreadGroup(self.shared[stage], shard)
             neighbors = Neighbors(group, links[shard][stage], links[shard][stage + 1])
-            self.runners.append(RecordingRunner(plan, rank, neighbors, backend or CPUBackend(CPU)))
-        self.reports = [runner.load(folder) for runner in self.runners]  # building patches torch: one at a time
+            self.runners.append(runner_class(plan, rank, neighbors, backend or CPUBackend(CPU)))
+        # Building patches torch: one at a time
+        self.reports = [runner.load(folder, substitutes=substitutes) for runner in self.runners]
         self._all(lambda runner: runner.allocate_cache(num_blocks))
 
     def execute(self, step: StepBatch) -> tuple[list[list[int]], torch.Tensor]:

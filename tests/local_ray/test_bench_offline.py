@@ -1,4 +1,4 @@
-"""Gangs without HTTP: the offline benchmark on the demo, two layouts in turn, and the example that loads a model."""
+"""Gangs without HTTP: the offline benchmark on the demo, the verification, and the example that loads a model."""
 
 import json
 import re
@@ -85,6 +85,20 @@ def test_a_batch_that_the_cache_does_not_hold(
     assert code == 1
     assert "--batch: 9 sequences of 64 tokens take 36 KV blocks, but the cache has 32" in err
     assert not reserved()
+
+
+def test_the_demo_is_verified(cluster: None, capsys: pytest.CaptureFixture[str]) -> None:
+    code = cli.main(["verify", DEMO, "--pp", "1", "--json"])
+    captured = capsys.readouterr()
+    assert code == 0, captured.out + captured.err
+    report: dict[str, Any] = json.loads(captured.out)
+    assert report["verdict"] == "right" and report["first_difference"] is None
+    assert report["tensor_parallel_size"] == 2 and report["prompts"] == 6
+    found = report["as_served"]
+    assert found["ids"]["equal"] == found["ids"]["total"] == 6 * 16
+    assert found["layers_compared"] == report["num_layers"]
+    assert 0 < found["logits_distance"] < found["logits_allowed"]
+    assert {group["state"] for group in placement_group_table().values()} == {"REMOVED"}
 
 
 def test_the_example_loads_a_model_from_python(cluster: None, tmp_path: Path) -> None:

@@ -125,7 +125,12 @@ def understood(monkeypatch: pytest.MonkeyPatch) -> list[argparse.Namespace]:
         found.append(options)
         return 0
 
-    for module in ("deployments.bench.command", "deployments.bench.profile", "deployments.plan.command"):
+    for module in (
+        "deployments.bench.command",
+        "deployments.bench.profile",
+        "deployments.plan.command",
+        "deployments.verify.command",
+    ):
         monkeypatch.setattr(f"{module}.run", run)
     return found
 

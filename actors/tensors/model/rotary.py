@@ -21,8 +21,13 @@ def fix_rotary(model: nn.Module, max_model_len: int) -> None:
         kind: Any = getattr(module, "rope_type", None)
         if isinstance(kind, dict) and any(of_layers in _DEPENDENT for of_layers in kind.values()):
             raise UnsupportedModel(f"{type(model).__name__}: rope types {kind} of several layers depend on the batch")
-        if kind in _DEPENDENT:
+        if depends_on_length(module):
             _fix(module, max_model_len)
+
+
+def depends_on_length(module: nn.Module) -> bool:
+    """Whether Transformers chooses the frequencies of a rotary embedding by the longest sequence of a batch."""
+    return getattr(module, "rope_type", None) in _DEPENDENT
 
 
 def _fix(module: Any, max_model_len: int) -> None:

@@ -1,0 +1,1 @@
+"""The verification: what ranks compute, module by module, beside what plain Transformers computes."""

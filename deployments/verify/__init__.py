@@ -1,0 +1,1 @@
+"""`stagemesh verify`: the layout that would be served, beside plain Transformers."""
