@@ -168,7 +168,7 @@ class Gang:
         loads = [
             actor.call.remote("load", share, ranks_on[node]) for actor, node in zip(pool.actors, nodes, strict=True)
         ]
-        loaded: list[Loaded] = self._phase("load", lambda: self._gather(loads, "loaded their weights"))
+        loaded: list[Loaded] = self._phase("load", lambda: self._gather(loads, "loaded the weights"))
         check_substitutions(plan, loaded)
         self.num_blocks = num_blocks or _num_blocks(config, plan, loaded)
         self._phase("warm", lambda: self._gather(self._call_all("allocate", self.num_blocks), "warmed up"))
@@ -188,10 +188,10 @@ class Gang:
     def _join(self, plan: Plan, infos: list[WorkerInfo], devices: list[str]) -> None:
         actors = self._pool.actors
         parts = [actor.assign.remote(plan, rank, devices[rank]) for rank, actor in enumerate(actors)]
-        self.executor.admit(self._gather(parts, "taken their part of the plan"))
+        self.executor.admit(self._gather(parts, "received the plan"))
         port = self._gather([actors[0].call.remote("host_store")], "opened the store")[0]
         meeting = Meeting(self.epoch, infos[0].address, port, self.executor.address)
-        self._gather(self._call_all("join", meeting), "joined their groups")
+        self._gather(self._call_all("join", meeting), "joined all groups")
         self.executor.wait_for_ranks(self._config.timeouts.collective_s)
 
     def _inquire(self, verdict: Verdict, dead: dict[int, str]) -> Verdict:

@@ -40,7 +40,7 @@ class SamplingDefaults:
         """Those of a checkpoint folder, or with `none` no defaults at all.
 
         `do_sample: false` is temperature 0: whoever writes it wants greedy answers, whatever else the file has. Without
-        that key a temperature in the file holds. Raises ValueError that names file, key and remedy.
+        that key a temperature in the file holds. Raises ValueError: one line a problem, by file and key, with a remedy.
         """
         if wanted == "none":
             return cls()
@@ -49,9 +49,13 @@ class SamplingDefaults:
         try:
             checked = _File.model_validate(known)
         except ValidationError as error:
+            problems = error.errors(include_url=False, include_input=False)
             raise ValueError(
-                f"{folder / GENERATION_CONFIG}: {as_api_error(error).message}; correct it, or set "
-                "model.generation_config: none to leave its defaults out"
+                "\n".join(
+                    f"{folder / GENERATION_CONFIG}: {as_api_error(problem).message}; correct it, or set "
+                    "model.generation_config: none to leave its defaults out"
+                    for problem in problems
+                )
             ) from None
         fields = {name: getattr(checked, name) for name in FIELDS if name in known}
         if not checked.do_sample:

@@ -61,7 +61,7 @@ def parse_body(raw: bytes, kind: type[AnyBody]) -> AnyBody:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise as_api_error(error) from None
+        raise as_api_error(error.errors(include_url=False, include_input=False)[0]) from None
 
 
 def _num_openers(raw: bytes) -> int:
@@ -76,9 +76,8 @@ _OWN_WORDS: dict[str, Callable[[ErrorDetails], str]] = {
 }
 
 
-def as_api_error(invalid: ValidationError) -> ApiError:
-    """The first problem as an ApiError (400), in our words."""
-    error = invalid.errors(include_url=False, include_input=False)[0]
+def as_api_error(error: ErrorDetails) -> ApiError:
+    """One problem as an ApiError (400), in our words."""
     path = [str(part) for part in error["loc"]]
     field = error.get("ctx", {}).get("field")
     param = ".".join([*path, *([field] if field else [])]) or None

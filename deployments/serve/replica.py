@@ -45,7 +45,7 @@ class Replica:
         self.app = app_of(self._engine, outbox, self._gang.ranks)
         calm_collector()
         self._engine.start()
-        logger.info("serving %s on %d ranks", config.served_name, topology.num_ranks)
+        logger.info("serving %s; ranks: %d", config.served_name, topology.num_ranks)
 
     def check_health(self) -> None:
         """Raises RuntimeError when the gang cannot come back."""

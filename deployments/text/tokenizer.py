@@ -38,9 +38,16 @@ class Text:
     def load(cls, folder: str | Path) -> "Text":
         """The tokenizer of a checkpoint folder.
 
-        Raises ValueError or OSError when it cannot be read, or when its chat template does not end.
+        Raises ValueError, with the remedy, when it cannot be read, or when its chat template does not end.
         """
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # noqa: BLE001 - those of a library in Rust have no class of their own
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"{folder}: holds no tokenizer that Transformers can read ({reason}); copy tokenizer.json and "
+                "tokenizer_config.json from the checkpoint's source, whole"
+            ) from None
         text = cls(tokenizer, eos_token_ids(Path(folder)))
         if text._template is not None:
             text._template.check()

@@ -144,6 +144,12 @@ def test_wrong_values_name_file_key_and_remedy(read, tmp_path, keys, words):
     assert read(keys, "none") == SamplingDefaults()
 
 
+def test_all_wrong_values_are_said_at_once(read):
+    with pytest.raises(ValueError) as raised:
+        read({"temperature": -1, "top_p": 2, "top_k": 20})
+    assert [line.split(": ")[1] for line in str(raised.value).splitlines()] == ["temperature", "top_p"]
+
+
 @pytest.mark.parametrize(
     "raw",
     [b"", b"{", b"[]", b"7", b'{"top_p": 0.9}}', b'{"top_p": "\xff"}', b"[" * 100_000],

@@ -132,6 +132,17 @@ def test_a_template_that_never_ends_is_found_before_anything_is_served(tokenizer
         Text.load(folder)
 
 
+@pytest.mark.parametrize("left", [None, "", '{"version": "1.0", "model": {"type": "none"}}'])
+def test_a_tokenizer_that_is_not_there_or_broken_is_one_line(tokenizer_folder, tmp_path, left):
+    folder = shutil.copytree(tokenizer_folder, tmp_path / "broken")
+    (folder / "tokenizer.json").unlink()
+    if left is not None:
+        (folder / "tokenizer.json").write_text(left)
+    with pytest.raises(ValueError, match=r"holds no tokenizer .*; copy tokenizer\.json and tokenizer_config") as raised:
+        Text.load(folder)
+    assert str(raised.value).startswith(f"{folder}: ") and "\n" not in str(raised.value)
+
+
 def test_the_process_of_a_template_ends_with_its_parent():
     program = (
         "from deployments.text.chat_template import ChatTemplate\n"
