@@ -39,9 +39,9 @@ class Folder:
         self.files = {file.name: load_file(file) for file in sorted(path.glob("*.safetensors"))}
         self.first, *_, self.last = sorted(self.files)
 
-    def hold(self, *keys: str) -> None:
+    def hold(self, *keys: str, dtype: torch.dtype = torch.float32) -> None:
         """Store further tensors, and name them in the index."""
-        self.files[self.first] |= {key: JUNK.clone() for key in keys}
+        self.files[self.first] |= {key: JUNK.to(dtype, copy=True) for key in keys}
         self.index |= dict.fromkeys(keys, self.first)
 
     def hold_a_layer_more(self) -> None:
@@ -90,7 +90,10 @@ ODD: dict[str, tuple[Callable[[Folder], Any], str]] = {
         lambda f: f.hold("vision_tower.layers.0.self_attn.q_proj.bias", "multi_modal_projector.linear_1.weight"),
         "left out, .*: multi_modal_projector.linear_1.weight, vision_tower",
     ),
-    "tower in the base model": (lambda f: f.hold("model.visual.blocks.0.qkv.weight"), "left out, .*: model.visual"),
+    "quantized tower in the base model": (
+        lambda f: f.hold("model.visual.0.qkv.weight", "model.visual.0.qkv.weight_scale", dtype=torch.float8_e4m3fn),
+        "left out, .*: model.visual",
+    ),
     "layer beyond the last": (Folder.hold_a_layer_more, r"left out, .*: model.layers.7.* \(9 in all\)"),
     "names without prefix": (Folder.drop_prefix, "left out, .*: layers.2.*inv_freq, layers.7"),
     "whole model beside its parts": (
@@ -167,6 +170,12 @@ def test_shards_may_lie_in_a_folder_of_their_own(tmp_path: Path) -> None:
     save_file({"a": JUNK}, tmp_path / "shards" / "1.safetensors")
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "shards/1.safetensors"}}))
     assert [stored.key for stored in stored_tensors(tmp_path).tensors] == ["a"]
+
+
+def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "blob")
+    with pytest.raises(CheckpointError, match=r"model.safetensors is a link to a file that is not there"):
+        stored_tensors(tmp_path)
 
 
 def test_parts_without_an_index_are_named(tmp_path: Path) -> None:

@@ -125,6 +125,8 @@ def _entry_point(folder: Path, named: str | None) -> Path:
     for name in (SINGLE_FILE, INDEX_FILE):
         if (folder / name).is_file():
             return folder / name
+        if (folder / name).is_symlink():
+            raise CheckpointError(f"{folder / name} is a link to a file that is not there; download it again")
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     remedy = "it is no checkpoint of Transformers"
     if others:
