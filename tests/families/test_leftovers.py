@@ -50,3 +50,14 @@ def test_what_is_too_much(family: str, tmp_path: Path, caplog: pytest.LogCapture
         with pytest.raises(CheckpointError, match=f"junk.safetensors holds {key}"):
             find_sources(tmp_path, spec, plan.shards[0], conversions)
             pytest.fail(kind)
+
+
+def test_buffers_that_transformers_expects_nowhere_keep_their_values(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Checkpoints of A.X K1 route without a correction of the scores; its class starts with zeros."""
+    save(make_model(make_config("axk1", SETTINGS["axk1"])), tmp_path)
+    rewrite(tmp_path, {key: tensor for key, tensor in stored_in(tmp_path).items() if "e_score_correction" not in key})
+    with caplog.at_level(logging.WARNING, "actors.tensors.weights"):
+        assert not serve_in((2, 2), tmp_path, read_spec(tmp_path), [reference(tmp_path, 11)])
+    assert ["not stored" in record.message for record in caplog.records] == [True]

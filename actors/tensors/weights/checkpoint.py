@@ -15,9 +15,10 @@ from actors.tensors.weights.conversion import Computed, ConversionGroup, Convers
 from actors.tensors.weights.lazy import Box, Lazy, Read
 from actors.tensors.weights.leftovers import leave_out
 from actors.tensors.weights.mapped import MappedFile, as_slices, copied
-from actors.tensors.weights.safetensors_index import stored_tensors
+from actors.tensors.weights.safetensors_index import in_short, stored_tensors
 from actors.words.errors import CheckpointError
 
+Source = Lazy | Computed | torch.Tensor  # of a tensor of the model; a tensor is the value itself
 Progress = Callable[[int, int], None]  # bytes filled so far, bytes of this rank
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class Sources:
     """The stored tensors that make a rank's tensors: found and checked, but not read yet."""
 
     shard: ShardPlan
-    by_target: dict[str, Lazy | Computed]
+    by_target: dict[str, Source]
     conversions: Conversions
     twin: tuple[str, str, Lazy] | None  # a tied head that is stored beside the embedding: both keys, and the head
 
@@ -55,26 +56,21 @@ def find_sources(folder: Path, spec: ModelSpec, shard: ShardPlan, conversions: C
     absent = {conversions.target_of(key)[0]: (key, file) for key, file in stored.absent.items()}
     for target in sorted(set(absent) & {name for name, group in groups.items() if group.converter is not None}):
         raise _absent(*absent[target])  # a part of what is converted together
-    embedding, head = f"{spec.embedding_name}.weight", f"{spec.head_name}.weight"
-    wanted = {tensor.key for tensor in shard.tensors} | ({head} if spec.tied_head else set())
-    found = conversions.sources(groups, wanted)
-    tied = found.pop(head, None) if spec.tied_head else None
-    twin = None
-    if isinstance(tied, Lazy) and embedding in wanted:
-        if embedding not in found:  # stored under its other name
-            found[embedding] = tied
-        elif shard.has_head:
-            twin = (groups[head].keys, embedding, tied)
-    by_target = {}
+    found, twin = _found(spec, shard, conversions, groups)
+    started = {key: value for key, value in conversions.structure.initial.items() if key not in groups}
+    if started:
+        notes.append(f"not stored, and taken as {spec.architecture} starts with them: {in_short(sorted(started))}")
+    by_target: dict[str, Source] = {}
     for tensor in shard.tensors:
-        if tensor.key not in found and tensor.key in absent:
+        source = found.get(tensor.key, started.get(tensor.key))
+        if source is None and tensor.key in absent:
             raise _absent(*absent[tensor.key])
-        if tensor.key not in found:
+        if source is None:
             raise CheckpointError(
                 f"{folder} holds no tensor {tensor.key}, nor what it could be made of; download it again, or correct "
                 "config.json"
             )
-        by_target[tensor.name] = found[tensor.key]
+        by_target[tensor.name] = source
         _check(tensor, by_target[tensor.name], groups)
     computed = [name for name, source in by_target.items() if isinstance(source, Computed)]
     if computed:
@@ -88,13 +84,29 @@ def find_sources(folder: Path, spec: ModelSpec, shard: ShardPlan, conversions: C
     return Sources(shard, by_target, conversions, twin)
 
 
+def _found(
+    spec: ModelSpec, shard: ShardPlan, conversions: Conversions, groups: Mapping[str, ConversionGroup]
+) -> tuple[dict[str, Lazy | Computed], tuple[str, str, Lazy] | None]:
+    """The sources of a rank's tensors by key, as far as there are any, and the twin of a tied weight."""
+    embedding, head = f"{spec.embedding_name}.weight", f"{spec.head_name}.weight"
+    wanted = {tensor.key for tensor in shard.tensors} | ({head} if spec.tied_head else set())
+    found = conversions.sources(groups, wanted)
+    tied = found.pop(head, None) if spec.tied_head else None
+    if isinstance(tied, Lazy) and embedding in wanted:
+        if embedding not in found:  # stored under its other name
+            found[embedding] = tied
+        elif shard.has_head:
+            return found, (groups[head].keys, embedding, tied)
+    return found, None
+
+
 def _absent(key: str, file: Path) -> CheckpointError:
     return CheckpointError(f"{file} holds no tensor {key}, though the index says so; download it again")
 
 
-def _check(tensor: TensorSlice, source: Lazy | Computed, groups: Mapping[str, ConversionGroup]) -> None:
+def _check(tensor: TensorSlice, source: Source, groups: Mapping[str, ConversionGroup]) -> None:
     """Raises CheckpointError unless shape and kind of dtype of a lazy tensor are those of the model's."""
-    if isinstance(source, Computed):
+    if not isinstance(source, Lazy):
         return
     made_of = groups[tensor.key].keys if tensor.key in groups else tensor.key
     if not made_of.endswith(tensor.key):
@@ -127,8 +139,9 @@ def load_weights(sources: Sources, tensors: Mapping[str, torch.Tensor], progress
             progress(filled, total)
     for tensor in wanted:
         source = sources.by_target[tensor.name]
-        if isinstance(source, Computed):
-            filled += _slice_whole(_compute(source, sources.conversions), tensor, tensors[tensor.name])
+        if not isinstance(source, Lazy):
+            whole = _compute(source, sources.conversions) if isinstance(source, Computed) else source
+            filled += _slice_whole(whole, tensor, tensors[tensor.name])
             if progress is not None:
                 progress(filled, total)
     assert filled == total, f"{filled} of {total} bytes were filled"

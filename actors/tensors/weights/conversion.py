@@ -4,6 +4,7 @@ Checkpoints have names and layouts of their own: one tensor an expert, projectio
 converts them when it loads a whole model is recorded here, so that a rank reads only its own parts.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -93,6 +94,13 @@ class Structure:
         self.computed = frozenset(name for name, _ in model.named_buffers()) - set(self.state)  # buffers never stored
         # Patterns of what checkpoints of this family hold beside the model; the attribute has no public name
         self.ignored = sorted(model._keys_to_ignore_on_load_unexpected or ())  # noqa: SLF001
+        # Buffers that checkpoints of this family need not hold, with the values that the model starts with
+        optional = model._keys_to_ignore_on_load_missing or ()  # noqa: SLF001
+        self.initial = {
+            name: buffer.clone()
+            for name, buffer in model.named_buffers()
+            if name in self.state and any(re.search(pattern, name) for pattern in optional)
+        }
         self._modules = frozenset(name for name, _ in model.named_modules())
 
     def owner(self, name: str) -> tuple[str, list[str]]:
