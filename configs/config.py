@@ -46,14 +46,14 @@ class ModelConfig(Group):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="Type of weights, activations and KV cache; `auto`: as config.json says. "
-        "Set it where config.json names none of these, or `float32` to compare results exactly.",
+        description="Type of weights, activations and KV cache; `auto`: as config.json says, or the stored tensors. "
+        "Set `bfloat16` for checkpoints in float32, or `float32` to compare results exactly.",
     )
     max_model_len: Tokens | None = Field(
         default=None,
         ge=2,
-        description="Prompt and generated tokens of one request together; none: as many positions as the model knows. "
-        "Lower it where the KV cache does not hold one request of full length.",
+        description="Prompt and generated tokens of one request together; none: as many as the model knows and the KV "
+        "cache holds. Set it so that a start without room for that long a request is refused.",
     )
     generation_config: Literal["auto", "none"] = Field(
         default="auto",

@@ -285,5 +285,5 @@ def _in_words(error: RayError, rank: int) -> str:
 
 def _num_blocks(config: Config, plan: Plan, loaded: list[Loaded]) -> int:
     num_blocks = config.cache.num_blocks or min(load.num_blocks_that_fit for load in loaded)
-    plan.check_num_blocks(num_blocks)
+    plan.fitted(num_blocks)  # raises where the longest sequence does not fit
     return num_blocks

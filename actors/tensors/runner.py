@@ -84,19 +84,18 @@ class Runner:
             device = self.backend.device
             self._receiver = FeedbackReceiver(neighbors.feedback, device) if self.is_first_stage else None
             self._sender = None if self.is_first_stage else FeedbackSender(neighbors.feedback)
-        self.table = SequenceTable(
-            self.plan.num_blocks_for_longest,
-            self.plan.block_size,
-            self.attention,
-            self.backend.upload,
-            knows_samples=self._receiver is not None or neighbors.next is None,
-        )
+        self.table = self._new_table()
         self._sendings: dict[int, tuple[Sending, torch.Tensor]] = {}  # by lane
         self._pending: deque[PendingSample] = deque()
         if self.model is not None:
             self.model.join(neighbors.stage)
         if self.decoder is not None:
             self.decoder.release()
+
+    def _new_table(self) -> SequenceTable:
+        knows_samples = self._receiver is not None or self.neighbors.next is None
+        longest, block_size = self.plan.num_blocks_for_longest, self.plan.block_size
+        return SequenceTable(longest, block_size, self.attention, self.backend.upload, knows_samples)
 
     def part(self) -> None:
         """Drop what belongs to the neighbors of the epoch that has ended. Raises when the device does not answer.
@@ -136,9 +135,10 @@ class Runner:
         return free_bytes // self.plan.kv_bytes_per_block(self.shard.rank) - self.backend.num_padding_blocks
 
     def allocate_cache(self, num_blocks: int) -> None:
-        """Allocate the KV cache. Raises ValueError when not even one full-length sequence would fit."""
-        self.plan.check_num_blocks(num_blocks)
+        """Allocate the KV cache, and fit the plan to it. Raises ValueError when the longest sequence does not fit."""
         assert self.model is not None, "load comes first"
+        self.plan = self.plan.fitted(num_blocks)
+        self.table = self._new_table()
         self.num_blocks, device = num_blocks, self.backend.device
         num_all = num_blocks + self.backend.num_padding_blocks
         self.cache = KVCache(self.shard.attentions, num_all, self.plan.block_size, self.dtype, device)

@@ -170,6 +170,7 @@ class Pages:
                     "tensor_parallel_size": topology.tensor_parallel_size,
                     "pipeline_parallel_size": topology.pipeline_parallel_size,
                 },
+                "max_model_len": self._service.limits.max_model_len,
                 "ranks": self._service.ranks(),
                 "kv_blocks": {
                     "total": engine.blocks_total,

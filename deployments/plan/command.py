@@ -1,6 +1,6 @@
 """`stagemesh plan`: what will go where, how much memory it takes, how fast it can be; before anything starts.
 
-    stagemesh plan CONFIG [--gpu NAME] [--context TOKENS] [--json]
+    stagemesh plan CONFIG [--gpu NAME] [--tp N] [--pp N] [--dtype NAME] [--max-model-len TOKENS] [--json]
 
 Needs no GPU, no Ray, no weights and no network: the architecture is enough. Exit codes: 0 the plan fits, 1 it does not
 fit or there is no valid plan, 2 a mistake on the command line.
@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from actors.decisions.model.accelerators import ACCELERATORS
+from actors.decisions.model.spec import DTYPES
 from actors.words.errors import UnsupportedModel
 from configs.config import Config
-from configs.files import read_config
-from deployments.plan.report import PlanReport, layouts, make_report, shortfalls
+from configs.files import parse_args, read_config
+from deployments.plan.report import PlanReport, fitted, layouts, make_report, shortfalls
 from deployments.plan.text import as_text
 
 _DEFAULT_GPU = "h100-80gb"
@@ -37,6 +38,9 @@ def add_to(commands: Any) -> None:
     add("--gpu", default=_DEFAULT_GPU, choices=list(ACCELERATORS), metavar="NAME", help=f"{names}; default: the first")
     add("--tp", type=count, metavar="N", help="shards, instead of parallel.tensor_parallel_size")
     add("--pp", type=count, metavar="N", help="stages, instead of parallel.pipeline_parallel_size")
+    add("--dtype", choices=("auto", *DTYPES), help="instead of model.dtype")
+    add("--max-model-len", type=count, metavar="N", help="tokens of the longest request, not model.max_model_len")
+    add("--block-size", type=count, metavar="N", help="tokens of a KV block, instead of cache.block_size")
     tokens = f"{_DEFAULT_CONTEXT}, or what the model takes"
     add(
         "--context",
@@ -51,7 +55,8 @@ def add_to(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the plan, or every problem that makes it invalid."""
     try:
-        config = config_of(options.config, options.tp, options.pp)
+        sizes = options.tp, options.pp
+        config = config_of(options.config, *sizes, options.dtype, options.max_model_len, options.block_size)
         found = plan_report(config, options.gpu, options.context)
     except ValueError as error:  # UnsupportedModel and CheckpointError are ValueErrors
         return _say_problems(str(error).splitlines(), isinstance(error, UnsupportedModel), options.json)
@@ -73,6 +78,7 @@ def plan_report(config: Config, gpu: str, context: int | None = None) -> PlanRep
     spec = read_spec(folder, config.model.dtype)
     placed = placed_on(config.device)
     plan = make_plan(config, spec, default_block_size(config.device, "cuda" if placed == "auto" else placed))
+    plan = fitted(config, plan, ACCELERATORS[gpu])
     if context is not None and context > plan.max_model_len:
         raise ValueError(f"--context: {context} tokens, but model.max_model_len is {plan.max_model_len}; ask for fewer")
     context = context or min(_DEFAULT_CONTEXT, plan.max_model_len)
@@ -80,23 +86,52 @@ def plan_report(config: Config, gpu: str, context: int | None = None) -> PlanRep
     found = make_report(config, plan, ACCELERATORS[gpu], context, source)
     return dataclasses.replace(
         found,
+        notes=(*found.notes, *_doubts(config.model.source, folder)),
         layouts=layouts(config, spec, ACCELERATORS[gpu], context, plan.block_size),
         problems=shortfalls(config, plan, ACCELERATORS[gpu]),
     )
 
 
+def _doubts(source: str, folder: Path) -> list[str]:
+    """What the name of a model speaks of, and no file does; where there are weights, loading knows."""
+    from actors.tensors.model.quantization import method_in_name
+
+    method = method_in_name(source)
+    if method is None or any(folder.glob("*.safetensors")):
+        return []
+    doubt = (
+        f"the model's name speaks of {method}, but config.json does not, and no hf_quant_config.json is beside "
+        "it: this is the plan of unquantized weights, and quantized ones are refused"
+    )
+    return [doubt]
+
+
 def config_of(
-    target: str, tensor_parallel_size: int | None = None, pipeline_parallel_size: int | None = None
+    target: str,
+    tensor_parallel_size: int | None = None,
+    pipeline_parallel_size: int | None = None,
+    dtype: str | None = None,
+    max_model_len: int | None = None,
+    block_size: int | None = None,
 ) -> Config:
-    """The Config of a config file, or the defaults for a model (folder or hub id); sizes that are given override it."""
+    """The Config of a config file, or the defaults for a model (folder or hub id); what is given overrides it.
+
+    Raises ValueError with a line for each wrong key.
+    """
     is_file = target.endswith((".yaml", ".yml"))
     config = read_config(Path(target)) if is_file else Config.model_validate({"model": {"source": target}})
     sizes = {"tensor_parallel_size": tensor_parallel_size, "pipeline_parallel_size": pipeline_parallel_size}
-    given = {name: size for name, size in sizes.items() if size is not None}
-    parallel = {**config.parallel.model_dump(), **given}
-    if given:
-        parallel["layers_per_stage"] = None
-    return Config.model_validate({**config.model_dump(), "parallel": parallel})
+    given: dict[str, dict[str, str | int | None]] = {
+        "model": {"dtype": dtype, "max_model_len": max_model_len},
+        "parallel": sizes,
+        "cache": {"block_size": block_size},
+    }
+    args = config.model_dump()
+    for group, keys in given.items():
+        args[group].update({key: value for key, value in keys.items() if value is not None})
+    if any(sizes.values()):
+        args["parallel"]["layers_per_stage"] = None
+    return parse_args(args, where=target)
 
 
 def count(text: str) -> int:

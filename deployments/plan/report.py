@@ -69,7 +69,8 @@ class PlanReport:
     bf16_weight_bytes: int
     planned_weight_bytes: int  # of all ranks together, copies counted
     dtype: str
-    max_model_len: int
+    max_position: int  # tokens that the model knows
+    max_model_len: int  # tokens of the longest request; where nobody asked for a length, what the cache holds
     kv_bytes_per_token: int  # of all ranks together
     kv_bytes_per_token_by_rank: tuple[int, ...]
     latent_kv_bytes_per_token: int | None  # what latent attention would take unexpanded
@@ -85,6 +86,7 @@ class PlanReport:
     decode: tuple[Speed, ...]
     prefill_tokens_per_s: float
     assumptions: tuple[str, ...]
+    notes: tuple[str, ...] = ()  # what was read otherwise than config.json says, or assumed
     layouts: tuple[Layout, ...] = ()
     problems: tuple[str, ...] = ()
 
@@ -106,6 +108,7 @@ def make_report(config: Config, plan: Plan, accelerator: Accelerator, context: i
         bf16_weight_bytes=2 * parameters,
         planned_weight_bytes=sum(shard.weight_bytes for shard in plan.shards),
         dtype=spec.dtype,
+        max_position=spec.max_position,
         max_model_len=plan.max_model_len,
         kv_bytes_per_token=kv_bytes_per_token(plan),
         kv_bytes_per_token_by_rank=tuple(kv_bytes_per_token(plan, rank) for rank in ranks),
@@ -122,7 +125,30 @@ def make_report(config: Config, plan: Plan, accelerator: Accelerator, context: i
         decode=tuple(estimate.decode(batch, context) for batch in BATCHES),
         prefill_tokens_per_s=estimate.prefill_tokens_per_s(),
         assumptions=ASSUMPTIONS,
+        notes=(*spec.notes, *_notes(config, plan, parameters)),
     )
+
+
+def _notes(config: Config, plan: Plan, parameters: int) -> list[str]:
+    """What was decided without being asked for."""
+    notes = []
+    if config.model.dtype == "auto" and plan.spec.dtype == "float32":
+        notes.append(
+            f"the checkpoint's dtype is float32: {4 * parameters / 1e9:.1f} GB of weights; in bfloat16 it would be "
+            f"{2 * parameters / 1e9:.1f} GB: set model.dtype, or ask with --dtype bfloat16"
+        )
+    if plan.max_model_len < plan.spec.max_position and not plan.is_length_asked:
+        notes.append(
+            f"the model knows {plan.spec.max_position} positions, but the cache holds {plan.max_model_len} tokens: no "
+            "request can be longer; set model.max_model_len, or ask with --max-model-len, where it must be"
+        )
+    return notes
+
+
+def fitted(config: Config, plan: Plan, accelerator: Accelerator) -> Plan:
+    """The plan with the longest requests that an accelerator has room for, where nobody asked for a length."""
+    num_blocks = _estimate(config, plan, accelerator).num_blocks
+    return plan.fitted(num_blocks) if num_blocks and not plan.is_length_asked else plan
 
 
 def _estimate(config: Config, plan: Plan, accelerator: Accelerator) -> Estimate:
@@ -213,7 +239,7 @@ def _layout(
     }
     parts: dict[str, Any] = {**config.model_dump(), "parallel": {**config.parallel.model_dump(), **sizes}}
     try:
-        plan = make_plan(Config.model_validate(parts), spec, block_size)
+        plan = fitted(config, make_plan(Config.model_validate(parts), spec, block_size), accelerator)
     except ValueError:
         return []
     estimate = _estimate(config, plan, accelerator)
@@ -223,7 +249,7 @@ def _layout(
         Layout(
             **dataclasses.asdict(topology),
             gpus=topology.num_ranks,
-            fits=estimate.fits(),
+            fits=estimate.fits() and plan.max_model_len >= context,
             longest_context=longest,
             speeds=speeds,
         )

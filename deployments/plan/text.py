@@ -2,27 +2,35 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from textwrap import wrap
 
 from actors.decisions.model.estimate import Speed
 from deployments.plan.report import PlanReport, RankRow
 
 _FEW = 8  # ranks that are listed one by one
+_WIDTH = 100  # columns
 
 
 def as_text(report: PlanReport) -> str:
     """The whole text, section by section."""
     sections = [
         _head(report),
+        _bullets("Notes", report.notes),
         _ranks(report),
         _memory(report),
         _exchange(report),
         _speed(report),
         _layouts(report),
-        ["Assumed", *(f"  - {assumption}" for assumption in report.assumptions)],
+        _bullets("Assumed", report.assumptions),
+        _bullets("This does not fit", report.problems),
     ]
-    if report.problems:
-        sections.append(["This does not fit", *(f"  - {problem}" for problem in report.problems)])
     return "\n\n".join("\n".join(section) for section in sections if section) + "\n"
+
+
+def _bullets(head: str, items: Sequence[str]) -> list[str]:
+    """A list under its head; nothing where it is empty."""
+    lines = [line for item in items for line in wrap(item, _WIDTH, initial_indent="  - ", subsequent_indent="    ")]
+    return [head, *lines] if lines else []
 
 
 def _head(report: PlanReport) -> list[str]:

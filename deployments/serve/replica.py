@@ -36,13 +36,14 @@ class Replica:
             with collector_paused():
                 plan, app_of = _read_model(config, device)  # while the ranks' processes start
             self._gang.start(plan)
+            max_model_len = _longest(plan, self._gang.num_blocks)
         except BaseException:
             self._gang.close()
             raise
         outbox = Outbox()
         gang = self._gang
         self._engine = Engine(gang.executor, plan.scheduler, gang.num_blocks, outbox.deliver, gang.revive)
-        self.app = app_of(self._engine, outbox, self._gang.ranks)
+        self.app = app_of(self._engine, outbox, self._gang.ranks, max_model_len)
         calm_collector()
         self._engine.start()
         logger.info("serving %s; ranks: %d", config.served_name, topology.num_ranks)
@@ -83,7 +84,7 @@ def _read_model(config: Config, device: str) -> tuple[Plan, Any]:
     text, defaults = Text.load(folder), SamplingDefaults.read(folder, config.model.generation_config)
     logger.info("sampling defaults of generation_config.json: %s", defaults)
 
-    def app_of(engine: Engine, outbox: Outbox, ranks: Callable[[], list[RankInfo]]) -> Any:
+    def app_of(engine: Engine, outbox: Outbox, ranks: Callable[[], list[RankInfo]], max_model_len: int) -> Any:
         identity = Identity(
             model=config.served_name,
             replica=serve.get_replica_context().replica_id.unique_id,
@@ -92,7 +93,7 @@ def _read_model(config: Config, device: str) -> tuple[Plan, Any]:
             topology=plan.topology,
         )
         limits = Limits(
-            max_model_len=plan.max_model_len,
+            max_model_len=max_model_len,
             vocab_size=plan.spec.vocab_size,
             admission=config.admission,
             request_s=config.timeouts.request_s,
@@ -100,6 +101,18 @@ def _read_model(config: Config, device: str) -> tuple[Plan, Any]:
         return build_app(Service(engine, outbox, text, identity, limits, ranks, defaults))
 
     return plan, app_of
+
+
+def _longest(plan: Plan, num_blocks: int) -> int:
+    """Tokens of the longest request with a KV cache of `num_blocks`."""
+    longest = plan.fitted(num_blocks).max_model_len
+    if longest < plan.max_model_len:
+        logger.warning(
+            "model.max_model_len: %d tokens, which the KV cache holds, of the model's %d; set it to ask for a length",
+            longest,
+            plan.max_model_len,
+        )
+    return longest
 
 
 def _log_to_stdout() -> None:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTr
 from actors.decisions.model.plan import Plan, make_plan
 from actors.decisions.model.spec import ModelSpec
 from actors.tensors.model import spec_reader
-from actors.tensors.model.skeleton import read_model_config
+from actors.tensors.model.config_reader import read_config_json
 from actors.tensors.model.spec_reader import read_spec, resolve_dtype
 from actors.tensors.runner import Sampled
 from actors.words.messages import StepBatch
@@ -136,7 +136,7 @@ def specs_read() -> Callable[..., ModelSpec]:
         return read_spec(folder, dtype, only_tested)
 
     def remembered(folder: Path, dtype: str = "auto", only_tested: bool = True) -> ModelSpec:
-        resolved = resolve_dtype(read_model_config(folder), dtype)
+        resolved, _ = resolve_dtype(read_config_json(folder), folder, dtype)
         return read(folder, (folder / "config.json").read_bytes(), resolved, only_tested)
 
     return remembered

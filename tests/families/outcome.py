@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from actors.decisions.model.families import NO_PIPELINE
 from actors.decisions.model.plan import make_plan
 from actors.decisions.model.spec import ModelSpec
+from actors.tensors.model.config_reader import auto_class
 from actors.tensors.model.spec_reader import read_spec
 from actors.words.errors import UnsupportedModel
 from configs.config import Config
@@ -91,7 +92,8 @@ def serve_in(
 @torch.inference_mode()
 def reference(folder: Path, length: int) -> Reference:
     """Of the first random prompt that is nowhere near a tie, which rounding would decide."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    auto = auto_class(AutoConfig.from_pretrained(folder))
+    model: Any = auto.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
     num_ids = model.get_output_embeddings().out_features
     for seed in range(30):
         ids = torch.randint(num_ids, (length,), generator=torch.Generator().manual_seed(seed)).tolist()

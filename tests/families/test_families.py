@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from actors.decisions.model.families import TESTED
 from actors.decisions.model.plan import make_plan
 from actors.decisions.model.sizes import Sizes, valid_tensor_parallel_sizes
+from actors.tensors.model.config_reader import auto_class
 from actors.tensors.model.skeleton import build_skeleton, read_model_config
 from actors.tensors.model.spec_reader import read_spec
 from actors.tensors.weights.checkpoint import boxes, find_sources, load_weights
@@ -139,6 +140,25 @@ def test_rotary_factors_are_chosen_once(original: int, lengths: tuple[int, ...],
     assert not serve_in((2, 2), tmp_path, read_spec(tmp_path), references)
 
 
+@pytest.mark.parametrize(("original", "lengths"), [(64, (4,)), (16, (20,))])
+def test_angles_that_a_forward_scales_by_positions_are_chosen_once(
+    original: int, lengths: tuple[int, ...], tmp_path: Path
+) -> None:
+    """As in Phi-3.5-MoE: the forward itself asks how long the longest sequence is."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 300.0,
+        "short_factor": [1.0, 1.5, 2.0, 2.5],
+        "long_factor": [4.0, 5.0, 6.0, 7.0],
+        "short_mscale": 1.1,
+        "long_mscale": 1.4,
+        "original_max_position_embeddings": original,
+    }
+    save(make_model(make_config("phimoe", {**SETTINGS["phimoe"], "rope_parameters": rope})), tmp_path)
+    references = [reference(tmp_path, length) for length in lengths]
+    assert not serve_in((2, 1), tmp_path, read_spec(tmp_path), references)
+
+
 @pytest.mark.parametrize("family", ALL)
 def test_dtypes_are_those_that_transformers_loads(family: str, tmp_path: Path) -> None:
     """Also of what stays in float32 when the rest is bfloat16."""
@@ -147,7 +167,8 @@ def test_dtypes_are_those_that_transformers_loads(family: str, tmp_path: Path) -
         spec = read_spec(tmp_path, "bfloat16")
     except UnsupportedModel:
         return
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
+    auto = auto_class(AutoConfig.from_pretrained(tmp_path))
+    loaded = auto.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
     ours = {parameter.name: parameter.dtype for parameter in spec.parameters}
     assert ours == {name: str(loaded[name].dtype).removeprefix("torch.") for name in ours}
 

@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from actors.tensors.model.config_reader import auto_class
 
 # Sizes, where a family's config has them. Heads are fewer than would be square, vocabularies odd, windows shorter than
 # the prompts, and five layers cannot be dealt evenly to two stages.
@@ -63,8 +65,8 @@ def make_config(model_type: str, changes: dict[str, Any]) -> PreTrainedConfig:
 
 
 def make_model(config: PreTrainedConfig, seed: int = 0) -> Any:
-    """The ForCausalLM in fp32, attention written out, every tensor of its state random."""
-    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    """The model in fp32, attention written out, every tensor of its state random."""
+    model: Any = auto_class(config).from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():

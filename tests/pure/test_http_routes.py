@@ -337,6 +337,7 @@ def test_health_ready_version_and_cluster(make_world, error_of):
         "epoch": 0,
         "topology": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
         "ranks": [{**dataclasses.asdict(RANK), "layers": [0, 2]}],
+        "max_model_len": 128,
         "kv_blocks": {"total": 256, "used": 0, "cached": 0},
         "requests": {"running": 0, "waiting": 0},
     }

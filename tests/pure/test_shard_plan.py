@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import pytest
 
+from actors.decisions.model.plan import Plan, make_plan
 from actors.decisions.model.shard_plan import cut_by_cost, make_shard_plans, split_evenly
-from actors.decisions.model.sizes import Sizes, valid_tensor_parallel_sizes
+from actors.decisions.model.sizes import Sizes, broken_constraints, valid_tensor_parallel_sizes
 from actors.decisions.model.spec import AttentionSpec, LayerSpec, ModelSpec, Parameter
 from actors.words.errors import UnsupportedModel
 from cluster.topology import Topology
+from configs.config import Config
 
 STYLES = {
     "model.embed_tokens": "embedding_rowwise",
@@ -196,3 +198,62 @@ def test_an_attention_s_tensor_that_no_rule_deals_is_refused_by_name() -> None:
     )
     with pytest.raises(UnsupportedModel, match="mixer"):
         make_shard_plans(spec, Topology(2, 1))
+
+
+def with_experts(columns: int) -> ModelSpec:
+    """A layer with three experts of so many columns, which torch multiplies in groups; bfloat16."""
+    spec = make_spec(num_layers=1)
+    experts = "model.layers.0.mlp.experts"
+    parameters = (
+        Parameter(f"{experts}.gate_up_proj", (3, 2 * columns, 16), "bfloat16", "layer"),
+        Parameter(f"{experts}.down_proj", (3, 16, columns), "bfloat16", "layer"),
+    )
+    styles = {
+        "model.layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "model.layers.*.mlp.experts.down_proj": "rowwise",
+        "model.layers.*.mlp.experts": "moe_tp_experts",
+    }
+    return replace(
+        spec,
+        parameters=spec.parameters + parameters,
+        styles={**spec.styles, **styles},
+        grouped_experts=frozenset({"model.layers.*.mlp.experts"}),
+    )
+
+
+def test_columns_that_torch_s_grouped_product_does_not_take_are_refused() -> None:
+    """Rows of matrices must begin at multiples of 16 bytes: 8 columns of bfloat16, 4 of float32."""
+    sizes = Sizes.of(with_experts(48))
+    assert valid_tensor_parallel_sizes(sizes) == [1, 2]
+    [reason] = broken_constraints(sizes, Topology(4, 1))
+    assert "48 columns of each expert are 12 on each of 4 shards" in reason
+    assert "sizes that would work: 1, 2" in reason
+    assert valid_tensor_parallel_sizes(Sizes.of(replace(with_experts(48), dtype="float32"))) == [1, 2, 4]
+    ungrouped = replace(with_experts(48), grouped_experts=frozenset())
+    assert valid_tensor_parallel_sizes(Sizes.of(ungrouped)) == [1, 2, 4, 8]
+
+
+def plan_for(length: int | None = None, **cache: int) -> Plan:
+    groups = {"model": {"source": "x", "max_model_len": length}, "cache": {"block_size": 8, **cache}}
+    return make_plan(Config.model_validate(groups), make_spec())
+
+
+def test_a_length_that_nobody_asked_for_is_what_the_cache_holds() -> None:
+    plan = plan_for()
+    assert plan.fitted(16).max_model_len == plan.fitted(1000).max_model_len == plan.max_model_len == 128
+    assert plan.fitted(3).max_model_len == 24
+    assert plan.fitted(3).num_blocks_for_longest == 3
+    assert plan.fitted(3).fitted(3) == plan.fitted(3), "each epoch comes to the same"
+    assert plan.fitted(3).shards == plan.shards
+    with pytest.raises(ValueError, match=r"cache\.num_blocks: 0 blocks"):
+        plan.fitted(0)
+    assert plan_for(num_blocks=2).max_model_len == 128, "a small cache is no mistake where nobody asked for a length"
+
+
+def test_a_length_that_was_asked_for_is_never_lowered() -> None:
+    plan = plan_for(64)
+    assert plan.fitted(8) == plan
+    with pytest.raises(ValueError, match=r"7 blocks of 8 tokens do not hold one sequence of model.max_model_len 64"):
+        plan.fitted(7)
+    with pytest.raises(ValueError, match=r"cache\.num_blocks: 7 blocks"):
+        plan_for(64, num_blocks=7)

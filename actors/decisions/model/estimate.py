@@ -84,7 +84,7 @@ class Estimate:
         if self._is_stacked(tensor):
             assert self.plan.spec.experts_per_token is not None
             return max(tensor.shape[1:]) * self.plan.spec.experts_per_token
-        return tensor.shape[0]
+        return next(iter(tensor.shape), 1)
 
     @cached_property
     def num_blocks_that_fit(self) -> int:

@@ -43,6 +43,7 @@ _BETTER: dict[str, dict[str, str]] = {
     "olmoe": _ATTENTION | _WIDE_NORMS,
     "phi3": _FUSED_QKV | _FUSED_FFN,
     "phimoe": _ATTENTION,
+    "qwen3_vl_text": _ATTENTION | _FFN,
     "youtu": _LATENT_ATTENTION,
 }
 

@@ -1,7 +1,7 @@
 """The plan of one replica: everything that follows from its config and its model, decided before anything starts."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from actors.decisions.model.families import NO_PIPELINE
 from actors.decisions.model.shard_plan import ShardPlan, check_given_cut, make_shard_plans
@@ -15,6 +15,7 @@ from cluster.topology import Topology
 from configs.config import Config
 
 DEFAULT_BLOCK_SIZE = 16  # tokens, where the device's backend names no other
+_SHORTEST = 2  # tokens of a sequence: a prompt and an answer of one each
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Plan:
     shards: tuple[ShardPlan, ...]  # in rank order
     max_model_len: int  # tokens: prompt + generated
     scheduler: SchedulerSettings
+    is_length_asked: bool = True  # somebody set it, so that it is never lowered to what the KV cache holds
 
     @property
     def block_size(self) -> int:
@@ -37,9 +39,16 @@ class Plan:
         """KV blocks that one sequence of `max_model_len` tokens holds."""
         return num_blocks_for(self.max_model_len, self.block_size)
 
-    def check_num_blocks(self, num_blocks: int) -> None:
-        """Raises ValueError when a cache of `num_blocks` does not hold one sequence of full length."""
-        _check_num_blocks(num_blocks, self.max_model_len, self.block_size)
+    def fitted(self, num_blocks: int) -> "Plan":
+        """The plan with a KV cache of `num_blocks` on every rank: it follows from both alone, the same on every rank.
+
+        Where nobody asked for a length, `max_model_len` is lowered to what one sequence can have in the cache. Raises
+        ValueError when the length that was asked for does not fit, or nothing does.
+        """
+        longest = num_blocks * self.block_size
+        if self.is_length_asked or longest < _SHORTEST:
+            _check_num_blocks(num_blocks, self.max_model_len, self.block_size)
+        return replace(self, max_model_len=min(longest, self.max_model_len))
 
     def kv_bytes_per_block(self, rank: int) -> int:
         """Bytes of one block on a rank: keys and values of its layers and KV heads."""
@@ -74,6 +83,7 @@ def make_plan(config: Config, spec: ModelSpec, default_block_size: int = DEFAULT
             depth=scheduler.depth or 2,
             prefix_cache=config.cache.prefix_cache,
         ),
+        is_length_asked=config.model.max_model_len is not None,
     )
 
 
@@ -95,7 +105,7 @@ def _problems(config: Config, spec: ModelSpec, topology: Topology, block_size: i
             f"model.max_model_len: {max_model_len} tokens, but the model knows positions up to {spec.max_position}; "
             f"use at most {spec.max_position}"
         )
-    if config.cache.num_blocks is not None:
+    if config.cache.num_blocks is not None and config.model.max_model_len is not None:
         problems += _problem_of(_check_num_blocks, config.cache.num_blocks, max_model_len, block_size)
     if scheduler.max_num_batched_tokens < scheduler.max_num_seqs:
         problems.append(

@@ -6,6 +6,8 @@ from typing import Any
 from actors.decisions.model.spec import ModelSpec
 from cluster.topology import Topology
 
+_GROUPED_BYTES = 16  # torch's grouped product wants every row of a matrix to begin at a multiple of so many bytes
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -15,17 +17,22 @@ class Sizes:
     heads: frozenset[int]
     kv_heads: frozenset[int]
     columns: frozenset[int]  # of the feed-forward networks, and of all else that is cut evenly
+    grouped: frozenset[int] = frozenset()  # those of the columns that are multiplied in groups, one an expert
+    alignment: int = 1  # so many columns of a group, or a multiple of it, are on each shard
 
     @classmethod
     def of(cls, spec: ModelSpec) -> "Sizes":
         """The sizes of a model whose plan is known."""
         cut = [attention for attention in spec.attentions if spec.is_cut(attention)]
-        columns = {spec.columns_of(parameter) for parameter in spec.parameters}
+        columns = {parameter: spec.columns_of(parameter) for parameter in spec.parameters}
+        grouped = {size for parameter, size in columns.items() if spec.is_grouped(parameter)}
         return cls(
             spec.num_layers,
             frozenset(attention.num_heads for attention in cut),
             frozenset(attention.num_kv_heads for attention in cut),
-            frozenset(size for size in columns if size is not None),
+            frozenset(size for size in columns.values() if size is not None),
+            frozenset(size for size in grouped if size is not None),
+            max(1, _GROUPED_BYTES // spec.dtype_bytes),
         )
 
     @classmethod
@@ -64,6 +71,12 @@ def broken_constraints(sizes: Sizes, topology: Topology) -> list[str]:
         for columns in sorted(sizes.columns)
         if columns % tp
     ]
+    reasons += [
+        f"{key}: {columns} columns of each expert are {columns // tp} on each of {tp} shards, but torch's grouped "
+        f"product takes multiples of {sizes.alignment} in this dtype; {works}"
+        for columns in sorted(sizes.grouped)
+        if columns % tp == 0 and not _is_aligned(columns, tp, sizes.alignment)
+    ]
     if pp > sizes.num_layers:
         reasons.append(
             f"parallel.pipeline_parallel_size: {pp} stages for {sizes.num_layers} layers; "
@@ -79,8 +92,13 @@ def valid_tensor_parallel_sizes(sizes: Sizes) -> list[int]:
         tp
         for tp in range(1, largest + 1)
         if all(size % tp == 0 for size in sizes.heads | sizes.columns)
+        and all(_is_aligned(columns, tp, sizes.alignment) for columns in sizes.grouped)
         and all(_can_share(kv_heads, tp) for kv_heads in sizes.kv_heads)
     ]
+
+
+def _is_aligned(columns: int, tp: int, alignment: int) -> bool:
+    return tp == 1 or columns // tp % alignment == 0
 
 
 def _can_share(kv_heads: int, tp: int) -> bool:

@@ -101,12 +101,15 @@ class ModelSpec:
     styles: dict[str, str] = field(hash=False)  # pattern as Transformers names it, `*` for a layer's number → style
     tied_head: bool  # the head uses the embedding's weight
     experts_per_token: int | None = None  # of a mixture of experts
+    grouped_experts: frozenset[str] = frozenset()  # patterns of modules whose experts torch multiplies in groups
     unused: frozenset[str] = frozenset()  # tensors of the checkpoint that text does not need, as of an image encoder
     exchanges_more: bool = False  # layers get more from earlier ones than the hidden states: no stage can hand that on
     layer_outputs: int = 0  # a layer returns a tuple of so many; 0: the hidden states alone
     are_layers_chained: bool = False  # each layer gets what the one before put out, untouched; all get the same angles
     angles: Angles | None = None  # rotary embedding that every layer gets; None: none, or they differ
     same_inputs: frozenset[tuple[str, ...]] = frozenset()  # patterns of a layer's linear modules that get one input
+    text_architecture: str | None = None  # of a wrapper around text, images and sound: the class of its text alone
+    notes: tuple[str, ...] = ()  # what was read otherwise than config.json says, or assumed, in words
     embedding_name: str = "model.embed_tokens"
     layers_name: str = "model.layers"
     head_name: str = "lm_head"
@@ -168,6 +171,11 @@ class ModelSpec:
         dim = cut_dim(style.cuts, parameter.shape)
         return None if dim is None else parameter.shape[dim] // style.pieces
 
+    def is_grouped(self, parameter: Parameter) -> bool:
+        """Whether it is the weight of stacked experts that are multiplied in groups."""
+        owner = pattern_of(parameter.name).rpartition(".")[0]
+        return len(parameter.shape) == 3 and owner in self.grouped_experts
+
     def attention_of(self, name: str) -> AttentionSpec | None:
         """The attention that a parameter belongs to."""
         layer = self.layer_of(name)
@@ -181,7 +189,9 @@ def pattern_of(name: str) -> str:
 
 
 def cut_dim(cuts: Literal["rows", "columns"], shape: tuple[int, ...]) -> int | None:
-    """The dimension that is cut; None for the bias of outputs that are summed: it is added once, after the sum."""
+    """The dimension that is cut; None for a number, and for the bias of outputs that are summed: it is added once."""
+    if not shape:
+        return None
     if len(shape) == 1:
         return 0 if cuts == "rows" else None
     return len(shape) - (2 if cuts == "rows" else 1)

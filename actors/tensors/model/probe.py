@@ -30,6 +30,15 @@ _NUM_TOKENS = 8
 # Arguments of the attention function that do not change its result here.
 _HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "is_causal", "position_embeddings"})
 
+# What models keep from token to token beside keys and values, by parts of the names by which they ask a cache for it
+_STATES = {
+    "indexer": "attends to tokens that a sparse indexer chooses, and keeps the indexer's keys",
+    "conv": "keeps the states of recurrent or convolution layers",
+    "recurrent": "keeps the states of recurrent layers",
+    "linear": "keeps the states of linear attention",
+}
+_OTHER_STATES = "keeps more from token to token than keys and values"
+
 
 @dataclass(frozen=True)
 class AttentionCall:
@@ -59,6 +68,7 @@ class Trace:
     )
     angles: Angles | None = None  # of the layers' rotary embeddings
     linear_inputs: list[tuple[str, torch.Tensor, int]] = field(default_factory=list)  # name, input and its version
+    grouped: list[nn.Module] = field(default_factory=list)  # experts that are multiplied by torch's grouped product
 
 
 class Probe:
@@ -79,6 +89,7 @@ class Probe:
         """Run the pass. Raises UnsupportedModel when it fails, or calls attention with unsupported arguments."""
         AttentionInterface.register(PROBE_NAME, self._attend)
         AttentionMaskInterface.register(PROBE_NAME, self._mask)
+        ExpertsInterface.register(PROBE_NAME, self._experts)
         hooks = [hook for name, module in self._model.named_modules() for hook in self._hooks(name, module)]
         ids = torch.zeros(1, _NUM_TOKENS, dtype=torch.int64)
         arguments: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "use_cache": False}
@@ -102,12 +113,14 @@ class Probe:
         return self.trace
 
     def _refuse_state(self, past: ProbedCache) -> None:
-        if past.wanted:
-            raise UnsupportedModel(
-                f"{type(self._model).__name__} keeps more from token to token than keys and values "
-                f"(its cache is asked for {', '.join(sorted(past.wanted))}), such as recurrent states or shared keys; "
-                "that is not built"
-            )
+        if not past.wanted:
+            return
+        seen = [*past.wanted, *(name.rpartition(".")[2] for name, _ in self._model.named_modules())]
+        what = next((words for part, words in _STATES.items() if any(part in name for name in seen)), _OTHER_STATES)
+        raise UnsupportedModel(
+            f"{type(self._model).__name__} {what} (its cache is asked for {', '.join(sorted(past.wanted))}), which is "
+            "not built; use a model that keeps only keys and values"
+        )
 
     def _hooks(self, name: str, module: nn.Module) -> Iterator[Any]:
         parent, _, last = name.rpartition(".")
@@ -215,6 +228,11 @@ class Probe:
         )
         return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3]), None
 
+    def _experts(self, module: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Transformers' experts interface; fake tensors cannot show which experts are chosen."""
+        self.trace.grouped.append(module)
+        return torch.empty_like(hidden_states)
+
     def _who(self, module: nn.Module) -> str:
         return f"{type(self._model).__name__}: {type(module).__name__}"
 
@@ -240,7 +258,7 @@ def same_inputs(trace: Trace) -> frozenset[tuple[str, ...]]:
 def register_probe() -> None:
     """Make PROBE_NAME known, so that a model can be built with it."""
     AttentionInterface.register(PROBE_NAME, _unprobed)
-    ExpertsInterface.register(PROBE_NAME, _experts)
+    ExpertsInterface.register(PROBE_NAME, _unprobed)
 
 
 @contextmanager
@@ -255,11 +273,6 @@ def on_fake_tensors(model: PreTrainedModel) -> Iterator[None]:
                     known[id(parameter)] = nn.Parameter(shape, requires_grad=False)
                 setattr(module, name, known[id(parameter)])
         yield
-
-
-def _experts(module: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Transformers' experts interface; fake tensors cannot show which experts are chosen."""
-    return torch.empty_like(hidden_states)
 
 
 def _unprobed(*args: Any, **kwargs: Any) -> Any:

@@ -1,9 +1,10 @@
 """Fixes rotary embeddings whose frequencies would depend on the longest sequence of a batch."""
 
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import nn
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from actors.words.errors import UnsupportedModel
 
@@ -15,12 +16,17 @@ def fix_rotary(model: nn.Module, max_model_len: int) -> None:
     """Choose the frequencies once, for sequences of `max_model_len`: one long request must not change the others.
 
     Up to the length that the model was first trained on they are Transformers' own. Beyond it Transformers uses
-    different frequencies for short and for long prompts; here all sequences use those for long ones.
+    different frequencies for short and for long prompts; here all sequences use those for long ones. Raises
+    UnsupportedModel for embeddings that cannot be fixed so.
     """
     for module in model.modules():
         kind: Any = getattr(module, "rope_type", None)
         if isinstance(kind, dict) and any(of_layers in _DEPENDENT for of_layers in kind.values()):
-            raise UnsupportedModel(f"{type(model).__name__}: rope types {kind} of several layers depend on the batch")
+            names = ", ".join(map(str, sorted(set(kind.values()))))
+            raise UnsupportedModel(
+                f"{type(model).__name__}: layers differ in their rope types ({names}), of which some depend on the "
+                "longest sequence of the batch; use another model"
+            )
         if depends_on_length(module):
             _fix(module, max_model_len)
 
@@ -30,10 +36,19 @@ def depends_on_length(module: nn.Module) -> bool:
     return getattr(module, "rope_type", None) in _DEPENDENT
 
 
+@torch.no_grad()
 def _fix(module: Any, max_model_len: int) -> None:
-    original = module.config.rope_parameters.get("original_max_position_embeddings") or module.original_max_seq_len
-    if max_model_len > original:
-        device = module.inv_freq.device
-        init = ROPE_INIT_FUNCTIONS[module.rope_type]
-        module.inv_freq, module.attention_scaling = init(module.config, device, seq_len=max_model_len)
+    """Let Transformers choose for the longest sequence, and choose no more after that."""
+    like, positions = torch.zeros(1, 2, 1), torch.tensor([[0, max_model_len - 1]])
+    wanted = module(like, positions)
     module.rope_type = "default"
+    if hasattr(module, "rope_init_fn"):  # as in Phi-3.5-MoE: its forward looks at positions itself, to scale its angles
+        inv_freq, _ = module.rope_init_fn(module.config)
+        scale = float(wanted[0][0, 0, 0])  # the cosine of the angle 0, scaled
+        module.rope_init_fn = lambda config: (inv_freq, scale)
+        module.config = SimpleNamespace(rope_parameters={**module.config.rope_parameters, "rope_type": "default"})
+    if not all(map(torch.equal, module(like, positions), wanted)):
+        raise UnsupportedModel(
+            f"{type(module).__name__}: its angles depend on the longest sequence of the batch, in a way that cannot be "
+            "fixed here; use another model"
+        )

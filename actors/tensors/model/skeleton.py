@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.models.llama import modeling_llama  # noqa: F401 - with it, what all model files import (remote/imports.py)
 
 from actors.tensors.model.attention_layer import ATTENTION_NAME, transformers_attention
+from actors.tensors.model.config_reader import auto_class, read_config_json
 from actors.words.errors import UnsupportedModel
 
 _patch_lock = threading.Lock()
@@ -24,24 +25,12 @@ _patch_lock = threading.Lock()
 def read_model_config(folder: Path) -> PretrainedConfig:
     """config.json as Transformers reads it; code from the checkpoint is never run.
 
-    Raises UnsupportedModel by name for what cannot be served correctly, ValueError when the file cannot be read.
+    Raises UnsupportedModel with a line for each reason why it cannot be served, ValueError when the file is no JSON.
     """
-    path = folder / "config.json"
-    try:
-        raw: dict[str, Any] = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.source: {path} cannot be read: {error}") from error
-    architecture = ", ".join(raw.get("architectures") or []) or "no architecture"
-    if "auto_map" in raw:
-        raise UnsupportedModel(f"{architecture}: {path} needs code from the checkpoint (auto_map), which is never run")
-    if raw.get("quantization_config"):
-        raise UnsupportedModel(f"{architecture}: {path} names a quantization_config; use the unquantized checkpoint")
-    try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.source: {path} cannot be read by Transformers: {error}") from error
-    assert isinstance(config, PretrainedConfig)
-    return config
+    reading = read_config_json(folder)
+    if reading.reasons or reading.config is None:
+        raise UnsupportedModel("\n".join(reading.reasons))
+    return reading.config
 
 
 def config_digest(folder: Path) -> str:
@@ -54,8 +43,11 @@ def config_digest(folder: Path) -> str:
 def build_model(
     config: PretrainedConfig, dtype: torch.dtype, attention: str, experts: str | None = None
 ) -> PreTrainedModel:
-    """The whole ForCausalLM in eval mode; `attention` and `experts` name implementations (None: Transformers' own)."""
-    model = AutoModelForCausalLM.from_config(
+    """The model that generates text in eval mode; `attention` and `experts` name implementations (None: its own).
+
+    Of a checkpoint that takes images or sound it is the whole one, which then gets token ids alone.
+    """
+    model = auto_class(config).from_config(
         config, attn_implementation=attention, experts_implementation=experts, dtype=dtype
     )
     assert isinstance(model, PreTrainedModel)

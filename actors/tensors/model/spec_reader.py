@@ -1,5 +1,7 @@
 """Reads a checkpoint's config into a ModelSpec: the probe's trace of the model, its tensors and its styles."""
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,50 +10,111 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from actors.decisions.model.families import TESTED, amended_styles
-from actors.decisions.model.spec import DTYPES, AttentionSpec, LayerSpec, ModelSpec, Parameter, Place
-from actors.tensors.model.probe import PROBE_NAME, Probe, on_fake_tensors, register_probe, same_inputs
+from actors.decisions.model.spec import DTYPES, AttentionSpec, LayerSpec, ModelSpec, Parameter, Place, pattern_of
+from actors.tensors.model.config_reader import ConfigReading, causal_class_name, in_short, read_config_json
+from actors.tensors.model.probe import PROBE_NAME, Probe, Trace, on_fake_tensors, register_probe, same_inputs
 from actors.tensors.model.rotary import fix_rotary
-from actors.tensors.model.skeleton import build_model, config_digest, parameters_on_meta, read_model_config
-from actors.words.errors import UnsupportedModel
+from actors.tensors.model.skeleton import build_model, config_digest, parameters_on_meta
+from actors.tensors.weights.safetensors_index import stored_dtype
+from actors.words.errors import CheckpointError, UnsupportedModel
+
+logger = logging.getLogger(__name__)
 
 
 def read_spec(folder: Path, dtype: str = "auto", only_tested: bool = True) -> ModelSpec:
-    """The ModelSpec of a checkpoint folder. `dtype` is config.model.dtype; "auto" takes config.json's.
+    """The ModelSpec of a checkpoint folder. `dtype` is config.model.dtype; "auto" takes the checkpoint's own.
 
-    Raises UnsupportedModel or ValueError, each with the file and the remedy. A family that is not in TESTED is refused,
-    unless `only_tested` is False, as in the tests that show a family to be right.
+    Raises UnsupportedModel with a line for each reason why the checkpoint cannot be served, or ValueError. A family
+    that is not in TESTED is refused, unless `only_tested` is False, as in the tests that show a family to be right.
     """
-    config = read_model_config(folder)
-    resolved = resolve_dtype(config, dtype)
+    reading = read_config_json(folder)
+    reasons, notes = list(reading.reasons), list(reading.notes)
+    try:
+        resolved, where = resolve_dtype(reading, folder, dtype)
+    except ValueError as error:
+        if not reasons:
+            raise
+        reasons.append(str(error))
+        resolved, where = DTYPES[0], ""
+    if where:
+        notes.append(where)
+    spec = None
+    if reading.config is not None:
+        try:
+            spec = _read(reading.config, resolved, config_digest(folder))
+        except UnsupportedModel as error:
+            reasons.append(str(error))
+    if spec is not None and only_tested:
+        reasons += _untested(spec)
+    if reasons or spec is None:
+        raise UnsupportedModel("\n".join(reasons))
+    for note in notes:
+        logger.info("%s: %s", folder.name, note)
+    return replace(spec, notes=tuple(notes))
+
+
+def resolve_dtype(reading: ConfigReading, folder: Path, asked: str) -> tuple[str, str]:
+    """(One of DTYPES, where it was found if not in config.model.dtype nor at the top of config.json).
+
+    Transformers' own order: config.json, the configs nested in it, the stored tensors; bfloat16 where all are silent.
+    Raises ValueError for a dtype in which nothing is served.
+    """
+    dtype, where = asked, ""
+    if asked == "auto" and reading.dtype is not None:
+        dtype = reading.dtype
+    elif asked == "auto":
+        stored = _stored_dtype(folder)
+        dtype = stored or "bfloat16"
+        where = f"config.json names no dtype; {dtype} is " + ("that of the stored tensors" if stored else "assumed")
+    if dtype not in DTYPES:
+        raise ValueError(f"model.dtype: config.json says {dtype}; set model.dtype to one of {', '.join(DTYPES)}")
+    return dtype, where
+
+
+def _stored_dtype(folder: Path) -> str | None:
+    """The dtype of the stored tensors; None where there are none yet, or loading will say what is wrong with them."""
+    try:
+        return stored_dtype(folder)
+    except CheckpointError:
+        return None
+
+
+def _read(config: PretrainedConfig, dtype: str, digest: str) -> ModelSpec:
+    """Build and probe a model. Raises UnsupportedModel."""
     register_probe()
     try:
         with parameters_on_meta():
-            model = build_model(config, getattr(torch, resolved), PROBE_NAME, PROBE_NAME)
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        raise UnsupportedModel(f"{folder / 'config.json'}: Transformers does not build it: {error}") from error
-    with on_fake_tensors(model):
-        spec = _Reader(model, resolved, config_digest(folder)).spec()
-    if only_tested and spec.architecture not in TESTED:
+            model = build_model(config, getattr(torch, dtype), PROBE_NAME, PROBE_NAME)
+    except Exception as error:  # whatever a family's code raises for values that it does not expect
+        if isinstance(error, ImportError):
+            _refuse_text(config, dtype, digest)
         raise UnsupportedModel(
-            f"{spec.architecture} in {folder / 'config.json'} has not been shown to be served right, so it is not; "
-            f"supported are {', '.join(sorted(TESTED))}"
-        )
-    return spec
+            f"{config.model_type}: Transformers cannot build it ({in_short(error)}); "
+            + ("install what is missing" if isinstance(error, ImportError) else "mend the value in config.json")
+        ) from error
+    return _Reader(model, dtype, digest).read()
 
 
-def resolve_dtype(config: PretrainedConfig, dtype: str) -> str:
-    """One of DTYPES. Raises ValueError when neither `dtype` nor config.json names one."""
-    if dtype == "auto":
-        dtype = "" if config.dtype is None else str(config.dtype).removeprefix("torch.")
-    if dtype not in DTYPES:
-        raise ValueError(
-            f"model.dtype: config.json says {dtype or 'nothing'}; set model.dtype to one of {', '.join(DTYPES)}"
-        )
-    return dtype
+def _refuse_text(config: PretrainedConfig, dtype: str, digest: str) -> None:
+    """Raises UnsupportedModel for what stands against a wrapper's text, where a part of it needs another package."""
+    text = config.get_text_config(decoder=True)
+    if text is not config and causal_class_name(text) is not None:
+        _read(text, dtype, digest)
+
+
+def _untested(spec: ModelSpec) -> list[str]:
+    """A reason for each class, of the model and of its text, that nobody has shown to be served right."""
+    return [
+        f"{name} has not been shown to be served right, so it is not; tests/families/support.md has those that have"
+        for name in (spec.architecture, spec.text_architecture)
+        if name is not None and name not in TESTED
+    ]
 
 
 class _Reader:
-    """One unsharded model, built and probed on fake tensors."""
+    """One unsharded model, which is probed on fake tensors."""
+
+    trace: Trace
 
     def __init__(self, model: PreTrainedModel, dtype: str, digest: str) -> None:
         self.model = model
@@ -60,10 +123,18 @@ class _Reader:
         self.names = {id(module): name for name, module in model.named_modules()}
         self.config: Any = model.config.get_text_config(decoder=True)
         self.layers_name = self._largest_list()
-        fix_rotary(model, self.config.max_position_embeddings)
-        self.trace = Probe(model, self.layers_name, self.config.max_position_embeddings).run()
+        self.max_position = getattr(self.config, "max_position_embeddings", None)
 
-    def spec(self) -> ModelSpec:
+    def read(self) -> ModelSpec:
+        """Probe the model, and put together what is known of it. Raises UnsupportedModel."""
+        if not isinstance(self.max_position, int):
+            raise self._refusal("names no largest position (max_position_embeddings)")
+        fix_rotary(self.model, self.max_position)  # on its real buffers
+        with on_fake_tensors(self.model):
+            self.trace = Probe(self.model, self.layers_name, self.max_position).run()
+            return self._spec()
+
+    def _spec(self) -> ModelSpec:
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
             raise self._refusal("has no plain embedding and head")
@@ -73,18 +144,20 @@ class _Reader:
         tied = self._is_tied(embedding_name, head_name)
         return ModelSpec(
             architecture=type(self.model).__name__,
+            text_architecture=None if self.config is self.model.config else causal_class_name(self.config),
             model_type=self.config.model_type,
             config_digest=self.digest,
             state_shape=self._only(self.trace.state_shapes, "shapes of hidden states"),
             hidden_size=embedding.embedding_dim,
             vocab_size=embedding.num_embeddings,
-            max_position=self.config.max_position_embeddings,
+            max_position=self.max_position,
             dtype=self.dtype,
             layers=self._layers(),
             parameters=tuple(self._parameters(f"{head_name}.weight" if tied else None)),
             styles=self._styles(embedding_name, head_name),
             tied_head=tied,
             experts_per_token=self._experts_per_token(),
+            grouped_experts=frozenset(pattern_of(self.names[id(module)]) for module in self.trace.grouped),
             unused=frozenset(name for name in self.model.state_dict() if self._place_of(name) is None),
             exchanges_more=self.trace.exchanges_more,
             layer_outputs=self._only(self.trace.layer_outputs, "kinds of layer outputs"),
@@ -111,13 +184,16 @@ class _Reader:
             "experts_per_token",
         )
         found = [getattr(self.config, name, None) for name in names]
-        return next((count for count in found if isinstance(count, int)), None)
+        counts = [max(count) if isinstance(count, list) else count for count in found if count]  # a list: by layer
+        return next((count for count in counts if isinstance(count, int)), None)
 
     def _largest_list(self) -> str:
-        """The name of the list of layers: of all module lists the one with most parameters."""
+        """The name of the list of layers: of all module lists of the text's decoder the one with most parameters."""
+        decoder = self.model.get_decoder()
+        inside = self.names.get(id(decoder), "")
         sizes = {
-            name: sum(parameter.numel() for parameter in module.parameters())
-            for name, module in self.model.named_modules()
+            f"{inside}.{name}".removeprefix("."): sum(parameter.numel() for parameter in module.parameters())
+            for name, module in decoder.named_modules()
             if isinstance(module, nn.ModuleList)
         }
         if not sizes:
