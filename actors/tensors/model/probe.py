@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.moe import ExpertsInterface
 
 from actors.decisions.model.spec import Angles, MaskSpec, pattern_of
+from actors.tensors.model.config_reader import in_short
 from actors.tensors.model.mask_reader import MaskFunction, read_mask
 from actors.tensors.model.position_only_cache import ProbedCache
 from actors.words.errors import UnsupportedModel
@@ -102,9 +103,8 @@ class Probe:
             raise
         except Exception as error:
             self._refuse_state(past)
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             raise UnsupportedModel(
-                f"{type(self._model).__name__}: its forward cannot be followed on shapes alone ({reason})"
+                f"{type(self._model).__name__}: its forward cannot be followed on shapes alone ({in_short(error)})"
             ) from error
         finally:
             for hook in hooks:
@@ -115,8 +115,9 @@ class Probe:
     def _refuse_state(self, past: ProbedCache) -> None:
         if not past.wanted:
             return
-        seen = [*past.wanted, *(name.rpartition(".")[2] for name, _ in self._model.named_modules())]
-        what = next((words for part, words in _STATES.items() if any(part in name for name in seen)), _OTHER_STATES)
+        has_indexer = any(name.endswith(".indexer") for name, _ in self._model.named_modules())
+        signs = [*past.wanted, *["indexer"] * has_indexer]
+        what = next((words for part, words in _STATES.items() if any(part in sign for sign in signs)), _OTHER_STATES)
         raise UnsupportedModel(
             f"{type(self._model).__name__} {what} (its cache is asked for {', '.join(sorted(past.wanted))}), which is "
             "not built; use a model that keeps only keys and values"
