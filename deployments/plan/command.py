@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def config_of(
     is_file = target.endswith((".yaml", ".yml"))
     config = read_config(Path(target)) if is_file else Config.model_validate({"model": {"source": target}})
     sizes = {"tensor_parallel_size": tensor_parallel_size, "pipeline_parallel_size": pipeline_parallel_size}
-    given: dict[str, dict[str, str | int | None]] = {
+    given: dict[str, Mapping[str, str | int | None]] = {
         "model": {"dtype": dtype, "max_model_len": max_model_len},
         "parallel": sizes,
         "cache": {"block_size": block_size},

@@ -294,3 +294,64 @@ def test_every_shipped_config_takes_the_fast_path_of_its_device(path: Path) -> N
     reasons = {why_no_kernel(one, spec.dtype, plan.block_size, h100) for one in attentions}
     expected = {"it has no soft cap"} if spec.architecture == "Gemma2ForCausalLM" else {None}
     assert reasons == expected
+
+
+PUBLISHED = ROOT / "tests" / "data" / "published"
+
+
+def test_flags_stand_for_keys_of_the_config(capsys: pytest.CaptureFixture[str]) -> None:
+    source = "meta-llama/Llama-3.1-8B-Instruct"
+    plain = asked(capsys, source)
+    said = asked(capsys, source, "--dtype", "float32", "--max-model-len", "4096", "--block-size", "32")
+    assert (said["dtype"], said["max_model_len"], said["block_size"]) == ("float32", 4096, 32)
+    assert said["planned_weight_bytes"] == 2 * plain["planned_weight_bytes"]
+    assert said["notes"] == [], "what was asked for needs no word"
+    assert asked(capsys, "configs/demo.yaml", "--max-model-len", "100")["max_model_len"] == 100
+    assert cli.main(["plan", source, "--max-model-len", "131073"]) == 1
+    assert "use at most 131072" in capsys.readouterr().err
+    assert cli.main(["plan", source, "--block-size", "4096"]) == 1
+    assert f"{source}.cache.block_size: should be less than or equal to 1024" in capsys.readouterr().err
+
+
+def test_the_longest_that_fits_is_planned_where_nobody_asked_for_a_length(capsys: pytest.CaptureFixture[str]) -> None:
+    source = str(PUBLISHED / "meta-llama--Llama-4-Scout-17B-16E-Instruct")
+    said = asked(capsys, source, "--tp", "4", "--gpu", "h100-80gb")
+    assert said["max_position"] == 10_485_760
+    assert said["problems"] == []
+    assert said["max_model_len"] == said["longest_context"] == said["num_blocks"] * said["block_size"] < 1_000_000
+    [note] = [note for note in said["notes"] if "10485760" in note]
+    assert str(said["max_model_len"]) in note
+    assert cli.main(["plan", source, "--tp", "4", "--max-model-len", "10485760"]) == 1
+    assert "model.max_model_len: 10485760 tokens do not fit" in capsys.readouterr().out
+    fitting = asked(capsys, source, "--tp", "4", "--max-model-len", str(said["max_model_len"]))
+    assert fitting["problems"] == []
+    assert not fitting["notes"]
+
+
+def test_a_checkpoint_in_float32_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = asked(capsys, str(PUBLISHED / "olmo2_32b"))
+    assert said["dtype"] == "float32"
+    [note] = [note for note in said["notes"] if "float32" in note]
+    assert f"{said['fp32_weight_bytes'] / 1e9:.1f} GB" in note
+    assert f"in bfloat16 it would be {said['bf16_weight_bytes'] / 1e9:.1f} GB" in note
+    assert cli.main(["plan", str(PUBLISHED / "olmo2_32b"), "--dtype", "bfloat16"]) == 0
+    assert "Notes" not in capsys.readouterr().out
+
+
+def test_a_name_that_speaks_of_quantization_is_doubted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "Llama-3.1-8B-FP8"
+    folder.mkdir()
+    public = architecture_folder("meta-llama/Llama-3.1-8B-Instruct")[0] / "config.json"
+    (folder / "config.json").write_bytes(public.read_bytes())
+    [note] = asked(capsys, str(folder))["notes"]
+    assert "speaks of FP8" in note
+    assert cli.main(["plan", str(folder)]) == 0
+    text = capsys.readouterr().out
+    assert "\nNotes\n  - the model's name speaks of FP8" in text
+    assert max(map(len, text.split("Notes")[1].splitlines())) <= 100
+
+
+def test_experts_in_lists_count_as_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    """Hunyuan names its experts by layer: 8 of 64 for a token, so that a step reads an eighth of them."""
+    said = asked(capsys, str(PUBLISHED / "Hunyuan-A13B-Instruct"), "--tp", "4")
+    assert said["decode"][0]["ms_per_token"] < 4

@@ -57,10 +57,11 @@ def read_config_json(folder: Path) -> ConfigReading:
 
 
 def _load(path: Path) -> dict[str, Any]:
+    """The keys of config.json, as Transformers decodes them."""
     try:
-        raw = json.loads(path.read_bytes())
-        if not isinstance(raw, dict):
+        if not isinstance(json.loads(path.read_bytes()), dict):
             raise TypeError("it is no JSON object")
+        raw, _ = PretrainedConfig.get_config_dict(str(path.parent))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"model.source: {path} cannot be read: {error}") from error
     return raw

@@ -138,7 +138,12 @@ class Probe:
             self.trace.calls.append(name)
             state = args[0] if args else kwargs.get("hidden_states")
             assert isinstance(state, torch.Tensor), "no hidden states enter the layer"
-            assert tuple(state.shape[:2]) == (1, _NUM_TOKENS), f"{tuple(state.shape)} is not [1, tokens, ...]"
+            if tuple(state.shape[:2]) != (1, _NUM_TOKENS):
+                shape = str(list(state.shape)).replace(f", {_NUM_TOKENS},", ", tokens,")
+                raise UnsupportedModel(
+                    f"{type(self._model).__name__} hands hidden states of shape {shape} from layer to layer; only "
+                    "[1, tokens, ...] is built, so use another model"
+                )
             self.trace.state_shapes.add(tuple(state.shape[2:]))
             given = [leaf for leaf in tree_leaves((args[1:], kwargs)) if leaf is not state]
             self.trace.exchanges_more |= any(leaf is extra for leaf in given for extra in self._extras)

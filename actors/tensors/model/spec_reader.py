@@ -123,11 +123,11 @@ class _Reader:
         self.names = {id(module): name for name, module in model.named_modules()}
         self.config: Any = model.config.get_text_config(decoder=True)
         self.layers_name = self._largest_list()
-        self.max_position = getattr(self.config, "max_position_embeddings", None)
+        self.max_position: int = getattr(self.config, "max_position_embeddings", None) or 0
 
     def read(self) -> ModelSpec:
         """Probe the model, and put together what is known of it. Raises UnsupportedModel."""
-        if not isinstance(self.max_position, int):
+        if not self.max_position:
             raise self._refusal("names no largest position (max_position_embeddings)")
         fix_rotary(self.model, self.max_position)  # on its real buffers
         with on_fake_tensors(self.model):

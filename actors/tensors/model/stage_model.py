@@ -204,7 +204,8 @@ def build(
     cut = {tensor.name: tensor for tensor in shard.tensors}
     for name, module in skeleton.named_modules():
         style = spec.styles.get(pattern_of(name))
-        if style is not None and not isinstance(module, PassThrough | NoEmbedding):
+        is_here = not isinstance(module, PassThrough | NoEmbedding) and f"{name}.weight" not in spec.unused
+        if style is not None and is_here:
             interval = _interval(style, cut.get(f"{name}.weight"))
             parallelize(module, style, present, interval, is_head=name == spec.head_name)
     _localize_heads(spec, shard, skeleton)

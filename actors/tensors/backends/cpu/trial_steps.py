@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from actors.decisions.model.shard_plan import AttentionShard
+from actors.decisions.model.spec import ModelSpec
 from actors.tensors.attention.kv_cache import KVCache
 from actors.tensors.attention.metadata import AttentionMetadata, Chunk, StepLayout, positions_of
 from actors.tensors.backend import AttentionBackend, RankModel
@@ -30,7 +31,11 @@ class _Step(NamedTuple):
 
 
 class TrialSteps:
-    """Two steps: a row that decodes after more than a block of keys, alone, and together with the start of a prompt."""
+    """Two steps: a row that decodes after more than a block of keys, alone, and together with the start of a prompt.
+
+    The module is told that the row is the last position that the model knows: some scale their queries by positions,
+    from far out on.
+    """
 
     def __init__(self, model: RankModel, shard: AttentionShard, block_size: int) -> None:
         self.shard = shard
@@ -42,10 +47,11 @@ class TrialSteps:
         self._attention: AttentionBackend = model.attention
         self._current = CurrentStep()
         row, prompt = Chunk(0, 0, block_size + 2, 1), Chunk(1, 1, 0, _NUM_PROMPT)
-        self._steps = [self._step(model.spec.hidden_size, chunks) for chunks in ([row], [row, prompt])]
+        self._steps = [self._step(model.spec, chunks) for chunks in ([row], [row, prompt])]
 
-    def _step(self, hidden_size: int, chunks: list[Chunk]) -> _Step:
-        positions_T = torch.from_numpy(positions_of(chunks))
+    def _step(self, spec: ModelSpec, chunks: list[Chunk]) -> _Step:
+        positions_T, hidden_size = torch.from_numpy(positions_of(chunks)), spec.hidden_size
+        positions_T[0] = spec.max_position - 1
         hidden = random(1, len(positions_T), hidden_size, dtype=self.dtype, device=_CPU, seed=1)
         signs = random(*hidden.shape, dtype=torch.float32, device=_CPU, seed=4).sign()
         nudged = (hidden.float() * (1 + torch.finfo(self.dtype).eps / 2 * signs)).to(self.dtype)
