@@ -153,16 +153,14 @@ def test_dtype_is_config_json_s_unless_asked(copy: Callable[..., Path]) -> None:
     folder = copy("llama", dtype="bfloat16")
     assert read_spec(folder).dtype == "bfloat16"
     assert read_spec(folder, "float16").dtype == "float16"
-    path = folder / "config.json"
-    path.write_text(path.read_text().replace('"dtype": "bfloat16", ', "").replace('"bfloat16"', '"float64"'))
-    with pytest.raises(ValueError, match=r"model\.dtype"):
-        read_spec(folder)
+    with pytest.raises(ValueError, match=r"model\.dtype: config\.json says float64"):
+        read_spec(copy("mistral", dtype="float64"))
 
 
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"auto_map": {"AutoModel": "code.Model"}}, "auto_map"),
+        ({"auto_map": {"AutoModel": "code.Model"}, "architectures": ["OwnForCausalLM"]}, "auto_map"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
     ],
 )

@@ -31,7 +31,7 @@ from configs.config import Config
 pytestmark = pytest.mark.timeout(120)
 
 # One of each kind: dense, windows and caps, fused, norms over all heads, experts of three layouts, latent attention,
-# sinks, chunks, scales, per-layer inputs, an image encoder beside the text, and recurrent layers.
+# sinks, chunks, scales, per-layer inputs, recurrent layers, and two that see as well.
 REPRESENTATIVE = (
     "llama",
     "gemma2",
@@ -47,6 +47,7 @@ REPRESENTATIVE = (
     "qwen3_moe",
     "glm4",
     "jamba",
+    "mistral3",
 )
 ALL = [pytest.param(name, marks=() if name in REPRESENTATIVE else pytest.mark.soak) for name in sorted(SETTINGS)]
 CANNOT_BE_MADE = {"bailing_hybrid", "qwen4_exp_text"}  # no tiny config of theirs builds in Transformers; refused below

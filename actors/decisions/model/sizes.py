@@ -32,7 +32,7 @@ class Sizes:
             frozenset(attention.num_kv_heads for attention in cut),
             frozenset(size for size in columns.values() if size is not None),
             frozenset(size for size in grouped if size is not None),
-            max(1, _GROUPED_BYTES // spec.dtype_bytes),
+            _GROUPED_BYTES // spec.dtype_bytes if grouped else 1,
         )
 
     @classmethod

@@ -61,7 +61,7 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         if not isinstance(json.loads(path.read_bytes()), dict):
             raise TypeError("it is no JSON object")
-        raw, _ = PretrainedConfig.get_config_dict(str(path.parent))
+        raw: dict[str, Any] = PretrainedConfig.get_config_dict(str(path.parent))[0]
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"model.source: {path} cannot be read: {error}") from error
     return raw
@@ -111,7 +111,9 @@ def causal_class_name(config: PretrainedConfig) -> str | None:
 
 
 def in_short(error: BaseException) -> str:
-    """An error in one line of at most 100 characters."""
+    """What caused an error, in one line of at most 100 characters."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text if len(text) <= 80 else text[:77] + '...'}"
 

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from actors.decisions.model.plan import Plan
 from actors.tensors.backends.host_memory import available_bytes
+from actors.tensors.model.config_reader import auto_class
 from actors.tensors.model.rotary import depends_on_length
+from actors.tensors.model.skeleton import read_model_config
 
 BATCH = 2
 ALONE, GUIDED = range(BATCH)  # the rows of a batch
@@ -55,12 +56,18 @@ class Reference:
         spec = plan.spec
         _check_memory(plan)
         only_eager = any(one.softcap is not None or one.has_sinks for one in spec.attentions)  # others drop them
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=getattr(torch, spec.dtype),
-            attn_implementation="eager" if only_eager else None,
-            trust_remote_code=False,
-        ).eval()
+        config = read_model_config(folder)
+        self.model: Any = (
+            auto_class(config)
+            .from_pretrained(
+                str(folder),
+                config=config,
+                dtype=getattr(torch, spec.dtype),
+                attn_implementation="eager" if only_eager else None,
+                trust_remote_code=False,
+            )
+            .eval()
+        )
         self._spec = spec
         self._device = device
         self._max_model_len = plan.max_model_len
