@@ -12,8 +12,8 @@ from actors.words.errors import CheckpointError
 _ROTARY_TABLE = re.compile(r"(^|\.)(inv_freq|original_inv_freq|cos_cached|sin_cached)$")
 # What belongs to a weight in another form: with it, the weight beside it means something else
 _OF_QUANTIZED = re.compile(
-    r"((weight|global|input|output|act|proj|\b[qkv])_scale(_inv|_2)?|[._]scales|_blocks|_packed|qweight|qzeros|g_idx"
-    r"|zero_point|absmax|quant_map|quant_state.*|_amax|\bSCB)$"
+    r"((weight|global|input|output|act|proj|\b[qkv])_scale(_inv|_2)?|(\.|proj_)scales|(proj|weight)_(blocks|packed)"
+    r"|weight_zero_point|qweight|qzeros|g_idx|absmax|quant_map|quant_state.*|_amax|\bSCB)$"
 )
 
 
