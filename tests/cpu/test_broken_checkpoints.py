@@ -111,6 +111,10 @@ BREAKS: dict[str, tuple[Callable[[Folder], Any], str]] = {
         lambda f: f.tensors(**{f"{ATTN}.q_proj.weight_scale": torch.ones(1), "extra": torch.ones(1)}),
         rf"holds {ATTN}.q_proj.weight_scale \(and 1 more\), a part of quantized weights",
     ),
+    "adapter": (
+        lambda f: f.tensors(**{f"base_model.model.{ATTN}.q_proj.lora_A.weight": torch.ones(4, 64)}),
+        f"holds base_model.model.{ATTN}.q_proj.lora_A.weight, a part of an adapter; merge it",
+    ),
     "tensor in two files": (
         lambda f: save_file({NORM: torch.ones(64)}, f.path / next(n for n in f.names if n != f.file.name)),
         f"both hold {NORM}",

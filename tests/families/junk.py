@@ -77,6 +77,10 @@ def harmful(stored: Tensors, spec: ModelSpec, conversions: Conversions) -> dict[
         parent, own = key.removesuffix(".").rpartition(".")[0], name.rpartition(".")[0]
         if f"{own}.extra_norm.weight" not in state:
             kinds[f"norm in {own}"] = f"{parent}.extra_norm.weight"
+    for key in stored:
+        target, pattern = conversions.target_of(key)
+        if pattern is not None and target.startswith(first) and conversions.target_of(f"{key}_scale")[0] not in state:
+            kinds[f"scale of a part of {target}"] = f"{key}_scale"
     if spec.head_name in plain and f"{spec.head_name}.bias" not in state:
         kinds["bias of the head"] = f"{plain[spec.head_name].removesuffix('weight')}bias"
     kinds["norm of the embedding"] = f"{spec.layers_name.rpartition('.')[0]}.embed_layernorm.weight"

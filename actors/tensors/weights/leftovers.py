@@ -15,6 +15,8 @@ _OF_QUANTIZED = re.compile(
     r"((weight|global|input|output|act|proj|\b[qkv])_scale(_inv|_2)?|(\.|proj_)scales|(proj|weight)_(blocks|packed)"
     r"|weight_zero_point|qweight|qzeros|g_idx|absmax|quant_map|quant_state.*|_amax|\bSCB)$"
 )
+# What is added to a weight when the model runs; its name may begin with anything
+_OF_ADAPTER = re.compile(r"\.lora_[a-zA-Z]|\.base_layer\.|\.modules_to_save\.")
 
 
 class Rule:
@@ -51,9 +53,9 @@ class Rule:
         owner, rest = self._structure.owner(name)
         layers = self._spec.layers_name
         if owner == layers:
-            return rest[0].isdigit() and int(rest[0]) >= self._spec.num_layers
+            return rest[0].isdecimal() and int(rest[0]) >= self._spec.num_layers
         if owner == "" or layers.startswith(f"{owner}."):
-            return len(rest) > (1 if owner == "" else 2)
+            return len(rest) > (1 if owner == "" else 2) and _OF_ADAPTER.search(name) is None
         while owner not in self._used | self._idle:  # it holds no tensors: what holds it decides
             owner = owner.rpartition(".")[0]
         return owner in self._idle
@@ -80,6 +82,8 @@ def _refusal(harmful: Sequence[Leftover], architecture: str, structure: Structur
     others = f" (and {len(harmful) - 1} more)" if harmful[1:] else ""
     if quantized:
         return f"{stored.file} holds {stored.key}{others}, a part of quantized weights; use the unquantized checkpoint"
+    if _OF_ADAPTER.search(name):
+        return f"{stored.file} holds {stored.key}{others}, a part of an adapter; merge it into the weights first"
     owner, _ = structure.owner(name)
     place = f" in {owner}" if owner else ""
     return (
