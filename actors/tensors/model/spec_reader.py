@@ -63,7 +63,7 @@ def resolve_dtype(reading: ConfigReading, folder: Path, asked: str) -> tuple[str
     if asked == "auto" and reading.dtype is not None:
         dtype = reading.dtype
     elif asked == "auto":
-        stored = _stored_dtype(folder)
+        stored = _stored_dtype(folder, getattr(reading.config, "transformers_weights", None))
         dtype = stored or "bfloat16"
         where = f"config.json names no dtype; {dtype} is " + ("that of the stored tensors" if stored else "assumed")
     if dtype not in DTYPES:
@@ -71,10 +71,10 @@ def resolve_dtype(reading: ConfigReading, folder: Path, asked: str) -> tuple[str
     return dtype, where
 
 
-def _stored_dtype(folder: Path) -> str | None:
+def _stored_dtype(folder: Path, named: str | None) -> str | None:
     """The dtype of the stored tensors; None where there are none yet, or loading will say what is wrong with them."""
     try:
-        return stored_dtype(folder)
+        return stored_dtype(folder, named)
     except CheckpointError:
         return None
 

@@ -40,8 +40,8 @@ class Rule:
         - It belongs to a layer beyond the last one of config.json, such as one that predicts a further token.
         - It belongs to a part of the model that text does not use, such as an image encoder.
         - It belongs to a part that the model has not, and that stands beside its layers: a further head, a tower, a
-          projector between the two. Inside the base model, such a part has modules of its own: a single one, as a norm or
-          an embedding of positions, may be a step on the way of the hidden states.
+          projector. Inside the base model, such a part has modules of its own: a single one, as a norm or an embedding
+          of positions, may be a step on the way of the hidden states.
 
         All else lies in a module that the model computes with: a bias, a norm, a scale. The weights then come from a
         model that computes something else, and Transformers, which leaves these out too, answers wrong.
