@@ -90,8 +90,8 @@ ODD: dict[str, tuple[Callable[[Folder], Any], str]] = {
         lambda f: f.hold("vision_tower.layers.0.self_attn.q_proj.bias", "multi_modal_projector.linear_1.weight"),
         "left out, .*: multi_modal_projector.linear_1.weight, vision_tower",
     ),
-    "quantized tower in the base model": (
-        lambda f: f.hold("model.visual.0.qkv.weight", "model.visual.0.qkv.weight_scale", dtype=torch.float8_e4m3fn),
+    "float8 tower in the base model": (
+        lambda f: f.hold("model.visual.0.qkv.weight", dtype=torch.float8_e4m3fn),
         "left out, .*: model.visual",
     ),
     "layer beyond the last": (Folder.hold_a_layer_more, r"left out, .*: model.layers.7.* \(9 in all\)"),

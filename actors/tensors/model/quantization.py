@@ -43,7 +43,8 @@ def find_quantization(folder: Path, raw: Mapping[str, Any]) -> Quantization | No
         said = said.get("quantization", said)
         if said and (method or _algorithm(said)):
             return Quantization(_method(said) if _algorithm(said) else method, name)
-    keys = _read(folder / _INDEX).get("weight_map", {})
+    weight_map = _read(folder / _INDEX).get("weight_map")
+    keys = weight_map if isinstance(weight_map, dict) else {}
     for end, method in _TENSORS.items():
         key = next((key for key in keys if key.endswith(end)), None)
         if key is not None:
