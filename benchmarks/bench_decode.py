@@ -84,6 +84,7 @@ class RandomRunner(Runner):
 
     def make(self, folder: Path, substitutes: bool) -> None:
         """As `load` does, without files."""
+        self.attention.choose_kernels()
         place = self.neighbors.stage, self.backend.device, self.attention
         with mock.patch.object(stage_model, "find_sources", lambda *_: None):
             self.model = stage_model.build(self.plan, self.shard.rank, folder, *place)
@@ -115,7 +116,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--context", type=int, default=512, help="tokens of each sequence before the steps measured")
     parser.add_argument("--steps", type=int, default=64)
-    parser.add_argument("--block-size", type=int, default=256)
+    parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--no-substitutes", action="store_true", help="all modules as the model has them")
     parser.add_argument("--no-peers", action="store_true", help="leave Transformers out")
     parser.add_argument("--json", action="store_true")

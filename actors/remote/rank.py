@@ -84,6 +84,7 @@ class Rank:
 
     def part(self, is_culprit: bool) -> None:
         """Leave the epoch, and check that this rank can join another; a culprit's weights too. Raises if it cannot."""
+        self._release_graphs()
         if self._channel is not None:
             self._channel.close()
         if self._groups is not None:
@@ -146,12 +147,22 @@ class Rank:
                 return None
             logger.exception("rank %d fails", self.assignment.rank)
             self._channel.report(error)
+            self._release_graphs()
             self._groups.abort()
             return f"{type(error).__name__}: {error}"
         finally:
+            self._release_graphs()
             self._channel.close()
         self._groups.close()
         return None
+
+    def _release_graphs(self) -> None:
+        """Give up the graphs of this epoch. NCCL's abort and shutdown wait, in any thread, until none holds its groups.
+
+        So this comes before groups are aborted here, and before the side thread is joined, which may be aborting them.
+        """
+        if self._runner is not None and self._runner.decoder is not None:
+            self._runner.decoder.release()
 
     def _end_epoch(self) -> None:
         """In the channel's side thread: log the stacks of all threads, then abort what the main thread waits for."""

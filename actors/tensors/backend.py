@@ -45,6 +45,9 @@ class AttentionBackend(Protocol):
 
     substitutions: list[Substitution]  # which kernels compute them, and why not all
 
+    def choose_kernels(self) -> None:
+        """Try the kernels on this device, and use those that give the right numbers; once, before the first step."""
+
     def plan(self, layout: StepLayout) -> AttentionMetadata:
         """Build the attention metadata of a step, once for all layers."""
 

@@ -118,6 +118,7 @@ class Runner:
         `substitutes`: whether the backend may substitute modules of the model, and pack the weights.
         """
         group, device = self.neighbors.stage, self.backend.device
+        self.attention.choose_kernels()
         self.model = build(self.plan, self.shard.rank, folder, group, device, self.attention)
         report = load_weights(self.model.sources, self.model.tensors(), progress)
         if substitutes:
@@ -157,8 +158,7 @@ class Runner:
         self.execute(StepBatch(epoch=0, step=-1, lane=0, opened=[], closed=[], entries=[decode]))
         self.execute(StepBatch(epoch=0, step=-1, lane=0, opened=[], closed=[_WARM_UP_SEQ], entries=[]))
         self._settle()
-        if self.decoder is not None:
-            assert self.model is not None
+        if self.decoder is not None and self.model is not None:
             self.decoder.capture(self.neighbors.stage)
             self.model.take_exchange_s()
         self.clock = PhaseClock()  # warming up is no step

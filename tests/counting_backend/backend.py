@@ -35,6 +35,10 @@ class CountingAttention:
         self.inner, self.counts = inner, counts
         self.substitutions = inner.substitutions
 
+    def choose_kernels(self) -> None:
+        self.counts["choose_kernels"] += 1
+        self.inner.choose_kernels()
+
     def plan(self, layout: StepLayout) -> AttentionMetadata:
         self.counts["plan"] += 1
         return self.inner.plan(layout)

@@ -1,5 +1,6 @@
 """`stagemesh plan`: its numbers are those of the ranks, of the public models, and of arithmetic by hand."""
 
+import itertools
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from actors.decisions.model.plan import Plan, make_plan
 from actors.tensors.attention.kv_cache import KVCache
 from actors.tensors.backends.choose import default_block_size, placed_on
 from actors.tensors.backends.cpu.attention import CPUAttention
-from actors.tensors.backends.cuda.varlen_support import KernelDevice, why_no_kernel
+from actors.tensors.backends.cuda.paged_attention import Processor, launch_of
 from actors.tensors.backends.reference import ReferenceBackend
 from actors.tensors.model import spec_reader
 from actors.tensors.model.stage_model import build
@@ -290,10 +291,10 @@ def test_every_shipped_config_takes_the_fast_path_of_its_device(path: Path) -> N
         builder = CPUAttention(attentions, getattr(torch, spec.dtype), plan.block_size, torch.Tensor.clone)._builder
         assert builder.reads_blocks, "decode rows are attended by a kernel, out of the blocks of the cache"
         return
-    h100 = KernelDevice("cuda", 90)
-    reasons = {why_no_kernel(one, spec.dtype, plan.block_size, h100) for one in attentions}
-    expected = {"it has no soft cap"} if spec.architecture == "Gemma2ForCausalLM" else {None}
-    assert reasons == expected
+    h100, element_bytes = Processor(132, has_warp_groups=True), getattr(torch, spec.dtype).itemsize
+    for one, split in itertools.product(attentions, (True, False)):
+        shape = launch_of(one, element_bytes, plan.block_size, h100, split).shape
+        assert shape.heads * shape.parts >= shape.group and shape.rows * shape.value_padded <= 64 * 256
 
 
 PUBLISHED = ROOT / "tests" / "data" / "published"

@@ -37,6 +37,8 @@ class Script:
     def __init__(self, messages, looks):
         self.messages, self.looks, self.log, self.num_answers = deque(messages), looks, [], 0
         self.clock = PhaseClock()
+        self.decoder = SimpleNamespace(release=lambda: self.ends.append("release graphs"))
+        self.ends = []
 
     def has_message(self):
         return self.messages[0][0] <= self.num_answers
@@ -53,23 +55,31 @@ class Script:
         self.log.append(("answer", result.step))
         assert result.token_ids == [[result.step]]
 
-    def close(self): ...
+    def close(self):
+        self.ends.append("close")
 
     def report(self, error):
-        raise error
+        self.ends.append("report")
 
-    def abort(self): ...
+    def abort(self):
+        self.ends.append("abort")
+
+    def part(self): ...
 
 
 def serve(messages, looks, is_answering=True):
     script = Script(messages, looks)
+    assert rank_of(script, is_answering).serve() is None
+    return script.log
+
+
+def rank_of(script, is_answering=True):
     rank = Rank.__new__(Rank)
     topology = SimpleNamespace(answering_rank=0 if is_answering else 1)
     rank.assignment = SimpleNamespace(rank=0, plan=SimpleNamespace(topology=topology))
     rank._runner = rank._channel = rank._groups = script
     rank._is_over, rank._enter_step = threading.Event(), lambda number: None
-    rank.serve()
-    return script.log
+    return rank
 
 
 @pytest.mark.parametrize("looks", [0, 1, 7])
@@ -92,3 +102,25 @@ def test_what_is_ready_at_once_is_answered_at_once():
 
 def test_who_does_not_answer_waits_for_nothing():
     assert serve([(0, step(0)), (0, step(1)), (0, Shutdown(0))], 10**9, False) == [("launch", 0), ("launch", 1)]
+
+
+def test_graphs_are_given_up_before_the_groups_that_they_hold():
+    """NCCL's abort and shutdown wait until no graph holds a group; so would the side thread, which is joined."""
+    script = Script([(0, Shutdown(0))], 0)
+    rank = rank_of(script)
+    rank.serve()
+    assert script.ends == ["release graphs", "close", "close"]  # the channel, and the groups
+    script.ends.clear()
+    rank.part(is_culprit=False)
+    assert script.ends == ["release graphs", "close", "abort", "close"]
+
+    failing = Script([(0, step(0))], 0)
+    failing.launch = lambda message: 1 / 0
+    assert "ZeroDivisionError" in rank_of(failing).serve()
+    assert failing.ends == ["report", "release graphs", "abort", "release graphs", "close"]
+
+    over = Script([(0, step(0))], 0)
+    rank = rank_of(over)
+    over.launch = lambda message: rank._is_over.set() or 1 / 0
+    assert rank.serve() is None
+    assert over.ends == ["release graphs", "close"]

@@ -69,7 +69,7 @@ def test_what_cannot_be_imported_is_refused_by_name(device: str, reason: str) ->
 
 def test_defaults_are_the_device_s_own() -> None:
     assert default_block_size("cpu", "cpu") == CPUBackend.default_block_size == DEFAULT_BLOCK_SIZE
-    assert default_block_size("auto", "cuda") == CUDABackend.default_block_size == 256
+    assert default_block_size("auto", "cuda") == CUDABackend.default_block_size == DEFAULT_BLOCK_SIZE
     assert default_block_size(COUNTING, "cpu") == 8
     assert [placed_on(device) for device in ("auto", "cuda", COUNTING)] == ["auto", "cuda", "cpu"]
 

@@ -13,11 +13,12 @@ from actors.decisions.model.spec import AttentionSpec, MaskSpec
 from actors.tensors.attention import reference
 from actors.tensors.attention.metadata import LayerCache, PagedRows
 from actors.tensors.backends.cpu.backend import CPUBackend
-from actors.tensors.backends.cuda.attention import CUDAAttention, VarlenKernel, kernel_device, kernel_fault
+from actors.tensors.backends.cuda.attention import CUDAAttention
+from actors.tensors.backends.cuda.attention_trial import try_kernel
 from actors.tensors.backends.cuda.backend import CUDABackend
 from actors.tensors.backends.cuda.decode import CUDADecoder
 from actors.tensors.backends.cuda.decode_graph import CapturedStep
-from actors.tensors.backends.cuda.varlen_support import why_no_kernel
+from actors.tensors.backends.cuda.paged_attention import PagedAttention
 from actors.tensors.model.spec_reader import read_spec
 from actors.tensors.runner import Runner
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
@@ -46,7 +47,7 @@ CONFIGS = {
     "llama": lambda: LlamaConfig(**SIZES),
     "mistral": lambda: MistralConfig(**SIZES, sliding_window=300),
     "qwen3": lambda: Qwen3Config(**SIZES),
-    "gemma2": lambda: Gemma2Config(**SIZES, sliding_window=300),  # soft cap: no kernel, graphs of gathers
+    "gemma2": lambda: Gemma2Config(**SIZES, sliding_window=300),
 }
 BLOCK_SIZE = 256
 NUM_SEQS = 5
@@ -121,7 +122,6 @@ def ids_of(runner: Runner, batches: list[StepBatch]) -> list[list[list[int]]]:
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_float32_graphs_bring_the_ids_of_the_cpu(family: str, tmp_path: Path) -> None:
-    """float32 has no kernel: what is captured is the gather."""
     expected = ids_of(make(family, tmp_path, "cpu", "float32"), steps(12, feed=False))
     runner = make(family, tmp_path, "cuda", "float32")
     assert is_captured(runner)
@@ -146,8 +146,7 @@ def test_bfloat16_graphs_with_kernels_are_close_to_float32(family: str, tmp_path
     expected = logits_of(make(family, tmp_path, "cpu", "float32"), steps(12, feed=True))
     runner = make(family, tmp_path, "cuda", "bfloat16")
     assert isinstance(runner.attention, CUDAAttention)
-    num_kernels = len(runner.attention.kernels)
-    assert num_kernels == (0 if family == "gemma2" else len(runner.shard.attentions)), runner.substitutions
+    assert len(runner.attention.kernels) == len(runner.shard.attentions), runner.substitutions
     assert is_captured(runner)
     found = logits_of(runner, steps(12, feed=True))
     divergence = torch.nn.functional.kl_div(
@@ -226,19 +225,22 @@ SPEC = AttentionSpec("", 8, 2, 64, 64)
         SPEC,
         dataclasses.replace(SPEC, mask_spec=MaskSpec(window=100)),
         dataclasses.replace(SPEC, mask_spec=MaskSpec(window=1)),
+        dataclasses.replace(SPEC, mask_spec=MaskSpec(chunk=64)),
+        dataclasses.replace(SPEC, softcap=50.0),
+        dataclasses.replace(SPEC, has_sinks=True),
         dataclasses.replace(SPEC, num_kv_heads=8),
         dataclasses.replace(SPEC, key_dim=128, value_dim=128, num_heads=64, num_kv_heads=8),
         dataclasses.replace(SPEC, key_dim=256, value_dim=256),
         dataclasses.replace(SPEC, key_dim=80, value_dim=80),
+        dataclasses.replace(SPEC, key_dim=192, value_dim=128),
+        dataclasses.replace(SPEC, key_dim=576, value_dim=512, num_heads=16, num_kv_heads=1),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_torch_s_kernel_agrees_with_attention_written_out(spec: AttentionSpec, dtype: torch.dtype) -> None:
-    device = torch.device("cuda")
-    where = kernel_device(device)
-    assert why_no_kernel(spec, str(dtype).removeprefix("torch."), BLOCK_SIZE, where) is None
-    kernel = VarlenKernel(spec.mask_spec, where.implementation)
-    assert kernel_fault(kernel, spec, dtype, BLOCK_SIZE, device) is None
+@pytest.mark.parametrize("block_size", [16, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_kernels_agree_with_attention_written_out(spec: AttentionSpec, dtype: torch.dtype, block_size: int) -> None:
+    found = try_kernel(spec, dtype, block_size, torch.device("cuda"))
+    assert isinstance(found, PagedAttention), found
 
 
 def test_the_gather_runs_on_cuda() -> None:

@@ -25,7 +25,7 @@ HOUSE = [
     (
         4,
         "actors/tensors",
-        {"torch", "numpy", "transformers", "safetensors", "huggingface_hub", "msgspec", "numba", "llvmlite"},
+        {"torch", "numpy", "transformers", "safetensors", "huggingface_hub", "msgspec", "numba", "llvmlite", "triton"},
     ),
     (5, "actors/remote", {"ray", "zmq", "msgspec", "torch", "transformers"}),
     (

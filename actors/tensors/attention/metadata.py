@@ -93,22 +93,26 @@ class LogitsRows:
 
 @dataclass(frozen=True)
 class PagedRows:
-    """The block tables of a step's sequences, for kernels that read them; a sequence's tokens are consecutive."""
+    """The block tables of a step's sequences, for kernels that read them; a sequence's tokens are consecutive.
 
-    tables_SN: torch.Tensor  # int32; entries behind a sequence's length are not read, but must be valid blocks
+    The host's numbers are upper bounds, from which shapes follow. What is computed follows from the tensors, so that a
+    CUDA graph can hold it.
+    """
+
+    tables_SN: torch.Tensor  # int32; entries behind a sequence's length are not read
     lengths_S: torch.Tensor  # int32: keys of each sequence, those of this step included
-    first_tokens_O: torch.Tensor  # int32: index of each sequence's first token in the step, and T (cu_seqlens_q)
-    first_keys_O: torch.Tensor  # int32 (cu_seqlens_k): required by the kernel, but not read beside block tables
-    max_queries: int  # most tokens of one sequence in this step
-    max_keys: int
+    first_tokens_O: torch.Tensor  # int32: index of each sequence's first token in the step, and T
+    max_tokens: int  # of the step
+    max_single: int  # sequences with one token in this step
+    max_queries: int  # tokens of one sequence in this step
+    max_keys: int  # of one sequence
 
     @classmethod
     def decode(cls, tables_BN: torch.Tensor, lengths_B: torch.Tensor, block_size: int) -> "PagedRows":
-        """Rows of one token each. All sizes come from the tensors' shapes, so that a CUDA graph can hold the launch."""
+        """Rows of one token each; all bounds come from the tensors' shapes."""
         num_rows, num_blocks = tables_BN.shape
-        rows = torch.arange(num_rows + 1, dtype=torch.int32, device=tables_BN.device)
-        max_keys = num_blocks * block_size
-        return cls(tables_BN, lengths_B, rows, rows * max_keys, 1, max_keys)
+        first_tokens_O = torch.arange(num_rows + 1, dtype=torch.int32, device=tables_BN.device)
+        return cls(tables_BN, lengths_B, first_tokens_O, num_rows, num_rows, 1, num_blocks * block_size)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ import importlib
 from typing import TYPE_CHECKING, Any, Literal
 
 from actors.decisions.model.plan import DEFAULT_BLOCK_SIZE
-from actors.tensors.backends.cuda.varlen_support import FA2_BLOCK_TOKENS
 from configs.config import is_backend_class
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ _SHIPPED = {
     "cuda": "actors.tensors.backends.cuda.backend:CUDABackend",
 }
 # As their classes say, for the replica, which must not import torch for it.
-_BLOCK_SIZES = {"cpu": DEFAULT_BLOCK_SIZE, "cuda": FA2_BLOCK_TOKENS}
+_BLOCK_SIZES = {"cpu": DEFAULT_BLOCK_SIZE, "cuda": DEFAULT_BLOCK_SIZE}
 
 
 def backend_class(device: str) -> "type[Backend]":

@@ -29,6 +29,9 @@ class ReferenceAttention:
         self._builder = builder
         self.substitutions: list[Substitution] = []
 
+    def choose_kernels(self) -> None:
+        """See AttentionBackend; there are none to choose from."""
+
     def plan(self, layout: StepLayout) -> AttentionMetadata:
         """See AttentionBackend."""
         return self._builder.build(layout)

@@ -1,4 +1,4 @@
-"""The CUDA backend: paged attention by torch's kernel or by gathers, decode steps in CUDA graphs, fused norms."""
+"""The CUDA backend: paged attention in Triton, decode steps in CUDA graphs, norms and rotations of one kernel each."""
 
 from collections.abc import Sequence
 from typing import ClassVar, Literal
@@ -11,7 +11,6 @@ from actors.tensors.backend import AttentionBackend, Decoder, Download, RankMode
 from actors.tensors.backends.cuda import module_kernels, transfer
 from actors.tensors.backends.cuda.attention import CUDAAttention
 from actors.tensors.backends.cuda.decode import CUDADecoder
-from actors.tensors.backends.cuda.varlen_support import FA2_BLOCK_TOKENS
 from actors.tensors.backends.reference import ReferenceBackend
 from actors.tensors.backends.trial import Account, exchanging_nothing
 from actors.words.messages import Substitution
@@ -21,7 +20,6 @@ class CUDABackend(ReferenceBackend):
     """See Backend. Its device may be the CPU, where the tests run the same code without graphs and kernels."""
 
     placed_on: ClassVar[Literal["cpu", "cuda"]] = "cuda"
-    default_block_size: ClassVar[int] = FA2_BLOCK_TOKENS
     num_padding_blocks: ClassVar[int] = 1
 
     def set_up(self) -> None:

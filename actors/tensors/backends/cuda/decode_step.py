@@ -9,8 +9,9 @@ from array import array
 import torch
 
 from actors.decisions.schedule.buckets import Bucket
-from actors.tensors.attention.metadata import AttentionMetadata, PagedRows
+from actors.tensors.attention.metadata import PagedRows
 from actors.tensors.backend import LAST_ID, DecodeRows, RankModel
+from actors.tensors.backends.cuda.attention import CUDAAttention
 
 _ID, _POSITION, _TABLE_ROW, _TABLE = 0, 1, 2, 3  # columns; the block table is the rest
 
@@ -41,7 +42,8 @@ class DecodeStep:
     ) -> None:
         """`state`: the buffer [B or more, H] for hidden states of the stage before; None on the first stage."""
         self.bucket = bucket
-        self._model = model
+        assert isinstance(model.attention, CUDAAttention), "a model attends through its device's backend"
+        self._model, self._attention = model, model.attention
         self._last_ids = last_ids
         self._block_size = block_size
         self._state_BH = None if state is None else state[: bucket.num_rows]
@@ -71,9 +73,7 @@ class DecodeStep:
         ids_B = torch.where(ids_B == LAST_ID, self._last_ids.ids_P[table_rows_B], ids_B)
         tables_BN = self._inputs_BC[:, _TABLE:]
         blocks_B = tables_BN.gather(1, (positions_B // self._block_size).unsqueeze(1)).squeeze(1).long()
-        attention = AttentionMetadata(
-            slots_T=blocks_B * self._block_size + positions_B % self._block_size,
-            by_mask={},
-            paged=PagedRows.decode(tables_BN, (positions_B + 1).int(), self._block_size),
-        )
-        return self._model.forward(ids_B, positions_B, self._rows_B, attention, self._state_BH)
+        slots_B = blocks_B * self._block_size + positions_B % self._block_size
+        rows = PagedRows.decode(tables_BN, (positions_B + 1).int(), self._block_size)
+        metadata = self._attention.plan_rows(slots_B, rows)
+        return self._model.forward(ids_B, positions_B, self._rows_B, metadata, self._state_BH)
