@@ -189,6 +189,25 @@ def test_a_value_that_transformers_does_not_take_is_a_reason(folder_of: Callable
     assert "hidden size (32) is not a multiple of the number of attention heads (5)" in line
 
 
+@pytest.mark.parametrize("said", [3, "FP8", [], {"quantization": "FP8"}, {"quantization": {"config_groups": {"a": 1}}}])
+@pytest.mark.parametrize("file", ["hf_quant_config.json", "quantize_config.json", "model.safetensors.index.json"])
+def test_files_that_say_nothing_to_us_do_not_end_in_a_traceback(
+    file: str, said: Any, folder_of: Callable[..., Path]
+) -> None:
+    folder = folder_of(quantization_config={"quant_method": "x", "config_groups": said})
+    assert find_quantization(folder, json.loads((folder / "config.json").read_text())) is not None
+    (folder / file).write_text(json.dumps(said))
+    find_quantization(folder, LLAMA)
+
+
+def test_a_forward_that_fails_is_told_in_words_alone(
+    folder_of: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    [line] = reasons(folder_of(head_dim=3))
+    assert "cannot be followed on shapes alone" in line
+    assert capfd.readouterr().err == ""
+
+
 def test_a_wrapper_that_is_named_after_its_text_is_read_as_what_it_is(folder_of: Callable[..., Path]) -> None:
     text = {**LLAMA, "model_type": "ministral3", "num_key_value_heads": 2, "head_dim": 8}
     reading = read_config_json(

@@ -156,11 +156,12 @@ def test_the_config_may_name_the_weights(tmp_path: Path, name: str) -> None:
     ("name", "words"),
     [
         ("../model.safetensors", "is no safetensors file or index beside it"),
+        (3, "is no safetensors file or index beside it"),
         ("model.bin", "is no safetensors file or index beside it"),
         ("other.safetensors", "is missing, though transformers_weights in config.json names it"),
     ],
 )
-def test_the_config_may_not_name_other_weights(tmp_path: Path, name: str, words: str) -> None:
+def test_the_config_may_not_name_other_weights(tmp_path: Path, name: Any, words: str) -> None:
     with pytest.raises(CheckpointError, match=words):
         stored_tensors(tmp_path, name)
 

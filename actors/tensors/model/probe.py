@@ -5,6 +5,7 @@ after them. Nothing is read from config keys, whose names and meaning differ fro
 memory, so that the largest models take a second.
 """
 
+import logging
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ from actors.tensors.model.config_reader import in_short
 from actors.tensors.model.mask_reader import MaskFunction, read_mask
 from actors.tensors.model.position_only_cache import ProbedCache
 from actors.words.errors import UnsupportedModel
+
+logging.getLogger(FakeTensorMode.__module__).setLevel(logging.CRITICAL)  # it prints the traces of errors told in words
 
 PROBE_NAME = "stagemesh_probe"  # of its attention implementation and its mask function
 _NUM_TOKENS = 8

@@ -40,11 +40,10 @@ def find_quantization(folder: Path, raw: Mapping[str, Any]) -> Quantization | No
         return Quantization(_method(said), f"config.json: {path}")
     for name, method in _FILES.items():
         said = _read(folder / name)
-        said = said.get("quantization", said)
+        said = _entries(said.get("quantization", said))
         if said and (method or _algorithm(said)):
             return Quantization(_method(said) if _algorithm(said) else method, name)
-    weight_map = _read(folder / _INDEX).get("weight_map")
-    keys = weight_map if isinstance(weight_map, dict) else {}
+    keys = _entries(_read(folder / _INDEX).get("weight_map"))
     for end, method in _TENSORS.items():
         key = next((key for key in keys if key.endswith(end)), None)
         if key is not None:
@@ -90,11 +89,8 @@ def _method(said: Mapping[str, Any]) -> str:
 
 def _bits_of_groups(said: Mapping[str, Any]) -> str:
     """The numbers of bits of compressed-tensors' groups."""
-    groups = said.get("config_groups")
-    weights = [group.get("weights") for group in groups.values()] if isinstance(groups, dict) else []
-    return " and ".join(
-        sorted({str(one["num_bits"]) for one in weights if isinstance(one, dict) and "num_bits" in one})
-    )
+    weights = [_entries(_entries(group).get("weights")) for group in _entries(said.get("config_groups")).values()]
+    return " and ".join(sorted({str(one["num_bits"]) for one in weights if "num_bits" in one}))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -103,4 +99,9 @@ def _read(path: Path) -> dict[str, Any]:
         read = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
+    return _entries(read)
+
+
+def _entries(read: Any) -> dict[str, Any]:
+    """What was read of a JSON object; nothing of anything else."""
     return read if isinstance(read, dict) else {}

@@ -114,11 +114,12 @@ def in_short(keys: Sequence[str]) -> str:
 def _entry_point(folder: Path, named: str | None) -> Path:
     """The file or the index from which a checkpoint is read. Raises CheckpointError with what there is instead."""
     if named is not None:
-        path = folder / named
-        if not _is_inside(named) or not named.endswith((".safetensors", _INDEX_SUFFIX)):
+        is_text = isinstance(named, str)  # config.json may say anything
+        if not (is_text and _is_inside(named) and named.endswith((".safetensors", _INDEX_SUFFIX))):
             raise CheckpointError(
                 f"{folder / 'config.json'}: transformers_weights {named!r} is no safetensors file or index beside it"
             )
+        path = folder / named
         if not path.is_file():
             raise CheckpointError(f"{path} is missing, though transformers_weights in config.json names it")
         return path
