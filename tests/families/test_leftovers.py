@@ -21,7 +21,7 @@ from actors.tensors.weights.conversion import Conversions
 from actors.words.errors import CheckpointError, UnsupportedModel
 from configs.config import Config
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 REPRESENTATIVE = ("gpt_neox", "mixtral")  # other names and buffers in the layers; experts that are stacked
 ALL = [pytest.param(name, marks=() if name in REPRESENTATIVE else pytest.mark.soak) for name in sorted(SETTINGS)]
