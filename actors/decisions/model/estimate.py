@@ -61,9 +61,15 @@ class Estimate:
         self.accelerator = accelerator
         self.memory_share = memory_share
         self.num_blocks_asked = num_blocks
+        self._memories: dict[int, Memory] = {}  # by rank
 
     def memory(self, rank: int) -> Memory:
         """The memory of a rank, divided as `Runner.num_blocks_that_fit` does."""
+        if rank not in self._memories:
+            self._memories[rank] = self._memory(rank)
+        return self._memories[rank]
+
+    def _memory(self, rank: int) -> Memory:
         shard, plan = self.plan.shards[rank], self.plan
         free = self.accelerator.memory_bytes - RESERVED_BYTES - shard.weight_bytes - self.activation_bytes(rank)
         cache = int(free * self.memory_share) if free > 0 else free

@@ -3,7 +3,9 @@
 All sharding rules are here, and nowhere else. Model building, loader, KV cache, memory estimate and `/cluster` read it.
 """
 
+import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
 from actors.decisions.model.sizes import Sizes, broken_constraints
@@ -27,18 +29,15 @@ class TensorSlice:
     intervals: tuple[tuple[Interval, ...], ...]  # one tuple of intervals a dimension
     dtype: str
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """The shape on the rank."""
         return tuple(sum(end - first for first, end in dim) for dim in self.intervals)
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """Bytes on the rank."""
-        numel = 1
-        for size in self.shape:
-            numel *= size
-        return numel * dtype_bytes(self.dtype)
+        return math.prod(self.shape) * dtype_bytes(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class ShardPlan:
         """Layers on this rank."""
         return self.layers[1] - self.layers[0]
 
-    @property
+    @cached_property
     def weight_bytes(self) -> int:
         """Bytes of all tensors of this rank."""
         return sum(tensor.num_bytes for tensor in self.tensors)
@@ -230,6 +229,10 @@ class _Cutter:
     plan: ShardPlan
     num_shards: int
 
+    @cached_property
+    def _by_name(self) -> dict[str, AttentionShard]:
+        return {shard.spec.name: shard for shard in self.plan.attentions}
+
     def slice(self, parameter: Parameter) -> TensorSlice:
         """The part of a parameter that the rank holds, by the style of the parameter."""
         whole = tuple(((0, size),) for size in parameter.shape)
@@ -263,7 +266,7 @@ class _Cutter:
 
     def _attention_of(self, parameter: Parameter) -> AttentionShard | None:
         attention = self.spec.attention_of(parameter.name)
-        return next((shard for shard in self.plan.attentions if shard.spec == attention), None)
+        return None if attention is None else self._by_name.get(attention.name)
 
     def _heads(self, parameter: Parameter, size: int, shard: AttentionShard, has_kv_heads: bool) -> Interval:
         """The rank's heads. Projections of an attention that is not cut are cut evenly, and their outputs gathered."""

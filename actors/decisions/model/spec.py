@@ -1,7 +1,9 @@
 """What a model is, in plain data: its layers and attentions, its tensors, the styles of its plan."""
 
+import math
 import re
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from typing import Any, Literal, TypeVar, cast
 
 from actors.decisions.model.styles import STYLES
@@ -27,13 +29,10 @@ class Parameter:
     dtype: str
     place: Place  # in its layer's stage, or outside the layers: in the first or last stage, or in all
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Number of elements."""
-        numel = 1
-        for size in self.shape:
-            numel *= size
-        return numel
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -144,8 +143,7 @@ class ModelSpec:
 
     def layer_of(self, name: str) -> int | None:
         """The number of the layer that a parameter or module belongs to, None outside the layer list."""
-        match = re.match(re.escape(self.layers_name) + r"\.(\d+)(\.|$)", name)
-        return int(match.group(1)) if match else None
+        return _layer_of(self.layers_name, name)
 
     def style_of(self, name: str) -> str | None:
         """The style of a parameter: its own entry in the plan, or its module's (as Transformers looks it up)."""
@@ -179,10 +177,20 @@ class ModelSpec:
     def attention_of(self, name: str) -> AttentionSpec | None:
         """The attention that a parameter belongs to."""
         layer = self.layer_of(name)
-        found = [] if layer is None else [a for a in self.layers[layer].attentions if name.startswith(a.name + ".")]
-        return max(found, key=lambda attention: len(attention.name), default=None)
+        found = () if layer is None else self.layers[layer].attentions
+        around = [attention for attention in found if name.startswith(attention.name + ".")]
+        return around[0] if len(around) == 1 else max(around, key=lambda one: len(one.name), default=None)
 
 
+@cache
+def _layer_of(layers_name: str, name: str) -> int | None:
+    if not name.startswith(layers_name + "."):
+        return None
+    number = name[len(layers_name) + 1 :].partition(".")[0]
+    return int(number) if number.isdecimal() else None
+
+
+@cache
 def pattern_of(name: str) -> str:
     """A name with `*` in place of every number, as plans spell it."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
