@@ -1,5 +1,6 @@
 """Every causal family with a tensor-parallel plan is right or refused by name, and the support table says which."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -237,3 +238,17 @@ def test_experts_that_are_stored_twice_are_refused(tmp_path: Path) -> None:
     conversions = Conversions(build_skeleton(read_model_config(tmp_path), torch.float32))
     with pytest.raises(CheckpointError, match=r"are both stored for model\.layers\.0\.mlp\.experts\.gate_up_proj"):
         find_sources(tmp_path, spec, plan.shards[0], conversions)
+
+
+def test_a_head_of_its_own_is_not_tied(tmp_path: Path) -> None:
+    """Transformers' default for Mistral 3 ties the head, and the published checkpoints hold another one beside it."""
+    model = make_model(make_config("mistral3", {**SETTINGS["mistral3"], "tie_word_embeddings": False}))
+    save(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    spec = read_spec(tmp_path)
+    assert not spec.tied_head
+    assert "they are not tied" in spec.notes[0]
+    for layout in ((2, 1), (1, 2)):
+        assert not serve_in(layout, tmp_path, spec, [reference(tmp_path, 11)])

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from actors.tensors.model.quantization import find_quantization, without_quantization
+from actors.tensors.weights.ties import holds_own_head
 from actors.words.errors import UnsupportedModel
 
 _VERSION = f"Transformers {transformers.__version__}"
@@ -51,6 +52,7 @@ def read_config_json(folder: Path) -> ConfigReading:
         if "auto_map" in raw:
             notes.append(f"Transformers' own {class_name} is used: {_NOT_RUN}")
         config = _config(model_type, prepared)
+        notes += _untied(config, folder)
     except UnsupportedModel as error:
         reasons.append(str(error))
     return ConfigReading(config, tuple(reasons), tuple(notes), _stated_dtype(raw))
@@ -96,6 +98,19 @@ def _config(model_type: str, prepared: dict[str, Any]) -> PretrainedConfig:
             f"{_VERSION} cannot read config.json as model type {model_type} ({in_short(error)}); mend the value"
         ) from error
     return config
+
+
+def _untied(config: PretrainedConfig, folder: Path) -> list[str]:
+    """Take out of a config that head and embedding are tied where the checkpoint has both → what is said of it."""
+    parts = {id(part): part for part in (config, config.get_text_config(decoder=True))}.values()
+    tied = [part for part in parts if getattr(part, "tie_word_embeddings", False)]
+    if not tied or not holds_own_head(folder, getattr(config, "transformers_weights", None)):
+        return []
+    for part in tied:
+        part.tie_word_embeddings = False
+    return [
+        "config.json ties the head to the embedding, but the checkpoint holds both, and they differ: they are not tied"
+    ]
 
 
 def auto_class(config: PretrainedConfig) -> Any:
