@@ -44,15 +44,15 @@ def recurrent(name: str) -> str:
 
 def indexed(name: str, asked: str) -> str:
     return (
-        f"{name} attends to tokens that a sparse indexer chooses, and keeps the indexer's keys (its cache is asked for "
-        f"{asked}), which is not built; use a model that keeps only keys and values"
+        f"{name} keeps the keys of a sparse indexer (its cache is asked for {asked}), which is not built; "
+        "use a model that keeps only keys and values"
     )
 
 
 def unknown(model_type: str) -> str:
     return (
-        f"Transformers {version} has no model type {model_type} (config.json: model_type), and code from the checkpoint "
-        "(auto_map) is never run; use a model of a type that it has"
+        f"Transformers {version} has no model type {model_type} (config.json: model_type), and code from the "
+        "checkpoint (auto_map) is never run; use a model of a type that it has"
     )
 
 
@@ -61,8 +61,8 @@ def untested(name: str) -> str:
 
 
 STREAMS = (
-    "Gemma3nForCausalLM hands hidden states of shape [4, 1, tokens, 2048] from layer to layer; only [1, tokens, ...] is "
-    "built, so use another model"
+    "Gemma3nForCausalLM hands hidden states of shape [4, 1, tokens, 2048] from layer to layer; only "
+    "[1, tokens, ...] is built, so use another model"
 )
 VERDICTS: dict[str, Planned | Refused] = {
     "AI21-Jamba-Mini-1.5": Refused((recurrent("JambaForCausalLM"),)),

@@ -36,7 +36,7 @@ _HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "is_causal
 
 # What models keep from token to token beside keys and values, by parts of the names by which they ask a cache for it
 _STATES = {
-    "indexer": "attends to tokens that a sparse indexer chooses, and keeps the indexer's keys",
+    "indexer": "keeps the keys of a sparse indexer",
     "conv": "keeps the states of recurrent or convolution layers",
     "recurrent": "keeps the states of recurrent layers",
     "linear": "keeps the states of linear attention",
