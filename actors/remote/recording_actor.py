@@ -20,7 +20,7 @@ class RecordingActor(RankActor):
 
     def recording(self) -> Any:
         """Everything that was recorded; to be asked for once the rank has left its loop."""
-        return self._recording_runner.recorder.recording()
+        return self._recording_runner.recorder.recording().packed()
 
 
 def recording_actor(places: frozenset[tuple[int, int]]) -> type[RecordingActor]:

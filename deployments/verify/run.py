@@ -145,7 +145,8 @@ class _ReferenceActor:
         from actors.tensors.weights.source import resolve_source
 
         folder: Path = resolve_source(config.model.source, config.model.revision)
-        self._verification = Verification(folder, plan, self._device, self._num_threads, recordings, served)
+        unpacked = [recording.unpacked() for recording in recordings]
+        self._verification = Verification(folder, plan, self._device, self._num_threads, unpacked, served)
 
     def compare(self, sequence: int) -> None:
         """Compare one sequence."""

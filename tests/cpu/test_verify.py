@@ -25,7 +25,8 @@ from outcome import SETTINGS
 from threads import ThreadGang, serve
 from tiny import make_config, make_model, save
 
-LENGTHS = (30, 11, 5, 1)
+LENGTHS = (30, 11, 5, 1)  # tokens of prompts
+FEW = (30, 5)
 NUM_NEW = 6
 
 
@@ -63,12 +64,17 @@ def plan_of(folder: Path, dtype: str, tp: int = 2, pp: int = 2) -> Plan:
 
 
 def verified(
-    plan: Plan, folder: Path, plant: Callable[[Any], None] = lambda gang: None, wrong: Plan | None = None, **more: Any
+    plan: Plan,
+    folder: Path,
+    plant: Callable[[Any], None] = lambda gang: None,
+    wrong: Plan | None = None,
+    lengths: tuple[int, ...] = FEW,
+    **more: Any,
 ) -> Findings:
     """Serve prompts by a gang of the plan, or of a wrong one, and compare with what the plan should give."""
     torch.set_num_threads(1)
     numbers = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(plan.spec.vocab_size, (n,), generator=numbers).tolist() for n in LENGTHS]
+    prompts = [torch.randint(plan.spec.vocab_size, (n,), generator=numbers).tolist() for n in lengths]
     prompts.insert(1, prompts[0][:9] + prompts[0][3:6])  # the prefix cache spares it two blocks
     gang = ThreadGang(wrong or plan, folder, 80, runner_class=RememberingRunner, **more)
     plant(gang)
@@ -85,7 +91,7 @@ def verified(
 @pytest.mark.parametrize("family", ["gemma2", "mixtral"])
 def test_a_right_model_is_right(family: str, dtype: str, checkpoint: Callable[[str], Path]) -> None:
     folder = checkpoint(family)
-    found = verified(plan_of(folder, dtype), folder, substitutes=False)
+    found = verified(plan_of(folder, dtype), folder, lengths=LENGTHS)
     assert found.is_right, found
     assert found.ids.total == NUM_NEW * (len(LENGTHS) + 1)
     assert found.ids.equal + found.ids.near_ties == found.ids.total

@@ -35,6 +35,7 @@ class Ending:
     ours: torch.Tensor
     own: torch.Tensor | None  # Transformers', in the served dtype; None: that is float32
     exact: torch.Tensor  # Transformers', in float32
+    is_chaotic: bool  # rounding may have chosen other experts for some token, and all that follows from it is another
 
 
 class Comparison:
@@ -51,10 +52,11 @@ class Comparison:
         self._served = served
         self._own: dict[Key, torch.Tensor] = {}  # Transformers' own rows of the sequence at hand
         self._sequence = 0
+        self._chose_otherwise = False
 
     def compare(self, sequence: int) -> None:
         """Run the reference over one sequence: in the served dtype, and where that is not float32, in float32 too."""
-        self._sequence, self._own = sequence, {}
+        self._sequence, self._own, self._chose_otherwise = sequence, {}, False
         ids = _computed_ids(self._served[sequence])
         ours = self._rows_of(sequence, len(ids))
         positions = next((rows.positions for rows in ours.get(LOGITS, {}).values()), torch.zeros(0, dtype=torch.int64))
@@ -70,7 +72,9 @@ class Comparison:
         if count and of_ranks:
             new_ids = torch.tensor(self._served[sequence].new_ids, dtype=torch.int64)
             own_alone = None if own_logits is None else own_logits[ALONE, :count]
-            self.endings.append(Ending(new_ids, torch.cat(of_ranks, 1), own_alone, logits[ALONE, :count]))
+            is_chaotic = self._chose_otherwise or _hides_choices(ours, len(ids))
+            ending = Ending(new_ids, torch.cat(of_ranks, 1), own_alone, logits[ALONE, :count], is_chaotic)
+            self.endings.append(ending)
 
     def _rows_of(self, sequence: int, num_tokens: int) -> RankRows:
         """What the ranks recorded of a sequence, without tokens that were computed in vain behind its end."""
@@ -103,7 +107,7 @@ class Comparison:
     ) -> torch.Tensor | None:
         """Measure the rows that are fair to compare; of choices (whole numbers), say which rows chose otherwise."""
         own = self._own.get((tap, rank))
-        away = _distance(ours.values.flatten(1), theirs)
+        away = _distance(ours.values.reshape(len(theirs), -1), theirs)
         own_away = None if own is None else _distance(own, theirs)
         distances = self.distances.setdefault((tap, rank), Distances(are_choices=not theirs.is_floating_point()))
         distances.ours += away[fair].tolist()
@@ -111,7 +115,15 @@ class Comparison:
         distances.places += [(self._sequence, position) for position in ours.positions[fair].tolist()]
         if ours.values.is_floating_point():
             return None
-        return (away > 0) if own_away is None else (away > 0) | (own_away > 0)
+        otherwise = (away > 0) if own_away is None else (away > 0) | (own_away > 0)
+        self._chose_otherwise |= bool(otherwise.any())
+        return otherwise
+
+
+def _hides_choices(ours: RankRows, num_tokens: int) -> bool:
+    """Whether experts were chosen for tokens of which it was not recorded, as in steps that the device has captured."""
+    choices = [rows for by_rank in ours.values() for rows in by_rank.values() if not rows.values.is_floating_point()]
+    return bool(choices) and max(len(rows.positions) for rows in choices) < num_tokens
 
 
 def _computed_ids(served: Served) -> list[int]:

@@ -105,7 +105,7 @@ class GuidedPass:
             theirs = values(rank, ours.positions)
             if theirs is None:
                 continue
-            part = part_of(self._plan, rank, tap, theirs.flatten(1).cpu(), ours.values[0].numel())
+            part = part_of(self._plan, rank, tap, theirs.reshape(len(theirs), -1).cpu(), ours.values[0].numel())
             if part is not None:
                 otherwise = self._sink(tap, rank, ours, part, self._fair_T[ours.positions])
                 if otherwise is not None:

@@ -8,7 +8,7 @@ T tokens of the step · n those that are kept.
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ Places = frozenset[tuple[int, int]]  # sequence, position
 _FIRST = 2
 _LAST_OF_PROMPT = 2
 _GENERATED = 4
+
+_FIELDS = [field.name for field in fields(Rows)]
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,12 @@ class Recorder:
         self._rows.setdefault(tap, []).append(Rows(sequences, positions, values.detach().to("cpu", copy=True)))
 
     def recording(self) -> Recording:
-        """Everything that was kept."""
-        joined = {
-            tap: Rows(*(torch.cat([getattr(one, field) for one in rows]) for field in Rows.__dataclass_fields__))
-            for tap, rows in self._rows.items()
-            if tap not in self._not_by_token
-        }
+        """Everything that was kept; it is given away."""
+        joined = {}
+        for tap in list(self._rows):
+            rows = self._rows.pop(tap)
+            if tap not in self._not_by_token:
+                joined[tap] = Rows(*(torch.cat([getattr(one, field) for one in rows]) for field in _FIELDS))
         return Recording(self._model.shard.rank, joined)
 
     def _is_kept(self, sequence: int, position: int, num_prompt: int) -> bool:

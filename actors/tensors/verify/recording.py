@@ -1,9 +1,11 @@
 """What a rank records: rows of its modules' inputs and outputs, by sequence and position, on the host."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
 
@@ -52,6 +54,46 @@ class Recording:
 
     rank: int
     rows: dict[Tap, Rows]
+
+    def packed(self) -> "PackedRecording":
+        """The same as arrays, which Ray hands to another process without copying them."""
+        return PackedRecording(self.rank, {tap: _pack(self.rows.pop(tap)) for tap in list(self.rows)})
+
+
+class _Packed(NamedTuple):
+    """Rows as arrays: the values as bytes, since numpy has no bfloat16."""
+
+    sequences: np.ndarray[Any, Any]
+    positions: np.ndarray[Any, Any]
+    values: np.ndarray[Any, Any]
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PackedRecording:
+    """A Recording on its way between processes."""
+
+    rank: int
+    rows: dict[Tap, _Packed]
+
+    def unpacked(self) -> Recording:
+        """The Recording."""
+        return Recording(self.rank, {tap: _unpack(packed) for tap, packed in self.rows.items()})
+
+
+def _pack(rows: Rows) -> _Packed:
+    values = rows.values.contiguous()
+    numbers = values.flatten().view(torch.uint8).numpy()
+    return _Packed(rows.sequences.numpy(), rows.positions.numpy(), numbers, values.dtype, tuple(values.shape))
+
+
+def _unpack(packed: _Packed) -> Rows:
+    # Arrays that Ray hands over must not be written to, which torch would only warn of
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        sequences, positions, values = map(torch.from_numpy, packed[:3])
+    return Rows(sequences, positions, values.view(packed.dtype).view(packed.shape))
 
 
 def by_token(tensor: torch.Tensor, batch: int, num_tokens: int) -> torch.Tensor | None:

@@ -1,6 +1,9 @@
 """The verdict: which places differ by more than rounding, what each is called, and whether ids and logits are right."""
 
+from statistics import median
 from typing import NamedTuple
+
+import torch
 
 from actors.decisions.model.plan import Plan
 from actors.decisions.model.spec import AttentionSpec, MaskSpec, ModelSpec, pattern_of
@@ -43,7 +46,7 @@ def findings(comparison: Comparison) -> Findings:
             furthest += [(rows.ours[row], rows.places[row]) for row, is_so in enumerate(is_beyond) if is_so]
     distance, allowed, own = _of_logits(comparison.endings, rounding)
     return Findings(
-        ids=sum((_ids_of(ending) for ending in comparison.endings), Ids()),
+        ids=sum((_ids_of(ending, comparison.endings) for ending in comparison.endings), Ids()),
         logits_distance=distance,
         logits_allowed=allowed,
         own_distance=own,
@@ -96,23 +99,40 @@ def _attention(attention: AttentionSpec) -> str:
 
 
 def _of_logits(endings: list[Ending], rounding: float) -> tuple[float, float, float | None]:
-    """Of the sequence whose logits are furthest: the median distance, what is allowed, and Transformers' own."""
+    """Of the sequence whose logits are furthest: the median distance, what is allowed, and Transformers' own.
+
+    Sequences in which other experts were chosen are judged together with all others.
+    """
+    units = [[ending] for ending in endings if not ending.is_chaotic]
+    units += [endings] if any(ending.is_chaotic for ending in endings) else []
     found: list[tuple[float, float, float | None]] = []
-    for ending in endings:
-        size = ending.exact.norm(dim=1)
-        ours = float(((ending.ours - ending.exact).norm(dim=1) / size).median())
-        own = None if ending.own is None else float(((ending.own - ending.exact).norm(dim=1) / size).median())
+    for unit in units:
+        ours = median([row for ending in unit for row in _distances(ending.ours, ending.exact)])
+        theirs = [row for ending in unit if ending.own is not None for row in _distances(ending.own, ending.exact)]
+        own = median(theirs) if theirs else None
         found.append((ours, FLOAT32 if own is None else FACTOR * own + rounding, own))
     return max(found, key=lambda one: one[0] / one[1] if one[0] == one[0] else float("inf"), default=(0.0, 0.0, None))
 
 
-def _ids_of(ending: Ending) -> Ids:
+def _distances(logits: torch.Tensor, exact: torch.Tensor) -> list[float]:
+    rows: list[float] = ((logits - exact).norm(dim=1) / exact.norm(dim=1)).tolist()
+    return rows
+
+
+def _ids_of(ending: Ending, endings: list[Ending]) -> Ids:
     chosen = ending.ids.unsqueeze(1)
     reference = ending.exact if ending.own is None else ending.own
     is_equal = reference.argmax(1) == ending.ids
     short = ending.exact.amax(1) - ending.exact.gather(1, chosen).squeeze(1)
-    noise = FLOAT32 * ending.exact.abs() if ending.own is None else FACTOR * (ending.own - ending.exact).abs()
-    is_near = ~is_equal & (short <= noise.max())
+    noise = max(map(_noise, endings if ending.is_chaotic else [ending]))
+    is_near = ~is_equal & (short <= noise)
     is_sampled = ending.ours.gather(1, chosen).squeeze(1) == ending.ours.amax(1)
     counts = (is_equal, is_near, ~is_equal & ~is_near, ~is_sampled)
     return Ids(len(ending.ids), *(int(one.sum()) for one in counts))
+
+
+def _noise(ending: Ending) -> float:
+    """By how much rounding may change a logit."""
+    if ending.own is None:
+        return FLOAT32 * float(ending.exact.abs().max())
+    return FACTOR * float((ending.own - ending.exact).abs().max())
