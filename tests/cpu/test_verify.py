@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 from actors.decisions.model.plan import Plan, make_plan
 from actors.decisions.model.shard_plan import ShardPlan, TensorSlice
 from actors.decisions.model.spec import MaskSpec
+from actors.tensors.backends.cpu.llama.layers import LayerRun
 from actors.tensors.model.spec_reader import read_spec
 from actors.tensors.sequence_table import StepTensors
 from actors.tensors.verify.findings import Findings, Served
-from actors.tensors.verify.recorder import RecordingRunner
+from actors.tensors.verify.recorder import Places, RecordingRunner
 from actors.tensors.verify.verification import Verification
 from configs.config import Config
 
@@ -54,11 +56,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return of
 
 
-def plan_of(folder: Path, dtype: str, tp: int = 2, pp: int = 2) -> Plan:
+def plan_of(folder: Path, dtype: str, tp: int = 2, pp: int = 2, block_size: int = 4) -> Plan:
     config = {
         "model": {"source": str(folder), "max_model_len": 64},
         "parallel": {"tensor_parallel_size": tp, "pipeline_parallel_size": pp},
-        "cache": {"block_size": 4},
+        "cache": {"block_size": block_size},
     }
     return make_plan(Config.model_validate(config), read_spec(folder, dtype))
 
@@ -69,14 +71,16 @@ def verified(
     plant: Callable[[Any], None] = lambda gang: None,
     wrong: Plan | None = None,
     lengths: tuple[int, ...] = FEW,
-    **more: Any,
+    substitutes: bool = True,
+    places: Places = frozenset(),
 ) -> Findings:
     """Serve prompts by a gang of the plan, or of a wrong one, and compare with what the plan should give."""
     torch.set_num_threads(1)
     numbers = torch.Generator().manual_seed(1)
     prompts = [torch.randint(plan.spec.vocab_size, (n,), generator=numbers).tolist() for n in lengths]
     prompts.insert(1, prompts[0][:9] + prompts[0][3:6])  # the prefix cache spares it two blocks
-    gang = ThreadGang(wrong or plan, folder, 80, runner_class=RememberingRunner, **more)
+    runner_class = partial(RememberingRunner, places=places)
+    gang = ThreadGang(wrong or plan, folder, 80, runner_class=runner_class, substitutes=substitutes)
     plant(gang)
     answers = serve(gang, prompts, NUM_NEW)
     served = [Served(tuple(prompt), tuple(ids)) for prompt, (ids, _) in zip(prompts, answers, strict=True)]
@@ -170,6 +174,27 @@ def test_a_window_that_is_off_by_one_is_named(dtype: str, checkpoint: Callable[[
     found = verified(plan, folder, wrong=with_window(plan, layer, 5), substitutes=False)
     assert [one.layer for one in found.differences] == [layer], found
     assert "the attention itself · window 6" in found.differences[0].what
+
+
+def test_kernels_may_hide_layers_but_not_their_faults(tmp_path: Path) -> None:
+    """Where the device computes several layers in one call they are compared as one, and a second gang looks inside."""
+    sizes = {"head_dim": 64, "num_key_value_heads": 2, "hidden_size": 64, "intermediate_size": 96}
+    save(make_model(make_config("llama", sizes)), tmp_path)
+    plan = plan_of(tmp_path, "bfloat16", tp=1, block_size=16)
+    seen: list[Any] = []
+    found = verified(plan, tmp_path, seen.append)
+    assert found.is_right, found
+    layers = [layer for runner in seen[0].runners for layer in runner.model.module.model.layers]
+    runs = [layer for layer in layers if isinstance(layer, LayerRun)]
+    assert [len(run.layers) for run in runs] in ([], [3, 2]), "a run a stage, where the processor has the instructions"
+    assert found.layers_compared == (len(runs) or 5)
+
+    wrong = with_window(plan, 1, 5)
+    found = verified(plan, tmp_path, wrong=wrong)
+    assert found.differences[0].is_inside != bool(runs)
+    closer = verified(plan, tmp_path, wrong=wrong, substitutes=False, places=found.furthest)
+    assert closer.differences[0].layer == 1 and "the attention itself" in closer.differences[0].what
+    assert closer.differences[0].of > found.differences[0].of or not runs
 
 
 def test_a_wrong_rope_factor_is_named(checkpoint: Callable[[str], Path]) -> None:

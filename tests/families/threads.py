@@ -22,6 +22,7 @@ from actors.tensors.backends.cpu.backend import CPUBackend
 from actors.tensors.runner import Runner
 from actors.tensors.sequence_table import StepTensors
 from actors.words.messages import Event, Request, SamplingParams, StepBatch, StepResult
+from cluster.collectives.interface import LoneShard, StageGroup
 
 CPU = torch.device("cpu")
 WAIT_S = 20.0
@@ -83,7 +84,7 @@ class ThreadLink:
 class Neighbors:
     feedback = None
 
-    def __init__(self, stage: ThreadGroup, previous: ThreadLink | None, following: ThreadLink | None) -> None:
+    def __init__(self, stage: StageGroup, previous: ThreadLink | None, following: ThreadLink | None) -> None:
         self.stage, self.previous, self.next = stage, previous, following
 
 
@@ -106,7 +107,7 @@ class ThreadGang:
         folder: Path,
         num_blocks: int,
         backend: Backend | None = None,
-        runner_class: type[Any] = RecordingRunner,
+        runner_class: Callable[..., Any] = RecordingRunner,
         substitutes: bool = True,
     ) -> None:
         plan = dataclasses.replace(plan, scheduler=dataclasses.replace(plan.scheduler, depth=1))
@@ -118,7 +119,7 @@ class ThreadGang:
         self.runners = []
         for rank in range(topology.num_ranks):
             stage, shard = topology.stage(rank), topology.shard(rank)
-            group = ThreadGroup(self.shared[stage], shard)
+            group = ThreadGroup(self.shared[stage], shard) if tp > 1 else LoneShard()
             neighbors = Neighbors(group, links[shard][stage], links[shard][stage + 1])
             self.runners.append(runner_class(plan, rank, neighbors, backend or CPUBackend(CPU)))
         # Building patches torch: one at a time

@@ -78,6 +78,7 @@ class StageModel:
                 merged = MergedColwise(method, [len(weight) for weight in weights], [layer.bias for layer in layers])
                 for index, layer in enumerate(layers):
                     layer.hand_over(MergedPart(merged, index))
+        self._unhook_ends()  # trials run single layers, outside of any step
         self.substitutions = backend.optimize(self)
         self._hook_ends()
 
@@ -153,13 +154,16 @@ class StageModel:
 
     def _hook_ends(self) -> None:
         """Hook the first and the last owned layer, to bring in hidden states, and to keep those for the next stage."""
-        for hook in self._hooks:
-            hook.remove()
-        (first, end), self._hooks = self.shard.layers, []
+        first, end = self.shard.layers
         if not self.shard.has_embedding:
             self._hooks.append(self._layer(first).register_forward_pre_hook(self._enter, with_kwargs=True))
         if not self.shard.has_head:
             self._hooks.append(self._layer(end - 1).register_forward_hook(self._leave))
+
+    def _unhook_ends(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     def _enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         assert self._state_1TH is not None

@@ -32,7 +32,7 @@ def findings(comparison: Comparison) -> Findings:
     layers = set[int]()
     for (tap, rank), rows in comparison.distances.items():
         place = place_of(tap, rank, comparison.plan)
-        layers |= set() if place.layer is None else {place.layer}
+        layers |= set() if place.layer is None or place.is_inside else {place.layer}
         if not rows.ours:  # from here on rounding has decided otherwise for all
             continue
         judgement = (
