@@ -146,9 +146,11 @@ class Recorder:
 
         def hook(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             tokens = self._tokens
-            if tokens is None or not is_meant():
+            if tokens is None:
                 return
             call, self._calls[name] = self._calls[name], self._calls[name] + 1
+            if not is_meant():
+                return
             if has_summands or isinstance(called, RowwiseLinear):
                 self._keep_summands(Tap(name, "partial", call=call), called, args, kwargs)
             rows = tokens.kept
