@@ -33,15 +33,10 @@ def add_to(commands: Any) -> None:
         help="show what goes where, how much memory it takes, how fast it can be",
         description="Show what goes where, how much memory it takes, how fast it can be. Needs no GPU, and no weights.",
     )
-    parser.add_argument("config", help="a Serve config file such as configs/demo.yaml, a model's folder, or a hub id")
+    add_config_to(parser)
     add = parser.add_argument
     names = ", ".join(ACCELERATORS)
     add("--gpu", default=_DEFAULT_GPU, choices=list(ACCELERATORS), metavar="NAME", help=f"{names}; default: the first")
-    add("--tp", type=count, metavar="N", help="shards, instead of parallel.tensor_parallel_size")
-    add("--pp", type=count, metavar="N", help="stages, instead of parallel.pipeline_parallel_size")
-    add("--dtype", choices=("auto", *DTYPES), help="instead of model.dtype")
-    add("--max-model-len", type=count, metavar="N", help="tokens of the longest request, not model.max_model_len")
-    add("--block-size", type=count, metavar="N", help="tokens of a KV block, instead of cache.block_size")
     tokens = f"{_DEFAULT_CONTEXT}, or what the model takes"
     add(
         "--context",
@@ -53,11 +48,27 @@ def add_to(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
+def add_config_to(parser: argparse.ArgumentParser) -> None:
+    """Add the config, and the options that stand in place of keys in it; `asked_config` reads them."""
+    add = parser.add_argument
+    add("config", help="a Serve config file such as configs/demo.yaml, a model's folder, or a hub id")
+    add("--tp", type=count, metavar="N", help="shards, instead of parallel.tensor_parallel_size")
+    add("--pp", type=count, metavar="N", help="stages, instead of parallel.pipeline_parallel_size")
+    add("--dtype", choices=("auto", *DTYPES), help="instead of model.dtype")
+    add("--max-model-len", type=count, metavar="N", help="tokens of the longest request, not model.max_model_len")
+    add("--block-size", type=count, metavar="N", help="tokens of a KV block, instead of cache.block_size")
+
+
+def asked_config(options: argparse.Namespace) -> Config:
+    """The Config that a command line asks for. Raises ValueError with a line for each wrong key."""
+    sizes = options.tp, options.pp
+    return config_of(options.config, *sizes, options.dtype, options.max_model_len, options.block_size)
+
+
 def run(options: argparse.Namespace) -> int:
     """Print the plan, or every problem that makes it invalid."""
     try:
-        sizes = options.tp, options.pp
-        config = config_of(options.config, *sizes, options.dtype, options.max_model_len, options.block_size)
+        config = asked_config(options)
         found = plan_report(config, options.gpu, options.context)
     except ValueError as error:  # UnsupportedModel and CheckpointError are ValueErrors
         return _say_problems(str(error).splitlines(), isinstance(error, UnsupportedModel), options.json)

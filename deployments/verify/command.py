@@ -1,6 +1,6 @@
 """`stagemesh verify`: whether the layout that would be served computes what plain Transformers does, on this machine.
 
-    stagemesh verify CONFIG [--tp N] [--pp N] [--prompts FILE] [--output-len N] [--json]
+    stagemesh verify CONFIG [--tp N] [--pp N] [--dtype NAME] [--prompts FILE] [--output-len N] [--json]
 
 Starts the gang of the config on Ray, without HTTP. Exit codes: 0 right, 1 wrong, or the gang could not run, 2 a
 mistake on the command line or a config that has no valid plan, 130 interrupted.
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deployments.plan.command import config_of, count
+from deployments.plan.command import add_config_to, asked_config, count
 
 if TYPE_CHECKING:
     from actors.decisions.model.spec import ModelSpec
@@ -33,10 +33,8 @@ def add_to(commands: Any) -> None:
         description="Serve prompts by the layout of a config, and compare what every rank computes with plain "
         "Transformers on the same checkpoint, in the same dtype. Says the first layer and tensor that differ.",
     )
+    add_config_to(parser)
     add = parser.add_argument
-    add("config", help="a Serve config file such as configs/demo.yaml, a model's folder, or a hub id")
-    add("--tp", type=count, metavar="N", help="shards, instead of parallel.tensor_parallel_size")
-    add("--pp", type=count, metavar="N", help="stages, instead of parallel.pipeline_parallel_size")
     add("--prompts", type=Path, metavar="FILE", help="a text a line, or JSON lines with `prompt`; default: random ids")
     add("--output-len", type=count, metavar="N", default=_OUTPUT_LEN, help=f"tokens after each; default: {_OUTPUT_LEN}")
     add("--json", action="store_true", help="print everything as JSON")
@@ -46,7 +44,7 @@ def add_to(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Verify, and print the verdict."""
     try:
-        config = config_of(options.config, options.tp, options.pp)
+        config = asked_config(options)
         spec, prompts, num_new = _prepared(config, options)
     except ValueError as error:  # UnsupportedModel and CheckpointError are ValueErrors
         sys.stderr.write(f"{error}\n")

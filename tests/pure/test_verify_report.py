@@ -134,7 +134,7 @@ def make_demo_plan() -> Plan:
     return make_plan(Config.model_validate({"model": {"source": str(DEMO), "max_model_len": 512}}), read_spec(DEMO))
 
 
-@pytest.mark.parametrize("arguments", [["nowhere"], ["configs/demo.yaml", "--tp", "3"]])
+@pytest.mark.parametrize("arguments", [["nowhere"], [f"{DEMO}.yaml", "--tp", "3"]])
 def test_what_cannot_be_planned_ends_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["verify", *arguments]) == 2
     assert capsys.readouterr().err
