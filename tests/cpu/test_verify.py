@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from actors.decisions.model.families import NO_PIPELINE
 from actors.decisions.model.plan import Plan, make_plan
 from actors.decisions.model.shard_plan import ShardPlan, TensorSlice
 from actors.decisions.model.spec import MaskSpec
@@ -19,6 +20,7 @@ from actors.tensors.sequence_table import StepTensors
 from actors.tensors.verify.findings import Findings, Served
 from actors.tensors.verify.recorder import Places, RecordingRunner
 from actors.tensors.verify.verification import Verification
+from actors.words.errors import UnsupportedModel
 from configs.config import Config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
@@ -59,7 +61,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 def plan_of(folder: Path, dtype: str, tp: int = 2, pp: int = 2, block_size: int = 4) -> Plan:
     config = {
         "model": {"source": str(folder), "max_model_len": 64},
-        "parallel": {"tensor_parallel_size": tp, "pipeline_parallel_size": pp},
+        "parallel": {"tensor_parallel_size": tp, "pipeline_parallel_size": pp, "allow_replication": True},
         "cache": {"block_size": block_size},
     }
     return make_plan(Config.model_validate(config), read_spec(folder, dtype))
@@ -208,3 +210,18 @@ def test_a_wrong_rope_factor_is_named(checkpoint: Callable[[str], Path]) -> None
     first = verified(plan, folder, plant, substitutes=False).differences[0]
     assert (first.layer, first.rank) == (plan.shards[2].layers[0], 2)
     assert "rotary embedding" in first.what
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", sorted(SETTINGS))
+def test_every_family_that_is_served_is_right(family: str, dtype: str, checkpoint: Callable[[str], Path]) -> None:
+    folder = checkpoint(family)
+    try:
+        spec = read_spec(folder, dtype)
+    except UnsupportedModel:
+        return  # as the support table says
+    plan = plan_of(folder, dtype, pp=1 if spec.architecture in NO_PIPELINE else 2)
+    found = verified(plan, folder, lengths=LENGTHS)
+    assert found.is_right, found
+    assert found.layers_compared == spec.num_layers
