@@ -85,8 +85,10 @@ def plan_report(config: Config, gpu: str, context: int | None = None) -> PlanRep
     from actors.tensors.backends.choose import default_block_size, placed_on
     from actors.tensors.model.spec_reader import read_spec
     from actors.tensors.weights.source import architecture_folder
+    from deployments.api.sampling_defaults import SamplingDefaults
 
     folder, is_shipped = architecture_folder(config.model.source, config.model.revision)
+    SamplingDefaults.read(folder, config.model.generation_config)  # where a start would refuse them, so does a plan
     spec = read_spec(folder, config.model.dtype)
     placed = placed_on(config.device)
     plan = make_plan(config, spec, default_block_size(config.device, "cuda" if placed == "auto" else placed))

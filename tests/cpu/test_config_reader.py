@@ -222,3 +222,19 @@ def test_a_wrapper_that_is_named_after_its_text_is_read_as_what_it_is(folder_of:
     assert reading.config.model_type == "mistral3"
     assert reading.config.get_text_config(decoder=True).hidden_size == 32
     assert reading.notes == ("config.json is read as model type mistral3, not ministral3",)
+
+
+def test_the_parts_that_text_does_not_need_are_named(folder_of: Callable[..., Path]) -> None:
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+    }
+    wrapper = {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3"}
+    text = {**LLAMA, "model_type": "mistral", "num_key_value_heads": 2, "head_dim": 8}
+    spec = read_spec(folder_of(**wrapper, text_config=text, vision_config={**small, "model_type": "pixtral"}))
+    parts = "model.multi_modal_projector, model.vision_tower"
+    assert spec.notes == (f"text alone is served, so these parts are left out: {parts}",)
+    assert {name.split(".")[1] for name in spec.unused} == {"multi_modal_projector", "vision_tower"}

@@ -356,3 +356,15 @@ def test_experts_in_lists_count_as_numbers(capsys: pytest.CaptureFixture[str]) -
     """Hunyuan names its experts by layer: 8 of 64 for a token, so that a step reads an eighth of them."""
     said = asked(capsys, str(PUBLISHED / "Hunyuan-A13B-Instruct"), "--tp", "4")
     assert said["decode"][0]["ms_per_token"] < 4
+
+
+def test_sampling_defaults_that_would_end_a_start_have_no_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    public = architecture_folder("meta-llama/Llama-3.1-8B-Instruct")[0] / "config.json"
+    (tmp_path / "config.json").write_bytes(public.read_bytes())
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 2, "top_k": "all"}')
+    assert cli.main(["plan", str(tmp_path)]) == 1
+    first, *problems = capsys.readouterr().err.splitlines()
+    assert first == "There is no valid plan:"
+    assert [problem.split(": ")[1] for problem in problems] == ["top_p", "top_k"]

@@ -48,6 +48,7 @@ def read_spec(folder: Path, dtype: str = "auto", only_tested: bool = True) -> Mo
         reasons += _untested(spec)
     if reasons or spec is None:
         raise UnsupportedModel("\n".join(reasons))
+    notes += _left_out(spec)
     for note in notes:
         logger.info("%s: %s", folder.name, note)
     return replace(spec, notes=tuple(notes))
@@ -109,6 +110,16 @@ def _untested(spec: ModelSpec) -> list[str]:
         for name in (spec.architecture, spec.text_architecture)
         if name is not None and name not in TESTED
     ]
+
+
+def _left_out(spec: ModelSpec) -> list[str]:
+    """A sentence on the parts of a model that text does not need, such as an image encoder, if there are any."""
+    used = {name[:at] for name in (one.name for one in spec.parameters) for at, dot in enumerate(name) if dot == "."}
+    parts = set()
+    for name in spec.unused:
+        ends = [at for at, dot in enumerate(name) if dot == "."]
+        parts.add(next((name[:end] for end in ends if name[:end] not in used), name))
+    return [f"text alone is served, so these parts are left out: {', '.join(sorted(parts))}"] if parts else []
 
 
 class _Reader:
