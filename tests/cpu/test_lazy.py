@@ -139,6 +139,8 @@ def test_what_is_not_understood_backwards_says_so(tmp_path: Path) -> None:
         Interleave(0).convert({"a": [leaf]}, ["a"], ["b"])
     with pytest.raises(NotLazyError):
         torch.flip(leaf, [0])  # type: ignore[arg-type]
+    with pytest.raises(NotLazyError):
+        leaf[1:]
     with pytest.raises(ValueError, match="cannot be stacked"):
         torch.stack([leaf, leaf.transpose(0, 1)])  # type: ignore[list-item]
 

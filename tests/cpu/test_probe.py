@@ -70,3 +70,31 @@ def test_a_linear_layer_with_an_input_of_its_own_is_in_no_group(change: Callable
     """In one layer of four is enough: patterns hold for all layers or for none."""
     assert same_inputs(trace_of(before("model.layers.1.mlp.up_proj", change))) == {PROJECTIONS}
     assert same_inputs(trace_of(before("model.layers.3.self_attn.v_proj", change))) == {GATED}
+
+
+def hand_to_layer_2(made_of: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[PreTrainedModel], None]:
+    """Give a layer what is made of the tokens' embedding, beside its hidden states."""
+
+    def register(model: PreTrainedModel) -> None:
+        seen: list[torch.Tensor] = []
+        model.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(output))
+        before("model.layers.2", lambda args, kwargs: (args, {**kwargs, "position_ids": made_of(seen[0])}))(model)
+
+    return register
+
+
+@pytest.mark.parametrize(
+    ("made_of", "is_needed"),
+    [
+        (lambda embedded: embedded, True),
+        (lambda embedded: (embedded * 2)[..., 0], True),
+        (lambda embedded: torch.zeros(8).add_(embedded[0, :, 0]), True),
+        (torch.zeros_like, False),
+        (lambda embedded: embedded.new_ones(8) * 2, False),
+        (lambda embedded: torch.arange(embedded.shape[1]), False),
+    ],
+)
+def test_a_layer_that_needs_what_only_the_first_stage_has_is_seen(
+    made_of: Callable[[torch.Tensor], torch.Tensor], is_needed: bool
+) -> None:
+    assert trace_of(hand_to_layer_2(made_of)).exchanges_more == is_needed

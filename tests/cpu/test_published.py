@@ -56,10 +56,6 @@ def unknown(model_type: str) -> str:
     )
 
 
-def untested(name: str) -> str:
-    return f"{name} has not been shown to be served right, so it is not; tests/families/support.md has those that have"
-
-
 STREAMS = (
     "Gemma3nForCausalLM hands hidden states of shape [4, 1, tokens, 2048] from layer to layer; only "
     "[1, tokens, ...] is built, so use another model"
@@ -126,10 +122,7 @@ VERDICTS: dict[str, Planned | Refused] = {
         )
     ),
     "moonshotai--Kimi-K2.5": Refused(
-        (
-            quantized("compressed-tensors, 4 bits", "config.json: text_config.quantization_config"),
-            untested("Kimi_K25ForConditionalGeneration"),
-        )
+        (quantized("compressed-tensors, 4 bits", "config.json: text_config.quantization_config"),)
     ),
     "nvidia--DeepSeek-V3.1-NVFP4": Refused((quantized("NVFP4", "hf_quant_config.json"),)),
     "nvidia--Llama-3.1-70B-Instruct-FP8": Refused((quantized("FP8", "hf_quant_config.json"),)),

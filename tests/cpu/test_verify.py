@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from actors.decisions.model.families import NO_PIPELINE
 from actors.decisions.model.plan import Plan, make_plan
 from actors.decisions.model.shard_plan import ShardPlan, TensorSlice
 from actors.decisions.model.spec import MaskSpec
@@ -94,7 +93,7 @@ def verified(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["gemma2", "mixtral"])
+@pytest.mark.parametrize("family", ["gemma2", "mixtral", "gpt_oss"])
 def test_a_right_model_is_right(family: str, dtype: str, checkpoint: Callable[[str], Path]) -> None:
     folder = checkpoint(family)
     found = verified(plan_of(folder, dtype), folder, lengths=LENGTHS)
@@ -221,7 +220,7 @@ def test_every_family_that_is_served_is_right(family: str, dtype: str, checkpoin
         spec = read_spec(folder, dtype)
     except UnsupportedModel:
         return  # as the support table says
-    plan = plan_of(folder, dtype, pp=1 if spec.architecture in NO_PIPELINE else 2)
+    plan = plan_of(folder, dtype, pp=1 if spec.exchanges_more else 2)
     found = verified(plan, folder, lengths=LENGTHS)
     assert found.is_right, found
     assert found.layers_compared == spec.num_layers

@@ -6,18 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
-from actors.decisions.model.families import NO_PIPELINE
 from actors.decisions.model.plan import make_plan
 from actors.decisions.model.spec import ModelSpec
-from actors.tensors.model.config_reader import auto_class
+from actors.tensors.model.skeleton import read_model_config
 from actors.tensors.model.spec_reader import read_spec
 from actors.words.errors import UnsupportedModel
 from configs.config import Config
 
-from threads import ThreadGang, serve  # isort: skip - beside this file
-from tiny import make_config, make_model, save  # isort: skip
+from shrunk import published, shrunk  # isort: skip - beside this file
+from threads import ThreadGang, serve  # isort: skip
+from tiny import load_model, make_config, make_model, read_config, save, write_config  # isort: skip
 
 SETTINGS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("settings.json").read_text())
 LAYOUTS = ((2, 1), (1, 2), (2, 2))
@@ -48,14 +47,38 @@ class Outcome:
 
 
 def outcome_of(model_type: str, folder: Path, layouts: tuple[tuple[int, int], ...] = LAYOUTS) -> Outcome:
-    """Make a checkpoint, and serve it in every layout."""
+    """Make a checkpoint of a family, and serve it in every layout."""
     save(make_model(make_config(model_type, SETTINGS[model_type])), folder)
+    return _served(folder, layouts)
+
+
+def outcome_of_published(name: str, folder: Path, layouts: tuple[tuple[int, int], ...] = LAYOUTS) -> Outcome:
+    """Plan a published config at its real size, make a tiny checkpoint of its shape, and serve it in every layout."""
+    raw = published(name)
+    write_config(raw, folder)
+    try:
+        spec = read_spec(folder, dtype="bfloat16", only_tested=False)
+        make_plan(config_of(folder, 2, 1), spec)
+    except UnsupportedModel as error:
+        return _refused(error)
+    small = shrunk(raw, read_model_config(folder), spec)
+    write_config(small, folder)
+    save(make_model(read_config(folder)), folder)
+    write_config(small, folder)  # as it is published: saving spells some of it anew
+    return _served(folder, layouts)
+
+
+def _refused(error: UnsupportedModel) -> Outcome:
+    return Outcome("refused", reason="; ".join(str(error).splitlines()))
+
+
+def _served(folder: Path, layouts: tuple[tuple[int, int], ...]) -> Outcome:
     try:
         spec = read_spec(folder, only_tested=False)
     except UnsupportedModel as error:
-        return Outcome("refused", reason=str(error))
+        return _refused(error)
     references = [reference(folder, length) for length in PROMPT_LENGTHS]
-    layouts = tuple(layout for layout in layouts if layout[1] == 1 or spec.architecture not in NO_PIPELINE)
+    layouts = tuple(layout for layout in layouts if layout[1] == 1 or not spec.exchanges_more)
     for layout in layouts:
         wrong = serve_in(layout, folder, spec, references)
         if wrong:
@@ -64,24 +87,23 @@ def outcome_of(model_type: str, folder: Path, layouts: tuple[tuple[int, int], ..
     return Outcome("right", spec.architecture, layouts, ", ".join(sorted(styles)))
 
 
+def config_of(folder: Path, tp: int, pp: int, **parallel: Any) -> Config:
+    """The config that serves a folder in a layout."""
+    return Config.model_validate(
+        {
+            "model": {"source": str(folder), "max_model_len": 64},
+            "parallel": {"tensor_parallel_size": tp, "pipeline_parallel_size": pp, **parallel},
+            "cache": {"block_size": 4},
+        }
+    )
+
+
 def serve_in(
     layout: tuple[int, int], folder: Path, spec: ModelSpec, references: list[Reference], **parallel: Any
 ) -> str:
     """What is wrong with a layout; nothing when its logits and ids are Transformers' own."""
-    tp, pp = layout
-    config = Config.model_validate(
-        {
-            "model": {"source": str(folder), "max_model_len": 64},
-            "parallel": {
-                "tensor_parallel_size": tp,
-                "pipeline_parallel_size": pp,
-                "allow_replication": True,
-                **parallel,
-            },
-            "cache": {"block_size": 4},
-        }
-    )
-    served = serve(ThreadGang(make_plan(config, spec), folder, 80), [one.prompt for one in references], NUM_NEW)
+    plan = make_plan(config_of(folder, *layout, **parallel), spec)
+    served = serve(ThreadGang(plan, folder, 80), [one.prompt for one in references], NUM_NEW)
     for expected, (ids, logits) in zip(references, served, strict=True):
         distance = float((logits - expected.logits).abs().max() / expected.logits.abs().max())
         if distance > TOLERANCE or ids != expected.new_ids:
@@ -92,8 +114,7 @@ def serve_in(
 @torch.inference_mode()
 def reference(folder: Path, length: int) -> Reference:
     """Of the first random prompt that is nowhere near a tie, which rounding would decide."""
-    auto = auto_class(AutoConfig.from_pretrained(folder))
-    model: Any = auto.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    model = load_model(folder)
     num_ids = model.get_output_embeddings().out_features
     for seed in range(30):
         ids = torch.randint(num_ids, (length,), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -1,7 +1,6 @@
 """Every causal family with a tensor-parallel plan is right or refused by name, and the support table says which."""
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,23 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import support
 from find_settings import families
-from outcome import PROMPT_LENGTHS, SETTINGS, make_config, make_model, outcome_of, reference, save, serve_in
+from outcome import (
+    PROMPT_LENGTHS,
+    SETTINGS,
+    config_of,
+    make_config,
+    make_model,
+    outcome_of,
+    outcome_of_published,
+    reference,
+    save,
+    serve_in,
+    write_config,
+)
 from safetensors.torch import load_file, save_file
+from shrunk import NAMES, published
 
 from actors.decisions.model.families import TESTED
 from actors.decisions.model.plan import make_plan
@@ -32,7 +45,7 @@ from configs.config import Config
 pytestmark = pytest.mark.timeout(120)
 
 # One of each kind: dense, windows and caps, fused, norms over all heads, experts of three layouts, latent attention,
-# sinks, chunks, scales, per-layer inputs, recurrent layers, and two that see as well.
+# experts with biases, sinks, chunks, scales, per-layer inputs, recurrent layers, and two that see as well.
 REPRESENTATIVE = (
     "llama",
     "gemma2",
@@ -41,6 +54,7 @@ REPRESENTATIVE = (
     "mixtral",
     "aria_text",
     "deepseek_v3",
+    "gpt_oss",
     "granite_swa",
     "llama4",
     "granite",
@@ -51,6 +65,9 @@ REPRESENTATIVE = (
     "mistral3",
 )
 ALL = [pytest.param(name, marks=() if name in REPRESENTATIVE else pytest.mark.soak) for name in sorted(SETTINGS)]
+# Of published shapes: experts with biases and sinks, latent attention with groups of experts.
+SHAPES = ("openai--gpt-oss-20b", "deepseek-ai--DeepSeek-V3")
+PUBLISHED = [pytest.param(name, marks=() if name in SHAPES else pytest.mark.soak) for name in NAMES]
 CANNOT_BE_MADE = {"bailing_hybrid", "qwen4_exp_text"}  # no tiny config of theirs builds in Transformers; refused below
 
 
@@ -59,35 +76,34 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def support() -> dict[str, list[str]]:
-    """The rows of the support table: architecture, layouts, styles or reason."""
-    text = Path(__file__).with_name("support.md").read_text()
-    rows = [re.split(r" \| ", line.strip("| \n")) for line in text.splitlines() if line.startswith("| ")]
-    return {cells[0]: cells[1:] for cells in rows[1:]}
-
-
 @pytest.mark.parametrize("family", ALL)
 def test_a_family_is_what_the_support_table_says(family: str, tmp_path: Path) -> None:
     outcome = outcome_of(family, tmp_path)
     assert outcome.kind != "wrong", outcome.reason
-    row = " | ".join(support()[family])
-    if outcome.kind == "right":
-        layouts = ", ".join(f"{tp}×{pp}" for tp, pp in outcome.layouts)
-        assert row == f"{outcome.architecture} | {layouts} | {outcome.styles}", "run tests/families/support.py"
-        assert outcome.architecture in TESTED
-    else:
-        assert row.endswith(f"refused: {outcome.reason}"), "run tests/families/support.py"
+    assert outcome == support.read()[0][family], "run tests/families/support.py"
+    assert outcome.kind == "refused" or outcome.architecture in TESTED
 
 
-def test_the_table_is_complete_and_enough_is_right() -> None:
-    rows = support()
-    assert set(families()) - CANNOT_BE_MADE <= set(rows)
-    assert set(rows) == set(SETTINGS)
-    right = {cells[0] for cells in rows.values() if "refused" not in cells[-1]}
-    assert right == TESTED
-    assert len(right) >= 60
-    assert not any("wrong:" in " ".join(cells) for cells in rows.values())
-    assert set(REPRESENTATIVE) <= set(rows)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_shape_is_what_the_support_table_says(name: str, tmp_path: Path) -> None:
+    outcome = outcome_of_published(name, tmp_path)
+    assert outcome.kind != "wrong", outcome.reason
+    assert outcome == support.read()[1][name], "run tests/families/support.py"
+    assert outcome.kind == "refused" or outcome.architecture in TESTED
+
+
+def test_the_tables_are_complete_and_enough_is_right() -> None:
+    tried, published = support.read()
+    assert set(families()) - CANNOT_BE_MADE <= set(tried)
+    assert set(tried) == set(SETTINGS)
+    assert set(published) == set(NAMES)
+    assert support.tables(tried, published) == support.SUPPORT.read_text()
+    right = [outcome.architecture for outcome in (*tried.values(), *published.values()) if outcome.kind == "right"]
+    assert set(right) == TESTED
+    assert len(right) >= 85 + 80
+    assert not any(outcome.kind == "wrong" for outcome in (*tried.values(), *published.values()))
+    assert set(REPRESENTATIVE) <= set(tried)
+    assert set(SHAPES) <= set(published)
 
 
 def test_families_without_a_tiny_config_are_not_served() -> None:
@@ -100,6 +116,25 @@ def test_what_nobody_has_shown_to_be_right_is_refused_by_name(tmp_path: Path) ->
     save(make_model(GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=101)), tmp_path)
     with pytest.raises(UnsupportedModel, match="GPT2LMHeadModel"):
         read_spec(tmp_path)
+
+
+@pytest.mark.parametrize(("size", "num_layers", "num_experts"), [("20b", 24, 32), ("120b", 36, 128)])
+def test_gpt_oss_is_planned_at_its_real_size(size: str, num_layers: int, num_experts: int, tmp_path: Path) -> None:
+    """By hand, from what its makers say of it; at TP 2 a rank holds half of all but norms, routers and two biases."""
+    write_config(published(f"openai--gpt-oss-{size}"), tmp_path)
+    spec = read_spec(tmp_path, "bfloat16")
+    hidden, heads, kv_heads, dim, vocabulary = 2880, 64, 8, 64, 201_088
+    whole_biases = hidden + num_experts * hidden  # of the output projection, and of what the experts put out
+    whole = whole_biases + 2 * hidden + num_experts * (hidden + 1)
+    columns = (heads + 2 * kv_heads) * dim
+    cut = columns * (hidden + 1) + heads * dim * hidden + heads
+    cut += num_experts * (2 * hidden * (hidden + 1) + hidden * hidden)
+    outside = 2 * vocabulary * hidden
+    assert sum(parameter.numel for parameter in spec.parameters) == num_layers * (whole + cut) + outside + hidden
+    plan = make_plan(config_of(tmp_path, 2, 1), spec)
+    half = num_layers * (2 * whole + cut) // 2 + outside // 2 + hidden
+    assert [shard.weight_bytes for shard in plan.shards] == [2 * half] * 2
+    assert {attention.mask_spec.window for attention in spec.attentions} == {128, None}
 
 
 # Rules of one's own: each leaves the numbers as they are, and puts the work elsewhere
@@ -184,13 +219,13 @@ def test_shards_gathered_are_the_original(family: str, tmp_path: Path) -> None:
     try:
         spec = read_spec(tmp_path)
     except UnsupportedModel:
-        assert support()[family][-1].startswith("refused")
+        assert support.read()[0][family].kind == "refused"
         return
     conversions = Conversions(build_skeleton(read_model_config(tmp_path), torch.float32))
     sizes = [tp for tp in (2, 4, 8) if tp in valid_tensor_parallel_sizes(Sizes.of(spec))]
     assert 2 in sizes
     for tp in sizes:
-        config = {"tensor_parallel_size": tp, "allow_replication": True}
+        config = {"tensor_parallel_size": tp}
         plan = make_plan(Config.model_validate({"model": {"source": "x"}, "parallel": config}), spec)
         gathered: dict[str, torch.Tensor] = {}
         for shard in plan.shards:
@@ -200,6 +235,9 @@ def test_shards_gathered_are_the_original(family: str, tmp_path: Path) -> None:
             report = load_weights(find_sources(tmp_path, spec, shard, conversions), tensors)
             assert report.bytes_copied == shard.weight_bytes
             for tensor in shard.tensors:
+                if tensor.is_zero:
+                    assert not tensors[tensor.name].any()
+                    continue
                 whole = gathered.setdefault(tensor.name, torch.full(tensor.full_shape, float("nan")))
                 for box, place in boxes(tensor.intervals):
                     whole[as_slices(box)] = tensors[tensor.name][place].float()

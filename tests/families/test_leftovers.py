@@ -12,7 +12,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from junk import add, harmful, harmless, rewrite, stored_in
 from outcome import SETTINGS, make_config, make_model, reference, save, serve_in
 
-from actors.decisions.model.families import NO_PIPELINE
 from actors.decisions.model.plan import make_plan
 from actors.tensors.model.skeleton import build_skeleton, read_model_config
 from actors.tensors.model.spec_reader import read_spec
@@ -40,7 +39,7 @@ def test_what_is_too_much(family: str, tmp_path: Path, caplog: pytest.LogCapture
     kinds = harmless(stored, spec, conversions)
     rewrite(tmp_path, stored)
     add(tmp_path, stored, {key: tensor for junk in kinds.values() for key, tensor in junk.items()})
-    layout = (2, 1) if spec.architecture in NO_PIPELINE else (2, 2)
+    layout = (2, 1) if spec.exchanges_more else (2, 2)
     with caplog.at_level(logging.WARNING, "actors.tensors.weights"):
         assert not serve_in(layout, tmp_path, spec, [reference(tmp_path, 11)])
     assert sum("left out" in record.message for record in caplog.records) == 1

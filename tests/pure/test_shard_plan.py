@@ -257,3 +257,44 @@ def test_a_length_that_was_asked_for_is_never_lowered() -> None:
         plan.fitted(7)
     with pytest.raises(ValueError, match=r"cache\.num_blocks: 7 blocks"):
         plan_for(64, num_blocks=7)
+
+
+def with_alternating_experts(spec: ModelSpec) -> ModelSpec:
+    """Experts stored [in, out], whose gate and up columns alternate, with biases."""
+    prefix, styles = "model.layers.0.mlp.experts", dict(spec.styles)
+    shapes = {"gate_up": (4, 16, 24), "gate_up_bias": (4, 24), "down": (4, 12, 16), "down_bias": (4, 16)}
+    for name, style in zip(
+        shapes, ("interleaved_rowwise", "interleaved_rowwise", "colwise", "added_once"), strict=True
+    ):
+        styles[f"model.layers.*.mlp.experts.{name}"] = style
+    experts = tuple(Parameter(f"{prefix}.{name}", shape, "bfloat16", "layer") for name, shape in shapes.items())
+    return replace(spec, parameters=(*spec.parameters, *experts), styles=styles)
+
+
+def test_columns_that_alternate_stay_in_pairs() -> None:
+    spec = with_alternating_experts(make_spec(heads=4))
+    assert valid_tensor_parallel_sizes(Sizes.of(spec)) == [1, 2, 4], "12 pairs and 4 heads"
+    for shard, plan in enumerate(make_shard_plans(spec, Topology(4, 1))):
+        held = {tensor.name.rpartition(".")[2]: tensor.intervals for tensor in plan.tensors if "experts" in tensor.name}
+        assert held["gate_up"] == (((0, 4),), ((0, 16),), ((6 * shard, 6 * shard + 6),))
+        assert held["gate_up_bias"] == (((0, 4),), ((6 * shard, 6 * shard + 6),))
+        assert held["down"] == (((0, 4),), ((3 * shard, 3 * shard + 3),), ((0, 16),))
+
+
+def test_pairs_are_what_shards_divide() -> None:
+    spec = with_alternating_experts(make_spec(heads=8))
+    with pytest.raises(ValueError, match="12 ffn columns are not divisible by 8"):
+        make_shard_plans(spec, Topology(8, 1))
+
+
+def test_a_bias_of_what_is_summed_is_on_the_first_shard_alone() -> None:
+    plans = make_shard_plans(with_alternating_experts(make_spec()), Topology(2, 2))
+    held = {plan.rank: [t for t in plan.tensors if t.name.endswith("down_bias")] for plan in plans}
+    assert {rank: [tensor.is_zero for tensor in of_rank] for rank, of_rank in held.items()} == {
+        0: [False],
+        1: [True],
+        2: [],
+        3: [],
+    }
+    assert {tensor.shape for of_rank in held.values() for tensor in of_rank} == {(4, 16)}
+    assert not any(tensor.is_zero for plan in plans for tensor in plan.tensors if "down_bias" not in tensor.name)

@@ -81,6 +81,7 @@ def test_rules_replace_the_model_s_own_when_told_to() -> None:
         ({"layers.*.self_attn.o_proj": "replicate", "layers.*.self_attn.q_proj": "colwise"}, "do not fit"),
         ({"lm_head": "replicate"}, "'lm_head' is always colwise_gather_output here, not replicate"),
         ({"layers.*.moe.experts.up": "packed_colwise"}, "nothing sums what .*experts returns"),
+        ({"layers.*.moe.experts.up": "added_once"}, "nothing sums what .*experts returns"),
     ],
 )
 def test_wrong_rules_are_named(rules: dict[str, str], words: str) -> None:

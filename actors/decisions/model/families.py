@@ -7,7 +7,8 @@ _ATTENTION = {
     "self_attn.v_proj": "colwise",
     "self_attn.o_proj": "rowwise",
 }
-_LATENT_ATTENTION = {
+_LATENTS = {"self_attn.q_a_proj": "replicate"}  # small, and all heads need all of it: a cut would cost a gather
+_LATENT_ATTENTION = _LATENTS | {
     "self_attn.q_proj": "colwise",
     "self_attn.q_b_proj": "colwise",
     "self_attn.kv_b_proj": "colwise",
@@ -19,6 +20,15 @@ _SHARED_EXPERTS = {
     "mlp.shared_experts.up_proj": "colwise",
     "mlp.shared_experts.down_proj": "rowwise",
 }
+# Alternating gate and up columns, stored [in, out], with biases
+_INTERLEAVED_EXPERTS = {
+    "mlp.experts": "moe_tp_experts",
+    "mlp.experts.gate_up_proj": "interleaved_rowwise",
+    "mlp.experts.gate_up_proj_bias": "interleaved_rowwise",
+    "mlp.experts.down_proj": "colwise",
+    "mlp.experts.down_proj_bias": "added_once",
+}
+_SHARED_MLP = {"shared_mlp.input_linear": "packed_colwise", "shared_mlp.output_linear": "rowwise"}
 _FUSED_FFN = {"mlp.gate_up_proj": "packed_colwise", "mlp.down_proj": "rowwise"}
 _FUSED_QKV = {"self_attn.qkv_proj": "qkv_colwise", "self_attn.o_proj": "rowwise"}
 _NORMS_BY_HEAD = {"self_attn.q_norm.weight": "colwise", "self_attn.k_norm.weight": "colwise"}
@@ -27,15 +37,20 @@ _BETTER: dict[str, dict[str, str]] = {
     "afmoe": _ATTENTION | {"self_attn.gate_proj": "colwise"} | _FFN | _SHARED_EXPERTS,
     "axk1": _LATENT_ATTENTION,
     "cohere": _NORMS_BY_HEAD,
+    "deepseek_v2": _LATENTS,
     "deepseek_v3": _LATENT_ATTENTION,
     "flint": _ATTENTION | {"self_attn.sinks": "colwise"},
     "flex_olmo": _ATTENTION | _WIDE_NORMS,
     "glm": _FUSED_FFN,
     "glm4": _FUSED_FFN,
+    "glm4_moe_lite": _LATENTS,
+    "gpt_oss": _ATTENTION | {"self_attn.sinks": "colwise"} | _INTERLEAVED_EXPERTS,
     "granitemoe": _ATTENTION,
-    "granitemoehybrid": _ATTENTION,
-    "granitemoeshared": _ATTENTION,
+    "granitemoehybrid": _ATTENTION | _SHARED_MLP,
+    "granitemoeshared": _ATTENTION | _SHARED_MLP,
+    "hunyuan_v1_dense": _ATTENTION | _FFN,
     "hunyuan_v1_moe": _ATTENTION,
+    "minicpm3": _LATENTS,
     "minimax_m2": _ATTENTION | _WIDE_NORMS,
     "minimax_m3_vl_text": _ATTENTION,
     "olmo2": _ATTENTION | _WIDE_NORMS,
@@ -83,6 +98,7 @@ TESTED = frozenset(
         "Glm4MoeForCausalLM",
         "Glm4MoeLiteForCausalLM",
         "GlmForCausalLM",
+        "GptOssForCausalLM",
         "GraniteForCausalLM",
         "GraniteMoeForCausalLM",
         "GraniteMoeHybridForCausalLM",
@@ -91,9 +107,11 @@ TESTED = frozenset(
         "GraniteSWAForCausalLM",
         "HYV3ForCausalLM",
         "HeliumForCausalLM",
+        "HunYuanDenseV1ForCausalLM",
         "HunYuanMoEV1ForCausalLM",
         "HyperCLOVAXForCausalLM",
         "Jais2ForCausalLM",
+        "Kimi_K25ForConditionalGeneration",
         "Kolibri1ForCausalLM",
         "LagunaForCausalLM",
         "Llama4ForCausalLM",
@@ -134,12 +152,6 @@ TESTED = frozenset(
         "YoutuForCausalLM",
     ]
 )
-
-# Families whose layers need more than the hidden states of the layer before, and why they cannot be cut into stages.
-NO_PIPELINE = {
-    "Gemma4ForCausalLM": "every layer gets its own embedding of the tokens, which only the first stage has",
-    "Gemma4UnifiedForCausalLM": "every layer gets its own embedding of the tokens, which only the first stage has",
-}
 
 
 def amended_styles(

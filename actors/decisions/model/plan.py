@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from actors.decisions.model.families import NO_PIPELINE
 from actors.decisions.model.shard_plan import ShardPlan, check_given_cut, make_shard_plans
 from actors.decisions.model.sizes import Sizes, broken_constraints
 from actors.decisions.model.spec import ModelSpec
@@ -112,12 +111,10 @@ def _problems(config: Config, spec: ModelSpec, topology: Topology, block_size: i
             f"scheduler.max_num_batched_tokens: a step of {scheduler.max_num_batched_tokens} tokens cannot hold one "
             f"token for each of scheduler.max_num_seqs = {scheduler.max_num_seqs} sequences; use at least as many"
         )
-    kept_whole = NO_PIPELINE.get(spec.architecture)
-    if spec.exchanges_more:
-        kept_whole = "its layers get more from earlier ones than the hidden states"
-    if topology.pipeline_parallel_size > 1 and kept_whole:
+    if topology.pipeline_parallel_size > 1 and spec.exchanges_more:
         problems.append(
-            f"parallel.pipeline_parallel_size: {spec.architecture} cannot be cut into stages: {kept_whole}; use 1"
+            f"parallel.pipeline_parallel_size: {spec.architecture} cannot be cut into stages: its layers get more than "
+            "the hidden states of the layer before, such as an embedding for each layer; use 1"
         )
     try:
         spec = with_tp_plan(spec, config.parallel)

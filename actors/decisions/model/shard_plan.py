@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from actors.decisions.model.sizes import Sizes, broken_constraints
 from actors.decisions.model.spec import AttentionSpec, ModelSpec, Parameter, cut_dim, dtype_bytes
-from actors.decisions.model.styles import STYLES
+from actors.decisions.model.styles import STYLES, Style
 from actors.words.errors import UnsupportedModel
 from cluster.topology import Topology
 
@@ -28,6 +28,7 @@ class TensorSlice:
     full_shape: tuple[int, ...]
     intervals: tuple[tuple[Interval, ...], ...]  # one tuple of intervals a dimension
     dtype: str
+    is_zero: bool = False  # the rank holds zeros of this shape, whatever the checkpoint has: another shard adds it
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
@@ -242,17 +243,15 @@ class _Cutter:
         intervals: tuple[tuple[Interval, ...], ...] = whole
         if dim is not None:
             size = parameter.shape[dim]
-            cut = (
-                self._qkv(parameter, size)
-                if name == "qkv_colwise"
-                else self._equal_pieces(parameter, size, style.pieces)
-            )
+            cut = self._qkv(parameter, size) if name == "qkv_colwise" else self._equal_pieces(parameter, size, style)
             intervals = (*whole[:dim], cut, *whole[dim + 1 :])
-        return TensorSlice(parameter.name, parameter.name, parameter.shape, intervals, parameter.dtype)
+        is_zero = style.is_on_first and self.plan.shard > 0
+        return TensorSlice(parameter.name, parameter.name, parameter.shape, intervals, parameter.dtype, is_zero)
 
-    def _equal_pieces(self, parameter: Parameter, size: int, pieces: int) -> tuple[Interval, ...]:
-        first, end = self._interval(parameter, size // pieces)
-        return tuple((piece + first, piece + end) for piece in range(0, size, size // pieces))
+    def _equal_pieces(self, parameter: Parameter, size: int, style: Style) -> tuple[Interval, ...]:
+        piece_size = size // style.pieces
+        first, end = (bound * style.together for bound in self._interval(parameter, piece_size // style.together))
+        return tuple((piece + first, piece + end) for piece in range(0, size, piece_size))
 
     def _interval(self, parameter: Parameter, size: int) -> Interval:
         """The part of a cut dimension that this rank holds: vocabulary rows, heads, or an even share."""

@@ -102,7 +102,7 @@ class ModelSpec:
     experts_per_token: int | None = None  # of a mixture of experts
     grouped_experts: frozenset[str] = frozenset()  # patterns of modules whose experts torch multiplies in groups
     unused: frozenset[str] = frozenset()  # tensors of the checkpoint that text does not need, as of an image encoder
-    exchanges_more: bool = False  # layers get more from earlier ones than the hidden states: no stage can hand that on
+    exchanges_more: bool = False  # layers get more of earlier stages than the hidden states: no stage can hand that on
     layer_outputs: int = 0  # a layer returns a tuple of so many; 0: the hidden states alone
     are_layers_chained: bool = False  # each layer gets what the one before put out, untouched; all get the same angles
     angles: Angles | None = None  # rotary embedding that every layer gets; None: none, or they differ
@@ -167,7 +167,7 @@ class ModelSpec:
         if style.cuts is None or self.is_vocabulary(parameter.name) or has_heads:
             return None
         dim = cut_dim(style.cuts, parameter.shape)
-        return None if dim is None else parameter.shape[dim] // style.pieces
+        return None if dim is None else parameter.shape[dim] // (style.pieces * style.together)
 
     def is_grouped(self, parameter: Parameter) -> bool:
         """Whether it is the weight of stacked experts that are multiplied in groups."""

@@ -78,9 +78,10 @@ def _check_sums(spec: ModelSpec, asked: Mapping[str, str]) -> None:
             continue
         is_tensor = any(pattern_of(parameter.name) == pattern for parameter in spec.parameters)
         owner = pattern.rpartition(".")[0]
-        if is_tensor and STYLES[style].cuts and spec.styles.get(owner) not in ("moe_tp_experts", "all_reduce"):
+        is_part = STYLES[style].cuts is not None or STYLES[style].is_on_first
+        if is_tensor and is_part and spec.styles.get(owner) not in ("moe_tp_experts", "all_reduce"):
             raise ValueError(
-                f"{_KEY}: {pattern!r} is cut ({style}), but nothing sums what {owner} returns; "
+                f"{_KEY}: {pattern!r} is dealt to shards ({style}), but nothing sums what {owner} returns; "
                 f"add {owner!r}: moe_tp_experts, or cut whole modules instead of tensors"
             )
     for attention in spec.attentions:

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 
 from actors.decisions.model.spec import Angles, MaskSpec, pattern_of
 from actors.tensors.model.config_reader import in_short
+from actors.tensors.model.descent import Descent
 from actors.tensors.model.mask_reader import MaskFunction, read_mask
 from actors.tensors.model.position_only_cache import ProbedCache
 from actors.words.errors import UnsupportedModel
@@ -66,7 +66,7 @@ class Trace:
     calls: list[str] = field(default_factory=list)  # names of layers and of modules outside them that hold tensors
     state_shapes: set[tuple[int, ...]] = field(default_factory=set)  # of what enters the layers, for one token
     layer_outputs: set[int] = field(default_factory=set)  # lengths of the tuples that layers return, 0 for a tensor
-    exchanges_more: bool = False  # whether a layer gets more from an earlier one than the hidden states
+    exchanges_more: bool = False  # whether a layer gets more than hidden states of what only earlier stages compute
     are_chained: bool = (
         True  # whether each layer gets the unchanged output of the one before, and all get the same angles
     )
@@ -85,7 +85,7 @@ class Probe:
         self._max_position = max_position
         self._masks: list[tuple[torch.Tensor, MaskFunction]] = []  # all that the model made
         self._mask_specs: dict[MaskFunction, MaskSpec] = {}  # of those that an attention uses
-        self._extras: list[torch.Tensor] = []  # what layers returned besides the hidden states
+        self._of_stages = Descent()  # tensors that are computed on some stages only
         self._output: tuple[torch.Tensor, int] | None = None  # of the layer before, and its version
         self._angles: tuple[torch.Tensor, ...] = ()  # that the first layer got
 
@@ -100,7 +100,7 @@ class Probe:
         arguments["position_ids"] = torch.arange(_NUM_TOKENS).unsqueeze(0)
         past = ProbedCache()
         try:
-            with torch.no_grad():  # in inference mode tensors have no version, which shows changes in place
+            with torch.no_grad(), self._of_stages:  # inference mode has no versions, which show changes in place
                 self._model(input_ids=ids, past_key_values=past, **arguments)
         except UnsupportedModel:
             raise
@@ -135,6 +135,8 @@ class Probe:
             yield module.register_forward_pre_hook(self._multiplying(name))
         elif not name.startswith(self._layers_name + ".") and _holds_tensors(module):
             yield module.register_forward_pre_hook(lambda *_: self.trace.calls.append(name))
+            if module.state_dict():  # only one stage has it, and stages after the first only its zeros
+                yield module.register_forward_hook(lambda module, args, output: self._of_stages.begin(output))
 
     def _entering(self, name: str) -> Callable[..., None]:
         def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -148,8 +150,8 @@ class Probe:
                     "[1, tokens, ...] is built, so use another model"
                 )
             self.trace.state_shapes.add(tuple(state.shape[2:]))
-            given = [leaf for leaf in tree_leaves((args[1:], kwargs)) if leaf is not state]
-            self.trace.exchanges_more |= any(leaf is extra for leaf in given for extra in self._extras)
+            if self._output is not None:
+                self.trace.exchanges_more |= self._of_stages.reaches((args[1:], kwargs), beside=state)
             self._note_chain(state, kwargs.get("position_embeddings"))
 
         return enter
@@ -178,8 +180,6 @@ class Probe:
         self.trace.layer_outputs.add(len(output) if isinstance(output, tuple) else 0)
         state = output[0] if isinstance(output, tuple) else output
         self._output = state, state._version  # noqa: SLF001
-        if isinstance(output, tuple):
-            self._extras += [leaf for leaf in tree_leaves(output[1:]) if isinstance(leaf, torch.Tensor)]
 
     def _mask(self, q_length: int, kv_length: int, mask_function: MaskFunction, **kwargs: Any) -> torch.Tensor:
         """Transformers' mask interface: notes the mask function, and returns a tensor by which to recognize it."""

@@ -41,12 +41,14 @@ def summand_of(
     whole: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
         for own_name, parameter in module.named_parameters():
+            held = _slice(plan, rank, f"{name}.{own_name}")
             cuts = STYLES[plan.spec.style_of(f"{name}.{own_name}") or "replicate"].cuts
             dim = cut_dim("columns", tuple(parameter.shape)) if cuts == "columns" else None
-            if dim is not None:  # what this rank does not hold adds nothing
+            if dim is not None or held.is_zero:  # what this rank does not hold adds nothing
                 kept = torch.zeros_like(parameter)
-                for first, end in _slice(plan, rank, f"{name}.{own_name}").intervals[dim]:
-                    kept.narrow(dim, first, end - first).copy_(parameter.narrow(dim, first, end - first))
+                if dim is not None:
+                    for first, end in held.intervals[dim]:
+                        kept.narrow(dim, first, end - first).copy_(parameter.narrow(dim, first, end - first))
                 whole.append((parameter, parameter.data))
                 parameter.data = kept
         summand: torch.Tensor = module.forward(*args, **kwargs)

@@ -126,20 +126,22 @@ def load_weights(sources: Sources, tensors: Mapping[str, torch.Tensor], progress
     started = time.monotonic()
     wanted = sources.shard.tensors
     assert set(tensors) == {tensor.name for tensor in wanted}, "tensors and shard plan disagree"
+    total, filled = sum(tensor.nbytes for tensor in tensors.values()), 0
     reads: list[Read] = []
     for tensor in wanted:
         source, target = sources.by_target[tensor.name], tensors[tensor.name]
         assert target.shape == tensor.shape, f"{tensor.name}: {tuple(target.shape)} is not the shard's {tensor.shape}"
-        if isinstance(source, Lazy):
+        if tensor.is_zero:
+            filled += target.zero_().nbytes
+        elif isinstance(source, Lazy):
             reads += _reads(source, tensor, target)
-    total, filled = sum(tensor.nbytes for tensor in tensors.values()), 0
     for num_bytes in copied(reads):
         filled += num_bytes
         if progress is not None:
             progress(filled, total)
     for tensor in wanted:
         source = sources.by_target[tensor.name]
-        if not isinstance(source, Lazy):
+        if not isinstance(source, Lazy) and not tensor.is_zero:
             whole = _compute(source, sources.conversions) if isinstance(source, Computed) else source
             filled += _slice_whole(whole, tensor, tensors[tensor.name])
             if progress is not None:

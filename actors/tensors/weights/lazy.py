@@ -56,6 +56,10 @@ class Lazy(ABC):
         """Raises NotLazyError for any other attribute of tensors."""
         raise NotLazyError(name)
 
+    def __getitem__(self, index: Any) -> Any:
+        """Raises NotLazyError: indexing can do too many things to be followed backwards."""
+        raise NotLazyError(f"[{index}]")
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
