@@ -1,6 +1,7 @@
 """Text: the model's tokenizer and chat template. Prompts become token ids, and ids become text."""
 
 import asyncio
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,8 @@ from deployments.text.generation_config import eos_token_ids
 from deployments.text.prompts import Conversation, ConversationError, Prompt
 from deployments.text.token_text import TokenTexts
 from deployments.text.transcript import Decoder, Transcript
+
+logger = logging.getLogger(__name__)
 
 INLINE_CHARS = 4096  # of a request's prompts together; more takes milliseconds, and is tokenized in another thread
 
@@ -43,13 +46,15 @@ class Text:
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         except Exception as error:  # noqa: BLE001 - those of a library in Rust have no class of their own
-            reason = " ".join(str(error).split())[:300]
+            reason = " ".join(str(error).split())[:400]
             raise ValueError(
                 f"{folder}: holds no tokenizer that Transformers can read ({reason}); copy tokenizer.json and "
                 "tokenizer_config.json from the checkpoint's source, whole"
             ) from None
         text = cls(tokenizer, eos_token_ids(Path(folder)))
-        if text._template is not None:
+        if text._template is None:
+            logger.info("the checkpoint has no chat template: chats are refused, /v1/completions answers")
+        else:
             text._template.check()
         return text
 

@@ -132,6 +132,16 @@ def test_a_template_that_never_ends_is_found_before_anything_is_served(tokenizer
         Text.load(folder)
 
 
+def test_a_checkpoint_without_a_chat_template_says_so_at_the_start(tokenizer_folder, tmp_path, caplog):
+    folder = shutil.copytree(tokenizer_folder, tmp_path / "base")
+    (folder / "chat_template.jinja").unlink()
+    with caplog.at_level("INFO", "deployments"):
+        text = Text.load(folder)
+    assert caplog.messages == ["the checkpoint has no chat template: chats are refused, /v1/completions answers"]
+    with pytest.raises(ConversationError, match="no chat template; use /v1/completions"):
+        encode(text, Conversation([{"role": "user", "content": "fox"}]))
+
+
 @pytest.mark.parametrize("left", [None, "", '{"version": "1.0", "model": {"type": "none"}}'])
 def test_a_tokenizer_that_is_not_there_or_broken_is_one_line(tokenizer_folder, tmp_path, left):
     folder = shutil.copytree(tokenizer_folder, tmp_path / "broken")
