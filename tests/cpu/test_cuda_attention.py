@@ -1,5 +1,5 @@
 """Paged attention on CUDA where there are no kernels: said once, and all masks are made. The kernels' own tests are in
-test_triton_attention.py."""
+test_triton.py."""
 
 import dataclasses
 import importlib

@@ -11,7 +11,13 @@ TENSORS = "actors/tensors/backends"
 # Files that may read it: the backends, the transports and their choice, and where Ray is asked for a device.
 MAY_ASK = (f"{TENSORS}/", "cluster/collectives/groups.py", "cluster/collectives/cpu_transport.py")
 MAY_ASK += ("cluster/collectives/cuda_transport.py",)
-SHARED = {"choose", "reference", "trial", "host_memory"}  # what lies beside the backends, for all of them
+SHARED = {
+    "choose",
+    "reference",
+    "trial",
+    "trial_steps",
+    "host_memory",
+}  # what lies beside the backends, for all of them
 
 
 def questions(source: str, file: str) -> Iterator[str]:

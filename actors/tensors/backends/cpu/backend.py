@@ -12,9 +12,9 @@ from actors.tensors.backends.cpu.gumbel_argmax import gumbel_argmax
 from actors.tensors.backends.cpu.kernels import DTYPE_TAGS
 from actors.tensors.backends.cpu.llama import attention as attention_block
 from actors.tensors.backends.cpu.llama import layers as decoder_layers
-from actors.tensors.backends.cpu.trial_steps import TrialSteps
 from actors.tensors.backends.reference import ReferenceBackend
 from actors.tensors.backends.trial import Account, exchanging_nothing
+from actors.tensors.backends.trial_steps import TrialSteps
 from actors.tensors.model.parallel_layers import ParallelLinear, is_rms_norm
 from actors.words.messages import Substitution
 
@@ -39,7 +39,7 @@ class CPUBackend(ReferenceBackend):
             if isinstance(module, ParallelLinear):
                 account.put("panel_packed_linear", linear.why_no_panels(module))
         shards = model.shard.attentions
-        trials = {shard.spec.name: TrialSteps(model, shard, attention.block_size) for shard in shards}
+        trials = {shard.spec.name: TrialSteps(model, shard, attention.block_size, self.device) for shard in shards}
         with exchanging_nothing(model.group):
             _substitute_modules(model, trials, account)
         decoder_layers.substitute(model, trials, account)

@@ -7,9 +7,10 @@ import torch
 
 from actors.decisions.model.plan import Plan
 from actors.decisions.model.spec import AttentionSpec
-from actors.tensors.backend import AttentionBackend, Decoder, Download, RankModel
-from actors.tensors.backends.cuda import module_kernels, transfer
+from actors.tensors.backend import AttentionBackend, Decoder, Download, LinearMethod, RankModel
+from actors.tensors.backends.cuda import linear, module_kernels, transfer
 from actors.tensors.backends.cuda.attention import CUDAAttention
+from actors.tensors.backends.cuda.attention_trial import why_no_kernels
 from actors.tensors.backends.cuda.decode import CUDADecoder
 from actors.tensors.backends.reference import ReferenceBackend
 from actors.tensors.backends.trial import Account, exchanging_nothing
@@ -44,16 +45,26 @@ class CUDABackend(ReferenceBackend):
         """See Backend."""
         return transfer.EventDownload(tensor) if tensor.is_cuda else super().download(tensor)
 
+    def linear_method(self, weights: Sequence[torch.Tensor]) -> LinearMethod | None:
+        """See Backend."""
+        return linear.linear_method(weights)
+
     def attention(self, specs: Sequence[AttentionSpec], dtype: torch.dtype, block_size: int) -> AttentionBackend:
         """See Backend."""
         return CUDAAttention(specs, dtype, block_size, self.device, self.upload)
 
     def optimize(self, model: RankModel) -> list[Substitution]:
-        """See Backend: norms and rotary embeddings as one kernel each."""
-        account = Account()
-        if self.device.type == "cuda":
-            with exchanging_nothing(model.group):
+        """See Backend: norms, then what takes fewer launches as a whole, then rotary embeddings that are left."""
+        account, attention = Account(), model.attention
+        assert isinstance(attention, CUDAAttention), "a model attends through its device's backend"
+        with exchanging_nothing(model.group):
+            if self.device.type == "cuda":
                 module_kernels.substitute_norms(model.module, account)
+            if why_no_kernels(self.device) is None:
+                from actors.tensors.backends.cuda import layers
+
+                layers.substitute(model, attention.block_size, self.device, account)
+            if self.device.type == "cuda":
                 module_kernels.substitute_rotary(model.module, account)
         return account.entries()
 

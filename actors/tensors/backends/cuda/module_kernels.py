@@ -6,6 +6,7 @@ On a GPU every kernel launch of a decode step costs time; the models' own code t
 import functools
 import sys
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def substitute_rotary(model: nn.Module, account: Account, compile_function: Call
 
     `compile_function`: torch.compile, or in a test another one, whose result is then used on all devices.
     """
-    for name in sorted({type(module).__module__ for module in model.modules()}):
+    for name in sorted({type(module).__module__ for module in model.modules() if _rotates(module)}):
         file: Any = sys.modules[name]
         own = getattr(file, ROTARY_NAME, None)
         if own is None or not name.startswith("transformers.models.") or hasattr(own, "own"):
@@ -56,6 +57,12 @@ def substitute_rotary(model: nn.Module, account: Account, compile_function: Call
         )
         if account.put("rotary", _why_not_rotary(rotary, device)):
             setattr(file, ROTARY_NAME, rotary)
+
+
+def _rotates(module: nn.Module) -> bool:
+    """Whether a module's own forward calls the rotary function of its file."""
+    forward = type(module).forward
+    return isinstance(forward, FunctionType) and ROTARY_NAME in forward.__code__.co_names
 
 
 class _CompiledRotary:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from actors.tensors.backends.cpu.kernels import DTYPE_TAGS, CosSin, Heads, KeysValues, rotate_and_store
-from actors.tensors.backends.cpu.trial_steps import TrialSteps
 from actors.tensors.backends.trial import Reason, difference
+from actors.tensors.backends.trial_steps import TrialSteps
 from actors.tensors.model.attention_layer import attention_of
 from actors.tensors.model.linear import MergedColwise, merged_of
 

@@ -33,8 +33,8 @@ from actors.tensors.backends.cpu.llama.kernel import (
     StepArrays,
 )
 from actors.tensors.backends.cpu.module_kernels import KernelGatedMLP, KernelRMSNorm
-from actors.tensors.backends.cpu.trial_steps import TrialSteps
 from actors.tensors.backends.trial import Account, Reason, difference, exchanging_nothing
+from actors.tensors.backends.trial_steps import TrialSteps
 from actors.tensors.model.attention_layer import LayerAttention, attention_of
 from actors.tensors.model.parallel_layers import PassThrough, RowwiseLinear, norm_eps
 from cluster.collectives.exchange import OK, SPENT_NS, alone

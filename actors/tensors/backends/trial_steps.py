@@ -16,7 +16,6 @@ from actors.tensors.backends.trial import random
 from actors.tensors.model.attention_layer import CurrentStep, LayerAttention, detach
 from actors.tensors.model.position_only_cache import PositionOnlyCache
 
-_CPU = torch.device("cpu")
 _NUM_BLOCKS = 8
 _TABLES = ((4, 0, 2, 6), (1, 5, 3, 7))  # as many blocks as blocks of one token take
 _NUM_PROMPT = 3  # tokens of the second sequence; the first one decodes one
@@ -37,13 +36,14 @@ class TrialSteps:
     from far out on.
     """
 
-    def __init__(self, model: RankModel, shard: AttentionShard, block_size: int) -> None:
+    def __init__(self, model: RankModel, shard: AttentionShard, block_size: int, device: torch.device) -> None:
         self.shard = shard
+        self.device = device
         self.block_size = block_size
         self.angles = model.spec.angles
         self.dtype: torch.dtype = getattr(torch, model.spec.dtype)
-        self._cache = KVCache([shard], _NUM_BLOCKS, block_size, self.dtype, _CPU)
-        self._stored = [random(*tensor.shape, dtype=self.dtype, device=_CPU) for tensor in self._cache.tensors]
+        self._cache = KVCache([shard], _NUM_BLOCKS, block_size, self.dtype, device)
+        self._stored = [random(*tensor.shape, dtype=self.dtype, device=device) for tensor in self._cache.tensors]
         self._attention: AttentionBackend = model.attention
         self._current = CurrentStep()
         row, prompt = Chunk(0, 0, block_size + 2, 1), Chunk(1, 1, 0, _NUM_PROMPT)
@@ -52,15 +52,15 @@ class TrialSteps:
     def _step(self, spec: ModelSpec, chunks: list[Chunk]) -> _Step:
         positions_T, hidden_size = torch.from_numpy(positions_of(chunks)), spec.hidden_size
         positions_T[0] = spec.max_position - 1
-        hidden = random(1, len(positions_T), hidden_size, dtype=self.dtype, device=_CPU, seed=1)
-        signs = random(*hidden.shape, dtype=torch.float32, device=_CPU, seed=4).sign()
+        hidden = random(1, len(positions_T), hidden_size, dtype=self.dtype, device=self.device, seed=1)
+        signs = random(*hidden.shape, dtype=torch.float32, device=self.device, seed=4).sign()
         nudged = (hidden.float() * (1 + torch.finfo(self.dtype).eps / 2 * signs)).to(self.dtype)
         embeddings = None
         if self.angles is not None:
             dtype, shape = getattr(torch, self.angles.dtype), (1, len(positions_T), self.angles.dim)
             embeddings = (
-                random(*shape, dtype=dtype, device=_CPU, seed=2),
-                random(*shape, dtype=dtype, device=_CPU, seed=3),
+                random(*shape, dtype=dtype, device=self.device, seed=2),
+                random(*shape, dtype=dtype, device=self.device, seed=3),
             )
         metadata = self._attention.plan(StepLayout(chunks, torch.tensor(_TABLES)))
         return _Step(metadata, positions_T, hidden, nudged, embeddings)

@@ -1,0 +1,267 @@
+"""What test_triton.py runs in a process whose kernels Triton interprets: kernels, whole models, and launches."""
+
+import functools
+import runpy
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+
+from actors.decisions.model.plan import Plan, make_plan
+from actors.decisions.model.spec import AttentionSpec
+from actors.tensors.attention.metadata import LayerCache
+from actors.tensors.backends.cpu.backend import CPUBackend
+from actors.tensors.backends.cuda import layer_kernels
+from actors.tensors.backends.cuda.backend import CUDABackend
+from actors.tensors.backends.cuda.layer_kernels import HeadNorms
+from actors.tensors.model.spec_reader import read_spec
+from actors.tensors.runner import Runner
+from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
+from configs.config import Config
+
+CPU = torch.device("cpu")
+NAN = float("nan")
+KERNEL = type(layer_kernels._gate)
+worlds = runpy.run_path(str(Path(__file__).with_name("test_cuda_decoder.py")))
+threads = runpy.run_path(str(Path(__file__).parent.parent / "families" / "threads.py"))
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("size", [16, 40, 1100])
+def test_a_residual_is_added_and_the_sum_is_normed(size: int) -> None:
+    x, y, weight = normal(1, 3, size), normal(1, 3, size, seed=1), normal(size, seed=2)
+    x[0, 1] *= 1e-3
+    y[0, 1] *= 1e-3
+    total, normed = layer_kernels.add_rms_norm(x, y, weight, 1e-5)
+    assert torch.equal(total, x + y)
+    torch.testing.assert_close(normed, torch.nn.functional.rms_norm(x + y, (size,), weight, 1e-5))
+
+
+@pytest.mark.parametrize("activation", layer_kernels.ACTIVATIONS)
+def test_a_gate_is_an_activation_times_the_rest(activation: str) -> None:
+    both = 6 * normal(1, 3, 2 * 1100)
+    both[0, 0, 0], both[0, 0, 1] = 300.0, -300.0
+    gate, up = both.chunk(2, dim=-1)
+    own = torch.nn.functional.silu(gate) if activation == "silu" else torch.nn.functional.gelu(gate, approximate="tanh")
+    torch.testing.assert_close(layer_kernels.gate(both, activation), own * up)
+    wide = normal(1, 3, 5000)[..., :2200]  # a view
+    torch.testing.assert_close(
+        layer_kernels.gate(wide, "silu"), torch.nn.functional.silu(wide[..., :1100]) * wide[..., 1100:]
+    )
+
+
+@pytest.mark.parametrize("has_norms", [False, True])
+@pytest.mark.parametrize(("heads", "head_dim", "block_size"), [((4, 2), 16, 16), ((7, 1), 20, 24), ((3, 3), 128, 4)])
+def test_queries_are_rotated_and_keys_and_values_are_in_their_slots(
+    heads: tuple[int, int], head_dim: int, block_size: int, has_norms: bool
+) -> None:
+    (num_heads, num_kv_heads), num_tokens = heads, 5
+    product = normal(1, num_tokens, (num_heads + 2 * num_kv_heads) * head_dim)
+    cos, sin = normal(1, num_tokens, head_dim, seed=1), normal(1, num_tokens, head_dim, seed=2)
+    norms = HeadNorms(normal(head_dim, seed=3), normal(head_dim, seed=4), 1e-5) if has_norms else None
+    slots_T = torch.tensor([3, 0, 2 * block_size, block_size + 1, 3 * block_size - 1])
+    shape = 4, block_size, num_kv_heads, head_dim
+    cache = LayerCache(AttentionSpec("", *heads, head_dim, head_dim), torch.full(shape, 7.0), torch.full(shape, 8.0))
+    found = layer_kernels.rotate_and_store(product, cos, sin, norms, slots_T, cache, num_heads)
+
+    sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
+    query, key, value = (part.view(num_tokens, -1, head_dim) for part in product[0].split(sizes, dim=-1))
+    if norms is not None:
+        query = torch.nn.functional.rms_norm(query, (head_dim,), norms.query_D, norms.eps)
+        key = torch.nn.functional.rms_norm(key, (head_dim,), norms.key_D, norms.eps)
+
+    def rotated(x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * cos[0][:, None] + torch.cat([-second, first], dim=-1) * sin[0][:, None]
+
+    torch.testing.assert_close(found, rotated(query).transpose(0, 1))
+    keys, values = torch.full(shape, 7.0), torch.full(shape, 8.0)
+    keys.view(-1, num_kv_heads, head_dim)[slots_T] = rotated(key)
+    values.view(-1, num_kv_heads, head_dim)[slots_T] = value
+    torch.testing.assert_close(cache.keys_NbHD, keys)
+    assert torch.equal(cache.values_NbHD, values)
+
+
+SIZES = {
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "vocab_size": 53,
+    "max_position_embeddings": 128,
+    "num_hidden_layers": 2,
+    "tie_word_embeddings": False,
+}
+FAMILIES: dict[str, Callable[..., PreTrainedConfig]] = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,  # biases
+    "qwen3": Qwen3Config,  # norms over heads
+    "gemma2": Gemma2Config,  # norms behind each part, norms of one plus the weight, a tanh in its activation
+}
+EVERYWHERE = {"gated_mlp": 2, "attention_block": 2, "decoder_layer": 2, "paged_attention": 2}
+
+
+def folder_of(family: str, parent: Path, **sizes: int) -> Path:
+    config = FAMILIES[family](**{**SIZES, **sizes}, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            is_vector = parameter.dim() == 1
+            around = 1.0 if is_vector and family != "gemma2" else 0.0
+            parameter.copy_(normal(*parameter.shape, seed=number) * (0.3 if is_vector else 0.2) + around)
+    model.save_pretrained(parent / family)
+    return parent / family
+
+
+def plan_of(folder: Path, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> Plan:
+    config = Config(
+        model={"source": str(folder), "max_model_len": 80},
+        parallel={"tensor_parallel_size": tensor_parallel, "pipeline_parallel_size": pipeline_parallel},
+        cache={"block_size": worlds["BLOCK_SIZE"]},
+        scheduler={"max_num_seqs": 5},
+    )
+    return make_plan(config, read_spec(folder))
+
+
+def ids_of(runner: Runner, plan: Plan, num_steps: int) -> list[list[list[int]]]:
+    results = worlds["run"](worlds["World"](36, plan.spec.vocab_size, 1), runner.launch, num_steps)
+    return [step.token_ids for step in results]
+
+
+@pytest.fixture(scope="module")
+def runner_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Runner]:
+    """A runner on the CUDA backend, whose kernels are interpreted."""
+
+    @functools.cache
+    def make(family: str, num_layers: int = 2) -> Runner:
+        folder = folder_of(family, tmp_path_factory.mktemp(family), num_hidden_layers=num_layers)
+        runner = worlds["make"](CUDABackend(CPU), plan_of(folder), folder)
+        runner.folder = folder
+        return runner
+
+    return make
+
+
+USUAL = ("qwen3", "gemma2")
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=[] if family in USUAL else [pytest.mark.soak]) for family in FAMILIES]
+)
+def test_fused_models_bring_the_ids_of_the_cpu(family: str, runner_of: Callable[..., Runner]) -> None:
+    """Prompts in chunks, decode rows beside them, decode steps over static buffers; NaN in every slot not written."""
+    runner = runner_of(family)
+    plan = runner.plan
+    expected = ids_of(worlds["make"](CPUBackend(CPU), plan, runner.folder), plan, 7)
+    assert len({token_id for step in expected for ids in step for token_id in ids}) > 5
+    found = {one.what: one.count for one in runner.substitutions}
+    assert found == (EVERYWHERE if family != "gemma2" else {**EVERYWHERE, "decoder_layer": 0}), runner.substitutions
+    assert runner.attention._builder.mask_specs == frozenset(), "no masks are made for attentions that need none"
+    assert len(runner.decoder.buckets.blocks) == 1, "nothing is gathered, so that tables of one length do"
+    for tensor in runner.cache.tensors:
+        tensor.fill_(NAN)
+    with mock.patch.object(runner.cache, "clear"):  # nor is a fresh block cleared
+        assert ids_of(runner, plan, 7) == expected
+    assert runner.decoder.steps, "some steps were decode steps"
+
+
+@pytest.mark.parametrize("layout", [(2, 1), pytest.param((2, 2), marks=pytest.mark.soak)])
+def test_shards_and_stages_of_fused_models_bring_the_same_ids(
+    layout: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two shards, whose sums go over their group inside the layers; two stages, whose layers hand nothing over."""
+    run, one_at_a_time = KERNEL.run, threading.Lock()
+
+    def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with one_at_a_time:  # the interpreter has one grid for all threads
+            return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(KERNEL, "run", alone)
+    folder = folder_of("qwen3", tmp_path, num_attention_heads=4, num_key_value_heads=2)
+    opened = [NewSequence(seq, SamplingParams(0.8, seed=seq), [], 3) for seq in range(2)]
+    answers = []
+    for backend in (CPUBackend, CUDABackend):
+        gang = threads["ThreadGang"](plan_of(folder, *layout), folder, worlds["NUM_BLOCKS"], backend(CPU))
+        ids = [[seq, 2, 3] for seq in range(2)]
+        for number in range(3):
+            start = 2 + number if number else 0
+            entries = [
+                Entry(seq, start, ids[seq][start:], [] if number else [2 * seq, 2 * seq + 1], True) for seq in range(2)
+            ]
+            step = StepBatch(0, number, 0, [] if number else opened, [], entries)
+            for seq, (token_id,) in enumerate(worlds["execute"](gang, step)):
+                ids[seq].append(token_id)
+        answers.append(ids)
+    assert answers[0] == answers[1]
+
+
+class Launches(TorchDispatchMode):
+    """Counts what a GPU would be given to do: operators that are neither views nor allocations, and kernels."""
+
+    NONE = (
+        "empty",
+        "new_empty",
+        "empty_like",
+        "empty_strided",
+        "_unsafe_view",
+        "_reshape_alias",
+        "detach",
+        "lift_fresh",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = operator._schema.name.removeprefix("aten::")
+        if not operator.is_view and name not in self.NONE:
+            self.counts[name] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], Counter[str]]:
+    """launches(work): what a piece of work launches."""
+    run, counting = KERNEL.run, Launches()
+
+    def count(self: Any, *args: Any, **kwargs: Any) -> Any:
+        counting.counts[self.fn.__name__] += 1
+        with _disable_current_modes():  # what the interpreter itself does
+            return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(KERNEL, "run", count)
+
+    def launched(work: Callable[[], Any]) -> Counter[str]:
+        counting.counts.clear()
+        with counting, torch.inference_mode():
+            work()
+        return Counter(counting.counts)
+
+    return launched
+
+
+@pytest.mark.parametrize("family", ["qwen3", pytest.param("llama", marks=pytest.mark.soak)])
+def test_a_decoder_layer_takes_ten_launches(
+    family: str, launches: Callable[[Callable[[], Any]], Counter[str]], runner_of: Callable[..., Runner]
+) -> None:
+    """In a decode step over static buffers, as a graph captures it: those of two layers less those of one."""
+    found = []
+    for num_layers in (1, 2):
+        decoder = runner_of(family, num_layers).decoder
+        found.append(launches(decoder._new_step(decoder.buckets.all()[-1]).run))
+    layer = found[1] - found[0]
+    products = {name: number for name, number in layer.items() if name in ("mm", "addmm", "linear")}
+    kernels = {"attend_splits": 1, "merge_splits": 1, "_rotate_and_store": 1, "_gate": 1, "_add_rms_norm": 2}
+    assert layer - Counter(products) == Counter(kernels) and sum(products.values()) == 4, layer
