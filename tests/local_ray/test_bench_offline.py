@@ -101,6 +101,22 @@ def test_the_demo_is_verified(cluster: None, capsys: pytest.CaptureFixture[str])
     assert {group["state"] for group in placement_group_table().values()} == {"REMOVED"}
 
 
+@pytest.mark.soak
+def test_a_wrong_kernel_is_found_and_left_out(
+    cluster: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Two gangs in turn: as it would be served, and without substitutions."""
+    config = tmp_path / "faulty.yaml"
+    device = "device: tests.faulty_backend.backend:FaultyBackend"
+    config.write_text(Path(DEMO).read_text().replace("device: cpu", device))
+    code = cli.main(["verify", str(config), "--tp", "1"])
+    out = capsys.readouterr().out
+    assert code == 1
+    assert "Verdict: wrong by a substitution" in out
+    assert "First difference: layer 2, model.layers.2.post_attention_layernorm.weight (rank 0)" in out
+    assert "set `substitutions: none`" in out and "forgetful_norm" in out
+
+
 def test_the_example_loads_a_model_from_python(cluster: None, tmp_path: Path) -> None:
     document = yaml.safe_load(Path(DEMO).read_text())
     del document["applications"][0]["args"]["parallel"]  # one rank: the demo's four would take longer to start

@@ -57,17 +57,21 @@ class Reference:
         _check_memory(plan)
         only_eager = any(one.softcap is not None or one.has_sinks for one in spec.attentions)  # others drop them
         config = read_model_config(folder)
-        self.model: Any = (
-            auto_class(config)
-            .from_pretrained(
-                str(folder),
-                config=config,
-                dtype=getattr(torch, spec.dtype),
-                attn_implementation="eager" if only_eager else None,
-                trust_remote_code=False,
-            )
-            .eval()
+        self.model: Any
+        self.model, info = auto_class(config).from_pretrained(
+            str(folder),
+            config=config,
+            dtype=getattr(torch, spec.dtype),
+            attn_implementation="eager" if only_eager else None,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
+        self.model.eval()
+        if unset := sorted(set(info["missing_keys"]) & {parameter.name for parameter in spec.parameters}):
+            raise ValueError(
+                f"model.source: Transformers itself does not find {unset[0]} in {folder} (and {len(unset) - 1} more), "
+                "so that there is nothing to compare with; compare the checkpoint's files with their source"
+            )
         self._spec = spec
         self._device = device
         self._max_model_len = plan.max_model_len
