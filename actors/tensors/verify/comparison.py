@@ -52,11 +52,10 @@ class Comparison:
         self._served = served
         self._own: dict[Key, torch.Tensor] = {}  # Transformers' own rows of the sequence at hand
         self._sequence = 0
-        self._chose_otherwise = False
 
     def compare(self, sequence: int) -> None:
         """Run the reference over one sequence: in the served dtype, and where that is not float32, in float32 too."""
-        self._sequence, self._own, self._chose_otherwise = sequence, {}, False
+        self._sequence, self._own = sequence, {}
         ids = _computed_ids(self._served[sequence])
         ours = self._rows_of(sequence, len(ids))
         positions = next((rows.positions for rows in ours.get(LOGITS, {}).values()), torch.zeros(0, dtype=torch.int64))
@@ -72,7 +71,7 @@ class Comparison:
         if count and of_ranks:
             new_ids = torch.tensor(self._served[sequence].new_ids, dtype=torch.int64)
             own_alone = None if own_logits is None else own_logits[ALONE, :count]
-            is_chaotic = self._chose_otherwise or _hides_choices(ours, len(ids))
+            is_chaotic = own.chose_otherwise or exact.chose_otherwise or _hides_choices(ours, len(ids))
             ending = Ending(new_ids, torch.cat(of_ranks, 1), own_alone, logits[ALONE, :count], is_chaotic)
             self.endings.append(ending)
 
@@ -115,9 +114,7 @@ class Comparison:
         distances.places += [(self._sequence, position) for position in ours.positions[fair].tolist()]
         if ours.values.is_floating_point():
             return None
-        otherwise = (away > 0) if own_away is None else (away > 0) | (own_away > 0)
-        self._chose_otherwise |= bool(otherwise.any())
-        return otherwise
+        return (away > 0) if own_away is None else (away > 0) | (own_away > 0)
 
 
 def _hides_choices(ours: RankRows, num_tokens: int) -> bool:

@@ -33,6 +33,7 @@ class GuidedPass:
 
     def __init__(self, plan: Plan, ours: RankRows, sink: Sink) -> None:
         self._plan = plan
+        self.chose_otherwise = False  # whether by itself the model chose other experts for some token
         self._ours = ours
         self._sink = sink
         self._taps: dict[str, list[Tap]] = defaultdict(list)  # by module, in the order of the computation
@@ -66,7 +67,8 @@ class GuidedPass:
         number, self._calls[call.name] = self._calls[call.name], self._calls[call.name] + 1
         for tap in self._taps.get(call.name, []):
             if tap.call == number and not self._is_boundary(tap):
-                self._show(tap, partial(self._values, call, tap))
+                self._show(tap, partial(self._values, call, tap, GUIDED))
+                self._note_choices(tap, partial(self._values, call, tap, ALONE))
 
     def ends(self, logits_BQV: torch.Tensor, positions_Q: torch.Tensor) -> None:
         """The logits of the rows that were sampled from; where the ranks' last layer is known, behind its output."""
@@ -111,18 +113,24 @@ class GuidedPass:
                 if otherwise is not None:
                     self._fair_T[ours.positions[otherwise]] = False
 
-    def _values(self, call: Call, tap: Tap, rank: int, positions: torch.Tensor) -> torch.Tensor | None:
+    def _note_choices(self, tap: Tap, values: Values) -> None:
+        for rank, ours in self._ours[tap].items():
+            if not ours.values.is_floating_point():
+                alone = values(rank, ours.positions)
+                self.chose_otherwise |= alone is not None and not torch.equal(alone.cpu(), ours.values)
+
+    def _values(self, call: Call, tap: Tap, row: int, rank: int, positions: torch.Tensor) -> torch.Tensor | None:
         """None where the reference has nothing by token there, as in its heads when there are as many as tokens."""
         if tap.side == "partial":
-            args = [self._rows(one, positions) for one in call.args]
-            kwargs = {name: self._rows(one, positions) for name, one in call.kwargs.items()}
+            args = [self._rows(one, row, positions) for one in call.args]
+            kwargs = {name: self._rows(one, row, positions) for name, one in call.kwargs.items()}
             return summand_of(self._plan, rank, call.name, call.module, args, kwargs)
         given = (call.args, call.kwargs) if tap.side == "in" else call.output
         found = next((tensor for leaf, tensor in tensors_in(given) if leaf == tap.leaf), None)
         is_by_token = found is not None and by_token(found, BATCH, self._num_tokens) is not None
-        return self._rows(found, positions) if is_by_token else None
+        return self._rows(found, row, positions) if is_by_token else None
 
-    def _rows(self, tensor: Any, positions: torch.Tensor) -> torch.Tensor:
+    def _rows(self, tensor: Any, row: int, positions: torch.Tensor) -> torch.Tensor:
         by_tokens = by_token(tensor, BATCH, self._num_tokens)
         assert by_tokens is not None, "the ranks' rows are by token, and the model is the same"
-        return by_tokens[GUIDED if len(by_tokens) == BATCH else ALONE, positions.to(tensor.device)]
+        return by_tokens[row if len(by_tokens) == BATCH else 0, positions.to(tensor.device)]

@@ -101,17 +101,25 @@ def _attention(attention: AttentionSpec) -> str:
 def _of_logits(endings: list[Ending], rounding: float) -> tuple[float, float, float | None]:
     """Of the sequence whose logits are furthest: the median distance, what is allowed, and Transformers' own.
 
-    Sequences in which other experts were chosen are judged together with all others.
+    Sequences in which other experts were chosen are judged together with all others. Layers may make more of the same
+    rounding in one sequence than in another, so that none is held to less than what is usual in all.
     """
     units = [[ending] for ending in endings if not ending.is_chaotic]
     units += [endings] if any(ending.is_chaotic for ending in endings) else []
+    usual = _own_distance(endings)
     found: list[tuple[float, float, float | None]] = []
     for unit in units:
         ours = median([row for ending in unit for row in _distances(ending.ours, ending.exact)])
-        theirs = [row for ending in unit if ending.own is not None for row in _distances(ending.own, ending.exact)]
-        own = median(theirs) if theirs else None
-        found.append((ours, FLOAT32 if own is None else FACTOR * own + rounding, own))
+        own = _own_distance(unit)
+        allowed = FLOAT32 if own is None or usual is None else FACTOR * max(own, usual) + rounding
+        found.append((ours, allowed, own))
     return max(found, key=lambda one: one[0] / one[1] if one[0] == one[0] else float("inf"), default=(0.0, 0.0, None))
+
+
+def _own_distance(endings: list[Ending]) -> float | None:
+    """The median of Transformers' own run in the served dtype; None: that is float32."""
+    rows = [row for ending in endings if ending.own is not None for row in _distances(ending.own, ending.exact)]
+    return median(rows) if rows else None
 
 
 def _distances(logits: torch.Tensor, exact: torch.Tensor) -> list[float]:
