@@ -88,10 +88,10 @@ def test_json_says_the_same() -> None:
     assert json.loads(command._as_json(report(RIGHT)))["first_difference"] is None
 
 
-def plan_with(mask_spec: MaskSpec, max_model_len: int) -> Plan:
+def plan_with(mask_spec: MaskSpec, max_model_len: int, vocab_size: int = 50) -> Plan:
     attention = AttentionSpec("model.layers.0.self_attn", 2, 2, 8, 8, mask_spec)
     layers = (LayerSpec((attention,)),)
-    spec = ModelSpec("A", "a", "", (16,), 16, 50, 8192, "float32", layers, (), {}, tied_head=False)
+    spec = ModelSpec("A", "a", "", (16,), 16, vocab_size, 8192, "float32", layers, (), {}, tied_head=False)
     config = {"model": {"source": "a", "max_model_len": max_model_len}, "cache": {"block_size": 16}}
     return make_plan(Config.model_validate(config), spec)
 
@@ -111,7 +111,7 @@ def test_a_prompt_is_longer_than_windows_and_chunks_or_that_is_said(mask_spec: M
 def test_prompts_of_a_file_are_texts_or_ids(tmp_path: Path) -> None:
     file = tmp_path / "prompts"
     file.write_text('What is a stage?\n\n{"prompt": [5, 6, 7]}\n{"prompt": "A shard"}\n')
-    demo = make_demo_plan()
+    demo = plan_with(MaskSpec(), 512, vocab_size=1024)
     found = read_prompts(file, DEMO, demo, 16)
     assert len(found.ids) == 3 and found.ids[1] == (5, 6, 7) and len(found.ids[0]) > 2
     for line, told in (
@@ -126,12 +126,6 @@ def test_prompts_of_a_file_are_texts_or_ids(tmp_path: Path) -> None:
             read_prompts(file, DEMO, demo, 16)
     with pytest.raises(ValueError, match="cannot be read"):
         read_prompts(tmp_path / "nothing", DEMO, demo, 16)
-
-
-def make_demo_plan() -> Plan:
-    from actors.tensors.model.spec_reader import read_spec
-
-    return make_plan(Config.model_validate({"model": {"source": str(DEMO), "max_model_len": 512}}), read_spec(DEMO))
 
 
 @pytest.mark.parametrize("arguments", [["nowhere"], [f"{DEMO}.yaml", "--tp", "3"]])
