@@ -365,6 +365,26 @@ def test_a_cache_too_small_for_one_sequence_is_refused(runner: Runner) -> None:
         runner.allocate_cache(19)
 
 
+def test_the_longest_request_is_what_the_cache_holds_where_nobody_asked(
+    plan_of: Any, checkpoints: Callable[[str], Path]
+) -> None:
+    plan = plan_of("llama", model={"max_model_len": None})
+    assert plan.max_model_len == 128
+    ids = []
+    for num_blocks in (5, 40):  # of 4 tokens
+        runner = Runner(plan, 0, Alone(), CPUBackend(CPU))
+        runner.load(checkpoints("llama"))
+        runner.allocate_cache(num_blocks)
+        assert runner.plan.max_model_len == min(128, 4 * num_blocks)
+        runner.warm_up()
+        runner.join(Alone())  # another epoch
+        assert runner.plan.max_model_len == min(128, 4 * num_blocks)
+        ids.append(ids_of(runner, step([Entry(1, 0, list(range(20)), [0, 1, 2, 3, 4], True)], opened=(1,))))
+    assert ids[0] == ids[1]
+    with pytest.raises(AssertionError, match="blocks"):
+        Runner.execute(runner, step([Entry(2, 0, list(range(20)), [0], True)], opened=(2,)))
+
+
 def test_clearing_touches_only_the_named_blocks() -> None:
     shards = [AttentionShard(AttentionSpec("", 1, 1, 2, 3), (0, 1), (0, 1))] * 2
     cache = KVCache(shards, 4, 3, torch.float32, CPU)

@@ -32,7 +32,9 @@ PROBE_NAME = "stagemesh_probe"  # of its attention implementation and its mask f
 _NUM_TOKENS = 8
 
 # Arguments of the attention function that do not change its result here.
-_HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "is_causal", "position_embeddings"})
+_HARMLESS = frozenset(
+    {"position_ids", "use_cache", "cache_position", "is_causal", "position_embeddings", "logits_to_keep"}
+)
 
 # What models keep from token to token beside keys and values, by parts of the names by which they ask a cache for it
 _STATES = {
@@ -67,9 +69,7 @@ class Trace:
     state_shapes: set[tuple[int, ...]] = field(default_factory=set)  # of what enters the layers, for one token
     layer_outputs: set[int] = field(default_factory=set)  # lengths of the tuples that layers return, 0 for a tensor
     exchanges_more: bool = False  # whether a layer gets more than hidden states of what only earlier stages compute
-    are_chained: bool = (
-        True  # whether each layer gets the unchanged output of the one before, and all get the same angles
-    )
+    are_chained: bool = True  # each layer gets the unchanged output of the one before, and all get the same angles
     angles: Angles | None = None  # of the layers' rotary embeddings
     linear_inputs: list[tuple[str, torch.Tensor, int]] = field(default_factory=list)  # name, input and its version
     grouped: list[nn.Module] = field(default_factory=list)  # experts that are multiplied by torch's grouped product

@@ -90,7 +90,8 @@ def _found(
     """The sources of a rank's tensors by key, as far as there are any, and the twin of a tied weight."""
     embedding, head = f"{spec.embedding_name}.weight", f"{spec.head_name}.weight"
     wanted = {tensor.key for tensor in shard.tensors} | ({head} if spec.tied_head else set())
-    found = conversions.sources(groups, wanted)
+    needed = {target: group for target, group in groups.items() if target not in spec.unused}
+    found = conversions.sources(needed, wanted)
     tied = found.pop(head, None) if spec.tied_head else None
     if isinstance(tied, Lazy) and embedding in wanted:
         if embedding not in found:  # stored under its other name
