@@ -80,7 +80,8 @@ class Estimate:
     def activation_bytes(self, rank: int) -> int:
         """Bytes of activations in the largest step: four hidden states, the widest projections, float32 logits."""
         spec, limits, shard = self.plan.spec, self.plan.scheduler, self.plan.shards[rank]
-        widest = max((self._width(tensor) for tensor in shard.tensors if self._is_in_layer(tensor)), default=0)
+        of_each_shape = {tensor.shape: tensor for tensor in shard.tensors if self._is_in_layer(tensor)}
+        widest = max(map(self._width, of_each_shape.values()), default=0)
         hidden = limits.max_num_batched_tokens * (4 * spec.hidden_size + 2 * widest) * spec.dtype_bytes
         logits = limits.max_num_seqs * (shard.vocab_rows[1] - shard.vocab_rows[0]) * 4 if shard.has_head else 0
         return hidden + 2 * logits

@@ -153,7 +153,11 @@ class ModelSpec:
     def is_cut(self, attention: AttentionSpec) -> bool:
         """Whether each shard has some of its heads: its output enters the projection that sums over the shards."""
         prefix = pattern_of(attention.name) + "."
-        return any(style == "rowwise" and pattern.startswith(prefix) for pattern, style in self.styles.items())
+        return any(pattern.startswith(prefix) for pattern in self._rowwise)
+
+    @cached_property
+    def _rowwise(self) -> tuple[str, ...]:
+        return tuple(pattern for pattern, style in self.styles.items() if style == "rowwise")
 
     def is_vocabulary(self, name: str) -> bool:
         """Whether a parameter has a row for each token of the vocabulary."""
