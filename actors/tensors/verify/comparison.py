@@ -13,6 +13,7 @@ from actors.tensors.verify.findings import Served
 from actors.tensors.verify.guided_pass import GuidedPass, RankRows
 from actors.tensors.verify.recording import LOGITS, Recording, Rows, Tap
 from actors.tensors.verify.reference import ALONE, Reference
+from actors.tensors.verify.tolerance import beyond, rounding_unit
 
 Key = tuple[Tap, int]  # on a rank
 
@@ -52,10 +53,11 @@ class Comparison:
         self._served = served
         self._own: dict[Key, torch.Tensor] = {}  # Transformers' own rows of the sequence at hand
         self._sequence = 0
+        self._routers = set[str]()  # modules that put out choices
 
     def compare(self, sequence: int) -> None:
         """Run the reference over one sequence: in the served dtype, and where that is not float32, in float32 too."""
-        self._sequence, self._own = sequence, {}
+        self._sequence, self._own, self._routers = sequence, {}, set()
         ids = _computed_ids(self._served[sequence])
         ours = self._rows_of(sequence, len(ids))
         positions = next((rows.positions for rows in ours.get(LOGITS, {}).values()), torch.zeros(0, dtype=torch.int64))
@@ -82,6 +84,8 @@ class Comparison:
             for tap, rows in recording.rows.items():
                 rows = self._with_shared(rows, sequence) if tap.side == "in" else rows.of(sequence)
                 rows = rows.take(rows.positions < num_tokens)
+                if tap.side == "out" and not rows.values.is_floating_point():
+                    self._routers.add(tap.module)
                 if len(rows.positions):
                     found.setdefault(tap, {})[recording.rank] = rows
         return found
@@ -108,11 +112,15 @@ class Comparison:
         own = self._own.get((tap, rank))
         away = _distance(ours.values.reshape(len(theirs), -1), theirs)
         own_away = None if own is None else _distance(own, theirs)
-        distances = self.distances.setdefault((tap, rank), Distances(are_choices=not theirs.is_floating_point()))
+        chooses = not theirs.is_floating_point()
+        if not chooses and tap.side == "out" and tap.module in self._routers:  # it decides by thresholds too
+            rounding = rounding_unit(self.plan.spec.dtype)
+            away, own_away, chooses = beyond(away, own_away, rounding).double(), torch.zeros_like(away), True
+        distances = self.distances.setdefault((tap, rank), Distances(are_choices=chooses))
         distances.ours += away[fair].tolist()
         distances.own += [] if own_away is None else own_away[fair].tolist()
         distances.places += [(self._sequence, position) for position in ours.positions[fair].tolist()]
-        if ours.values.is_floating_point():
+        if not chooses:
             return None
         return (away > 0) if own_away is None else (away > 0) | (own_away > 0)
 

@@ -44,6 +44,13 @@ def judge(ours: Sequence[float], own: Sequence[float] | None, rounding: float) -
     return Judgement(is_wrong, FACTOR * usual + rounding, distances > FACTOR * theirs.clamp(min=usual) + rounding)
 
 
+def beyond(ours: torch.Tensor, own: torch.Tensor | None, rounding: float) -> torch.Tensor:
+    """Which rows are further from float32 than rounding takes them, bool [n]."""
+    if own is None:
+        return ours > FLOAT32
+    return ours > FACTOR * own.clamp(min=float(own.median())) + rounding
+
+
 def judge_choices(ours: Sequence[float], own: Sequence[float]) -> Judgement:
     """Judge whether rows chose the same experts (0) or others (1)."""
     beyond = torch.tensor(ours) > 0
