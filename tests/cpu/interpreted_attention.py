@@ -30,6 +30,7 @@ from actors.tensors.runner import Runner
 from actors.words.messages import Substitution
 from configs.config import Config
 
+pytestmark = pytest.mark.timeout(900)  # an interpreter is slow, and slower beside others
 CPU = torch.device("cpu")
 NAN = float("nan")
 worlds = runpy.run_path(str(Path(__file__).with_name("test_cuda_decoder.py")))
@@ -49,7 +50,7 @@ class Case(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One step over a cache in which everything but the sequences' own keys is NaN."""
+    """One step over a cache in which everything is NaN but keys that tokens of the step see."""
 
     cache: LayerCache
     query_ThD: torch.Tensor
@@ -78,6 +79,9 @@ def step_of(case: Case, seed: int = 0) -> Step:
             keys[block, : length - n * size] = normal(min(size, length - n * size), num_kv_heads, key_dim)
             if not case.values_in_keys:
                 values[block, : length - n * size] = normal(min(size, length - n * size), num_kv_heads, value_dim)
+        unseen = torch.arange(case.mask.first_key(length - case.counts[seq]))
+        keys[tables_SN[seq, unseen // size].long(), unseen % size] = NAN
+        values[tables_SN[seq, unseen // size].long(), unseen % size] = NAN
     offsets = [0, *itertools.accumulate(case.counts)]
     rows = PagedRows(
         tables_SN,

@@ -18,7 +18,7 @@ from actors.decisions.model.plan import Plan, make_plan
 from actors.decisions.model.spec import AttentionSpec
 from actors.tensors.attention.metadata import LayerCache
 from actors.tensors.backends.cpu.backend import CPUBackend
-from actors.tensors.backends.cuda import layer_kernels
+from actors.tensors.backends.cuda import layer_kernels, layers
 from actors.tensors.backends.cuda.backend import CUDABackend
 from actors.tensors.backends.cuda.layer_kernels import HeadNorms
 from actors.tensors.model.spec_reader import read_spec
@@ -26,6 +26,7 @@ from actors.tensors.runner import Runner
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
 from configs.config import Config
 
+pytestmark = pytest.mark.timeout(900)  # an interpreter is slow, and slower beside others
 CPU = torch.device("cpu")
 NAN = float("nan")
 KERNEL = type(layer_kernels._gate)
@@ -45,6 +46,19 @@ def test_a_residual_is_added_and_the_sum_is_normed(size: int) -> None:
     total, normed = layer_kernels.add_rms_norm(x, y, weight, 1e-5)
     assert torch.equal(total, x + y)
     torch.testing.assert_close(normed, torch.nn.functional.rms_norm(x + y, (size,), weight, 1e-5))
+
+
+def test_a_layer_takes_the_norm_of_what_it_gets_and_of_nothing_else() -> None:
+    x, y, norm = normal(1, 3, 16), normal(1, 3, 16, seed=1), torch.nn.RMSNorm(16, eps=1e-5)
+    handover = layers._Handover(norm)
+    with torch.no_grad():
+        total = handover.add(x, y)
+        with mock.patch.object(norm, "forward", side_effect=AssertionError("it is there already")):
+            torch.testing.assert_close(handover.norm(total), torch.nn.functional.rms_norm(x + y, (16,), eps=1e-5))
+        handover.add(x, y)
+        between = total * 2 + 1  # something stands between the layers
+        torch.testing.assert_close(handover.norm(between), norm(between))
+        torch.testing.assert_close(handover.norm(total), norm(total))
 
 
 @pytest.mark.parametrize("activation", layer_kernels.ACTIVATIONS)
