@@ -54,16 +54,16 @@ class CUDABackend(ReferenceBackend):
         return CUDAAttention(specs, dtype, block_size, self.device, self.upload)
 
     def optimize(self, model: RankModel) -> list[Substitution]:
-        """See Backend: norms, then what takes fewer launches as a whole, then rotary embeddings that are left."""
+        """See Backend: what takes fewer launches as a whole, and what is left of rotary embeddings."""
         account, attention = Account(), model.attention
         assert isinstance(attention, CUDAAttention), "a model attends through its device's backend"
         with exchanging_nothing(model.group):
-            if self.device.type == "cuda":
-                module_kernels.substitute_norms(model.module, account)
             if why_no_kernels(self.device) is None:
                 from actors.tensors.backends.cuda import layers
 
                 layers.substitute(model, attention.block_size, self.device, account)
+            elif self.device.type == "cuda":
+                module_kernels.substitute_norms(model.module, account)
             if self.device.type == "cuda":
                 module_kernels.substitute_rotary(model.module, account)
         return account.entries()

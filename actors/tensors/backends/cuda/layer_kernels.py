@@ -20,16 +20,20 @@ ACTIVATIONS = ("silu", "gelu_tanh")
 @triton.jit
 def _add_rms_norm(
     x: tl.tensor, y: tl.tensor, weight: tl.tensor, total: tl.tensor, normed: tl.tensor, eps: tl.tensor,
-    N: tl.constexpr, PADDED: tl.constexpr,
+    N: tl.constexpr, PADDED: tl.constexpr, ADDS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One program a row: total = x + y, rounded, and its root-mean-square norm. All [rows, N], weight [N]."""
+    """One program a row: total = x + y, rounded, and its root-mean-square norm. All [rows, N], weight [N].
+
+    Without ADDS it is the norm of x.
+    """
     column = tl.arange(0, PADDED)
     at, is_column = tl.program_id(0).to(tl.int64) * N + column, column < N
     sum_N = tl.load(x + at, mask=is_column, other=0.0).to(tl.float32)
-    sum_N += tl.load(y + at, mask=is_column, other=0.0).to(tl.float32)
-    rounded_N = sum_N.to(total.dtype.element_ty)
-    tl.store(total + at, rounded_N, mask=is_column)
-    sum_N = rounded_N.to(tl.float32)
+    if ADDS:
+        sum_N += tl.load(y + at, mask=is_column, other=0.0).to(tl.float32)
+        rounded_N = sum_N.to(total.dtype.element_ty)
+        tl.store(total + at, rounded_N, mask=is_column)
+        sum_N = rounded_N.to(tl.float32)
     scale = tl.rsqrt(tl.sum(sum_N * sum_N, 0) / N + eps)
     weight_N = tl.load(weight + column, mask=is_column, other=0.0).to(tl.float32)
     tl.store(normed + at, (sum_N * scale * weight_N).to(normed.dtype.element_ty), mask=is_column)
@@ -125,14 +129,34 @@ def _rotate_and_store(
 def add_rms_norm(
     x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """X + y, and its root-mean-square norm; all [*, N], weight [N]."""
-    x, y, size = x.contiguous(), y.contiguous(), x.shape[-1]
+    """The sum of x and y, and its root-mean-square norm; all [*, N], weight [N]."""
+    x, y = x.contiguous(), y.contiguous()
     total, normed = x.new_empty(x.shape), x.new_empty(x.shape)
-    padded = triton.next_power_of_2(size)
-    _add_rms_norm[(x.numel() // size,)](
-        x, y, weight, total, normed, eps, N=size, PADDED=padded, num_warps=min(16, max(1, padded // 512))
-    )
+    _launch_norm(x, y, weight, total, normed, eps, adds=True)
     return total, normed
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """The root-mean-square norm of x [*, N], weight [N]."""
+    x = x.contiguous()
+    normed = x.new_empty(x.shape)
+    _launch_norm(x, x, weight, x, normed, eps, adds=False)
+    return normed
+
+
+def _launch_norm(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    weight: torch.Tensor,
+    total: torch.Tensor,
+    normed: torch.Tensor,
+    eps: float,
+    adds: bool,
+) -> None:
+    size, padded = x.shape[-1], triton.next_power_of_2(x.shape[-1])
+    _add_rms_norm[(x.numel() // size,)](
+        x, y, weight, total, normed, eps, N=size, PADDED=padded, ADDS=adds, num_warps=min(16, max(1, padded // 512))
+    )
 
 
 def gate(both: torch.Tensor, activation: str) -> torch.Tensor:

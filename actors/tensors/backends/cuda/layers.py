@@ -1,9 +1,10 @@
-"""Substitutes gated MLPs, attention blocks and decoder layers by fewer launches, where they give what the model's give.
+"""Substitutes norms, gated MLPs, attention blocks and decoder layers by fewer launches, where they give the same.
 
 With merged products a layer of Llama's form takes ten: four products, two for attention, norms with the residual added,
 rotation with the cache's write, and the gate. T tokens of the step · h heads · D their dimension.
 """
 
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -13,15 +14,29 @@ from torch import nn
 from actors.tensors.backend import RankModel
 from actors.tensors.backends.cuda import layer_kernels
 from actors.tensors.backends.cuda.layer_kernels import HeadNorms
-from actors.tensors.backends.trial import Account, Reason, difference, random
+from actors.tensors.backends.trial import Account, Reason, difference, norm_inputs, random
 from actors.tensors.backends.trial_steps import TrialSteps
 from actors.tensors.model.attention_layer import attention_of
 from actors.tensors.model.linear import MergedColwise, merged_of
-from actors.tensors.model.parallel_layers import is_rms_norm, norm_eps
+from actors.tensors.model.parallel_layers import ColwiseRMSNorm, is_rms_norm, norm_eps
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
 _NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+class FusedNorm(nn.Module):
+    """Stands for a root-mean-square norm, in one launch."""
+
+    original: type[nn.Module]
+    scale: torch.Tensor  # what it multiplies by: the weight, or one plus the weight; float32
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[*, n] → [*, n]. An input of another dtype than the weight's goes to the model's own code."""
+        if hidden_states.dtype != self.weight.dtype:
+            own: torch.Tensor = self.original.forward(self, hidden_states)
+            return own
+        return layer_kernels.rms_norm(hidden_states, self.scale, norm_eps(self))
 
 
 class FusedMLP(nn.Module):
@@ -104,14 +119,16 @@ class FusedLayer(nn.Module):
 
 
 def _add_norm(x: torch.Tensor, y: torch.Tensor, norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return layer_kernels.add_rms_norm(x, y, norm.weight, norm_eps(norm))
+    return layer_kernels.add_rms_norm(x, y, norm.scale, norm_eps(norm))
 
 
 @torch.inference_mode()
 def substitute(model: RankModel, block_size: int, device: torch.device, account: Account) -> None:
-    """Substitute what a model has of gated MLPs, attention blocks and decoder layers; shards try by themselves."""
+    """Substitute a model's norms, gated MLPs, attention blocks and decoder layers; shards try by themselves."""
     for module in list(model.module.modules()):
-        if all(isinstance(getattr(module, name, None), nn.Module) for name in _MLP_PARTS):
+        if is_rms_norm(module):
+            account.put("rms_norm", _substitute_norm(module))
+        elif all(isinstance(getattr(module, name, None), nn.Module) for name in _MLP_PARTS):
             account.put("gated_mlp", _substitute_mlp(module, model, device))
     for shard in model.shard.attentions:
         trial = TrialSteps(model, shard, block_size, device)
@@ -126,6 +143,25 @@ def substitute(model: RankModel, block_size: int, device: torch.device, account:
     for layer, following in pairwise(layers):
         if isinstance(layer, FusedLayer) and isinstance(following, FusedLayer):
             layer.exit = following.entry
+
+
+def _substitute_norm(module: Any) -> Reason | None:
+    if isinstance(module, ColwiseRMSNorm) and module.group.size > 1:
+        return "its mean is taken over the heads of all shards"
+    weight, eps, reason = module.weight, norm_eps(module), None
+    rows = norm_inputs(len(weight), eps, weight.dtype, weight.device)
+    for scale in (weight.float(), weight.float() + 1):
+        # One row at a time: next to large numbers, errors of small ones would not count
+        reasons = [
+            difference(partial(module, row[None]), partial(layer_kernels.rms_norm, row[None], scale, eps))
+            for row in rows
+        ]
+        reason = next((one for one in reasons if one is not None), None)
+        if reason is None:
+            module.original, module.scale = type(module), scale
+            module.__class__ = FusedNorm
+            return None
+    return reason
 
 
 def _substitute_mlp(module: Any, model: RankModel, device: torch.device) -> Reason | None:
@@ -179,18 +215,18 @@ def _why_no_attention(module: Any, trial: TrialSteps) -> str | None:
 def _head_norms(module: Any) -> HeadNorms | None:
     """The norms of an attention block over single heads; None where there are none, or others."""
     norms: list[Any] = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
-    if any(norm is None or not is_rms_norm(norm) or len(norm.weight) != module.head_dim for norm in norms):
+    if any(not isinstance(norm, FusedNorm) or len(norm.scale) != module.head_dim for norm in norms):
         return None
     eps = {norm_eps(norm) for norm in norms}
-    return HeadNorms(norms[0].weight, norms[1].weight, *eps) if len(eps) == 1 else None
+    return HeadNorms(norms[0].scale, norms[1].scale, *eps) if len(eps) == 1 else None
 
 
 def _substitute_layer(layer: Any, attention_name: str, trial: TrialSteps) -> Reason | None:
     parts = [getattr(layer, name, None) for name in ("mlp", *_NORMS)]
     if attention_name != "self_attn" or any(not isinstance(part, nn.Module) for part in parts):
         return f"it has no self_attn, mlp, {' and '.join(_NORMS)}"
-    if not all(is_rms_norm(getattr(layer, name)) for name in _NORMS):
-        return "its norms are no root-mean-square norms"
+    if not all(isinstance(getattr(layer, name), FusedNorm) for name in _NORMS):
+        return "its norms are computed by no kernel"
     layer.entry, layer.exit = _Handover(layer.input_layernorm), None
     reason = difference(
         lambda: trial.run(layer),
