@@ -21,6 +21,7 @@ from actors.decisions.model.spec import AttentionSpec, MaskSpec
 from actors.tensors.attention.metadata import LayerCache, PagedRows
 from actors.tensors.backends.cpu.backend import CPUBackend
 from actors.tensors.backends.cuda import attention as cuda_attention
+from actors.tensors.backends.cuda import layers as cuda_layers
 from actors.tensors.backends.cuda.attention_trial import try_kernel, why_not
 from actors.tensors.backends.cuda.backend import CUDABackend
 from actors.tensors.backends.cuda.paged_attention import PagedAttention
@@ -328,6 +329,7 @@ def test_attentions_with_and_without_a_kernel_in_one_model(
         return try_kernel(spec, *arguments) if spec.mask_spec.window else "not this one"
 
     monkeypatch.setattr(cuda_attention, "try_kernel", some)
+    monkeypatch.setattr(cuda_layers, "substitute", lambda *_: None)  # attention blocks are the model's own
     expected = ids_of(worlds["make"](CPUBackend(CPU), plan, folder), plan, 7)
     runner = worlds["make"](CUDABackend(CPU), plan, folder)
     assert runner.attention._builder.mask_specs == {MaskSpec()}

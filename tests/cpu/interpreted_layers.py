@@ -212,7 +212,8 @@ def test_shards_and_stages_of_fused_models_bring_the_same_ids(
             return run(self, *args, **kwargs)
 
     monkeypatch.setattr(KERNEL, "run", alone)
-    folder = folder_of("qwen3", tmp_path, num_attention_heads=4, num_key_value_heads=2)
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": layout[1]}
+    folder = folder_of("qwen3", tmp_path, **sizes)
     opened = [NewSequence(seq, SamplingParams(0.8, seed=seq), [], 3) for seq in range(2)]
     answers = []
     for backend in (CPUBackend, CUDABackend):
