@@ -52,7 +52,7 @@ BREAKS = {
         "q_proj and .*o_proj do not fit",
     ),
     "a memory share above one": (("memory_share: 0.85", "memory_share: 1.5"), "cache.memory_share"),
-    "a cache too small": (("memory_share: 0.85", "num_blocks: 100"), "cache.num_blocks: 100 blocks .*takes 512"),
+    "a cache too small": (("memory_share: 0.85", "num_blocks: 100"), "cache.num_blocks: 100 blocks .*takes 8192"),
     "a step too small": (("max_num_batched_tokens: 8192", "max_num_batched_tokens: 100"), "scheduler.max_num_batched"),
     "an unknown strategy": (("STRICT_SPREAD", "SPREAD_OUT"), "placement.strategy"),
 }  # fmt: skip
