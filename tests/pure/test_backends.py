@@ -15,6 +15,7 @@ SHARED = {
     "choose",
     "reference",
     "trial",
+    "forms",
     "trial_steps",
     "host_memory",
 }  # what lies beside the backends, for all of them

@@ -12,7 +12,7 @@ from actors.decisions.model.spec import ModelSpec
 from actors.tensors.attention.kv_cache import KVCache
 from actors.tensors.attention.metadata import AttentionMetadata, Chunk, StepLayout, positions_of
 from actors.tensors.backend import AttentionBackend, RankModel
-from actors.tensors.backends.trial import random
+from actors.tensors.backends.trial import Reason, difference, random
 from actors.tensors.model.attention_layer import CurrentStep, LayerAttention, detach
 from actors.tensors.model.position_only_cache import PositionOnlyCache
 
@@ -83,6 +83,12 @@ class TrialSteps:
         that were rounded once more.
         """
         return [self._run(step, module, forward, is_nudged) for step in self._steps]
+
+    def difference(self, module: nn.Module, forward: Callable[..., Any]) -> Reason | None:
+        """Why `forward` cannot stand for a module's own; None: it gives the same, but for one more rounding."""
+        return difference(
+            lambda: self.run(module), lambda: self.run(module, forward), lambda: self.run(module, is_nudged=True)
+        )
 
     def _run(self, step: _Step, module: nn.Module, forward: Callable[..., Any] | None, is_nudged: bool) -> torch.Tensor:
         for tensor, stored in zip(self._cache.tensors, self._stored, strict=True):

@@ -12,6 +12,7 @@ from actors.tensors.backends.cpu.gumbel_argmax import gumbel_argmax
 from actors.tensors.backends.cpu.kernels import DTYPE_TAGS
 from actors.tensors.backends.cpu.llama import attention as attention_block
 from actors.tensors.backends.cpu.llama import layers as decoder_layers
+from actors.tensors.backends.forms import is_gated_mlp
 from actors.tensors.backends.reference import ReferenceBackend
 from actors.tensors.backends.trial import Account, exchanging_nothing
 from actors.tensors.backends.trial_steps import TrialSteps
@@ -60,7 +61,7 @@ def _substitute_modules(model: RankModel, trials: dict[str, TrialSteps], account
     for module in model.module.modules():
         if is_rms_norm(module):
             account.put("rms_norm", module_kernels.substitute_norm(module))
-        elif module_kernels.is_gated_mlp(module):
+        elif is_gated_mlp(module):
             account.put("gated_mlp", module_kernels.substitute_mlp(module, model.spec.hidden_size, dtype))
     for name, trial in trials.items():
         module = model.module.get_submodule(name)

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from actors.tensors.backends.cpu.kernels import DTYPE_TAGS, CosSin, HeadRows, Rows, rms_norm, rotate, silu_mul
+from actors.tensors.backends.forms import gate_and_up, why_no_norm
 from actors.tensors.backends.trial import Reason, difference, norm_inputs, random
-from actors.tensors.model.linear import MergedColwise, merged_of
-from actors.tensors.model.parallel_layers import ColwiseRMSNorm, norm_eps
+from actors.tensors.model.linear import MergedColwise
+from actors.tensors.model.parallel_layers import norm_eps
 from actors.tensors.model.rotary import ROTARY_NAME
 
 _CPU = torch.device("cpu")
@@ -40,8 +41,8 @@ def _rms_norm(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 def substitute_norm(module: Any) -> Reason | None:
     """Turn a norm into a KernelRMSNorm, in place; returns why not, or None if it is one now."""
-    if isinstance(module, ColwiseRMSNorm) and module.group.size > 1:
-        return "its mean is taken over the heads of all shards"
+    if (unfit := why_no_norm(module)) is not None:
+        return unfit
     weight = module.weight
     if weight.dtype not in DTYPE_TAGS:
         return f"kernels compute in bfloat16 and float32, not in {weight.dtype}"
@@ -72,16 +73,11 @@ class KernelGatedMLP(nn.Module):
         return result
 
 
-def is_gated_mlp(module: nn.Module) -> bool:
-    """Whether a module has the parts of a gated MLP."""
-    return all(isinstance(getattr(module, name, None), nn.Module) for name in ("gate_proj", "up_proj", "down_proj"))
-
-
 def substitute_mlp(module: Any, hidden_size: int, dtype: torch.dtype) -> Reason | None:
     """Turn a gated MLP into a KernelGatedMLP, in place; returns why not, or None if it is one now."""
-    merged = merged_of([module.gate_proj, module.up_proj])
-    if merged is None or len(set(merged.sizes)) != 1:
-        return "gate and up are not multiplied as one"
+    merged = gate_and_up(module)
+    if isinstance(merged, str):
+        return merged
     if dtype not in DTYPE_TAGS:
         return f"kernels compute in bfloat16 and float32, not in {dtype}"
     module.merged = merged

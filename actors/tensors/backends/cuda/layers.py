@@ -14,14 +14,13 @@ from torch import nn
 from actors.tensors.backend import RankModel
 from actors.tensors.backends.cuda import layer_kernels
 from actors.tensors.backends.cuda.layer_kernels import HeadNorms
+from actors.tensors.backends.forms import gate_and_up, is_gated_mlp, queries_keys_values, why_no_norm
 from actors.tensors.backends.trial import Account, Reason, difference, norm_inputs, random
 from actors.tensors.backends.trial_steps import TrialSteps
 from actors.tensors.model.attention_layer import attention_of
-from actors.tensors.model.linear import MergedColwise, merged_of
-from actors.tensors.model.parallel_layers import ColwiseRMSNorm, is_rms_norm, norm_eps
+from actors.tensors.model.linear import MergedColwise
+from actors.tensors.model.parallel_layers import is_rms_norm, norm_eps
 
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-_MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
@@ -128,7 +127,7 @@ def substitute(model: RankModel, block_size: int, device: torch.device, account:
     for module in list(model.module.modules()):
         if is_rms_norm(module):
             account.put("rms_norm", _substitute_norm(module))
-        elif all(isinstance(getattr(module, name, None), nn.Module) for name in _MLP_PARTS):
+        elif is_gated_mlp(module):
             account.put("gated_mlp", _substitute_mlp(module, model, device))
     for shard in model.shard.attentions:
         trial = TrialSteps(model, shard, block_size, device)
@@ -146,8 +145,8 @@ def substitute(model: RankModel, block_size: int, device: torch.device, account:
 
 
 def _substitute_norm(module: Any) -> Reason | None:
-    if isinstance(module, ColwiseRMSNorm) and module.group.size > 1:
-        return "its mean is taken over the heads of all shards"
+    if (unfit := why_no_norm(module)) is not None:
+        return unfit
     weight, eps, reason = module.weight, norm_eps(module), None
     rows = norm_inputs(len(weight), eps, weight.dtype, weight.device)
     for scale in (weight.float(), weight.float() + 1):
@@ -165,9 +164,9 @@ def _substitute_norm(module: Any) -> Reason | None:
 
 
 def _substitute_mlp(module: Any, model: RankModel, device: torch.device) -> Reason | None:
-    merged = merged_of([module.gate_proj, module.up_proj])
-    if merged is None or len(set(merged.sizes)) != 1:
-        return "gate and up are not multiplied as one"
+    merged = gate_and_up(module)
+    if isinstance(merged, str):
+        return merged
     module.merged = merged
     x = random(1, 4, model.spec.hidden_size, dtype=getattr(torch, model.spec.dtype), device=device)
     reason: Reason | None = None
@@ -180,36 +179,14 @@ def _substitute_mlp(module: Any, model: RankModel, device: torch.device) -> Reas
 
 
 def _substitute_attention(module: Any, trial: TrialSteps) -> Reason | None:
-    if (unfit := _why_no_attention(module, trial)) is not None:
-        return unfit
-    module.merged, module.norms = merged_of([getattr(module, name) for name in _PROJECTIONS]), _head_norms(module)
-    reason = difference(
-        lambda: trial.run(module),
-        lambda: trial.run(module, FusedAttention.forward),
-        lambda: trial.run(module, is_nudged=True),
-    )
+    merged = queries_keys_values(module, trial)
+    if isinstance(merged, str):
+        return merged
+    module.merged, module.norms = merged, _head_norms(module)
+    reason = trial.difference(module, FusedAttention.forward)
     if reason is None:
         module.__class__ = FusedAttention
     return reason
-
-
-def _why_no_attention(module: Any, trial: TrialSteps) -> str | None:
-    spec, angles = trial.shard.spec, trial.angles
-    if any(not isinstance(getattr(module, name, None), nn.Module) for name in (*_PROJECTIONS, "o_proj")):
-        return f"it has no {', '.join(_PROJECTIONS)} and o_proj"
-    merged = merged_of([getattr(module, name) for name in _PROJECTIONS])
-    if merged is None:
-        return "its projections are not multiplied as one"
-    if spec.has_sinks:
-        return "it has sinks"
-    if not isinstance(getattr(module, "scaling", None), float) or getattr(module, "head_dim", None) != spec.key_dim:
-        return "it does not say its scaling and head_dim"
-    if angles is None or not spec.key_dim == spec.value_dim == angles.dim or angles.dim % 2:
-        return "its heads are not rotated whole"
-    num_heads, num_kv_heads = trial.shard.num_heads, trial.shard.num_kv_heads
-    if merged.sizes != [num_heads * spec.key_dim, num_kv_heads * spec.key_dim, num_kv_heads * spec.key_dim]:
-        return "its projections give more than queries, keys and values"
-    return None
 
 
 def _head_norms(module: Any) -> HeadNorms | None:
@@ -228,11 +205,7 @@ def _substitute_layer(layer: Any, attention_name: str, trial: TrialSteps) -> Rea
     if not all(isinstance(getattr(layer, name), FusedNorm) for name in _NORMS):
         return "its norms are computed by no kernel"
     layer.entry, layer.exit = _Handover(layer.input_layernorm), None
-    reason = difference(
-        lambda: trial.run(layer),
-        lambda: trial.run(layer, FusedLayer.forward),
-        lambda: trial.run(layer, is_nudged=True),
-    )
+    reason = trial.difference(layer, FusedLayer.forward)
     if reason is None:
         layer.original = type(layer)
         layer.__class__ = FusedLayer

@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 from actors.tensors.backends.cpu.kernels import DTYPE_TAGS, CosSin, Heads, KeysValues, rotate_and_store
-from actors.tensors.backends.trial import Reason, difference
+from actors.tensors.backends.forms import queries_keys_values
+from actors.tensors.backends.trial import Reason
 from actors.tensors.backends.trial_steps import TrialSteps
 from actors.tensors.model.attention_layer import attention_of
-from actors.tensors.model.linear import MergedColwise, merged_of
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+from actors.tensors.model.linear import MergedColwise
 
 
 class KernelAttention(nn.Module):
@@ -55,35 +54,14 @@ class KernelAttention(nn.Module):
 
 def substitute(module: Any, trial: TrialSteps) -> Reason | None:
     """Turn an attention module into a KernelAttention, in place; returns why not, or None if it is one now."""
-    if (unfit := _why_not(module, trial)) is not None:
-        return unfit
-    module.merged = merged_of([getattr(module, name) for name in PROJECTIONS])
+    merged = queries_keys_values(module, trial)
+    if isinstance(merged, str):
+        return merged
+    if trial.dtype not in DTYPE_TAGS:
+        return f"kernels compute in bfloat16 and float32, not in {trial.dtype}"
+    module.merged = merged
     with trial.attached_to(module):
-        reason = difference(
-            lambda: trial.run(module),
-            lambda: trial.run(module, KernelAttention.forward),
-            lambda: trial.run(module, is_nudged=True),
-        )
+        reason = trial.difference(module, KernelAttention.forward)
     if reason is None:
         module.__class__ = KernelAttention
     return reason
-
-
-def _why_not(module: Any, trial: TrialSteps) -> str | None:
-    spec, angles = trial.shard.spec, trial.angles
-    if any(not isinstance(getattr(module, name, None), nn.Module) for name in (*PROJECTIONS, "o_proj")):
-        return f"it has no {', '.join(PROJECTIONS)} and o_proj"
-    merged = merged_of([getattr(module, name) for name in PROJECTIONS])
-    if merged is None:
-        return "its projections are not multiplied as one"
-    if trial.dtype not in DTYPE_TAGS:
-        return f"kernels compute in bfloat16 and float32, not in {trial.dtype}"
-    if spec.has_sinks:
-        return "it has sinks"
-    if not isinstance(getattr(module, "scaling", None), float) or getattr(module, "head_dim", None) != spec.key_dim:
-        return "it does not say its scaling and head_dim"
-    if angles is None or not spec.key_dim == spec.value_dim == angles.dim:
-        return "its heads are not rotated whole"
-    if sum(merged.sizes) != (trial.shard.num_heads + 2 * trial.shard.num_kv_heads) * spec.key_dim:
-        return "its projections give more than queries, keys and values"
-    return None

@@ -1,0 +1,47 @@
+"""The forms of a model's own modules that kernels can stand for: norms, gated MLPs, attention blocks as Llama's."""
+
+from typing import Any
+
+from torch import nn
+
+from actors.tensors.backends.trial_steps import TrialSteps
+from actors.tensors.model.linear import MergedColwise, merged_of
+from actors.tensors.model.parallel_layers import ColwiseRMSNorm
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+def why_no_norm(norm: Any) -> str | None:
+    """Why a kernel cannot compute a root-mean-square norm of a model; None: it can be tried."""
+    is_wide = isinstance(norm, ColwiseRMSNorm) and norm.group.size > 1
+    return "its mean is taken over the heads of all shards" if is_wide else None
+
+
+def is_gated_mlp(module: nn.Module) -> bool:
+    """Whether a module has the parts of a gated MLP."""
+    return all(isinstance(getattr(module, name, None), nn.Module) for name in ("gate_proj", "up_proj", "down_proj"))
+
+
+def gate_and_up(mlp: Any) -> MergedColwise | str:
+    """The merged product of a gated MLP's first two layers, or why there is none."""
+    merged = merged_of([mlp.gate_proj, mlp.up_proj])
+    return merged if merged is not None and len(set(merged.sizes)) == 1 else "gate and up are not multiplied as one"
+
+
+def queries_keys_values(block: Any, trial: TrialSteps) -> MergedColwise | str:
+    """The merged product of an attention block of Llama's form, or why the block has another form."""
+    spec, angles, shard = trial.shard.spec, trial.angles, trial.shard
+    if any(not isinstance(getattr(block, name, None), nn.Module) for name in (*_PROJECTIONS, "o_proj")):
+        return f"it has no {', '.join(_PROJECTIONS)} and o_proj"
+    merged = merged_of([getattr(block, name) for name in _PROJECTIONS])
+    if merged is None:
+        return "its projections are not multiplied as one"
+    if spec.has_sinks:
+        return "it has sinks"
+    if not isinstance(getattr(block, "scaling", None), float) or getattr(block, "head_dim", None) != spec.key_dim:
+        return "it does not say its scaling and head_dim"
+    if angles is None or not spec.key_dim == spec.value_dim == angles.dim or angles.dim % 2:
+        return "its heads are not rotated whole"
+    if merged.sizes != [count * spec.key_dim for count in (shard.num_heads, shard.num_kv_heads, shard.num_kv_heads)]:
+        return "its projections give more than queries, keys and values"
+    return merged
