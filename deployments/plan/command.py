@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from actors.decisions.model.accelerators import ACCELERATORS
-from actors.decisions.model.spec import DTYPES
+from actors.decisions.model.plan import Plan, make_plan
+from actors.decisions.model.spec import DTYPES, ModelSpec
+from actors.tensors.backends.choose import default_block_size, placed_on
 from actors.words.errors import UnsupportedModel
 from configs.config import Config
 from configs.files import parse_args, read_config
@@ -81,18 +83,14 @@ def run(options: argparse.Namespace) -> int:
 
 def plan_report(config: Config, gpu: str, context: int | None = None) -> PlanReport:
     """The plan of a config on an accelerator. Raises ValueError with every problem, or UnsupportedModel."""
-    from actors.decisions.model.plan import make_plan  # the model is built to be read: torch is imported only here
-    from actors.tensors.backends.choose import default_block_size, placed_on
-    from actors.tensors.model.spec_reader import read_spec
+    from actors.tensors.model.spec_reader import read_spec  # the model is built to be read: torch is imported only here
     from actors.tensors.weights.source import architecture_folder
     from deployments.api.sampling_defaults import SamplingDefaults
 
     folder, is_shipped = architecture_folder(config.model.source, config.model.revision)
     SamplingDefaults.read(folder, config.model.generation_config)  # where a start would refuse them, so does a plan
     spec = read_spec(folder, config.model.dtype)
-    placed = placed_on(config.device)
-    plan = make_plan(config, spec, default_block_size(config.device, "cuda" if placed == "auto" else placed))
-    plan = fitted(config, plan, ACCELERATORS[gpu])
+    plan = fitted(config, assumed_plan(config, spec), ACCELERATORS[gpu])
     if context is not None and context > plan.max_model_len:
         raise ValueError(f"--context: {context} tokens, but model.max_model_len is {plan.max_model_len}; ask for fewer")
     context = context or min(_DEFAULT_CONTEXT, plan.max_model_len)
@@ -104,6 +102,12 @@ def plan_report(config: Config, gpu: str, context: int | None = None) -> PlanRep
         layouts=layouts(config, spec, ACCELERATORS[gpu], context, plan.block_size),
         problems=shortfalls(config, plan, ACCELERATORS[gpu]),
     )
+
+
+def assumed_plan(config: Config, spec: ModelSpec) -> Plan:
+    """The plan where no cluster is asked for its devices: `auto` stands for GPUs. Raises as `make_plan`."""
+    placed = placed_on(config.device)
+    return make_plan(config, spec, default_block_size(config.device, "cuda" if placed == "auto" else placed))
 
 
 def _doubts(source: str, folder: Path) -> list[str]:
@@ -120,6 +124,11 @@ def _doubts(source: str, folder: Path) -> list[str]:
     return [doubt]
 
 
+def is_config_file(target: str) -> bool:
+    """Whether a target is a config file, and not a model's folder or hub id."""
+    return target.endswith((".yaml", ".yml"))
+
+
 def config_of(
     target: str,
     tensor_parallel_size: int | None = None,
@@ -132,7 +141,7 @@ def config_of(
 
     Raises ValueError with a line for each wrong key.
     """
-    is_file = target.endswith((".yaml", ".yml"))
+    is_file = is_config_file(target)
     config = read_config(Path(target)) if is_file else Config.model_validate({"model": {"source": target}})
     sizes = {"tensor_parallel_size": tensor_parallel_size, "pipeline_parallel_size": pipeline_parallel_size}
     given: dict[str, Mapping[str, str | int | None]] = {

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deployments.plan.command import add_config_to, asked_config, count
+from deployments.plan.command import add_config_to, asked_config, assumed_plan, count, is_config_file
 
 if TYPE_CHECKING:
     from actors.decisions.model.spec import ModelSpec
@@ -68,7 +68,7 @@ def _with_shared_cores(config: "Config", target: str) -> "Config":
     """For a model that is named without a config file: its ranks may share cores, as nothing is timed here."""
     from configs.config import PlacementConfig
 
-    if target.endswith((".yaml", ".yml")):
+    if is_config_file(target):
         return config
     few = PlacementConfig(cpus_per_rank=0.01, cpus_per_replica=0.01)
     return config.model_copy(update={"placement": few})
@@ -76,16 +76,13 @@ def _with_shared_cores(config: "Config", target: str) -> "Config":
 
 def _prepared(config: "Config", options: argparse.Namespace) -> "tuple[ModelSpec, Prompts, int]":
     """The model, the prompts, and how many tokens come after each. Raises ValueError for what cannot be planned."""
-    from actors.decisions.model.plan import make_plan
-    from actors.tensors.backends.choose import default_block_size, placed_on
     from actors.tensors.model.spec_reader import read_spec
     from actors.tensors.weights.source import resolve_source
     from deployments.verify.prompts import default_prompts, read_prompts
 
     folder = resolve_source(config.model.source, config.model.revision)
     spec = read_spec(folder, config.model.dtype)
-    placed = placed_on(config.device)
-    plan = make_plan(config, spec, default_block_size(config.device, "cuda" if placed == "auto" else placed))
+    plan = assumed_plan(config, spec)
     num_new = min(options.output_len, plan.max_model_len - 1)
     if options.prompts is None:
         return spec, default_prompts(plan, num_new), num_new

@@ -30,6 +30,7 @@ from actors.tensors.backends.cpu import gemm, module_kernels
 from actors.tensors.backends.cpu.backend import CPUBackend
 from actors.tensors.backends.cpu.llama.attention import KernelAttention
 from actors.tensors.backends.cpu.module_kernels import KernelGatedMLP, KernelRMSNorm
+from actors.tensors.backends.forms import uses_rotary
 from actors.tensors.backends.trial import Account, Deviation, difference
 from actors.tensors.model.linear import MergedColwise, MergedPart
 from actors.tensors.model.parallel_layers import ColwiseLinear, ParallelLinear, rebase
@@ -94,7 +95,7 @@ def test_a_layer_of_substitutes_computes_the_same(dtype: torch.dtype, has_bias: 
     merge(mlp.gate_proj, mlp.up_proj)
     assert module_kernels.substitute_mlp(mlp, 32, dtype) is None
     assert module_kernels.substitute_norm(layer.input_layernorm) is None
-    assert module_kernels.uses_rotary(attention)
+    assert uses_rotary(attention)
     assert module_kernels.substitute_rotary(attention, 8, dtype) is None
     assert isinstance(layer.input_layernorm, KernelRMSNorm)
     assert isinstance(mlp, KernelGatedMLP)

@@ -1,5 +1,6 @@
 """The forms of a model's own modules that kernels can stand for: norms, gated MLPs, attention blocks as Llama's."""
 
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -7,6 +8,7 @@ from torch import nn
 from actors.tensors.backends.trial_steps import TrialSteps
 from actors.tensors.model.linear import MergedColwise, merged_of
 from actors.tensors.model.parallel_layers import ColwiseRMSNorm
+from actors.tensors.model.rotary import ROTARY_NAME
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -45,3 +47,9 @@ def queries_keys_values(block: Any, trial: TrialSteps) -> MergedColwise | str:
     if merged.sizes != [count * spec.key_dim for count in (shard.num_heads, shard.num_kv_heads, shard.num_kv_heads)]:
         return "its projections give more than queries, keys and values"
     return merged
+
+
+def uses_rotary(module: nn.Module) -> bool:
+    """Whether a module's own forward rotates by the function that its model's file defines."""
+    forward = type(module).forward
+    return isinstance(forward, FunctionType) and ROTARY_NAME in forward.__code__.co_names

@@ -4,7 +4,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
@@ -107,10 +108,17 @@ def random(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
-def norm_inputs(size: int, eps: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Rows [3, size] for a norm: large numbers, usual ones, and small ones where `eps` counts."""
-    rows = random(3, size, dtype=torch.float32, device=device) * torch.tensor([[30.0], [1.0], [eps**0.5]]).to(device)
-    return (rows + 0.1 * rows.abs()).to(dtype)
+def norm_difference(norm: Any, eps: float, substitute: Callable[[torch.Tensor], torch.Tensor]) -> Reason | None:
+    """As `difference`, for a norm on rows [1, n]: of large numbers, usual ones, and small ones where `eps` counts.
+
+    One row at a time: next to large numbers, errors of small ones would not count.
+    """
+    weight: torch.Tensor = norm.weight
+    usual = random(1, len(weight), dtype=torch.float32, device=weight.device)
+    usual += 0.1 * usual.abs()
+    rows = ((size * usual).to(weight.dtype) for size in (30.0, 1.0, eps**0.5))
+    reasons = (difference(partial(norm, row), partial(substitute, row)) for row in rows)
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 @contextmanager

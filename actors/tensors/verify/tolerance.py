@@ -32,23 +32,22 @@ def judge(ours: Sequence[float], own: Sequence[float] | None, rounding: float) -
     """Judge the distances of rows from float32; `own` are Transformers' own, `rounding` the dtype's unit."""
     distances = torch.tensor(ours, dtype=torch.float64)
     if own is None:
-        beyond = distances > FLOAT32
-        return Judgement(bool(beyond.any()), FLOAT32, beyond)
+        are_beyond = beyond(distances, None, rounding)
+        return Judgement(bool(are_beyond.any()), FLOAT32, are_beyond)
     theirs = torch.tensor(own, dtype=torch.float64)
-    usual = float(theirs.median())
-    counts = {}
+    usual, counts = float(theirs.median()), {}
     for factor in (FACTOR, _NEVER):
-        beyond = distances > factor * theirs.clamp(min=usual) + rounding
-        counts[factor] = float(beyond.sum()) - _TAIL * float((theirs > factor * usual + rounding).sum())
+        count = float(beyond(distances, theirs, rounding, factor).sum())
+        counts[factor] = count - _TAIL * float((theirs > factor * usual + rounding).sum())
     is_wrong = counts[FACTOR] > _SOME * len(ours) or counts[_NEVER] > 0
-    return Judgement(is_wrong, FACTOR * usual + rounding, distances > FACTOR * theirs.clamp(min=usual) + rounding)
+    return Judgement(is_wrong, FACTOR * usual + rounding, beyond(distances, theirs, rounding))
 
 
-def beyond(ours: torch.Tensor, own: torch.Tensor | None, rounding: float) -> torch.Tensor:
+def beyond(ours: torch.Tensor, own: torch.Tensor | None, rounding: float, factor: float = FACTOR) -> torch.Tensor:
     """Which rows are further from float32 than rounding takes them, bool [n]."""
     if own is None:
         return ours > FLOAT32
-    return ours > FACTOR * own.clamp(min=float(own.median())) + rounding
+    return ours > factor * own.clamp(min=float(own.median())) + rounding
 
 
 def judge_choices(ours: Sequence[float], own: Sequence[float]) -> Judgement:

@@ -21,7 +21,7 @@ from transformers.core_model_loading import (
 )
 
 from actors.tensors.weights.lazy import Lazy, Leaf, NotLazyError
-from actors.tensors.weights.safetensors_index import StoredTensor
+from actors.tensors.weights.safetensors_index import StoredTensor, in_short
 from actors.words.errors import CheckpointError
 
 # What Transformers' conversions raise for tensors that do not fit each other
@@ -40,8 +40,7 @@ class ConversionGroup:
     def keys(self) -> str:
         """The file and the first keys, for messages."""
         tensors = [tensor for of_pattern in self.stored.values() for tensor in of_pattern]
-        names = ", ".join(tensor.key for tensor in tensors[:3]) + (", ..." if len(tensors) > 3 else "")
-        return f"{tensors[0].file}: {names}"
+        return f"{tensors[0].file}: {in_short([tensor.key for tensor in tensors])}"
 
     def convert(self, tensors: Mapping[str, Sequence[Any]], model: Any) -> dict[str, Any]:
         """Apply Transformers' operations to tensors, real or lazy, by source pattern → the results by target name."""

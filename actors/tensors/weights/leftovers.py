@@ -56,7 +56,7 @@ class Rule:
             return rest[0].isdecimal() and int(rest[0]) >= self._spec.num_layers
         if owner == "" or layers.startswith(f"{owner}."):
             return len(rest) > (1 if owner == "" else 2) and _OF_ADAPTER.search(name) is None
-        while owner not in self._used | self._idle:  # it holds no tensors: what holds it decides
+        while owner not in self._used and owner not in self._idle:  # it holds no tensors: what holds it decides
             owner = owner.rpartition(".")[0]
         return owner in self._idle
 

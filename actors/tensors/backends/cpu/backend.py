@@ -12,7 +12,7 @@ from actors.tensors.backends.cpu.gumbel_argmax import gumbel_argmax
 from actors.tensors.backends.cpu.kernels import DTYPE_TAGS
 from actors.tensors.backends.cpu.llama import attention as attention_block
 from actors.tensors.backends.cpu.llama import layers as decoder_layers
-from actors.tensors.backends.forms import is_gated_mlp
+from actors.tensors.backends.forms import is_gated_mlp, uses_rotary
 from actors.tensors.backends.reference import ReferenceBackend
 from actors.tensors.backends.trial import Account, exchanging_nothing
 from actors.tensors.backends.trial_steps import TrialSteps
@@ -66,7 +66,7 @@ def _substitute_modules(model: RankModel, trials: dict[str, TrialSteps], account
     for name, trial in trials.items():
         module = model.module.get_submodule(name)
         is_done = account.put("attention_block", attention_block.substitute(module, trial))
-        if not is_done and module_kernels.uses_rotary(module):
+        if not is_done and uses_rotary(module):
             angles, spec = trial.angles, trial.shard.spec
             dim = spec.key_dim if angles is None else angles.dim
             account.put("rotary", module_kernels.substitute_rotary(module, dim, dtype))

@@ -1,5 +1,6 @@
 """Substitutes norms, gated MLPs and rotary embeddings by one kernel each, if it gives what the model's own gives."""
 
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import nn
 
 from actors.tensors.backends.cpu.kernels import DTYPE_TAGS, CosSin, HeadRows, Rows, rms_norm, rotate, silu_mul
 from actors.tensors.backends.forms import gate_and_up, why_no_norm
-from actors.tensors.backends.trial import Reason, difference, norm_inputs, random
+from actors.tensors.backends.trial import Reason, difference, norm_difference, random
 from actors.tensors.model.linear import MergedColwise
 from actors.tensors.model.parallel_layers import norm_eps
 from actors.tensors.model.rotary import ROTARY_NAME
@@ -46,14 +47,11 @@ def substitute_norm(module: Any) -> Reason | None:
     weight = module.weight
     if weight.dtype not in DTYPE_TAGS:
         return f"kernels compute in bfloat16 and float32, not in {weight.dtype}"
-    rows = norm_inputs(len(weight), norm_eps(module), weight.dtype, _CPU)
-    for row in rows:  # one at a time: next to large numbers, errors of small ones would not count
-        reason = difference(lambda row=row: module(row[None]), lambda row=row: _rms_norm(module, row[None]))  # type: ignore[misc]
-        if reason is not None:
-            return reason
-    module.original = type(module)
-    module.__class__ = KernelRMSNorm
-    return None
+    reason = norm_difference(module, norm_eps(module), partial(_rms_norm, module))
+    if reason is None:
+        module.original = type(module)
+        module.__class__ = KernelRMSNorm
+    return reason
 
 
 class KernelGatedMLP(nn.Module):
@@ -114,12 +112,6 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
     source, angles = HeadRows(x.data_ptr(), x.stride(2), x.stride(1)), CosSin(cos.data_ptr(), sin.data_ptr())
     rotate(source, angles, out.data_ptr(), num_tokens, num_heads, size, DTYPE_TAGS[x.dtype])
     return out.transpose(1, 2)
-
-
-def uses_rotary(module: nn.Module) -> bool:
-    """Whether a module's own forward rotates by the function that its model's file defines."""
-    forward = type(module).forward
-    return isinstance(forward, FunctionType) and ROTARY_NAME in forward.__code__.co_names
 
 
 def substitute_rotary(module: nn.Module, dim: int, dtype: torch.dtype) -> Reason | None:

@@ -32,7 +32,8 @@ def why_no_kernels(device: torch.device) -> str | None:
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < _FIRST_CAPABILITY:
-            return f"it wants compute capability 8.0, and this device has {capability[0]}.{capability[1]}"
+            wanted, found = (".".join(map(str, one)) for one in (_FIRST_CAPABILITY, capability))
+            return f"it wants compute capability {wanted}, and this device has {found}"
         return None
     from actors.tensors.backends.cuda.attention_kernels import IS_INTERPRETED
 

@@ -15,7 +15,7 @@ from actors.tensors.backend import RankModel
 from actors.tensors.backends.cuda import layer_kernels
 from actors.tensors.backends.cuda.layer_kernels import HeadNorms
 from actors.tensors.backends.forms import gate_and_up, is_gated_mlp, queries_keys_values, why_no_norm
-from actors.tensors.backends.trial import Account, Reason, difference, norm_inputs, random
+from actors.tensors.backends.trial import Account, Reason, difference, norm_difference, random
 from actors.tensors.backends.trial_steps import TrialSteps
 from actors.tensors.model.attention_layer import attention_of
 from actors.tensors.model.linear import MergedColwise
@@ -29,13 +29,14 @@ class FusedNorm(nn.Module):
 
     original: type[nn.Module]
     scale: torch.Tensor  # what it multiplies by: the weight, or one plus the weight; float32
+    epsilon: float
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[*, n] → [*, n]. An input of another dtype than the weight's goes to the model's own code."""
         if hidden_states.dtype != self.weight.dtype:
             own: torch.Tensor = self.original.forward(self, hidden_states)
             return own
-        return layer_kernels.rms_norm(hidden_states, self.scale, norm_eps(self))
+        return layer_kernels.rms_norm(hidden_states, self.scale, self.epsilon)
 
 
 class FusedMLP(nn.Module):
@@ -118,7 +119,7 @@ class FusedLayer(nn.Module):
 
 
 def _add_norm(x: torch.Tensor, y: torch.Tensor, norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return layer_kernels.add_rms_norm(x, y, norm.scale, norm_eps(norm))
+    return layer_kernels.add_rms_norm(x, y, norm.scale, norm.epsilon)
 
 
 @torch.inference_mode()
@@ -147,17 +148,11 @@ def substitute(model: RankModel, block_size: int, device: torch.device, account:
 def _substitute_norm(module: Any) -> Reason | None:
     if (unfit := why_no_norm(module)) is not None:
         return unfit
-    weight, eps, reason = module.weight, norm_eps(module), None
-    rows = norm_inputs(len(weight), eps, weight.dtype, weight.device)
-    for scale in (weight.float(), weight.float() + 1):
-        # One row at a time: next to large numbers, errors of small ones would not count
-        reasons = [
-            difference(partial(module, row[None]), partial(layer_kernels.rms_norm, row[None], scale, eps))
-            for row in rows
-        ]
-        reason = next((one for one in reasons if one is not None), None)
+    weight, eps, reason = module.weight.float(), norm_eps(module), None
+    for scale in (weight, weight + 1):
+        reason = norm_difference(module, eps, partial(layer_kernels.rms_norm, weight=scale, eps=eps))
         if reason is None:
-            module.original, module.scale = type(module), scale
+            module.original, module.scale, module.epsilon = type(module), scale, eps
             module.__class__ = FusedNorm
             return None
     return reason
@@ -194,7 +189,7 @@ def _head_norms(module: Any) -> HeadNorms | None:
     norms: list[Any] = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
     if any(not isinstance(norm, FusedNorm) or len(norm.scale) != module.head_dim for norm in norms):
         return None
-    eps = {norm_eps(norm) for norm in norms}
+    eps = {norm.epsilon for norm in norms}
     return HeadNorms(norms[0].scale, norms[1].scale, *eps) if len(eps) == 1 else None
 
 

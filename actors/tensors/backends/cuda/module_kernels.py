@@ -6,14 +6,14 @@ On a GPU every kernel launch of a decode step costs time; the models' own code t
 import functools
 import sys
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 
-from actors.tensors.backends.trial import Account, Reason, difference, norm_inputs
-from actors.tensors.model.parallel_layers import ColwiseRMSNorm, is_rms_norm, norm_eps
+from actors.tensors.backends.forms import uses_rotary, why_no_norm
+from actors.tensors.backends.trial import Account, Reason, difference, norm_difference
+from actors.tensors.model.parallel_layers import is_rms_norm, norm_eps
 from actors.tensors.model.rotary import ROTARY_NAME
 
 
@@ -26,15 +26,13 @@ def substitute_norms(model: nn.Module, account: Account) -> None:
 
 
 def _substitute_norm(module: Any, eps: Any) -> Reason | None:
-    if isinstance(module, ColwiseRMSNorm) and module.group.size > 1:
-        return "its mean is taken over the heads of all shards"
-    rows = norm_inputs(len(module.weight), eps, module.weight.dtype, module.weight.device)
-    for row in rows:
-        reason = difference(functools.partial(module, row[None]), functools.partial(_rms_norm, module, eps, row[None]))
-        if reason is not None:
-            return reason
-    module.forward = functools.partial(_rms_norm, module, eps)
-    return None
+    if (unfit := why_no_norm(module)) is not None:
+        return unfit
+    substitute = functools.partial(_rms_norm, module, eps)
+    reason = norm_difference(module, eps, substitute)
+    if reason is None:
+        module.forward = substitute
+    return reason
 
 
 def _rms_norm(module: Any, eps: float, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -46,7 +44,7 @@ def substitute_rotary(model: nn.Module, account: Account, compile_function: Call
 
     `compile_function`: torch.compile, or in a test another one, whose result is then used on all devices.
     """
-    for name in sorted({type(module).__module__ for module in model.modules() if _rotates(module)}):
+    for name in sorted({type(module).__module__ for module in model.modules() if uses_rotary(module)}):
         file: Any = sys.modules[name]
         own = getattr(file, ROTARY_NAME, None)
         if own is None or not name.startswith("transformers.models.") or hasattr(own, "own"):
@@ -57,12 +55,6 @@ def substitute_rotary(model: nn.Module, account: Account, compile_function: Call
         )
         if account.put("rotary", _why_not_rotary(rotary, device)):
             setattr(file, ROTARY_NAME, rotary)
-
-
-def _rotates(module: nn.Module) -> bool:
-    """Whether a module's own forward calls the rotary function of its file."""
-    forward = type(module).forward
-    return isinstance(forward, FunctionType) and ROTARY_NAME in forward.__code__.co_names
 
 
 class _CompiledRotary:
