@@ -4,7 +4,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -81,6 +81,13 @@ class _Object(msgspec.Struct, frozen=True):
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
 
 
+class Stamp(NamedTuple):
+    """What tells one reply from another. Batch jobs work it out, so that two runs give the same bytes."""
+
+    id: str  # without the prefix of its kind
+    created: int  # seconds since 1970
+
+
 class Reply(Protocol):
     """Writes the answer to one request; the parts of a stream are server-sent events."""
 
@@ -108,14 +115,21 @@ class _OpenAIReply:
     whole_object: str
     chunk_object: str
 
-    def __init__(self, model: str, include_usage: bool = False, token_texts: TokenTexts | None = None) -> None:
+    def __init__(
+        self,
+        model: str,
+        include_usage: bool = False,
+        token_texts: TokenTexts | None = None,
+        stamp: Stamp | None = None,
+    ) -> None:
         """`include_usage`: all chunks have a usage, which is null except in the last.
 
-        `token_texts`: log-probabilities are shown, with these texts.
+        `token_texts`: log-probabilities are shown, with these texts. `stamp`: none: a random id, and now.
         """
+        stamp = stamp or Stamp(uuid.uuid4().hex, int(time.time()))
         self._token_texts = token_texts
-        self._id = f"{self.id_prefix}-{uuid.uuid4().hex}"
-        self._created = int(time.time())
+        self._id = f"{self.id_prefix}-{stamp.id}"
+        self._created = stamp.created
         self._model = model
         self._usage: msgspec.UnsetType | None = None if include_usage else msgspec.UNSET
 

@@ -5,6 +5,7 @@ import json
 import socket
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,15 @@ _WALL_S = 20.0  # to wait for an answer: the process may get no CPU, or be stopp
 class ChatTemplate:
     """Used by one thread at a time. The process starts with the first conversation, and anew after one that ends it."""
 
-    def __init__(self, template: str, special_tokens: dict[str, Any]) -> None:
-        """`special_tokens`: name → text, as the tokenizer has them and templates use them."""
+    def __init__(self, template: str, special_tokens: dict[str, Any], now: datetime | None = None) -> None:
+        """`special_tokens`: name → text, as the tokenizer has them and templates use them.
+
+        `now`: what templates are told that print a date; none: the time of each conversation.
+        """
         self._setup = {
             "template": template,
             "special_tokens": {name: token for name, token in special_tokens.items() if isinstance(token, str | list)},
+            "now": None if now is None else now.isoformat(),
             "cpu_s": CPU_S,
             "memory_bytes": MEMORY_BYTES,
             "max_chars": MAX_RENDERED_CHARS,

@@ -10,6 +10,7 @@ import json
 import resource
 import signal
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,22 @@ def render(template: str, special_tokens: dict[str, str], messages: list[dict[st
     return {"text": text} if len(text) <= max_chars else {"too_long": len(text)}
 
 
+def stop_clock(now: datetime) -> None:
+    """Let templates that print a date see this one. Functions cannot be handed to them: what they get is made plain."""
+
+    class Stopped(datetime):
+        @classmethod
+        def now(cls, tz: object = None) -> datetime:  # type: ignore[override]
+            return now
+
+    render_jinja_template.__globals__["datetime"] = Stopped
+
+
 def main() -> None:
     """Answer line after line until standard input ends."""
     setup: dict[str, Any] = json.loads(sys.stdin.readline())
+    if setup["now"] is not None:
+        stop_clock(datetime.fromisoformat(setup["now"]))
     limit_memory(setup["memory_bytes"])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the parent
     for line in sys.stdin:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,13 @@ INLINE_CHARS = 4096  # of a request's prompts together; more takes milliseconds,
 class Text:
     """Used in the event loop's thread; long texts and conversations are encoded in another thread, one at a time."""
 
-    def __init__(self, tokenizer: Any, eos_token_ids: frozenset[int] = frozenset()) -> None:
-        """`tokenizer` is one of Transformers'; `eos_token_ids` end an answer beside the tokenizer's own."""
+    def __init__(
+        self, tokenizer: Any, eos_token_ids: frozenset[int] = frozenset(), now: datetime | None = None
+    ) -> None:
+        """`tokenizer` is one of Transformers'; `eos_token_ids` end an answer beside the tokenizer's own.
+
+        `now`: the time that chat templates are told; none: that of each conversation.
+        """
         self._tokenizer = tokenizer
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         if self._backend is not None:  # prompts that are too long are refused, never cut
@@ -34,12 +40,12 @@ class Text:
         self.eos_token_ids = frozenset(eos_token_ids | own_eos)
         self._special_ids = frozenset(id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special)
         self.token_texts = self._token_texts()
-        self._template = _chat_template(tokenizer)
+        self._template = _chat_template(tokenizer, now)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Text":
-        """The tokenizer of a checkpoint folder.
+    def load(cls, folder: str | Path, now: datetime | None = None) -> "Text":
+        """The tokenizer of a checkpoint folder. `now`: see __init__.
 
         Raises ValueError, with the remedy, when it cannot be read, or when its chat template does not end.
         """
@@ -51,7 +57,7 @@ class Text:
                 f"{folder}: holds no tokenizer that Transformers can read ({reason}); copy tokenizer.json and "
                 "tokenizer_config.json from the checkpoint's source, whole"
             ) from None
-        text = cls(tokenizer, eos_token_ids(Path(folder)))
+        text = cls(tokenizer, eos_token_ids(Path(folder)), now)
         if text._template is None:
             logger.info("the checkpoint has no chat template: chats are refused, /v1/completions answers")
         else:
@@ -124,9 +130,9 @@ class Text:
         return TokenTexts(decode, self._backend.id_to_token, is_byte_level, before)
 
 
-def _chat_template(tokenizer: Any) -> ChatTemplate | None:
+def _chat_template(tokenizer: Any, now: datetime | None) -> ChatTemplate | None:
     try:
         template = tokenizer.get_chat_template()
     except ValueError:  # there is none, or several without a default
         return None
-    return ChatTemplate(template, tokenizer.special_tokens_map)
+    return ChatTemplate(template, tokenizer.special_tokens_map, now)

@@ -6,11 +6,13 @@ import shutil
 import subprocess
 import sys
 import threading
+from datetime import UTC, datetime
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from deployments.text.chat_template import ChatTemplate
 from deployments.text.prompts import Conversation, ConversationError
 from deployments.text.tokenizer import INLINE_CHARS, Text
 from deployments.text.transcript import Decoder, StopStrings, Transcript
@@ -171,6 +173,12 @@ def test_developer_is_system_for_templates_that_do_not_know_it(text, with_templa
     assert ids(text, "developer") == ids(text, "system")
     modern = with_template("{% for m in messages %}{% if m.role == 'developer' %}D{% endif %}{{ m.role }}{% endfor %}")
     assert ids(modern, "developer") != ids(modern, "system")
+
+
+def test_a_template_prints_the_date_that_it_is_told():
+    template = ChatTemplate("{{ strftime_now('%d %b %Y') }}", {}, datetime(2020, 2, 3, tzinfo=UTC))
+    assert template.render([{"role": "user", "content": "x"}]) == "03 Feb 2020"
+    template.close()
 
 
 def test_a_model_without_a_template_refuses_chats(with_template):
