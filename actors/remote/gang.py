@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 _LOOK_S = 1.0  # how often a wait for ranks checks their heartbeats
 _PROGRESS_S = 10.0  # how often it logs what it waits for
 _FOLLOW_S = 0.5  # so soon after the errors that it causes, a death is known; other errors the rank reports itself
+_DRAIN_S = 1.0  # for what a rank has launched to end, where it cannot be aborted
 _STOP_S = 5.0  # ranks get this long to leave by themselves
 
 
@@ -48,6 +49,7 @@ class Gang:
         self._plan: Plan | None = None
         self._is_closing = False
         self._ranks: list[RankInfo] = []
+        self._can_abort: list[bool] = []  # by rank; see StageGroup
         self._serving: list[Any] = []  # one reference a rank: resolved when its loop ends
         self._phase_s: dict[str, float] = {}
         self._crash_reports: dict[int, Any] = {}  # by rank, references to what lost processes left
@@ -81,7 +83,7 @@ class Gang:
         self.executor.close()
         self.epoch = epoch
         self.executor = self._open_channel(self.executor.clock)
-        self._phase_s["fence"] = time.monotonic() - began
+        self._phase_s["fence"] = time.monotonic() - began - self._phase_s["drain"]
         try:
             self._assemble(self._plan, self.num_blocks, self._config.recovery.wait_s)
         except ValueError as error:
@@ -132,29 +134,36 @@ class Gang:
 
     def _end_epoch(self, verdict: Verdict, is_fresh: bool) -> dict[int, str]:
         """Replace ranks that are gone or do not leave the old epoch cleanly in time → how each dead one died."""
-        dead: dict[int, str] = {}
         gone = set(range(self._topology.num_ranks)) if is_fresh else set[int]()
         if verdict.cause == "silent":
             gone |= set(verdict.ranks)
         for rank in gone:
             self._pool.replace(rank)
         staying = {rank: actor for rank, actor in enumerate(self._pool.actors) if rank not in gone}
+        # A rank that cannot be aborted and waits for one that is lost would use up all of clean_s
+        draining = {actor.call.remote("drain"): rank for rank, actor in staying.items() if not self._can_abort[rank]}
         parting = {actor.call.remote("part", rank in verdict.ranks): rank for rank, actor in staying.items()}
-        deadline = time.monotonic() + self._config.recovery.clean_s
-        while parting:
-            left_s = deadline - time.monotonic()
-            done, _ = ray.wait(list(parting), num_returns=1, timeout=max(0.0, left_s))
-            for ref in done or list(parting):
-                rank = parting.pop(ref)
+        clean_s = self._config.recovery.clean_s
+        lost = self._phase("drain", lambda: self._replace_lost(draining, min(_DRAIN_S, clean_s)))
+        lost |= self._replace_lost({ref: rank for ref, rank in parting.items() if rank not in lost}, clean_s)
+        return {rank: words for rank, words in lost.items() if words is not None}
+
+    def _replace_lost(self, calls: dict[Any, int], within_s: float) -> dict[int, str | None]:
+        """Replace ranks whose call fails or is late → how each died, in words; None where its process had not."""
+        lost: dict[int, str | None] = {}
+        deadline, pending = time.monotonic() + within_s, list(calls)
+        while pending:
+            done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            done, pending = (done, pending) if done else (pending, [])
+            for ref in done:
+                rank = calls[ref]
                 try:
                     ray.get(ref, timeout=0)
-                    logger.info("rank %d has left epoch %d and stays", rank, self.epoch)
                 except (RayError, TimeoutError) as error:
-                    if isinstance(error, RayActorError):
-                        dead[rank] = _in_words(error, rank)
-                    logger.warning("rank %d does not stay: %s", rank, dead.get(rank) or repr(error).splitlines()[0])
+                    lost[rank] = _in_words(error, rank) if isinstance(error, RayActorError) else None
+                    logger.warning("rank %d does not stay: %s", rank, lost[rank] or repr(error).splitlines()[0])
                     self._pool.replace(rank)
-        return dead
+        return lost
 
     def _assemble(self, plan: Plan, num_blocks: int | None, start_s: float) -> None:
         """Start, join, load and warm up all ranks. Those that survived an epoch have weights and cache already."""
@@ -191,7 +200,7 @@ class Gang:
         self.executor.admit(self._gather(parts, "received the plan"))
         port = self._gather([actors[0].call.remote("host_store")], "opened the store")[0]
         meeting = Meeting(self.epoch, infos[0].address, port, self.executor.address)
-        self._gather(self._call_all("join", meeting), "joined all groups")
+        self._can_abort = self._gather(self._call_all("join", meeting), "joined all groups")
         self.executor.wait_for_ranks(self._config.timeouts.collective_s)
 
     def _inquire(self, verdict: Verdict, dead: dict[int, str]) -> Verdict:

@@ -66,8 +66,11 @@ class Rank:
         self._store, port = host_store(self.assignment.address)
         return port
 
-    def join(self, meeting: Meeting) -> None:
-        """Join an epoch: step channel, store, and groups, warmed up. Raises TimeoutError or JoinCancelled."""
+    def join(self, meeting: Meeting) -> bool:
+        """Join an epoch: step channel, store, and groups, warmed up. Raises TimeoutError or JoinCancelled.
+
+        Returns whether what this rank may wait for in its stage can be aborted.
+        """
         this, started = self.assignment, time.monotonic()
         timeout_s = this.config.timeouts.collective_s
         self._is_over = threading.Event()
@@ -81,6 +84,12 @@ class Rank:
         if self._runner is not None:
             self._runner.join(self._groups)
         self._say("joined its groups in %.1f s", time.monotonic() - started)
+        return self._groups.stage.can_abort
+
+    def drain(self) -> None:
+        """Return once the device has done all that was launched; never, where it waits for a rank that is gone."""
+        if self._runner is not None:
+            self._runner.drain()
 
     def part(self, is_culprit: bool) -> None:
         """Leave the epoch, and check that this rank can join another; a culprit's weights too. Raises if it cannot."""

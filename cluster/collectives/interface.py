@@ -25,6 +25,10 @@ class StageGroup(Protocol):
     shard: int
 
     @property
+    def can_abort(self) -> bool:
+        """Whether `abort` ends an operation that waits for a neighbor; if not, only the end of the process does."""
+
+    @property
     def num_operations(self) -> int:
         """Operations begun so far. Any thread may ask."""
 
@@ -35,7 +39,7 @@ class StageGroup(Protocol):
         """Equal shapes [*] from every shard → [size, *], in shard order."""
 
     def abort(self) -> None:
-        """Make every operation, now and later, raise NeighborLost. Any thread may call it."""
+        """Make every operation, now and later, raise NeighborLost, as far as `can_abort`. Any thread may call it."""
 
     def close(self) -> None:
         """Release what the group holds. May be called twice."""
@@ -66,6 +70,11 @@ class PresentGroup:
         self.size = group.size
         self.shard = group.shard
         self._seconds = 0.0
+
+    @property
+    def can_abort(self) -> bool:
+        """See StageGroup."""
+        return self.group.can_abort
 
     @property
     def num_operations(self) -> int:
@@ -109,6 +118,7 @@ class LoneShard:
 
     size = 1
     shard = 0
+    can_abort = True
     num_operations = 0
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:

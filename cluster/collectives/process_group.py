@@ -182,6 +182,8 @@ class NcclGroup(ProcessGroup):
 class TorchStage:
     """A StageGroup over a ProcessGroup."""
 
+    can_abort = True
+
     def __init__(self, group: ProcessGroup) -> None:
         self.size = group.size
         self.shard = group.member

@@ -47,6 +47,8 @@ assert len(_KINDS) <= MOST_KINDS
 class SharedMemoryStage:
     """A StageGroup over one shared mapping. Operations are called by one thread, `abort` by any."""
 
+    can_abort = True
+
     def __init__(self, mapping: mmap.mmap, size: int, shard: int, timeout_s: float) -> None:
         self.size = size
         self.shard = shard

@@ -1,46 +1,42 @@
 """The all-reduce of small messages on CUDA: one kernel over memory that the shards' GPUs map into each other.
 
 The kernels are torch's own (torch.ops.symm_mem); they reach the others' memory over NVLink. Other messages go to NCCL.
-This has never run on a GPU: unless its sums are right on every shard at start-up, NCCL does everything.
+Unless its sums are right on every shard at start-up, NCCL does everything.
 
-A kernel that waits for a dead neighbor cannot be aborted, unlike NCCL's: such a rank must be killed.
+One buffer serves all messages, one after the other, also inside a CUDA graph: its address is fixed, nothing waits for
+the host, and a kernel's signals are back at zero when it ends, so that it can be replayed. That no message overwrites
+what a slower shard still reads follows from the kernels' closing barrier and from the order of the stream: each kernel
+ends on a shard only once all shards have read, and what follows on the stream begins after that. So all all-reduces of
+a group belong to one stream, or to streams that wait for each other; two that do not would deadlock anyway.
+
+A kernel that waits for a dead neighbor cannot be aborted, unlike NCCL's: such a rank must be ended.
 """
 
 import functools
 import importlib
 import logging
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from cluster.collectives.interface import StageGroup, all_agree
+from cluster.collectives.methods import BUFFER_BYTES, MOST_SHARDS, Method, StageLinks, method_for
 from cluster.collectives.rendezvous import EpochStore
 
 logger = logging.getLogger(__name__)
 
-Method = Literal["one_shot", "multimem", "nccl"]
-
-_MIB = 1024 * 1024
-BUFFER_BYTES = 8 * _MIB
-# Every shard reads all messages, so with more shards other methods are faster sooner. vLLM's thresholds for its own
-# kernels on sm90: 64 MiB for 2 shards, 32 MiB for 4 (large ones in two shots), 512 KiB for 6, 256 KiB for 8. All shards
-# add in the same order, in the message's dtype (CUDASymmetricMemory-inl.h, load_and_reduce): sums have the same bits.
-ONE_SHOT_BYTES = {2: BUFFER_BYTES, **dict.fromkeys((3, 4, 5, 6), 512 * 1024), 7: 256 * 1024, 8: 256 * 1024}
-_ALIGNMENT_BYTES = 16  # with less the kernels load less at once, or refuse
-
-
-def method_for(num_bytes: int, num_shards: int, has_multicast: bool) -> Method:
-    """The method by which a message is summed: one shot, in the switch where that can sum, or NCCL."""
-    if num_bytes == 0 or num_bytes % _ALIGNMENT_BYTES or num_bytes > BUFFER_BYTES:
-        return "nccl"
-    if num_bytes <= ONE_SHOT_BYTES.get(num_shards, 0):
-        return "one_shot"
-    return "multimem" if has_multicast else "nccl"
+_ALIGNMENT_BYTES = 16  # at which a message begins: with less the kernels load less at once, or refuse
 
 
 class SymmetricStage:
-    """A StageGroup that sums small messages itself, and leaves the rest to another one over the same shards."""
+    """A StageGroup that sums small messages itself, and leaves the rest to another one over the same shards.
+
+    All shards add in the same order, in the message's dtype (CUDASymmetricMemory-inl.h, load_and_reduce), or one adds
+    for all: sums have the same bits.
+    """
+
+    can_abort = False
 
     def __init__(self, fallback: StageGroup, buffer: torch.Tensor, name: str, has_multicast: bool) -> None:
         """`buffer`: uint8 [BUFFER_BYTES], symmetric memory that all shards of the group `name` have met over."""
@@ -50,7 +46,7 @@ class SymmetricStage:
             dtype: buffer.view(dtype) for dtype in (torch.bfloat16, torch.float32)
         }
         self._name = name
-        self._has_multicast = has_multicast
+        self._links = StageLinks(fallback.size, has_symmetric_memory=True, has_multicast=has_multicast)
         self._num_operations = 0
 
     @property
@@ -62,7 +58,7 @@ class SymmetricStage:
         """The method by which a tensor is summed."""
         if tensor.dtype not in self._buffers or tensor.storage_offset() * tensor.itemsize % _ALIGNMENT_BYTES:
             return "nccl"
-        return method_for(tensor.nbytes, self.size, self._has_multicast)
+        return method_for(tensor.nbytes, self._links)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the shards → a new tensor, or the one given."""
@@ -77,7 +73,8 @@ class SymmetricStage:
             total: torch.Tensor = kernels.one_shot_all_reduce_copy(shared, tensor, "sum", self._name)
             return total
         shared.copy_(tensor)
-        kernels.multimem_all_reduce_(shared, "sum", self._name)
+        sum_in_place = kernels.multimem_all_reduce_ if method == "multimem" else kernels.two_shot_all_reduce_
+        sum_in_place(shared, "sum", self._name)
         return tensor.copy_(shared)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -99,8 +96,10 @@ def with_symmetric_memory(fallback: StageGroup, store: EpochStore, stage: int, d
 
     After each step that may fail on one shard alone, all shards vote on whether to go on.
     """
-    if fallback.size not in ONE_SHOT_BYTES:
-        logger.info("all-reduces go through NCCL: symmetric memory is for 2 to 8 shards, not %d", fallback.size)
+    if not 2 <= fallback.size <= MOST_SHARDS:
+        logger.info(
+            "all-reduces go through NCCL: symmetric memory is for 2 to %d shards, not %d", MOST_SHARDS, fallback.size
+        )
         return fallback
     name = f"stagemesh-{store.epoch}-stage{stage}"  # torch keeps such names for the life of the process
     buffer = _attempt(functools.partial(_allocate, device))
@@ -132,7 +131,7 @@ def _meet(buffer: torch.Tensor, name: str, group: StageGroup, store: EpochStore)
 def _check(group: SymmetricStage, device: torch.device) -> bool:
     """Raises RuntimeError where a sum is wrong. The numbers are small integers, which bfloat16 holds exactly."""
     for dtype in (torch.bfloat16, torch.float32):
-        for num_bytes in (_ALIGNMENT_BYTES, 64 * 1024, 4 * _MIB):
+        for num_bytes in (_ALIGNMENT_BYTES, 64 * 1024, BUFFER_BYTES):
             count_N = torch.arange(num_bytes // dtype.itemsize, device=device) % 8
             total = group.all_reduce((count_N + group.shard).to(dtype))
             expected = count_N * group.size + group.size * (group.size - 1) // 2

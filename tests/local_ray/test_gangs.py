@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from configs.config import Config  # noqa: E402
 from deployments.serve.replica import Replica  # noqa: E402
 from tests.fakes.fake_executor import FakeExecutor  # noqa: E402
 from tests.serving import is_alive, reserved, until  # noqa: E402
+from tests.stubborn_transport.transport import StubbornActor  # noqa: E402
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -194,6 +196,46 @@ def test_a_rank_that_raises_or_hangs_is_noticed_and_every_request_goes_on(
             words = ", ".join(f"rank {rank} {fault} {seconds:.2f}" for (fault, rank), seconds in told)
             print(f"\nseconds from the last id to the verdict: {words}")
         assert max(noticed_s) < 3.0
+    finally:
+        gang.give_up()
+        engine.close()
+        gang.close()
+
+
+def test_a_rank_that_cannot_be_aborted_is_ended_and_every_request_goes_on(
+    bundles: Any, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shard 1 is killed, and shard 0 waits for it in a kernel that does not hear of the end of the epoch."""
+    from actors.tensors.model.spec_reader import read_spec
+
+    config = Config.model_validate(arguments(checkpoint, 2, 1) | {"recovery": {"clean_s": 60.0}})
+    gang = type("StubbornGang", (Gang,), {"actor_class": StubbornActor})(config, Topology(2, 1), bundles, "cpu")
+    gang.start(make_plan(config, read_spec(checkpoint, "float32")))
+    listener, revivals = Listener(), []
+
+    def revive(*asked: Any) -> Revival:
+        revivals.append(gang.revive(*asked))
+        return revivals[-1]
+
+    engine = Engine(gang.executor, SchedulerSettings(16, 8, 64, 1), 512, listener, revive)
+    engine.start()
+    try:
+        before = [rank.pid for rank in gang.ranks()]
+        engine.add(Request("whole", [5, 6, 7], 300, SamplingParams(0.0)))
+        until(lambda: "whole" in listener.ends)
+        engine.add(Request("cut", [5, 6, 7], 300, SamplingParams(0.0)))
+        until(lambda: len(listener.ids.get("cut", [])) > 20)
+        os.kill(before[1], signal.SIGKILL)
+        until(lambda: "cut" in listener.ends)
+        assert listener.ends["cut"] == ("length", None)
+        assert listener.ids["cut"] == listener.ids["whole"]
+        (revival,) = revivals
+        assert revival.verdict.ranks == (1,), "who waits is not to blame"
+        assert set(before).isdisjoint(rank.pid for rank in gang.ranks())
+        assert revival.seconds["drain"] + revival.seconds["fence"] < config.recovery.clean_s / 2, revival.seconds
+        with capsys.disabled():
+            told = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in revival.seconds.items())
+            print(f"\nseconds until a gang serves again whose rank could not be aborted: {told}")
     finally:
         gang.give_up()
         engine.close()

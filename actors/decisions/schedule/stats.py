@@ -16,6 +16,7 @@ from actors.words.messages import FinishReason, StepBatch
 # The phases of recovery after a gang was lost, in order.
 RECOVERY_PHASES = {
     "detect": "from the last sign of progress to the verdict",
+    "drain": "waiting for GPUs that wait for a lost rank in a kernel that cannot be aborted, up to a second",
     "fence": "ending the old epoch: survivors leave it and are checked",
     "start": "processes in place of those that are gone",
     "join": "groups and channel of the new epoch",
