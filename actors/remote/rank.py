@@ -87,9 +87,11 @@ class Rank:
         return self._groups.stage.can_abort
 
     def drain(self) -> None:
-        """Return once the device has done all that was launched; never, where it waits for a rank that is gone."""
-        if self._runner is not None:
-            self._runner.drain()
+        """Return once the device has done all that was launched; never, where it waits for a rank that is gone.
+
+        Raises when it does not answer: a CUDA error stays with its process, so that the small sum fails too.
+        """
+        torch.ones(1, device=self._device).sum().item()
 
     def part(self, is_culprit: bool) -> None:
         """Leave the epoch, and check that this rank can join another; a culprit's weights too. Raises if it cannot."""
@@ -102,6 +104,7 @@ class Rank:
         self._channel = self._groups = None
         if self._runner is not None:
             self._runner.part()
+            self.drain()
             if is_culprit:
                 self._runner.check_weights()
 

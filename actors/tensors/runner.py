@@ -98,14 +98,9 @@ class Runner:
         return SequenceTable(longest, block_size, self.attention, self.backend.upload, knows_samples)
 
     def part(self) -> None:
-        """Drop what belongs to the neighbors of the epoch that has ended. Raises when the device does not answer."""
+        """Drop what belongs to the neighbors of the epoch that has ended."""
         self._sendings.clear()
         self._receiver = self._sender = None
-        self.drain()
-
-    def drain(self) -> None:
-        """Wait for all that was launched, by a small sum behind it. A CUDA error stays with its process: it raises."""
-        torch.ones(1, device=self.backend.device).sum().item()
 
     @torch.inference_mode()
     def check_weights(self) -> None:
