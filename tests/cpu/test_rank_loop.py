@@ -5,6 +5,7 @@ from collections import deque
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from actors.decisions.schedule.phase_clock import PhaseClock
 from actors.remote.rank import Rank
@@ -79,6 +80,7 @@ def rank_of(script, is_answering=True):
     rank.assignment = SimpleNamespace(rank=0, plan=SimpleNamespace(topology=topology))
     rank._runner = rank._channel = rank._groups = script
     rank._is_over, rank._enter_step = threading.Event(), lambda number: None
+    rank._device = torch.device("cpu")
     return rank
 
 
