@@ -24,7 +24,7 @@ from configs.config import AdmissionConfig
 from deployments.api.outbox import Outbox
 from deployments.api.routes import build_app
 from deployments.api.service import Identity, Limits, Service
-from deployments.serve.replica import calm_collector
+from deployments.hosting import calm_collector
 from deployments.text.tokenizer import Text
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,8 +1,12 @@
 """ApiError: what is wrong with a request, as an HTTP status, a code and a message that a client may read."""
 
+import logging
 import re
+import traceback
 
 import msgspec
+
+logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_CHARS = 500  # six bytes each at worst in JSON: a body stays below 4 KB
 _PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
@@ -42,6 +46,17 @@ class ApiError(Exception):
         if self.status == 504:
             headers.append((b"x-should-retry", b"false"))  # OpenAI's clients would send the same twice more
         return headers
+
+
+def internal_error() -> ApiError:
+    """500: a bug in the server; its details are in the log only."""
+    return ApiError(500, "internal error; the server's log says more", code="internal_error")
+
+
+def log_unexpected(error: Exception) -> None:
+    """Log where an error happened, but not its message, which may quote a prompt."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("unexpected %s while answering a request:\n%s", type(error).__name__, frames)
 
 
 def shown(name: object) -> str:

@@ -1,5 +1,6 @@
 """Generation: the answers to one HTTP request, from the engine's events to pieces of text."""
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -67,11 +68,11 @@ class Generation:
     """All answers to one HTTP request."""
 
     def __init__(
-        self, engine: Engine, outbox: Outbox, answers: list[Answer], num_prompt_tokens: int, deadline: float
+        self, engine: Engine, outbox: Outbox, answers: list[Answer], num_prompt_tokens: int, deadline: float | None
     ) -> None:
         """`num_prompt_tokens`: of all prompts, each counted once however many answers it gets.
 
-        `deadline`: that of the answers' requests, in monotonic seconds.
+        `deadline`: that of the answers' requests, in monotonic seconds; None: they have none.
         """
         self._engine = engine
         self._deadline = deadline
@@ -97,9 +98,18 @@ class Generation:
         num_generated = sum(answer.transcript.num_tokens for answer in self._answers.values())
         return Usage(num_prompt, num_generated, num_prompt + num_generated)
 
-    def start(self) -> None:
-        """Hand all requests to the engine. Raises ApiError (503) when it does not serve."""
-        self._mailbox = self._outbox.open(list(self._answers))
+    @property
+    def requests(self) -> list[Request]:
+        """What the engine is asked for, one a sequence."""
+        return [answer.request for answer in self._answers.values()]
+
+    def start(self, at_end: bool = False) -> None:
+        """Hand all requests to the engine. Raises ApiError (503) when it does not serve.
+
+        `at_end`: `take` waits until a sequence has ended, and nothing wakes up before; not for stop strings, which the
+        engine does not know of.
+        """
+        self._mailbox = self._outbox.open(list(self._answers), at_end)
         try:
             for answer in self._answers.values():
                 self._engine.add(answer.request)
@@ -121,18 +131,29 @@ class Generation:
         pieces: list[Piece] = []
         while not pieces:
             events = await self._mailbox.take(self._patience_s())
-            if events is None and time.monotonic() >= self._deadline:
+            if events is None and self._left_s() <= 0:
                 raise too_late()  # the engine's thread is busy with the recovery, and ends the request later
             if events is None:
                 break
             pieces = [piece for event in events if (piece := self._read(event))]
         return pieces
 
+    async def whole(self) -> list[Piece]:
+        """Wait for the end → one piece an answer. Raises ApiError as `take` does."""
+        answers = [Piece(index, "", None) for index in range(self.num_answers)]
+        while not self.is_finished:
+            for piece in await self.take():
+                answers[piece.index] = answers[piece.index].joined(piece)
+        return answers
+
     def _patience_s(self) -> float | None:
         """How long to wait for events: None, and so no timer, except while the gang recovers."""
         if self._engine.state != "recovering":
             return None
-        return min(PING_S, max(0.0, self._deadline - time.monotonic()))
+        return min(PING_S, max(0.0, self._left_s()))
+
+    def _left_s(self) -> float:
+        return math.inf if self._deadline is None else self._deadline - time.monotonic()
 
     def _read(self, event: Event) -> Piece | None:
         answer = self._answers[event.request_id]

@@ -1,8 +1,8 @@
 """The outbox: carries events from the engine's thread to the coroutines that wait for them.
 
 A step wakes the event loop once, however many requests it had. Events that a slow reader has not taken yet are merged
-into one for each request, so that no queue grows. A delivery without events says that the engine's state has changed:
-every waiting coroutine wakes up and looks at it.
+into one for each request, so that no queue grows; who wants whole answers only is woken when they end. A delivery
+without events says that the engine's state has changed: every waiting coroutine wakes up and looks at it.
 """
 
 import asyncio
@@ -61,28 +61,51 @@ class Outbox:
     def __init__(self) -> None:
         self._mailboxes: dict[str, Mailbox] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._at_end: set[str] = set()  # requests whose events are held back until they end
+        self._held: dict[str, list[Event]] = {}  # theirs, so far; used in the engine's thread
 
-    def open(self, request_ids: list[str]) -> Mailbox:
-        """One mailbox for all these requests; to be opened before the engine hears of them."""
+    def open(self, request_ids: list[str], at_end: bool = False) -> Mailbox:
+        """One mailbox for all these requests; to be opened before the engine hears of them.
+
+        `at_end`: the events of a request come together with its last one.
+        """
         loop = asyncio.get_running_loop()
         assert loop is self._loop or not self._mailboxes, "all requests of a replica live on one event loop"
         self._loop = loop
         mailbox = Mailbox()
         self._mailboxes.update(dict.fromkeys(request_ids, mailbox))
+        if at_end:
+            self._at_end.update(request_ids)
         return mailbox
 
     def close(self, request_id: str) -> None:
         """Drop what comes for this request from now on. May be called twice."""
         self._mailboxes.pop(request_id, None)
+        self._at_end.discard(request_id)
 
     def deliver(self, events: list[Event]) -> None:
         """Called in the engine's thread with all events of a step, or none for a new state; never blocks."""
         if self._loop is None:
             return  # no request has come yet
+        due = self._due(events)
+        if events and not due:
+            return
         try:
-            self._loop.call_soon_threadsafe(self._hand_over, events)
+            self._loop.call_soon_threadsafe(self._hand_over, due)
         except RuntimeError:  # the loop is closed; that must not end the engine
             logger.warning("%d events dropped: the HTTP side is gone", len(events))
+
+    def _due(self, events: list[Event]) -> list[Event]:
+        """These events without those that are held back, and with those that were, where a request has ended."""
+        due = []
+        for event in events:
+            if event.finish_reason is None and event.request_id in self._at_end:
+                self._held.setdefault(event.request_id, []).append(event)
+                continue
+            if self._held and event.finish_reason is not None:
+                due += self._held.pop(event.request_id, [])
+            due.append(event)
+        return due
 
     def _hand_over(self, events: list[Event]) -> None:
         if not events:

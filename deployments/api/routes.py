@@ -2,7 +2,6 @@
 
 import logging
 import time
-import traceback
 
 import msgspec
 from starlette.applications import Starlette
@@ -14,10 +13,10 @@ from starlette.types import Receive, Scope, Send
 
 from deployments.api.bodies import ChatBody, CompletionBody, GenerationBody
 from deployments.api.connection import ClientGoneError, Connection, Headers, read_body
-from deployments.api.errors import ApiError
+from deployments.api.errors import ApiError, internal_error, log_unexpected
 from deployments.api.generation import Generation, draining, not_ready
 from deployments.api.metrics import CONTENT_TYPE
-from deployments.api.responses import DONE, ChatReply, CompletionReply, Piece, Reply
+from deployments.api.responses import DONE, ChatReply, CompletionReply, Reply
 from deployments.api.service import Service
 from deployments.api.strict_body import parse_body
 from deployments.api.token_pages import TokenPages
@@ -117,10 +116,7 @@ async def _stream(generation: Generation, reply: Reply, connection: Connection, 
 
 async def _respond(generation: Generation, reply: Reply, connection: Connection) -> None:
     """Collect all pieces, then send one body."""
-    answers = [Piece(index, "", None) for index in range(generation.num_answers)]
-    while not generation.is_finished:
-        for piece in await generation.take():
-            answers[piece.index] = answers[piece.index].joined(piece)
+    answers = await generation.whole()
     await connection.start(200, JSON_HEADERS)
     await connection.write(reply.whole(answers, generation.usage), is_last=True)
 
@@ -195,17 +191,6 @@ class Pages:
             "max_model_len": self._service.limits.max_model_len,
             "sampling_defaults": self._service.defaults.in_force(),
         }
-
-
-def internal_error() -> ApiError:
-    """500: a bug in the server; its details are in the log only."""
-    return ApiError(500, "internal error; the server's log says more", code="internal_error")
-
-
-def log_unexpected(error: Exception) -> None:
-    """Log where an error happened, but not its message, which may quote a prompt."""
-    frames = "".join(traceback.format_tb(error.__traceback__))
-    logger.error("unexpected %s while answering a request:\n%s", type(error).__name__, frames)
 
 
 def _json(value: object) -> Response:

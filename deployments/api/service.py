@@ -85,29 +85,37 @@ class Service:
         Raises ApiError: 404 for another model, 400 for a prompt that cannot be served, 503 when full or not serving,
         504 when the deadline passes before it has started.
         """
-        began = time.monotonic()
         if self.is_draining:
             raise draining()
-        self.check_model(body.model)
-        self.check_ids("logit_bias", list(body.logit_bias))
-        self.check_ids("stop_token_ids", body.stop_token_ids)
-        body = self.defaults.fill(body)
-        prompts = body.prompts
-        with self.admission.reserve(len(prompts) * body.n):
-            answers: list[Answer] = []
-            num_prompt_tokens = 0
-            for prompt, prompt_ids in zip(prompts, await self.encode(prompts, deadline=deadline), strict=True):
-                self._check_prompt(body, prompt_ids)
-                num_prompt_tokens += len(prompt_ids)
-                for choice in range(body.n):
-                    request = self._request(body, prompt_ids, choice, deadline)
-                    answers.append(self._answer(body, prompt, request, len(answers), began))
-            generation = Generation(self.engine, self._outbox, answers, num_prompt_tokens, deadline)
+        self.check_body(body)
+        with self.admission.reserve(len(body.prompts) * body.n):
+            generation = await self.prepare(body, deadline)
             try:
                 generation.start()
                 yield generation
             finally:
                 generation.end()
+
+    async def prepare(self, body: GenerationBody, deadline: float | None) -> Generation:
+        """What a checked body asks for, in token ids; nothing has started. Raises ApiError as `generate` does."""
+        began = time.monotonic()
+        body = self.defaults.fill(body)
+        prompts = body.prompts
+        answers: list[Answer] = []
+        num_prompt_tokens = 0
+        for prompt, prompt_ids in zip(prompts, await self.encode(prompts, deadline=deadline), strict=True):
+            self._check_prompt(body, prompt_ids)
+            num_prompt_tokens += len(prompt_ids)
+            for choice in range(body.n):
+                request = self._request(body, prompt_ids, choice, deadline)
+                answers.append(self._answer(body, prompt, request, len(answers), began))
+        return Generation(self.engine, self._outbox, answers, num_prompt_tokens, deadline)
+
+    def check_body(self, body: GenerationBody) -> None:
+        """Raises ApiError: 404 for another model, 400 for ids that the model does not have."""
+        self.check_model(body.model)
+        self.check_ids("logit_bias", list(body.logit_bias))
+        self.check_ids("stop_token_ids", body.stop_token_ids)
 
     def check_model(self, model: str) -> None:
         """Raises ApiError (404) when another model is asked for than the one served."""
@@ -136,7 +144,7 @@ class Service:
         except TimeoutError:
             raise too_late() from None
 
-    def _request(self, body: GenerationBody, prompt_ids: list[int], choice: int, deadline: float) -> Request:
+    def _request(self, body: GenerationBody, prompt_ids: list[int], choice: int, deadline: float | None) -> Request:
         eos_ids = frozenset() if body.ignore_eos else self.text.eos_token_ids
         return Request(
             request_id=uuid.uuid4().hex,

@@ -26,7 +26,7 @@ from actors.words.executor import Revival  # noqa: E402
 from actors.words.messages import Event, Request, SamplingParams  # noqa: E402
 from cluster.topology import Topology  # noqa: E402
 from configs.config import Config  # noqa: E402
-from deployments.serve.replica import Replica  # noqa: E402
+from deployments.hosting import GangHost  # noqa: E402
 from tests.fakes.fake_executor import FakeExecutor  # noqa: E402
 from tests.serving import is_alive, reserved, until  # noqa: E402
 from tests.stubborn_transport.transport import StubbornActor  # noqa: E402
@@ -277,16 +277,16 @@ def test_a_gang_that_cannot_come_back_fails_the_health_check() -> None:
 
     executor = FakeExecutor()
     engine = Engine(executor, SchedulerSettings(16, 8, 64, 2), 64, lambda events: None, revive)
-    replica = Replica.__new__(Replica)
-    replica._engine = engine
+    host = GangHost.__new__(GangHost)
+    host._engine = engine
     engine.start()
     executor.fail(GangFailure("rank 1 died"))
     until(lambda: tries == [1], within_s=10)
     assert engine.snapshot().state == "recovering"
-    replica.check_health()  # green while there is hope
+    host.check_health()  # green while there is hope
     may_fail.set()
     until(lambda: engine.snapshot().state == "failed", within_s=10)
     assert tries == [1, 2, 3]
     with pytest.raises(RuntimeError, match="the gang is lost: the gang did not come back: no way"):
-        replica.check_health()
+        host.check_health()
     engine.close()
