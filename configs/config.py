@@ -262,6 +262,24 @@ class RecoveryConfig(Group):
     )
 
 
+class BatchConfig(Group):
+    """What a batch job does otherwise than a server; servers leave it alone."""
+
+    gangs: Annotated[int, Unit("gangs")] | None = Field(
+        default=None,
+        ge=1,
+        description="Gangs that a job starts, each a copy of the model; none: as many as the cluster has room for. "
+        "Set it to leave room for others.",
+    )
+    metrics_port: Annotated[int, Unit("port")] | None = Field(
+        default=None,
+        ge=1024,
+        le=65_000,
+        description="Where the first gang answers /metrics, on its node's address; the next gang one port above. "
+        "Set it to have Prometheus watch a job.",
+    )
+
+
 class Config(Group):
     """What was asked: the `args` of a Serve config file."""
 
@@ -284,6 +302,7 @@ class Config(Group):
     placement: PlacementConfig = PlacementConfig()
     timeouts: TimeoutConfig = TimeoutConfig()
     recovery: RecoveryConfig = RecoveryConfig()
+    batch: BatchConfig = BatchConfig()
 
     @property
     def served_name(self) -> str:

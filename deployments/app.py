@@ -4,7 +4,6 @@ Imports no torch and no Transformers until the replica starts: what is short is 
 """
 
 import asyncio
-import json
 import time
 from functools import partial
 from typing import Any
@@ -14,15 +13,13 @@ from ray import serve
 from ray.serve import Application
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
-from actors.decisions.model.sizes import Sizes, broken_constraints
 from actors.tensors.backends.choose import placed_on
-from actors.tensors.weights.source import local_folder
 from cluster.placement.nodes import draining_nodes, read_nodes, wait_for
 from cluster.placement.placement import make_bundles, make_label_selectors, make_needs, resolve_device, resolve_strategy
 from cluster.topology import Topology
 from configs.config import Config
 from configs.files import parse_args
-from deployments.api.sampling_defaults import SamplingDefaults
+from deployments.gangs import check_model
 from deployments.serve.drain import Drain, leaving_node
 
 _DEPLOYMENT = "LLMReplica"
@@ -79,7 +76,7 @@ def build_app(args: dict[str, Any]) -> Application:
     config = parse_args(args)
     parallel, placement = config.parallel, config.placement
     topology = Topology(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
-    _check_model(config, topology)
+    check_model(config, topology)
     device = resolve_device(placed_on(config.device), read_nodes())
     needs = make_needs(topology, placement, device)
     strategy = resolve_strategy(placement, topology)
@@ -112,17 +109,3 @@ def _is_deployed() -> bool:
     """Whether an older replica holds bundles: Serve stops it, and frees them, before it starts the new one."""
     groups = placement_group_table().values()
     return any(group["state"] == "CREATED" and _DEPLOYMENT in group["name"] for group in groups)
-
-
-def _check_model(config: Config, topology: Topology) -> None:
-    """Refuse a local checkpoint that is missing, cannot be cut so, or has sampling defaults that cannot be taken.
-
-    A hub id is checked once it is downloaded.
-    """
-    folder = local_folder(config.model.source, config.model.revision)
-    if folder is not None:
-        sizes = Sizes.guess(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        reasons = broken_constraints(sizes, topology) if sizes else []
-        if reasons:
-            raise ValueError("\n".join(reasons))
-        SamplingDefaults.read(folder, config.model.generation_config)

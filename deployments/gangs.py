@@ -1,6 +1,7 @@
 """Gangs without Serve and HTTP, for commands: Ray's connection, the reservation, a gang, and requests through it."""
 
 import contextlib
+import json
 import os
 import queue
 import sys
@@ -12,10 +13,12 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from actors.decisions.model.plan import Plan, make_plan
+from actors.decisions.model.sizes import Sizes, broken_constraints
 from actors.decisions.model.spec import ModelSpec
 from actors.remote.engine import Engine
 from actors.remote.gang import Gang
 from actors.tensors.backends.choose import default_block_size, placed_on
+from actors.tensors.weights.source import local_folder
 from actors.words.messages import Event, Request
 from cluster.placement.nodes import read_nodes, wait_for
 from cluster.placement.placement import (
@@ -26,7 +29,9 @@ from cluster.placement.placement import (
     resolve_device,
     resolve_strategy,
 )
+from cluster.topology import Topology
 from configs.config import Config
+from deployments.api.sampling_defaults import SamplingDefaults
 
 _SILENCE_S = 600.0  # without any event; then the gang counts as broken
 
@@ -48,6 +53,20 @@ def connected_to_ray(namespace: str) -> Iterator[None]:
         ray.shutdown()
 
 
+def check_model(config: Config, topology: Topology) -> None:
+    """Refuse a local checkpoint that is missing, cannot be cut so, or has sampling defaults that cannot be taken.
+
+    Raises ValueError. A hub id is checked once it is downloaded.
+    """
+    folder = local_folder(config.model.source, config.model.revision)
+    if folder is not None:
+        sizes = Sizes.guess(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        reasons = broken_constraints(sizes, topology) if sizes else []
+        if reasons:
+            raise ValueError("\n".join(reasons))
+        SamplingDefaults.read(folder, config.model.generation_config)
+
+
 def plan_for_cluster(config: Config, spec: ModelSpec) -> tuple[Plan, Device]:
     """The plan on the devices that the cluster has, once its nodes have room. Raises ValueError where they have not."""
     device = resolve_device(placed_on(config.device), read_nodes())
@@ -58,10 +77,10 @@ def plan_for_cluster(config: Config, spec: ModelSpec) -> tuple[Plan, Device]:
 
 
 @contextlib.contextmanager
-def reserved(config: Config, plan: Plan, device: Device) -> Iterator[PlacementGroup]:
+def reserved(config: Config, topology: Topology, device: Device) -> Iterator[PlacementGroup]:
     """A placement group with one bundle a stage; Ray waits until resources given back before are free again."""
-    needs = make_needs(plan.topology, config.placement, device)
-    strategy = resolve_strategy(config.placement, plan.topology)
+    needs = make_needs(topology, config.placement, device)
+    strategy = resolve_strategy(config.placement, topology)
     group = placement_group(make_bundles(needs), strategy, bundle_label_selector=make_label_selectors(needs))
     try:
         if not group.wait(config.timeouts.start_s):

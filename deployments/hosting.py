@@ -4,6 +4,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable
+from datetime import datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -29,8 +30,12 @@ _ServiceOf = Callable[[Engine, Outbox, Callable[[], list[RankInfo]], int], "Serv
 class GangHost:
     """Gang, engine and service. The constructor returns when the gang serves; it takes minutes for large models."""
 
-    def __init__(self, config: Config, device: str, placement: PlacementGroup, name: str) -> None:
+    def __init__(
+        self, config: Config, device: str, placement: PlacementGroup, name: str, now: datetime | None = None
+    ) -> None:
         """`device` is cpu or cuda; `name` is what `/cluster` calls this replica.
+
+        `now`: the time that chat templates are told; none: that of each conversation.
 
         Raises an error that says what is wrong with the model or the gang.
         """
@@ -39,7 +44,7 @@ class GangHost:
         self._gang = gang = Gang(config, topology, placement, device)
         try:
             with collector_paused():
-                plan, service_of = _read_model(config, device, name)  # while the ranks' processes start
+                plan, service_of = _read_model(config, device, name, now)  # while the ranks' processes start
             gang.start(plan)
             max_model_len = _longest(plan, gang.num_blocks)
         except BaseException:
@@ -73,7 +78,7 @@ def calm_collector() -> None:
     gc.set_threshold(20_000, 20, 50)
 
 
-def _read_model(config: Config, device: str, name: str) -> tuple[Plan, _ServiceOf]:
+def _read_model(config: Config, device: str, name: str, now: datetime | None) -> tuple[Plan, _ServiceOf]:
     """The plan, and a function that makes the service once the engine exists. Imports torch and Transformers."""
     from actors.tensors.backends.choose import default_block_size
     from actors.tensors.model.spec_reader import read_spec
@@ -85,7 +90,7 @@ def _read_model(config: Config, device: str, name: str) -> tuple[Plan, _ServiceO
     folder = resolve_source(config.model.source, config.model.revision)
     spec, block_size = read_spec(folder, config.model.dtype), default_block_size(config.device, device)
     plan = make_plan(config, spec, block_size)
-    text, defaults = Text.load(folder), SamplingDefaults.read(folder, config.model.generation_config)
+    text, defaults = Text.load(folder, now), SamplingDefaults.read(folder, config.model.generation_config)
     logger.info("sampling defaults of generation_config.json: %s", defaults)
 
     def service_of(engine: Engine, outbox: Outbox, ranks: Callable[[], list[RankInfo]], max_model_len: int) -> Service:

@@ -1,7 +1,7 @@
 """Where the stages can go: what each needs, what Ray is asked for, and whether the nodes have it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from cluster.placement import resources
@@ -22,6 +22,7 @@ __all__ = [  # with the data of `resources`, so that callers import one module
     "StageNeed",
     "Strategy",
     "check",
+    "how_many",
     "make_bundles",
     "make_label_selectors",
     "make_needs",
@@ -95,6 +96,25 @@ def check(needs: Sequence[StageNeed], strategy: Strategy, nodes: Sequence[NodeFr
         return Fit(tuple(alive[index].node_id for index in chosen), busy=False, explanation="the stages fit")
     busy = _assign(needs, strategy, alive, [resources.has(node) for node in alive]) is not None
     return Fit(None, busy, explain(needs, strategy, nodes, busy))
+
+
+def how_many(needs: Sequence[StageNeed], strategy: Strategy, nodes: Sequence[NodeFree], most: int | None = None) -> int:
+    """How many times the stages fit what the nodes have free, each time on its own; at most `most` times."""
+    left, count = list(nodes), 0
+    while count != most and (chosen := check(needs, strategy, left).node_ids) is not None:
+        count += 1
+        for node_id, need in zip(chosen, needs, strict=True):
+            left = [_without(node, need) if node.node_id == node_id else node for node in left]
+    return count
+
+
+def _without(node: NodeFree, need: StageNeed) -> NodeFree:
+    return replace(
+        node,
+        free_cpus=node.free_cpus - need.cpus,
+        free_gpus=node.free_gpus - need.gpus,
+        free_memory_bytes=node.free_memory_bytes - (need.memory_bytes or 0),
+    )
 
 
 def _assign(

@@ -86,7 +86,7 @@ def _measure_layout(config: Config, plan: Plan, device: Device, options: argpars
     topology = plan.topology
     name = f"{topology.tensor_parallel_size} x {topology.pipeline_parallel_size}"
     say(f"{name}: starting {topology.num_ranks} ranks")
-    with reserved(config, plan, device) as group:
+    with reserved(config, plan.topology, device) as group:
         began = time.perf_counter()
         gang = Gang(config, topology, group, device)
         try:

@@ -36,7 +36,7 @@ def verify(config: Config, spec: ModelSpec, prompts: Prompts, num_new: int) -> V
     """
     with connected_to_ray("verify"):
         plan, device = plan_for_cluster(config, spec)
-        with reserved(config, plan, device) as placement:
+        with reserved(config, plan.topology, device) as placement:
             run = _Run(plan, device, placement, prompts, num_new)
             found, substitutions = run.findings(config, frozenset())
             closer = None
