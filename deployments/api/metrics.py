@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from actors.decisions.schedule.phase_clock import PHASES
@@ -78,6 +78,10 @@ class Metrics:
     def page(self) -> bytes:
         """The page that /metrics answers, in Prometheus' text format."""
         return generate_latest(self._registry)
+
+    def listen(self, address: str, port: int) -> None:
+        """Answer /metrics where there is no HTTP app; in a thread, until the process ends."""
+        start_http_server(port, address, self._registry)
 
     def collect(self) -> Iterator[Metric]:
         """All metrics, as prometheus_client asks a collector for them."""

@@ -8,7 +8,7 @@ from actors.words.messages import SamplingParams
 from cluster.topology import Topology
 from configs.files import parse_args
 from deployments.api.sampling_defaults import FIELDS, SamplingDefaults
-from deployments.app import _check_model
+from deployments.gangs import check_model
 from deployments.text.generation_config import eos_token_ids
 
 COMPLETION = {"model": "tiny", "prompt": [5, 6, 7], "ignore_eos": True}
@@ -170,8 +170,8 @@ def test_a_start_is_refused_before_anything_is_reserved(read, tmp_path):
         read({"top_p": 2})
     model = {"source": str(tmp_path)}
     with pytest.raises(ValueError, match=r"generation_config\.json: top_p: .*model\.generation_config: none"):
-        _check_model(parse_args({"model": model}), Topology(1, 1))
-    _check_model(parse_args({"model": {**model, "generation_config": "none"}}), Topology(1, 1))
+        check_model(parse_args({"model": model}), Topology(1, 1))
+    check_model(parse_args({"model": {**model, "generation_config": "none"}}), Topology(1, 1))
 
 
 @pytest.mark.parametrize(
