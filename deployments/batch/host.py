@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # it imports Transformers, which is to happen while the ranks
 
 logger = logging.getLogger(__name__)
 
-_GATHER_S = 0.1  # outcomes are gathered for so long: a message to the driver costs a millisecond on both sides
+_GATHER_S = 0.1  # a turn with outcomes takes so long: a message to the driver costs a millisecond on both sides
 _REPORT_S = 1.0  # a turn without outcomes ends after so long, and tells how it goes
 _MAX_AHEAD_BYTES = 8 * 1024 * 1024  # of rows' input, waiting for room in the cache
 
@@ -95,15 +95,7 @@ class RowAnswerer:
         self._num_bytes += sum(row.num_bytes for row in rows)
         if rows:
             self._has_rows.set()
-        deadline = time.monotonic() + _REPORT_S
-        while not self._is_due(has_more) and (left_s := deadline - time.monotonic()) > 0:
-            self._changed.clear()
-            try:
-                await asyncio.wait_for(self._changed.wait(), left_s)
-            except TimeoutError:
-                break
-            if self._outcomes and not self._wants_now(has_more):
-                await asyncio.sleep(_GATHER_S)
+        await self._wait(has_more)
         outcomes, self._outcomes = self._outcomes, []
         if self._is_lost and not outcomes:
             raise RuntimeError(f"the gang is lost: {self._service.engine.failure}")
@@ -122,12 +114,21 @@ class RowAnswerer:
             return 0
         return max(0, self._max_ahead - len(self._rows) - len(self._prepared))
 
-    def _wants_now(self, has_more: bool) -> bool:
-        """Whether it is time to ask for rows: half of those that it may hold are left."""
-        return has_more and self._num_wanted > self._max_ahead // 2
+    @property
+    def _is_low(self) -> bool:
+        """Whether it is time to ask for rows: half of those that may wait are left."""
+        return self._num_wanted > self._max_ahead // 2
 
-    def _is_due(self, has_more: bool) -> bool:
-        return bool(self._outcomes) or self._is_lost or self._wants_now(has_more)
+    async def _wait(self, has_more: bool) -> None:
+        """Until a turn is to end."""
+        began = time.monotonic()
+        while not self._is_lost and not (has_more and self._is_low):
+            left_s = began + (_GATHER_S if self._outcomes else _REPORT_S) - time.monotonic()
+            self._changed.clear()
+            try:
+                await asyncio.wait_for(self._changed.wait(), left_s)
+            except TimeoutError:
+                return
 
     async def _prepare_all(self) -> None:
         """Check and encode rows in the order in which they came, and let them in."""
@@ -182,7 +183,7 @@ class RowAnswerer:
             generation.end()
             self._admission.end(ticket)
             self._let_in()
-            if self._num_wanted > self._max_ahead // 2:
+            if self._is_low:
                 self._changed.set()
 
     def _reply(self, row: Row) -> CompletionReply | ChatReply:

@@ -49,6 +49,11 @@ class Decoder:
 
     def flush(self) -> str:
         """The rest, at the end of the sequence: a half character that never became a whole one."""
+        return self.finish([])
+
+    def finish(self, token_ids: Sequence[int]) -> str:
+        """The text that the last ids add, and the rest: as pushing each would give, in one go."""
+        self._window += [token_id for token_id in token_ids if token_id not in self._special_ids]
         text = self._decode(self._window) if self._window else ""
         piece = text[self._num_sent :]
         self._num_sent = len(text)
@@ -66,6 +71,7 @@ class StopStrings:
     def __init__(self, stops: list[str]) -> None:
         self._stops = stops
         self._first_chars = frozenset(stop[0] for stop in stops)
+        self.are_none = not stops
         self._longest = max(map(len, stops), default=0)
         self._held = ""
         self._num_exempt = 0  # characters of the held text: a stop string that ends within them does not count
@@ -175,6 +181,10 @@ class Transcript:
 
     def _push(self, token_ids: list[int], finish_reason: FinishReason | None, logprobs: Sequence[TokenLogprobs]) -> str:
         has_stop_id = finish_reason == "stop"
+        if finish_reason and self._stops.are_none and not logprobs:  # nothing depends on where a token's text begins
+            self.num_tokens += len(token_ids)
+            self.finish_reason = finish_reason
+            return self._decoder.finish(token_ids[:-1] if has_stop_id else token_ids)
         text = ""
         for index, token_id in enumerate(token_ids[:-1] if has_stop_id else token_ids):
             if logprobs:

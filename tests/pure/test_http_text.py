@@ -258,6 +258,9 @@ def test_any_mixture_joins_to_its_text(name, seed):
         text += decoder.push(token)
         assert tokenizer.decode(ids, skip_special_tokens=True).startswith(text)
     assert text + decoder.flush() == tokenizer.decode(ids, skip_special_tokens=True)
+    cut = world.randint(0, len(ids))
+    again = Decoder(decode_all(tokenizer), decoder._special_ids)
+    assert "".join(map(again.push, ids[:cut])) + again.finish(ids[cut:]) == tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -267,7 +270,7 @@ def test_bytes_that_are_no_text_come_out_as_decoding_shows_them(seed):
     ids = world.choices(range(256), k=200)
     decoder = Decoder(decode_all(tokenizer))
     text = "".join(decoder.push(token) for token in ids) + decoder.flush()
-    assert text == tokenizer.decode(ids)
+    assert text == tokenizer.decode(ids) == Decoder(decode_all(tokenizer)).finish(ids)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

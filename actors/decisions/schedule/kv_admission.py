@@ -70,7 +70,7 @@ class KVAdmission:
         for request in requests:
             own_prefixes = self._hashes(request.prompt_ids)
             prefixes += own_prefixes
-            length = len(request.prompt_ids) + math.ceil(request.max_tokens * share)
+            length = len(request.prompt_ids) + math.ceil(round(request.max_tokens * share, 3))
             num_own += num_blocks_for(length, self._block_size) - len(own_prefixes)
         need = num_own + len(set(prefixes) - self._prefixes.keys())
         is_room = self.num_blocks_promised + need <= self._num_blocks
