@@ -158,7 +158,8 @@ def test_it_asks_for_rows_before_it_has_none(make_world, monkeypatch):
     world = make_world()
     wait = world.executor.wait
     monkeypatch.setattr(world.executor, "wait", lambda timeout_s: (time.sleep(0.003), wait(timeout_s))[1])
-    rows = [row(number, prompt="one two", ignore_eos=True) for number in range(200)]
+    lengths = random.Random(3).choices(range(5, 20), k=200)
+    rows = [row(number, prompt="one two", ignore_eos=True, max_tokens=lengths[number]) for number in range(200)]
     found, turns = answer(world, rows, sizes=(), max_ahead=8)
     assert len(found) == 200
     assert all(turn.num_wanted <= 8 for turn in turns)
