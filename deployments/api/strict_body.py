@@ -52,12 +52,21 @@ AnyBody = TypeVar("AnyBody", bound=Body)
 
 def parse_body(raw: bytes, kind: type[AnyBody]) -> AnyBody:
     """The body in `raw`. Raises ApiError (400) that names the first wrong field and the remedy."""
+    return check_body(read_json(raw), kind)
+
+
+def read_json(raw: bytes) -> Any:
+    """What `raw` says, as plain data. Raises ApiError (400) for what is no JSON, or too much of it."""
     if _num_openers(raw) > MAX_CONTAINERS and _num_openers(_STRING.sub(b"", raw)) > MAX_CONTAINERS:
         raise ApiError(400, f"the body has more than {MAX_CONTAINERS} lists and objects; send several requests")
     try:
-        data: Any = from_json(raw, allow_inf_nan=False)  # unlike json.loads: bounded depth, no NaN, no lone surrogates
+        return from_json(raw, allow_inf_nan=False)  # unlike json.loads: bounded depth, no NaN, no lone surrogates
     except ValueError as error:
         raise ApiError(400, f"the body is not valid JSON: {error}") from None
+
+
+def check_body(data: Any, kind: type[AnyBody]) -> AnyBody:
+    """Plain data as a body. Raises ApiError (400) that names the first wrong field and the remedy."""
     try:
         return kind.model_validate(data)
     except ValidationError as error:

@@ -1,6 +1,6 @@
 """What goes from a batch job to the gangs and back: rows, their outcomes, and who answers them."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -43,7 +43,7 @@ class Tally:
 class Answerer(Protocol):
     """Answers rows: the gangs, or a fake."""
 
-    def run(self, rows: Iterator[Row]) -> Iterator[Outcome]:
+    def run(self, rows: Iterator[Row]) -> Generator[Outcome, None, None]:
         """Pull rows as there is room for them → one outcome a row, in any order.
 
         `next(rows)` reads the input in the caller's thread and ends the iteration after the last row. Closing the

@@ -43,7 +43,8 @@ HOUSE = [
             "yaml",
         }
         | {"transformers", "jinja2"}
-        | {"aiohttp", "uvloop", "matplotlib"},  # stagemesh bench
+        | {"aiohttp", "uvloop", "matplotlib"}  # stagemesh bench
+        | {"fsspec", "pyarrow", "numpy"},  # stagemesh batch
     ),
 ]
 # Where a name may be used only in a few files: (prefix of the import, rooms it is allowed in, how many files).
