@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from deployments.batch import command as batch_command
 from deployments.bench import command as bench_command
 from deployments.bench import profile
 from deployments.plan import command as plan_command
@@ -13,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one sub-command and return its exit code."""
     parser = argparse.ArgumentParser(
         prog="stagemesh",
-        description="Plan, verify and measure large models that are served on Ray, in shards and stages.",
+        description="Plan, verify, measure and run batches of large models on Ray, in shards and stages.",
         epilog="To serve one: make serve CONFIG=configs/demo.yaml",
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -21,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     verify_command.add_to(commands)
     profile.add_to(commands)
     bench_command.add_to(commands)
+    batch_command.add_to(commands)
     options = parser.parse_args(argv)
     code: int = options.run(options)
     return code

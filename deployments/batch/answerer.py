@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -60,7 +60,7 @@ class GangAnswerer:
         self._device: Device = "cpu"
         self._gangs: list[_Gang] = []
 
-    def run(self, rows: Iterator[Row]) -> Iterator[Outcome]:
+    def run(self, rows: Iterator[Row]) -> Generator[Outcome, None, None]:
         """See Answerer. Nothing starts where there are no rows."""
         config = self._config
         check_model(config, self._topology)

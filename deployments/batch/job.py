@@ -75,7 +75,7 @@ class Job:
         try:
             with self._lock:
                 self._journal.save()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             logger.warning("what ended last is computed again: %s", error)
 
     def publish(self, output: str, errors: str) -> Done:

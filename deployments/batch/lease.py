@@ -83,7 +83,7 @@ class Lease:
     def __exit__(self, *error: object) -> None:
         self._end.set()
         self._thread.join()
-        with contextlib.suppress(ValueError):  # then the lease ends by its silence
+        with contextlib.suppress(ValueError, OSError):  # then the lease ends by its silence
             self._store.replace(_beat_name(self._number), _ENDED)
 
     def _beat_on(self) -> None:
@@ -91,7 +91,7 @@ class Lease:
             self._num_beats += 1
             try:
                 self._store.replace(_beat_name(self._number), str(self._num_beats).encode())
-            except ValueError:  # the store fails for long; the driver's own writes say so
+            except (ValueError, OSError):  # the store fails for long; the driver's own writes say so
                 return
 
     def _is_alive(self, holder: Holder, number: int) -> bool:

@@ -44,7 +44,7 @@ def custom_id_of(line: Line) -> str:
     """The row's own `custom_id`; where it has none that can be read, one from its number: row-1."""
     try:
         own = "" if line.raw is None else _read_id(line.raw).custom_id
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         own = ""
     return own if 0 < len(own) <= MAX_ID_CHARS else f"row-{line.number + 1}"
 
@@ -74,7 +74,7 @@ def original(line: Line) -> dict[str, Any]:
         return {}
     try:
         fields = msgspec.json.decode(line.raw, type=dict[str, msgspec.Raw])
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return {"row": line.raw.decode("utf-8", "replace")}
     return {name: value for name, value in fields.items() if name not in _OF_ERROR_ROWS}
 

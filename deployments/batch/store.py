@@ -52,6 +52,7 @@ class LocalStore:
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self._path = Path(folder)
+        self._prefix = f"{_TEMPORARY}{uuid.uuid4().hex}-"
         if self._path.exists() and not self._path.is_dir():
             raise ValueError(
                 f"{folder}: is no folder, but a job keeps its parts there; move it, or name another --output"
@@ -99,7 +100,8 @@ class LocalStore:
     def sweep(self) -> None:
         """See Store."""
         for path in self._path.glob(f"{_TEMPORARY}*"):
-            path.unlink(missing_ok=True)
+            if not path.name.startswith(self._prefix):
+                path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _written(self, chunks: Iterable[bytes]) -> Iterator[Path]:
@@ -107,7 +109,7 @@ class LocalStore:
         if not self._path.is_dir():
             self._path.mkdir(exist_ok=True)
             _sync_folder(self._path.parent)
-        temporary = self._path / f"{_TEMPORARY}{uuid.uuid4().hex}"
+        temporary = self._path / f"{self._prefix}{uuid.uuid4().hex}"
         try:
             with temporary.open("xb") as file:
                 for chunk in chunks:

@@ -126,6 +126,7 @@ def understood(monkeypatch: pytest.MonkeyPatch) -> list[argparse.Namespace]:
         return 0
 
     for module in (
+        "deployments.batch.command",
         "deployments.bench.command",
         "deployments.bench.profile",
         "deployments.plan.command",
