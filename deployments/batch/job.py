@@ -14,11 +14,12 @@ from deployments.api.errors import ApiError, internal_error, log_unexpected
 from deployments.batch.identity import Identity
 from deployments.batch.journal import Ended, Journal
 from deployments.batch.lease import Lease
+from deployments.batch.lines import Line
 from deployments.batch.manifest import Done, write_done
 from deployments.batch.parts import PartHead, encode_part, part_name, read_head, read_part
 from deployments.batch.row_forms import custom_id_of, original, read_row
 from deployments.batch.rows import Answerer, Row, Tally
-from deployments.batch.source import Line, Source
+from deployments.batch.source import Source
 from deployments.batch.store import Store
 
 logger = logging.getLogger(__name__)

@@ -5,8 +5,8 @@ from typing import Any
 
 import msgspec
 
+from deployments.batch.lines import Line, Mark
 from deployments.batch.places import open_input
-from deployments.batch.source import Line, Mark
 
 _BATCH = 64  # rows decoded together
 

@@ -10,8 +10,8 @@ from deployments.api.errors import ApiError
 from deployments.api.responses import Stamp
 from deployments.api.strict_body import Body, check_body, read_json
 from deployments.batch.identity import Identity
+from deployments.batch.lines import Line
 from deployments.batch.rows import Row
-from deployments.batch.source import Line
 
 MAX_ID_CHARS = 512
 _KINDS: dict[str, type[GenerationBody]] = {"/v1/chat/completions": ChatBody, "/v1/completions": CompletionBody}

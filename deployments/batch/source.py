@@ -1,15 +1,15 @@
 """The input read twice: once whole, for its fingerprint and where each part begins, then part by part, never held."""
 
 import hashlib
-import io
 from array import array
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
 
+from deployments.batch.jsonl import JsonLines
+from deployments.batch.lines import Line, Mark, Reader
+from deployments.batch.parquet import ParquetRows
 from deployments.batch.places import open_input
 
 _DIGEST_BYTES = 8  # of a part of the input: whether it has changed since the first reading
-_CHUNK = 1 << 20
 _FOREIGN = {  # how files begin that are no rows
     b"\x1f\x8b": "is compressed (gzip); unpack it first",
     b"\x28\xb5\x2f\xfd": "is compressed (zstd); unpack it first",
@@ -17,31 +17,7 @@ _FOREIGN = {  # how files begin that are no rows
     b"\xff\xfe": "is UTF-16; write it as UTF-8",
     b"\xfe\xff": "is UTF-16; write it as UTF-8",
 }
-_BOM = b"\xef\xbb\xbf"
 _PARQUET = b"PAR1"
-
-
-class Line(NamedTuple):
-    """A row as it stands in the input."""
-
-    number: int  # of the row, from 0
-    place: str  # for people: "line 12"
-    raw: bytes | None  # JSON as it was written, or made of a Parquet row; None: longer than a row may be
-
-
-class Mark(NamedTuple):
-    """Where a row begins: its number from 0 and, in text, its byte and line."""
-
-    number: int = 0
-    offset: int = 0
-    line: int = 1
-
-
-class Reader(Protocol):
-    """Reads the rows of one kind of file."""
-
-    def rows(self, mark: Mark) -> Iterator[tuple[Mark, Line]]:
-        """The rows from a mark on, each with its own mark. Raises ValueError."""
 
 
 class Source:
@@ -108,29 +84,6 @@ class Source:
         return bytes(self._digests[part * _DIGEST_BYTES : (part + 1) * _DIGEST_BYTES])
 
 
-class JsonLines:
-    """A Reader of text, a row a line; a byte-order mark, CRLF, empty lines and no last newline are all fine."""
-
-    def __init__(self, place: str, max_row_bytes: int) -> None:
-        self._place, self._max_row_bytes = place, max_row_bytes
-
-    def rows(self, mark: Mark) -> Iterator[tuple[Mark, Line]]:
-        """See Reader."""
-        number, offset, line = mark
-        with open_input(self._place) as file:
-            file.seek(offset)
-            while piece := file.readline(self._max_row_bytes + 2):
-                raw, is_whole = piece.rstrip(b"\r\n"), piece.endswith(b"\n") or len(piece) <= self._max_row_bytes
-                num_bytes = len(piece) + (0 if is_whole else _skip_line(file))
-                if line == 1:
-                    raw = raw.removeprefix(_BOM)
-                if raw.strip() or not is_whole:
-                    fits = is_whole and len(raw) <= self._max_row_bytes
-                    yield Mark(number, offset, line), Line(number, f"line {line}", raw if fits else None)
-                    number += 1
-                offset, line = offset + num_bytes, line + 1
-
-
 def _reader(place: str, max_row_bytes: int) -> Reader:
     """The Reader of a file, by what it begins with. Raises ValueError."""
     with open_input(place) as file:
@@ -139,20 +92,8 @@ def _reader(place: str, max_row_bytes: int) -> Reader:
         if head.startswith(magic):
             raise ValueError(f"--input: {place} {words}")
     if head == _PARQUET:
-        from deployments.batch.parquet import ParquetRows
-
         return ParquetRows(place)
     return JsonLines(place, max_row_bytes)
-
-
-def _skip_line(file: io.BufferedReader) -> int:
-    """Go on behind the end of a line, in pieces → how many bytes that were."""
-    num_bytes = 0
-    while piece := file.readline(_CHUNK):
-        num_bytes += len(piece)
-        if piece.endswith(b"\n"):
-            break
-    return num_bytes
 
 
 class _PartDigest:

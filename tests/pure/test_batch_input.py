@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from deployments.batch import source
+from deployments.batch import jsonl
 from deployments.batch.places import InputFile, normalized
 from tests.fakes.batch_jobs import Desk, chat
 from tests.fakes.fake_answerer import FakeAnswerer
@@ -264,7 +264,7 @@ def test_a_url_says_what_it_needs(desk, place, words):
 
 
 def test_a_million_characters_without_a_newline_are_not_held(desk, monkeypatch):
-    monkeypatch.setattr(source, "_CHUNK", 64)
+    monkeypatch.setattr(jsonl, "_CHUNK", 64)
     raw = b'{"prompt": "' + b"x" * 3_000_000 + b'"}\n{"prompt": "a"}'
     answers, errors = run_raw(desk, raw)
     assert [one["custom_id"] for one in answers] == ["row-2"] and "row" not in errors[0]
