@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 from datetime import datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from ray.util.placement_group import PlacementGroup
@@ -97,7 +97,7 @@ def _read_model(config: Config, device: str, name: str, now: datetime | None) ->
         identity = Identity(
             model=config.served_name,
             replica=name,
-            version=version("stagemesh"),
+            version=_version(),
             created=int(time.time()),
             topology=plan.topology,
         )
@@ -110,6 +110,13 @@ def _read_model(config: Config, device: str, name: str, now: datetime | None) ->
         return Service(engine, outbox, text, identity, limits, ranks, defaults)
 
     return plan, service_of
+
+
+def _version() -> str:
+    try:
+        return version("stagemesh")
+    except PackageNotFoundError:  # a checkout that was not installed, on PYTHONPATH
+        return "unknown"
 
 
 def _longest(plan: Plan, num_blocks: int) -> int:
