@@ -27,14 +27,16 @@ def run(job: Job) -> None:
     alone, again = (streams(job.port, prompts, num_tokens) for _ in range(2))
     url = f"http://127.0.0.1:{job.port}"
     (rank,) = cluster(url)["ranks"]
-    killed_s: list[float] = []
+    killed: list[int] = []
 
-    def kill_in_the_middle(num_chunks: int) -> None:
-        if num_chunks >= num_tokens // 4 and not killed_s:
-            killed_s.append(time.monotonic())
+    def kill_in_the_middle(num_words: int) -> None:
+        if num_words >= num_tokens // 4 and not killed:
+            killed.append(rank["pid"])
             os.kill(rank["pid"], signal.SIGKILL)
 
     found = streams(job.port, prompts, num_tokens, kill_in_the_middle)
+    if not killed:
+        raise RuntimeError("the streams were over before the rank was killed")
     pauses = [max(after - before for before, after in itertools.pairwise(one.times_s)) for one in found]
     job.record(
         streams=count,
@@ -50,8 +52,8 @@ def same(some: list[Stream], others: list[Stream]) -> int:
     return sum(one.words == other.words for one, other in zip(some, others, strict=True))
 
 
-def streams(port: int, prompts: list[str], num_tokens: int, each_chunk=lambda num_chunks: None) -> list[Stream]:
-    """The answers to some prompts at once; `each_chunk` is told by the first stream how many have come."""
+def streams(port: int, prompts: list[str], num_tokens: int, each_chunk=lambda num_words: None) -> list[Stream]:
+    """The answers to some prompts at once; `each_chunk` is told how many words the first stream has."""
     found: dict[int, Stream] = {}
 
     def ask(number: int) -> None:
@@ -65,7 +67,7 @@ def streams(port: int, prompts: list[str], num_tokens: int, each_chunk=lambda nu
                 words += [choice["text"] for choice in json.loads(line[6:])["choices"]]
                 times_s.append(time.monotonic())
                 if number == 0:
-                    each_chunk(len(times_s))
+                    each_chunk(sum(text.count("w") for text in words))
         found[number] = Stream("".join(words), times_s)
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(prompts))]
