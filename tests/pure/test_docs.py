@@ -25,7 +25,7 @@ from deployments.serve.command import ENVIRONMENT
 from tests.docs_pages import FLOORS, PAGES, as_it_should_be, bounds_of, file_map, keys, kind_of
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = (*FLOORS, "tests", "docs", "examples", "benchmarks")
+FOLDERS = (*FLOORS, "tests", "docs", "examples", "benchmarks", "k8s")
 TEXTS = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "configs/demo/README.md"])
