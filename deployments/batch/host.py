@@ -84,17 +84,21 @@ class RowAnswerer:
         self._preparing: asyncio.Task[None] | None = None
         self._is_lost = False
 
+    def add(self, rows: list[Row]) -> None:
+        """Take rows; their outcomes come with a later `turn`."""
+        self._preparing = self._preparing or asyncio.create_task(self._prepare_all())
+        self._rows.extend(rows)
+        self._num_bytes += sum(row.num_bytes for row in rows)
+        if rows:
+            self._has_rows.set()
+
     async def turn(self, rows: list[Row], has_more: bool) -> Turn:
         """Take rows, and wait until there is something to say: outcomes, or that more rows are wanted.
 
         `has_more`: there are rows that could be sent. Raises RuntimeError when the gang is lost: rows without an
         outcome are to be sent to another one.
         """
-        self._preparing = self._preparing or asyncio.create_task(self._prepare_all())
-        self._rows.extend(rows)
-        self._num_bytes += sum(row.num_bytes for row in rows)
-        if rows:
-            self._has_rows.set()
+        self.add(rows)
         await self._wait(has_more)
         outcomes, self._outcomes = self._outcomes, []
         if self._is_lost and not outcomes:
@@ -242,11 +246,6 @@ class HostActor:
         """See RowAnswerer."""
         assert self._answerer is not None, "turn before start"
         return await self._answerer.turn(rows, has_more)
-
-    async def pids(self) -> list[int]:
-        """Processes of the ranks, for tests."""
-        assert self._host is not None
-        return [rank.pid for rank in self._host.service.ranks()]
 
     async def stop(self) -> None:
         """End requests, engine and gang."""

@@ -82,8 +82,8 @@ def assert_readme_example_works(run: Run) -> None:
 
 
 def assert_examples_work(run: Run) -> None:
-    """The programs in examples/ that need a server, run as their docstrings say; tests/local_ray/test_bench_offline.py
-    runs the one that needs none."""
+    """The programs in examples/ that need a server, run as their docstrings say; test_bench_offline.py and
+    test_batch_gangs.py in this folder run those that need none."""
     question = "What is a stage?"
     entries = yaml.safe_load((ROOT / "tests/demo/questions.yaml").read_text(encoding="utf-8"))
     answer = next(entry["answer"] for entry in entries if entry["question"] == question)
@@ -94,7 +94,7 @@ def assert_examples_work(run: Run) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {"stream", "chat", "logprobs", "load"}
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {"stream", "chat", "logprobs", "load", "dataset"}
     assert printed("stream").startswith(f" {answer}\n[stop]\n")
     conversation = printed("chat", f"{question}\nWhat is a lane?\n\nnobody asks this\n").splitlines()
     assert conversation[0] == answer and len(conversation) == 2
