@@ -1,4 +1,4 @@
-"""Answers a dataset with Ray Data: each actor of `map_batches` hosts a gang of ranks; `concurrency` is how many.
+"""Answers a dataset with Ray Data: each actor of `map_batches` hosts a gang of ranks; `size` is how many.
 
 Uses the Ray cluster of RAY_ADDRESS, or starts one here and ends it. Prints each question with its answer.
 
@@ -26,9 +26,9 @@ def main(config: str, questions: list[str]) -> list[dict[str, Any]]:
         BatchModel,
         fn_constructor_kwargs={"config": config, "request": request},
         batch_size=256,  # several times scheduler.max_num_seqs, or the gang idles between two batches
-        concurrency=1,  # gangs
-        num_cpus=0,  # the actor itself; the gang reserves what it needs
-        max_concurrency=2,  # batches at once in one actor: the next begins while the longest answers of the last go on
+        # Gangs; and two batches at once in each: the next begins while the longest answers of the last go on
+        compute=ray.data.ActorPoolStrategy(size=1, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True),
+        num_cpus=0,  # of the actor itself; its gang reserves what it needs
     )
     return answers.take_all()
 

@@ -11,14 +11,14 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.tensors.backends.choose import placed_on
 from cluster.placement.nodes import read_nodes, wait_for
 from cluster.placement.placement import Device, how_many, make_needs, resolve_device, resolve_strategy
 from cluster.topology import Topology
 from configs.config import Config
-from deployments.batch.host import Figures, HostActor, Turn
+from deployments.batch.host import MAX_VAIN, Figures, Turn, start_host
+from deployments.batch.order import UNLIMITED
 from deployments.batch.progress import Progress
 from deployments.batch.rows import Outcome, Row
 from deployments.batch.window import Window
@@ -28,8 +28,6 @@ logger = logging.getLogger(__name__)
 
 _TICK_S = 0.5  # between two looks at the progress
 _STOP_S = 7.0  # for hosts to end their ranks
-_MAX_VAIN = 3  # hosts of a gang that end in a row without having answered anything; then the gang is given up
-_UNLIMITED = 1024  # tokens to expect of an answer that nothing limits, where the config does not say what a context has
 
 
 @dataclass
@@ -66,7 +64,7 @@ class GangAnswerer:
         check_model(config, self._topology)
         self._device = resolve_device(placed_on(config.device), read_nodes())
         num_slots = config.scheduler.max_num_seqs * (num_gangs := self._num_gangs())
-        window = Window(rows, num_slots, config.model.max_model_len or _UNLIMITED)
+        window = Window(rows, num_slots, config.model.max_model_len or UNLIMITED)
         if not window.fill():
             return
         with contextlib.ExitStack() as reservations:
@@ -137,9 +135,7 @@ class GangAnswerer:
     def _start(self, gang: _Gang) -> None:
         """Start a host. It waits where the gang's bundles have lost their node, as long as recovery would."""
         config = self._config
-        strategy = PlacementGroupSchedulingStrategy(gang.placement, placement_group_bundle_index=0)
-        options = {"num_cpus": config.placement.cpus_per_replica, "max_restarts": 0, "scheduling_strategy": strategy}
-        gang.host = ray.remote(HostActor).options(**options).remote()
+        gang.host = start_host(config, gang.placement)
         gang.is_ready, gang.figures = False, Figures()
         gang.deadline = time.monotonic() + config.recovery.wait_s + 2 * config.timeouts.start_s
         gang.pending = gang.host.start.remote(config, self._device, gang.placement, gang.number, self._now)
@@ -152,13 +148,13 @@ class GangAnswerer:
         gang.num_vain += 1
         self._progress.bury(gang.figures)
         ray.kill(gang.host)  # its ranks end with it
-        if gang.num_vain < _MAX_VAIN:
+        if gang.num_vain < MAX_VAIN:
             self._start(gang)
             return
         self._gangs.remove(gang)
         if not self._gangs:
             raise ValueError(
-                f"gang {gang.number} ended {_MAX_VAIN} times without having answered a row: {reason}; look at the log "
+                f"gang {gang.number} ended {MAX_VAIN} times without having answered a row: {reason}; look at the log "
                 "of its host, mend what is wrong, and start the same command again: it goes on"
             )
 

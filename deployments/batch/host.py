@@ -11,10 +11,11 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.decisions.schedule.kv_admission import KVAdmission
 from configs.config import Config
@@ -30,6 +31,7 @@ if TYPE_CHECKING:  # it imports Transformers, which is to happen while the ranks
 
 logger = logging.getLogger(__name__)
 
+MAX_VAIN = 3  # hosts of a gang that end in a row without having answered anything; then the gang is given up
 _GATHER_S = 0.1  # a turn with outcomes takes so long: a message to the driver costs a millisecond on both sides
 _REPORT_S = 1.0  # a turn without outcomes ends after so long, and tells how it goes
 _MAX_AHEAD_BYTES = 8 * 1024 * 1024  # of rows' input, waiting for room in the cache
@@ -230,10 +232,12 @@ class HostActor:
         self._host: GangHost | None = None
         self._answerer: RowAnswerer | None = None
 
-    async def start(self, config: Config, device: str, placement: PlacementGroup, number: int, now: datetime) -> None:
+    async def start(
+        self, config: Config, device: str, placement: PlacementGroup, number: int, now: datetime | None
+    ) -> None:
         """Start the gang. Raises what a GangHost raises.
 
-        `number`: of the gang, from 0; `now`: what chat templates are told.
+        `number`: of the gang, from 0; `now`: the time that chat templates are told; None: that of each conversation.
         """
         self._host = await asyncio.to_thread(GangHost, config, device, placement, f"gang {number}", now)
         self._answerer = answerer_on(self._host)
@@ -241,6 +245,11 @@ class HostActor:
             address = ray.util.get_node_ip_address()
             self._host.service.metrics.listen(address, config.batch.metrics_port + number)
             logger.info("gang %d: http://%s:%d/metrics", number, address, config.batch.metrics_port + number)
+
+    async def add(self, rows: list[Row]) -> None:
+        """See RowAnswerer."""
+        assert self._answerer is not None, "add before start"
+        self._answerer.add(rows)
 
     async def turn(self, rows: list[Row], has_more: bool) -> Turn:
         """See RowAnswerer."""
@@ -253,3 +262,10 @@ class HostActor:
             await self._answerer.close()
         if self._host is not None:
             await asyncio.to_thread(self._host.close)
+
+
+def start_host(config: Config, placement: PlacementGroup) -> Any:
+    """A HostActor beside the first stage of the gang that it will start."""
+    strategy = PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=0)
+    options = {"num_cpus": config.placement.cpus_per_replica, "max_restarts": 0, "scheduling_strategy": strategy}
+    return ray.remote(HostActor).options(**options).remote()

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from deployments.api.bodies import GenerationBody
 from deployments.text.prompts import Conversation, Prompt
 
+UNLIMITED = 1024  # tokens to expect of an answer that nothing limits, where the config says no model.max_model_len
 CHARS_PER_TOKEN = 4  # of a text that nobody has tokenized yet
 _PREFIX_TOKENS = 64  # rows that share as many are a group: four blocks of 16
 _KEY_TOKENS = 128  # of a prompt; those of a group are sorted by so many

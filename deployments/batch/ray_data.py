@@ -1,15 +1,19 @@
 """A model for Ray Data's `map_batches`: a callable class; each actor hosts a gang in a placement group of its own."""
 
-import asyncio
 import contextlib
 import hashlib
 import itertools
+import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import msgspec
+import ray
+from ray.exceptions import RayError
 
 from actors.tensors.backends.choose import placed_on
 from cluster.placement.nodes import read_nodes
@@ -20,11 +24,12 @@ from deployments.api.bodies import ChatBody, CompletionBody
 from deployments.api.errors import ApiError
 from deployments.api.responses import Stamp
 from deployments.api.strict_body import parse_body
-from deployments.batch.host import RowAnswerer, answerer_on
-from deployments.batch.order import Order, shape_of
+from deployments.batch.host import MAX_VAIN, start_host
+from deployments.batch.order import UNLIMITED, Order, shape_of
 from deployments.batch.rows import Outcome, Row
 from deployments.gangs import check_model, reserved
-from deployments.hosting import GangHost
+
+logger = logging.getLogger(__name__)
 
 RequestOf = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -39,74 +44,110 @@ class BatchModel:
         /v1/chat/completions (with `messages`) take them. `model` may be left out. Rows without a `seed` get one that
         follows from their fields. Raises ValueError where the config or the model is wrong.
         """
-        read = read_config(config)
-        topology = Topology(read.parallel.tensor_parallel_size, read.parallel.pipeline_parallel_size)
-        check_model(read, topology)
-        device = resolve_device(placed_on(read.device), read_nodes())
-        self._model, self._request = read.served_name, request
-        with contextlib.ExitStack() as stack:
-            placement = stack.enter_context(reserved(read, topology, device))
-            self._host = GangHost(read, device, placement, "ray.data")
-            stack.callback(self._host.close)
-            self._stack = stack.pop_all()
-        self._numbers = itertools.count()
-        self._waiting: dict[int, asyncio.Future[Outcome]] = {}
-        self._answerer: RowAnswerer | None = None
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="batch", daemon=True).start()
+        self._request = request
+        self._gang = _Gang(config)
+        weakref.finalize(self, self._gang.close)  # at the end of the actor, if not before
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Columns of a batch → the same, and `answer` (text), `response` (JSON, as over HTTP) and `error` (a message).
 
         Of a row that cannot be answered, `answer` is None and `error` says why; of others `error` is None. Raises
-        RuntimeError when the gang cannot come back.
+        RayError when the gang cannot come back.
         """
         columns = dict(batch)
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        found = asyncio.run_coroutine_threadsafe(self._answer(rows), self._loop).result()
+        found = self._gang.answer([self._request(row) for row in rows])
         bodies = [msgspec.json.decode(outcome.body) for outcome in found]
         columns["answer"] = [_text(body) for body in bodies]
         columns["response"] = [outcome.body.decode() for outcome in found]
         columns["error"] = [body["error"]["message"] if "error" in body else None for body in bodies]
         return columns
 
-    def __del__(self) -> None:
-        """Called at the end of the actor: give everything back."""
-        if hasattr(self, "_stack"):
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._stack.close()
 
-    async def _answer(self, rows: list[dict[str, Any]]) -> list[Outcome]:
-        """The outcomes, in the order of the rows."""
-        if self._answerer is None:
-            self._answerer = answerer_on(self._host)
-            self._pump = asyncio.create_task(self._pass_on(self._answerer))
-        futures, asked = [], dict[int, Row]()
-        for fields in rows:
-            number, future = next(self._numbers), self._loop.create_future()
+class _Gang:
+    """A gang with its reservation. Its host is another process: an actor whose ranks run cannot end by itself."""
+
+    def __init__(self, config_file: str) -> None:
+        self._config = config = read_config(config_file)
+        topology = Topology(config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size)
+        check_model(config, topology)
+        self._device = resolve_device(placed_on(config.device), read_nodes())
+        self._numbers = itertools.count()
+        self._waiting: dict[int, tuple[Row, Future[Outcome]]] = {}
+        self._lock = threading.Lock()
+        self._has_rows = threading.Event()
+        self._is_closed = False
+        with contextlib.ExitStack() as stack:
+            self._placement = stack.enter_context(reserved(config, topology, self._device))
+            self._host = self._start()
+            self._held = stack.pop_all()
+        threading.Thread(target=self._pass_on, name="batch", daemon=True).start()
+
+    def answer(self, requests: list[dict[str, Any]]) -> list[Outcome]:
+        """The outcomes, in the order of the requests. Any thread may call it."""
+        futures, rows = [], dict[int, Row]()
+        for fields in requests:
+            number, future = next(self._numbers), Future[Outcome]()
             futures.append(future)
             try:
-                asked[number] = self._row(number, self._request(fields))
-                self._waiting[number] = future
+                rows[number] = self._row(number, fields)
             except ApiError as error:
                 future.set_result(Outcome(number, error.status, error.body()))
-        order = Order(self._host.plan.scheduler.max_num_seqs)
-        order.add(shape_of(row.number, row.body, self._host.plan.max_model_len) for row in asked.values())
-        self._answerer.add([asked[number] for number in order.take(0, len(asked))])
-        return list(await asyncio.gather(*futures))
+                continue
+            self._waiting[number] = rows[number], future
+        order = Order(self._config.scheduler.max_num_seqs)
+        longest = self._config.model.max_model_len or UNLIMITED
+        order.add(shape_of(row.number, row.body, longest) for row in rows.values())
+        with self._lock:
+            self._host.add.remote([rows[number] for number in order.take(0, len(rows))])
+        self._has_rows.set()
+        return [future.result() for future in futures]
 
-    async def _pass_on(self, answerer: RowAnswerer) -> None:
-        """Hand every outcome to who waits for it."""
+    def close(self) -> None:
+        """End the gang, and give back what is reserved."""
+        self._is_closed = True
+        self._has_rows.set()
+        self._held.close()
+
+    def _start(self) -> Any:
+        host = start_host(self._config, self._placement)
+        ray.get(host.start.remote(self._config, self._device, self._placement, 0, None))
+        return host
+
+    def _pass_on(self) -> None:
+        """Hand every outcome to who waits for it; after the loss of a host, ask another one. In a thread."""
+        num_lost = 0
+        while self._has_rows.wait() and not self._is_closed:
+            try:
+                outcomes = ray.get(self._host.turn.remote([], False)).outcomes
+                num_lost = 0 if outcomes else num_lost
+                for outcome in outcomes:
+                    if waiting := self._waiting.pop(outcome.number, None):  # else it was sent to two hosts
+                        waiting[1].set_result(outcome)
+            except RayError as error:
+                num_lost += 1
+                self._replace(error, num_lost)
+            if not self._waiting:
+                self._has_rows.clear()
+                if self._waiting:  # they came meanwhile
+                    self._has_rows.set()
+
+    def _replace(self, error: RayError, num_lost: int) -> None:
+        """Start another host, and send it what waits; those who wait are told where that does not help."""
+        logger.error("the gang is lost: %s", error)
         try:
-            while True:
-                for outcome in (await answerer.turn([], has_more=False)).outcomes:
-                    self._waiting.pop(outcome.number).set_result(outcome)
-        except RuntimeError as lost:
-            for future in self._waiting.values():
-                future.set_exception(lost)
+            if num_lost >= MAX_VAIN:
+                raise error
+            with self._lock:
+                ray.kill(self._host)
+                self._host = self._start()
+                self._host.add.remote([row for row, _ in self._waiting.values()])
+        except RayError as failure:
+            for number in list(self._waiting):
+                self._waiting.pop(number)[1].set_exception(failure)
 
     def _row(self, number: int, fields: dict[str, Any]) -> Row:
-        raw = msgspec.json.encode({"model": self._model, **fields})
+        raw = msgspec.json.encode({"model": self._config.served_name, **fields})
         body = parse_body(raw, CompletionBody if "prompt" in fields else ChatBody)
         if body.seed is None:
             seed = int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") >> 1
