@@ -11,7 +11,7 @@ import msgspec
 
 from deployments.batch.store import Store
 
-_SAVE_S = 5.0  # of work that may be lost; each time costs one file
+_SAVE_S = 2.0  # of work that may be lost; each time costs one file
 
 
 class Ended(msgspec.Struct, frozen=True):
