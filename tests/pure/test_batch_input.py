@@ -185,6 +185,12 @@ def test_several_answers_to_a_row_and_neutral_values_are_fine(desk):
     assert not errors and len(answers[0]["response"]["body"]["choices"]) == 3
 
 
+def test_the_example_is_answered_but_for_its_broken_row(desk):
+    assert desk.run(input=ROOT / "examples/batch.jsonl").completed == 4
+    [error] = desk.lines()[1]
+    assert error["custom_id"] == "broken" and error["response"]["body"]["error"]["param"] == "temperature"
+
+
 # Parquet
 
 
