@@ -141,7 +141,7 @@ def _stopping_at_signals(job: "Job | None" = None) -> Iterator[None]:
         yield
     finally:
         for one, handler in before.items():
-            if signal.getsignal(one) is stop:
+            if job is None or signal.getsignal(one) is stop:  # a second signal ends the teardown within too
                 signal.signal(one, handler)
 
 

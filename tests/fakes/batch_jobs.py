@@ -43,6 +43,7 @@ class Desk:
         checkpoint = self.folder / "checkpoint"
         checkpoint.mkdir(parents=True)
         (checkpoint / "config.json").write_text("{}")
+        (checkpoint / "model.safetensors").touch()
         self.config = Config.model_validate({"model": {"source": str(checkpoint), "name": MODEL}})
 
     @property
