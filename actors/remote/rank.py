@@ -173,8 +173,8 @@ class Rank:
 
         So this comes before groups are aborted here, and before the side thread is joined, which may be aborting them.
         """
-        if self._runner is not None and self._runner.decoder is not None:
-            self._runner.decoder.release()
+        if self._runner is not None and self._runner.graphs is not None:
+            self._runner.graphs.release()
 
     def _end_epoch(self) -> None:
         """In the channel's side thread: log the stacks of all threads, then abort what the main thread waits for."""

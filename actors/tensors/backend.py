@@ -3,9 +3,10 @@
 T tokens of the step · Q logits rows · R rows, a token each · H hidden size · V vocabulary rows of this shard.
 """
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -13,8 +14,10 @@ from torch import nn
 from actors.decisions.model.plan import Plan
 from actors.decisions.model.shard_plan import ShardPlan
 from actors.decisions.model.spec import AttentionSpec, ModelSpec
-from actors.tensors.attention.metadata import AttentionMetadata, LayerCache, StepLayout
-from actors.words.messages import Substitution
+from actors.decisions.schedule.buckets import Buckets
+from actors.tensors.attention.metadata import AttentionMetadata, Chunk, LayerCache, StepLayout
+from actors.tensors.sampled_ids import SampledIds
+from actors.words.messages import Bucket, Substitution
 from cluster.collectives.interface import PresentGroup, StageGroup
 
 Upload = Callable[[torch.Tensor], torch.Tensor]  # see Backend.upload
@@ -88,42 +91,54 @@ class RankModel(Protocol):
         """→ hidden states [T, H] for the next stage, or on the last stage the logits [Q, V] of the rows `rows_Q`."""
 
 
-LAST_ID = -1  # instead of an id: the one that this row sampled last, which so far only the device knows
+class StaleBlocks(NamedTuple):
+    """Blocks of one sequence that the device does not know yet."""
+
+    table_row: int
+    first: int  # columns [first, end) of its block table
+    end: int
 
 
 @dataclass(frozen=True)
-class DecodeRows:
-    """The inputs of a decode step, on the host: one token a row."""
+class StepInputs:
+    """The inputs of a step that runs over static buffers, on the host."""
 
-    ids: list[int]  # or LAST_ID
-    positions: list[int]
-    table_rows: list[int]  # of the sequence table
+    ids: "array[int]"  # of every token, or UNKNOWN_ID
+    chunks: list[Chunk]  # one a sequence, in token order
+    logits_rows: list[int]  # indices of the tokens whose logits are needed, in the order of the result
     tables: torch.Tensor  # int64 [rows of the sequence table, blocks of a row]
+    stale: list[StaleBlocks]  # of these tables
 
 
-class Decoder(Protocol):
-    """Runs steps of one token a row over buffers of fixed shapes, so that the host need not wait for the device."""
+class GraphRunner(Protocol):
+    """Runs steps of few fixed shapes over static buffers, so that a graph can hold them; nothing waits for the device.
 
-    def takes(self, num_rows: int, last_position: int) -> bool:
-        """Whether there is a shape for a step of `num_rows` rows at positions up to `last_position`."""
+    A step is filled in, then run. Steps of a shape that is not captured run over the same buffers, kernel by kernel.
+    """
 
-    def fill(self, rows: DecodeRows) -> None:
-        """Copy a step's inputs into the buffers of its shape, without waiting for the device."""
+    buckets: Buckets  # the shapes
 
-    def state(self, num_rows: int) -> torch.Tensor:
-        """The buffer [num_rows, H] that receives the hidden states of the stage before; not on the first stage."""
+    @property
+    def can_capture(self) -> bool:
+        """Whether the device has graphs."""
+
+    def fill(self, bucket: Bucket, inputs: StepInputs) -> None:
+        """Copy a step's inputs into the buffers of a shape that holds it, without waiting for the device."""
+
+    def state(self, num_tokens: int) -> torch.Tensor:
+        """The buffer [num_tokens, H] that receives the hidden states of the stage before; not on the first stage."""
 
     def run(self) -> torch.Tensor:
-        """Run the step that was filled in last → hidden states [num_rows, H] or logits [num_rows, V]."""
+        """Run the step that was filled in last; the next one overwrites the result.
 
-    def remember(self, table_rows: Sequence[int], ids_R: torch.Tensor) -> None:
-        """Note what rows of the sequence table sampled last, int64 on the device: LAST_ID means these from now on."""
+        → hidden states [*, H] of the shape's tokens, or on the last stage logits [*, V]: those of the step come first.
+        """
 
-    def capture(self, group: StageGroup) -> None:
-        """Prepare every shape for the group of this epoch; all shards call it at the same time."""
+    def capture(self, bucket: Bucket, group: StageGroup) -> str | None:
+        """Capture one shape, while no step runs; all shards call it at the same time → None, or why it failed."""
 
     def release(self) -> None:
-        """Drop what belongs to the group of the epoch that has ended."""
+        """Drop all graphs: they hold the group of the epoch, which ends."""
 
 
 class Backend(Protocol):
@@ -131,7 +146,8 @@ class Backend(Protocol):
 
     placed_on: ClassVar[Literal["cpu", "cuda"]]  # what Ray gives a rank: a share of the CPUs, or a GPU
     default_block_size: ClassVar[int]  # tokens in a block of the KV cache, where the config names none
-    num_padding_blocks: ClassVar[int]  # blocks of the cache that no sequence owns, for rows of padding
+    num_padding_blocks: ClassVar[int]  # blocks of the cache that no sequence owns, for tokens of padding
+    runs_ahead: ClassVar[bool]  # its device computes while the host goes on; so a step reads no tensor on the host
     device: torch.device
 
     def set_up(self) -> None:
@@ -167,8 +183,10 @@ class Backend(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The Gumbel arg-max of each row: scores (float32) and ids (int64) [R]; see sampling.gumbel.gumbel_argmax."""
 
-    def decoder(self, model: RankModel, plan: Plan, padding_block: int) -> Decoder | None:
-        """What runs decode steps over static buffers, once the cache is allocated; None: they run like other steps.
+    def graph_runner(
+        self, model: RankModel, plan: Plan, padding_block: int, sampled_ids: SampledIds
+    ) -> GraphRunner | None:
+        """What runs small steps over static buffers, once the cache is allocated; None: they run like large ones.
 
         `padding_block` is the first of the blocks that no sequence owns.
         """

@@ -4,6 +4,7 @@ Both ends run the same steps in the same order, so that both know, without furth
 """
 
 from collections import deque
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -36,8 +37,10 @@ class FeedbackSender:
 class FeedbackReceiver:
     """The first stage's end: knows which steps sample, and receives their ids when a step needs them."""
 
-    def __init__(self, link: Link, device: torch.device) -> None:
+    def __init__(self, link: Link, device: torch.device, take: Callable[[Sequence[Row], torch.Tensor], object]) -> None:
+        """`take` gets the rows of each step with the ids that it sampled, int64 on the device."""
         self._link = link
+        self._take = take
         self._device = device
         self._due: deque[tuple[int, int, tuple[Row, ...]]] = deque()  # step, lane, the rows that it samples for
 
@@ -59,5 +62,4 @@ class FeedbackReceiver:
             rows = self._due.popleft()[2]
             ids_R = torch.empty(len(rows), dtype=torch.int64, device=self._device)
             self._link.receive(ids_R)
-            for row, token_id in zip(rows, ids_R.tolist(), strict=True):
-                row.ids.append(token_id)
+            self._take(rows, ids_R)

@@ -1,8 +1,6 @@
 """The Runner: everything that a rank computes, from loading its weights to the ids of a step, without Ray."""
 
-from collections import deque
-from collections.abc import Callable, Sequence
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -12,15 +10,17 @@ from actors.decisions.model.plan import Plan
 from actors.decisions.schedule.blocks import num_blocks_for
 from actors.decisions.schedule.phase_clock import PhaseClock
 from actors.tensors.attention.kv_cache import KVCache
-from actors.tensors.backend import LAST_ID, Backend, Decoder, DecodeRows
+from actors.tensors.backend import Backend, GraphRunner
 from actors.tensors.feedback import FeedbackReceiver, FeedbackSender
-from actors.tensors.launched import Done, Launched, PendingSample, Sampled
+from actors.tensors.launched import Done, Launched, Sampled
 from actors.tensors.model.stage_model import StageModel, build
+from actors.tensors.sampled_ids import SampledIds
 from actors.tensors.sampling.logprobs import LogprobReader
-from actors.tensors.sampling.sampler import Sampler, SamplingBatch
-from actors.tensors.sequence_table import PromptChunk, Row, SequenceTable, StepTensors
+from actors.tensors.sampling.sampler import Sampler
+from actors.tensors.sequence_table import PromptChunk, Row, SequenceTable, StepTensors, max_table_rows
+from actors.tensors.step_sampler import StepSampler
 from actors.tensors.weights.checkpoint import LoadReport, Progress, load_weights
-from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch, Substitution, TokenLogprobs
+from actors.words.messages import Bucket, Entry, NewSequence, SamplingParams, StepBatch, Substitution
 from cluster.collectives.interface import Link, Sending, StageGroup
 
 _WARM_UP_SEQ = -1  # a number that the engine gives to no sequence
@@ -68,7 +68,10 @@ class Runner:
         self.attention = backend.attention(specs, self.dtype, plan.block_size)
         self.model: StageModel | None = None
         self.cache: KVCache | None = None
-        self.decoder: Decoder | None = None
+        self.graphs: GraphRunner | None = None
+        scheduler = plan.scheduler
+        num_positions = scheduler.num_lanes * scheduler.depth + 1  # ids that may be on their way at a time
+        self._sampled_ids = SampledIds(max_table_rows(scheduler.max_num_seqs), num_positions, backend.device)
         self.num_blocks = 0  # of the cache, those for padding not counted
         self.join(neighbors)
 
@@ -77,25 +80,26 @@ class Runner:
         self.neighbors = neighbors
         self.clock = PhaseClock()
         vocabulary = neighbors.stage, self.shard.vocab_rows, self.plan.spec.vocab_size
-        self.sampler = Sampler(*vocabulary, self.backend.best_tokens)
-        self.logprobs = LogprobReader(*vocabulary)
+        self.sampler = Sampler(*vocabulary, self.backend.best_tokens, self.backend.runs_ahead)
+        logprobs = LogprobReader(*vocabulary, self.backend.download)
+        self._sampling = StepSampler(self.backend, self.sampler, logprobs, self._sampled_ids)
         self._receiver = self._sender = None
         if self.plan.scheduler.depth > 1 and neighbors.feedback is not None:
-            device = self.backend.device
-            self._receiver = FeedbackReceiver(neighbors.feedback, device) if self.is_first_stage else None
-            self._sender = None if self.is_first_stage else FeedbackSender(neighbors.feedback)
+            if self.is_first_stage:
+                self._receiver = FeedbackReceiver(neighbors.feedback, self.backend.device, self._sampling.keep)
+            else:
+                self._sender = FeedbackSender(neighbors.feedback)
         self.table = self._new_table()
         self._sendings: dict[int, tuple[Sending, torch.Tensor]] = {}  # by lane
-        self._pending: deque[PendingSample] = deque()
         if self.model is not None:
             self.model.join(neighbors.stage)
-        if self.decoder is not None:
-            self.decoder.release()
+        if self.graphs is not None:
+            self.graphs.release()
 
     def _new_table(self) -> SequenceTable:
         knows_samples = self._receiver is not None or self.neighbors.next is None
         longest, block_size = self.plan.num_blocks_for_longest, self.plan.block_size
-        return SequenceTable(longest, block_size, self.attention, self.backend.upload, knows_samples)
+        return SequenceTable(longest, block_size, self.attention, self.backend.upload, self._sampled_ids, knows_samples)
 
     def part(self) -> None:
         """Drop what belongs to the neighbors of the epoch that has ended."""
@@ -140,7 +144,7 @@ class Runner:
         num_all = num_blocks + self.backend.num_padding_blocks
         self.cache = KVCache(self.shard.attentions, num_all, self.plan.block_size, self.dtype, device)
         self.model.attach(self.cache)
-        self.decoder = self.backend.decoder(self.model, self.plan, padding_block=num_blocks)
+        self.graphs = self.backend.graph_runner(self.model, self.plan, num_blocks, self._sampled_ids)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -153,11 +157,21 @@ class Runner:
         self.execute(StepBatch(epoch=0, step=-2, lane=0, opened=opened, closed=[], entries=[prefill]))
         self.execute(StepBatch(epoch=0, step=-1, lane=0, opened=[], closed=[], entries=[decode]))
         self.execute(StepBatch(epoch=0, step=-1, lane=0, opened=[], closed=[_WARM_UP_SEQ], entries=[]))
-        self._settle()
-        if self.decoder is not None and self.model is not None:
-            self.decoder.capture(self.neighbors.stage)
-            self.model.take_exchange_s()
+        self._sampling.settle()
         self.clock = PhaseClock()  # warming up is no step
+
+    @property
+    def shapes(self) -> tuple[Bucket, ...]:
+        """The shapes of steps that can be captured in graphs; none where the device has no graphs."""
+        return self.graphs.buckets.shapes if self.graphs is not None and self.graphs.can_capture else ()
+
+    @torch.inference_mode()
+    def capture(self, bucket: Bucket) -> str | None:
+        """Capture a shape, between two steps and on all ranks together → None, or why it failed."""
+        assert self.graphs is not None and self.model is not None, "there is nothing to capture"
+        reason_not = self.graphs.capture(bucket, self.neighbors.stage)
+        self.model.take_exchange_s()
+        return reason_not
 
     def execute(self, step: StepBatch) -> Sampled | None:
         """Run one step → its results, on every shard of the last stage; None on the other stages."""
@@ -166,16 +180,12 @@ class Runner:
     @torch.inference_mode()
     def launch(self, step: StepBatch) -> Launched:
         """Start one step; the ids that it samples may reach the host later."""
-        while self._pending and self._pending[0].is_ready():
-            self._pending.popleft().take()
-        is_decode = self._is_decode(step)
-        if not is_decode:
-            self._settle()  # its input tensors are made of ids that the host must know
+        self._sampling.catch_up()
         self._begin(step)
         is_last = self.neighbors.next is None
         if not step.entries:
             return Done(Sampled([], [], []) if is_last else None)
-        work = self._decode_work(step) if is_decode else self._packed_work(step)
+        work = self._static_work(step) or self._packed_work(step)
         output = self._compute(work)
         if is_last:
             pending = self._sample(step, work, output)
@@ -186,15 +196,6 @@ class Runner:
         if self._receiver is not None:
             self._receiver.expect(step, work.rows)
         return Done(None)
-
-    def _is_decode(self, step: StepBatch) -> bool:
-        """Whether the decoder runs it: every entry has one token and samples, and the decoder has a shape for them."""
-        entries = step.entries
-        if self.decoder is None or not entries:
-            return False
-        if any(len(entry.ids) > 1 or not entry.sample or entry.prompt_logprobs for entry in entries):
-            return False
-        return self.decoder.takes(len(entries), max(entry.start for entry in entries))
 
     def _begin(self, step: StepBatch) -> None:
         """Apply what a step changes: ids that come back from the last stage, rows, and blocks to be zeroed."""
@@ -214,18 +215,20 @@ class Runner:
             state = torch.empty(shape, dtype=self.dtype, device=self.backend.device)
         return _Work(tensors.sampled, state, lambda: self.forward(tensors, state), tensors.prompts)
 
-    def _decode_work(self, step: StepBatch) -> _Work:
-        assert self.decoder is not None
-        rows = tuple(self.table.rows[entry.seq] for entry in step.entries)
-        samples_here = self.neighbors.next is None
-        ids = [
-            entry.ids[0] if entry.ids else LAST_ID if samples_here else row.ids[entry.start]
-            for entry, row in zip(step.entries, rows, strict=True)
-        ]
-        positions, table_rows = [entry.start for entry in step.entries], [row.index for row in rows]
-        self.decoder.fill(DecodeRows(ids, positions, table_rows, self.table.tables))
-        state = None if self.neighbors.previous is None else self.decoder.state(len(rows))
-        return _Work(rows, state, self.decoder.run)
+    def _static_work(self, step: StepBatch) -> _Work | None:
+        """The step over static buffers; None where it has no shape for that."""
+        bucket = None if self.graphs is None else self.graphs.buckets.of_step(step.entries)
+        if self.graphs is None or bucket is None:
+            return None
+        graphs, inputs = self.graphs, self.table.inputs(step)
+        graphs.fill(bucket, inputs)
+        num_tokens = len(inputs.ids)
+        state = None if self.neighbors.previous is None else graphs.state(num_tokens)
+        rows = tuple(self.table.rows[entry.seq] for entry in step.entries if entry.sample)
+        if self.neighbors.next is None:
+            return _Work(rows, state, graphs.run)
+        # A copy: the next step overwrites the buffer, and the send may still be running then
+        return _Work(rows, state, lambda: graphs.run()[:num_tokens].clone())
 
     def forward(self, tensors: StepTensors, state: torch.Tensor | None) -> torch.Tensor:
         """Hidden states [tokens, hidden]; on the last stage logits [Q, vocabulary here]."""
@@ -244,43 +247,14 @@ class Runner:
         self.clock.lap("compute")
         return output
 
-    def _sample(self, step: StepBatch, work: _Work, logits_QV: torch.Tensor) -> PendingSample:
-        """Sample the next ids, remember them, and read the requested log-probabilities."""
-        rows = self.table.sampling_rows(step)
-        if any(row.has_penalties for row in rows):
-            self._settle()  # they count every id before this one
-        logits_RV = logits_QV[: len(rows)]
-        sampled_ids_R = self.sampler.sample(logits_RV, SamplingBatch.of(rows, self.backend.upload))
-        next_ids_R = sampled_ids_R.clamp(min=0)  # after NOT_A_NUMBER too, the next step may already be on its way
-        if self._sender is not None:
-            self._sender.send(step, next_ids_R)
-        if self.decoder is not None and work.rows:
-            self.decoder.remember([row.index for row in work.rows], next_ids_R)
-        logprobs = self._sampled_logprobs(work.rows, logits_RV, next_ids_R)  # if requested, the host waits
-        prompt_logprobs = self._prompt_logprobs(work.prompts, logits_QV[len(rows) :])
-        ids = self.backend.download(sampled_ids_R)
-        self._pending.append(PendingSample(work.rows, ids, Sampled([], logprobs, prompt_logprobs)))
-        return self._pending[-1]
+    def _sample(self, step: StepBatch, work: _Work, logits_QV: torch.Tensor) -> Launched:
+        def hand_back(ids_R: torch.Tensor) -> None:
+            """The first stage needs them before the engine has them."""
+            if self._sender is not None:
+                self._sender.send(step, ids_R)
 
-    def _sampled_logprobs(
-        self, sampled: Sequence[Row], logits_RV: torch.Tensor, ids_R: torch.Tensor
-    ) -> list[list[TokenLogprobs]]:
-        num_top = {i: row.sampling.logprobs for i, row in enumerate(sampled) if row.sampling.logprobs is not None}
-        if not num_top:
-            return []
-        rows_L = self.backend.upload(torch.tensor(list(num_top)))
-        read = self.logprobs.read(logits_RV[rows_L], ids_R[rows_L], list(num_top.values()))
-        by_row = dict(zip(num_top, read, strict=True))
-        return [[by_row[i]] if i in by_row else [] for i in range(len(sampled))]
-
-    def _prompt_logprobs(self, prompts: Sequence[PromptChunk], logits_LV: torch.Tensor) -> list[list[TokenLogprobs]]:
-        if not prompts:
-            return []
-        ids = [token_id for chunk in prompts for token_id in chunk.ids]
-        num_top = [chunk.num_top for chunk in prompts for _ in chunk.ids]
-        ids_L = self.backend.upload(torch.tensor(ids, dtype=torch.int64))
-        read = iter(self.logprobs.read(logits_LV, ids_L, num_top))
-        return [list(islice(read, len(chunk.ids))) for chunk in prompts]
+        sampling = self.table.sampling_rows(step)
+        return self._sampling.sample(sampling, work.rows, work.prompts, logits_QV, hand_back)
 
     def _send(self, lane: int, hidden_TH: torch.Tensor) -> None:
         """Start a send; its buffer is kept until the same lane sends again."""
@@ -289,8 +263,3 @@ class Runner:
             self._sendings.pop(lane)[0].wait()
         hidden_TH = hidden_TH.contiguous()
         self._sendings[lane] = (self.neighbors.next.send(hidden_TH), hidden_TH)
-
-    def _settle(self) -> None:
-        """Wait for all sampled ids that are on their way to the host."""
-        while self._pending:
-            self._pending.popleft().take()

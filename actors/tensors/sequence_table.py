@@ -12,7 +12,8 @@ import torch
 
 from actors.decisions.schedule.blocks import num_blocks_for
 from actors.tensors.attention.metadata import AttentionMetadata, Chunk, StepLayout, positions_of
-from actors.tensors.backend import AttentionBackend, Upload
+from actors.tensors.backend import AttentionBackend, StaleBlocks, StepInputs, Upload
+from actors.tensors.sampled_ids import UNKNOWN_ID, SampledIds
 from actors.tensors.sampling.logits_processors import SamplingRow
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
 
@@ -35,9 +36,10 @@ class Row:
 
     index: int  # in the block tables
     sampling: SamplingParams
-    ids: "array[int]"  # prompt and generated, as far as this rank knows them
+    ids: "array[int]"  # prompt and generated, as far as this rank knows them; UNKNOWN_ID where one is on its way
     num_prompt: int
     num_blocks: int = 0
+    num_blocks_on_device: int = 0  # that StepInputs have brought there
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,11 @@ class SequenceTable:
         block_size: int,
         attention: AttentionBackend,
         upload: Upload,
+        sampled_ids: SampledIds,
         knows_samples: bool = True,
     ) -> None:
         """`knows_samples`: whether this rank learns the sampled ids; the middle stages do not, and need no ids."""
+        self._sampled_ids = sampled_ids
         self.knows_samples = knows_samples
         self.block_size = block_size
         self._attention = attention
@@ -93,44 +97,63 @@ class SequenceTable:
 
     def tensors(self, step: StepBatch) -> StepTensors:
         """The input tensors of a step that has entries; `apply` was called for it before."""
-        ids = array("q")
-        chunks: list[Chunk] = []
-        first_token: dict[int, int] = {}  # by sequence: the index of its first id among the step's tokens
-        for entry in in_token_order(step.entries):
-            row, num_ids = self.rows[entry.seq], max(1, len(entry.ids))
-            chunks.append(Chunk(row.index, len(ids), entry.start, num_ids))
-            first_token[entry.seq] = len(ids)
-            ids += row.ids[entry.start : entry.start + num_ids]
-        sampling = [entry for entry in step.entries if entry.sample]
-        logits_rows = [first_token[entry.seq] + max(1, len(entry.ids)) - 1 for entry in sampling]
+        ids, chunks, logits_rows = self._tokens(step)
+        first_token = {entry.seq: chunk.row for entry, chunk in zip(in_token_order(step.entries), chunks, strict=True)}
         prompts = []
         for entry in step.entries:
             if entry.prompt_logprobs:
                 prompts.append(self._prompt_chunk(entry))
                 first = first_token[entry.seq]
                 logits_rows += range(first, first + len(prompts[-1].ids))
+        positions_T = self._upload(torch.from_numpy(positions_of(chunks)))
         return StepTensors(
-            ids_T=self._upload(torch.frombuffer(ids, dtype=torch.int64).clone()),
-            positions_T=self._upload(torch.from_numpy(positions_of(chunks))),
+            ids_T=self._ids_on_device(ids, chunks, positions_T),
+            positions_T=positions_T,
             attention=self._attention.plan(StepLayout(chunks, self._tables, logits_rows)),
             logits_rows_Q=self._upload(torch.tensor(logits_rows, dtype=torch.int64)),
-            sampled=tuple(self.rows[entry.seq] for entry in sampling),
+            sampled=tuple(self.rows[entry.seq] for entry in step.entries if entry.sample),
             prompts=tuple(prompts),
         )
+
+    def inputs(self, step: StepBatch) -> StepInputs:
+        """The same for a step that runs over static buffers. Blocks are told once; the caller brings them there."""
+        stale = []
+        for entry in step.entries:
+            row = self.rows[entry.seq]
+            if row.num_blocks > row.num_blocks_on_device:
+                stale.append(StaleBlocks(row.index, row.num_blocks_on_device, row.num_blocks))
+                row.num_blocks_on_device = row.num_blocks
+        return StepInputs(*self._tokens(step), self._tables, stale)
+
+    def _tokens(self, step: StepBatch) -> tuple["array[int]", list[Chunk], list[int]]:
+        """The ids of a step's entries, where each entry's are, and the tokens that are sampled after, in entry order.
+
+        Every rank lays out a step's tokens alike, whichever way it computes them: stages exchange them by their index.
+        """
+        ids, chunks, last_token = array("q"), list[Chunk](), dict[int, int]()
+        for entry in in_token_order(step.entries):
+            row, num_ids = self.rows[entry.seq], max(1, len(entry.ids))
+            chunks.append(Chunk(row.index, len(ids), entry.start, num_ids))
+            ids += row.ids[entry.start : entry.start + num_ids]
+            last_token[entry.seq] = len(ids) - 1
+        return ids, chunks, [last_token[entry.seq] for entry in step.entries if entry.sample]
+
+    def _ids_on_device(self, ids: "array[int]", chunks: list[Chunk], positions_T: torch.Tensor) -> torch.Tensor:
+        ids_T = self._upload(torch.frombuffer(ids, dtype=torch.int64).clone())
+        if UNKNOWN_ID not in ids:
+            return ids_T
+        counts = torch.tensor([chunk.num_tokens for chunk in chunks])
+        table_rows_T = torch.tensor([chunk.table for chunk in chunks]).repeat_interleave(counts)
+        return self._sampled_ids.resolve(ids_T, self._upload(table_rows_T), positions_T)
 
     def sampling_rows(self, step: StepBatch) -> list[SamplingRow]:
         """The SamplingRow of each of a step's entries that sample, in entry order."""
         return [self.sampling_row(entry) for entry in step.entries if entry.sample]
 
-    @property
-    def tables(self) -> torch.Tensor:
-        """The block table, int64 [rows, blocks], on the host; entries behind a row's last block mean nothing."""
-        return self._tables
-
     def sampling_row(self, entry: Entry) -> SamplingRow:
         """The SamplingRow of one entry."""
         row = self.rows[entry.seq]
-        return SamplingRow(row.sampling, entry.start + max(1, len(entry.ids)), row.ids, row.num_prompt)
+        return SamplingRow(row.sampling, entry.start + max(1, len(entry.ids)), row.ids, row.num_prompt, row.index)
 
     def _prompt_chunk(self, entry: Entry) -> PromptChunk:
         """The id after each of an entry's ids, as far as it is of the prompt (a replayed sequence has more ids)."""

@@ -121,6 +121,30 @@ class Check(msgspec.Struct, frozen=True, array_like=True, tag=True):
     epoch: int
 
 
+class Bucket(msgspec.Struct, frozen=True, array_like=True, order=True):
+    """One shape of a step that runs over static buffers; a smaller step is padded up to it."""
+
+    num_tokens: int
+    num_seqs: int  # request slots: sequences that it holds
+    num_blocks: int  # of each sequence's block table
+    is_decode: bool  # every sequence has one token
+
+
+class Capture(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Ask a rank to capture one shape of a step in a graph, in its place among the steps; it answers with Captured."""
+
+    epoch: int
+    bucket: Bucket
+
+
+class Captured(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """From every rank: the end of a capture."""
+
+    epoch: int
+    bucket: Bucket
+    reason_not: str | None = None  # why steps of this shape go on without a graph; None: it is captured
+
+
 class StepResult(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """From shard 0 of the last stage: for each entry that sampled, in order, the ids it gained.
 
@@ -162,5 +186,5 @@ class RankFailure(msgspec.Struct, frozen=True, array_like=True, tag=True):
     is_echo: bool = False  # it cannot go on because of another rank
 
 
-ToRank = StepBatch | Shutdown | Fence | Check
-FromRank = StepResult | Heartbeat | RankFailure
+ToRank = StepBatch | Shutdown | Fence | Check | Capture
+FromRank = StepResult | Heartbeat | RankFailure | Captured

@@ -1,48 +1,67 @@
-"""The shapes of a decode step that a device runs over static buffers: few of them, each captured once."""
+"""The shapes of steps that a device runs over static buffers: few of them, each captured once."""
 
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from actors.decisions.schedule.blocks import num_blocks_for
+from actors.decisions.schedule.settings import SchedulerSettings
+from actors.words.messages import Bucket, Entry
 
-@dataclass(frozen=True, order=True)
-class Bucket:
-    """One shape: rows of a step, and blocks of each row's table; a smaller step is padded up to it."""
-
-    num_rows: int
-    num_blocks: int
+MAX_MIXED_TOKENS = 512  # larger steps with chunks of prompts take so long that launching them hides behind them
+_MIXED_TOKENS = (16, 32, 64, 128, 256, 512)
+_ROWS = (1, 2, 4)  # and from 8 on in steps of 8
+_ROWS_STEP = 8
 
 
 @dataclass(frozen=True)
 class Buckets:
-    """All shapes of a gang: every number of rows with every number of blocks, both ascending."""
+    """All shapes of a gang: steps that only decode by their rows, steps with chunks of prompts by their tokens."""
 
-    rows: tuple[int, ...]
-    blocks: tuple[int, ...]
+    shapes: tuple[Bucket, ...]  # ascending
+    block_size: int
 
     @classmethod
-    def of(cls, max_rows: int, max_blocks: int, first_blocks: int | None = None) -> "Buckets":
-        """Rows 1, 2, 4 … up to `max_rows`; blocks `first_blocks`, twice that … up to `max_blocks`, or only these.
+    def of(
+        cls, settings: SchedulerSettings, max_blocks: int, max_mixed_tokens: int, first_blocks: int | None = None
+    ) -> "Buckets":
+        """Rows 1, 2, 4, 8, 16, 24 … up to max_num_seqs; mixed steps of 16, 32, 64 … up to `max_mixed_tokens` tokens.
 
-        One number of blocks is enough where attention reads no further than each row's length. Where it gathers whole
-        tables it reads what they hold, so they are padded to at most twice what is needed.
+        Blocks of a table: `first_blocks`, twice that … up to `max_blocks`, or only these. One number is enough where
+        attention reads no further than each row's length. Where it gathers whole tables it reads what they hold, so
+        they are padded to at most twice what is needed. A mixed step's padding is one more sequence, whose table holds
+        it whatever the number of its tokens.
         """
-        return cls(
-            _doublings(1, max_rows), _doublings(max_blocks if first_blocks is None else first_blocks, max_blocks)
-        )
+        max_rows = settings.max_num_seqs
+        rows = _up_to(itertools.chain(_ROWS, itertools.count(_ROWS_STEP, _ROWS_STEP)), max_rows)
+        tokens = _up_to(iter(_MIXED_TOKENS), min(max_mixed_tokens, settings.max_num_batched_tokens))
+        shapes = set[Bucket]()
+        for blocks in _doublings(first_blocks or max_blocks, max_blocks):
+            shapes |= {Bucket(number, number, blocks, is_decode=True) for number in rows}
+            for number in tokens:
+                held = max(blocks, num_blocks_for(number, settings.block_size))
+                shapes.add(Bucket(number, min(number, max_rows), held, is_decode=False))
+        return cls(tuple(sorted(shapes)), settings.block_size)
 
-    def of_step(self, num_rows: int, num_blocks: int) -> Bucket | None:
-        """The smallest shape that holds a step; None where none does."""
-        rows = next((rows for rows in self.rows if rows >= num_rows), None)
-        blocks = next((blocks for blocks in self.blocks if blocks >= num_blocks), None)
-        return None if rows is None or blocks is None or num_rows == 0 else Bucket(rows, blocks)
+    def of_step(self, entries: Sequence[Entry]) -> Bucket | None:
+        """The smallest shape that holds a step; None where none does, or where it asks for logits of prompt ids."""
+        if not entries or any(entry.prompt_logprobs for entry in entries):
+            return None
+        counts = [len(entry.ids) or 1 for entry in entries]
+        num_tokens, num_seqs, is_decode = sum(counts), len(entries), max(counts) == 1
+        end = max(entry.start + count for entry, count in zip(entries, counts, strict=True))
+        num_blocks = num_blocks_for(end, self.block_size)
+        for shape in self.shapes:
+            is_large_enough = shape.num_tokens >= num_tokens and shape.num_seqs >= num_seqs
+            if is_large_enough and shape.is_decode == is_decode and shape.num_blocks >= num_blocks:
+                return shape
+        return None
 
-    def all(self) -> list[Bucket]:
-        """All shapes, the largest first: captured first, its share of the memory pool also holds the others."""
-        return sorted((Bucket(rows, blocks) for rows in self.rows for blocks in self.blocks), reverse=True)
+
+def _up_to(numbers: Iterator[int], last: int) -> list[int]:
+    """The ascending numbers below `last`, and that."""
+    return [*itertools.takewhile(lambda number: number < last, numbers), last]
 
 
-def _doublings(first: int, last: int) -> tuple[int, ...]:
-    numbers, number = [], first
-    while number < last:
-        numbers.append(number)
-        number *= 2
-    return (*numbers, last)
+def _doublings(first: int, last: int) -> list[int]:
+    return _up_to((first << power for power in itertools.count()), last)

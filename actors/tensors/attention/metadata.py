@@ -127,6 +127,7 @@ class AttentionMetadata:
 
 def positions_of(chunks: list[Chunk]) -> Indices:
     """The position of every token of a step [T]."""
-    counts = np.array([chunk.num_tokens for chunk in chunks])
+    counts = np.array([chunk.num_tokens for chunk in chunks], np.int64)
     first_rows = np.cumsum(counts) - counts
-    return np.repeat(np.array([chunk.start for chunk in chunks]) - first_rows, counts) + np.arange(counts.sum())
+    starts = np.array([chunk.start for chunk in chunks], np.int64)
+    return np.repeat(starts - first_rows, counts) + np.arange(counts.sum())

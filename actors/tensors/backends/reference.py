@@ -12,12 +12,13 @@ from actors.tensors.attention.metadata import AttentionMetadata, LayerCache, Ste
 from actors.tensors.attention.metadata_builder import AttentionMetadataBuilder
 from actors.tensors.backend import (
     AttentionBackend,
-    Decoder,
     Download,
+    GraphRunner,
     LinearMethod,
     RankModel,
 )
 from actors.tensors.backends.host_memory import available_bytes
+from actors.tensors.sampled_ids import SampledIds
 from actors.tensors.sampling.gumbel import gumbel_argmax
 from actors.words.messages import Substitution
 
@@ -73,6 +74,7 @@ class ReferenceBackend:
     placed_on: ClassVar[Literal["cpu", "cuda"]] = "cpu"
     default_block_size: ClassVar[int] = DEFAULT_BLOCK_SIZE
     num_padding_blocks: ClassVar[int] = 0
+    runs_ahead: ClassVar[bool] = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -112,6 +114,8 @@ class ReferenceBackend:
         """See Backend."""
         return gumbel_argmax(logits_RV, first_id, temperatures_R1, keys_R1)
 
-    def decoder(self, model: RankModel, plan: Plan, padding_block: int) -> Decoder | None:
-        """None: decode steps run like all others."""
+    def graph_runner(
+        self, model: RankModel, plan: Plan, padding_block: int, sampled_ids: SampledIds
+    ) -> GraphRunner | None:
+        """None: all steps are alike."""
         return None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from actors.tensors.backend import Upload
+from actors.tensors.sampled_ids import UNKNOWN_ID, SampledIds
 from actors.words.messages import SamplingParams
 
 
@@ -19,8 +20,9 @@ class SamplingRow:
 
     sampling: SamplingParams
     position: int  # of the id that is sampled
-    ids: Sequence[int] = ()  # prompt and generated, before `position`
+    ids: Sequence[int] = ()  # prompt and generated, before `position`; UNKNOWN_ID where the host does not know one yet
     num_prompt: int = 0  # ids after these are generated
+    table_row: int = 0  # of its sequence, by which SampledIds knows the others
 
     @property
     def has_penalties(self) -> bool:
@@ -60,7 +62,9 @@ class LogitsProcessors:
     biases_M: torch.Tensor  # float32
 
     @classmethod
-    def of(cls, rows: Sequence[SamplingRow], upload: Upload) -> "LogitsProcessors | None":
+    def of(
+        cls, rows: Sequence[SamplingRow], upload: Upload, sampled_ids: SampledIds | None = None
+    ) -> "LogitsProcessors | None":
         """None where no row is changed."""
         indices = [index for index, row in enumerate(rows) if row.has_penalties or row.biases]
         if not indices:
@@ -78,7 +82,7 @@ class LogitsProcessors:
             torch.tensor([bias for _, _, bias in biases], dtype=torch.float32),
         )
         rows_E, repetition, presence, frequency, *of_biases = (upload(tensor) for tensor in on_host)
-        return cls(rows_E, repetition, presence, frequency, _history(changed, upload), *of_biases)
+        return cls(rows_E, repetition, presence, frequency, _history(changed, upload, sampled_ids), *of_biases)
 
     def apply(self, logits_RV: torch.Tensor, first_id: int) -> torch.Tensor:
         """Float32 logits [R, V] of the vocabulary from `first_id` on → a changed copy."""
@@ -101,7 +105,7 @@ class LogitsProcessors:
         return logits_RV.index_copy(0, self.rows_E, logits_EV)
 
 
-def _history(changed: list[SamplingRow], upload: Upload) -> History | None:
+def _history(changed: list[SamplingRow], upload: Upload, sampled_ids: SampledIds | None) -> History | None:
     flat = array("q")
     for row in changed:
         if row.has_penalties:
@@ -112,8 +116,12 @@ def _history(changed: list[SamplingRow], upload: Upload) -> History | None:
     rows_N = torch.repeat_interleave(torch.arange(len(changed)), lengths)
     positions_N = torch.arange(len(flat)) - (lengths.cumsum(0) - lengths)[rows_N]
     is_generated_N = positions_N >= torch.tensor([row.num_prompt for row in changed])[rows_N]
-    ids_N = torch.frombuffer(flat, dtype=torch.int64).clone()
-    return History(*(upload(tensor) for tensor in (rows_N, ids_N, is_generated_N.float())))
+    ids_N = upload(torch.frombuffer(flat, dtype=torch.int64).clone())
+    if UNKNOWN_ID in flat:
+        assert sampled_ids is not None, "an id is not known on the host"
+        table_rows_N = torch.tensor([row.table_row for row in changed])[rows_N]
+        ids_N = sampled_ids.resolve(ids_N, upload(table_rows_N), upload(positions_N))
+    return History(upload(rows_N), ids_N, upload(is_generated_N.float()))
 
 
 def _scatter_add(

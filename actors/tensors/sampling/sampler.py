@@ -13,6 +13,7 @@ import torch
 
 from actors.decisions.model.shard_plan import Interval
 from actors.tensors.backend import Upload
+from actors.tensors.sampled_ids import SampledIds
 from actors.tensors.sampling.logits_processors import LogitsProcessors, SamplingRow
 from actors.tensors.sampling.noise import noise_key
 from actors.tensors.sampling.ranking import ids_of, scores_of, sort_keys_of
@@ -37,9 +38,9 @@ class SamplingBatch:
     truncation: Truncation | None
 
     @classmethod
-    def of(cls, rows: Sequence[SamplingRow], upload: Upload) -> "SamplingBatch":
-        """Bring rows into this form."""
-        processors = LogitsProcessors.of(rows, upload)
+    def of(cls, rows: Sequence[SamplingRow], upload: Upload, sampled_ids: SampledIds | None = None) -> "SamplingBatch":
+        """Bring rows into this form. `sampled_ids` knows the ids that the rows do not know yet."""
+        processors = LogitsProcessors.of(rows, upload, sampled_ids)
         sampling = [row.sampling for row in rows]
         if all(params.temperature == 0 for params in sampling):
             return cls(None, None, processors, None)
@@ -55,12 +56,23 @@ class SamplingBatch:
 class Sampler:
     """One shard's part in sampling. All shards of the last stage call it with the same rows."""
 
-    def __init__(self, group: StageGroup, vocab_rows: Interval, vocab_size: int, best_tokens: BestTokens) -> None:
-        """`best_tokens` is the backend's Gumbel arg-max over this shard's rows of the vocabulary."""
+    def __init__(
+        self,
+        group: StageGroup,
+        vocab_rows: Interval,
+        vocab_size: int,
+        best_tokens: BestTokens,
+        runs_ahead: bool = False,
+    ) -> None:
+        """`best_tokens` is the backend's Gumbel arg-max over this shard's rows of the vocabulary.
+
+        `runs_ahead`: see Backend; then nothing that depends on the logits is read on the host.
+        """
         self.group = group
         self.vocab_rows = vocab_rows
         self.vocab_size = vocab_size
         self._best_tokens = best_tokens
+        self._runs_ahead = runs_ahead
 
     def sample(self, logits_RV: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
         """Logits of this shard's vocabulary rows → ids [R], int64, the same on every shard.
@@ -89,7 +101,9 @@ class Sampler:
     def _truncate(self, scores_RV: torch.Tensor, truncation: Truncation, ids_V: torch.Tensor) -> None:
         """Set the scores of truncated tokens to -inf."""
         scores_KV = scores_RV.index_select(0, truncation.rows_K)
-        lowest_K1 = truncation_thresholds(scores_KV, truncation, self.group, self.vocab_rows, self.vocab_size)
+        lowest_K1 = truncation_thresholds(
+            scores_KV, truncation, self.group, self.vocab_rows, self.vocab_size, self._runs_ahead
+        )
         lowest_score_K1, last_id_K1 = scores_of(lowest_K1), ids_of(lowest_K1)
         is_out_KV = (scores_KV < lowest_score_K1) | ((scores_KV == lowest_score_K1) & (ids_V > last_id_K1))
         scores_RV.index_copy_(0, truncation.rows_K, scores_KV.masked_fill_(is_out_KV, float("-inf")))

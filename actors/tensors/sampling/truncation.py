@@ -1,11 +1,12 @@
-"""Truncation by top_k, top_p and min_p: one threshold a row, the same on every shard, mostly without a full gather.
+"""Truncation by top_k, top_p and min_p: one threshold a row, the same on every shard, without a full gather.
 
 They apply to softmax(logit / temperature) one after the other, each to the tokens that the one before kept, as in
 Transformers: top_k keeps the k best tokens; top_p the smallest set of the best whose share of their probability is at
 least top_p; min_p the tokens with at least that share of the likeliest token's probability. Of equal logits the lower
 id ranks higher. A threshold is a sort key (see ranking.py).
 
-R rows to sample · K of them that are truncated · V vocabulary rows of this shard · C candidates · P shards.
+R rows to sample · K of them that are truncated · U of these that candidates may not decide · V vocabulary rows of this
+shard · C candidates · P shards.
 """
 
 from collections.abc import Sequence
@@ -17,10 +18,12 @@ from actors.decisions.model.shard_plan import Interval
 from actors.tensors.backend import Upload
 from actors.tensors.sampling.logits_processors import SamplingRow
 from actors.tensors.sampling.ranking import NO_TOKEN, best_of_all, best_of_shard, lowest_sort_keys_of, scores_of
+from actors.tensors.sampling.vocabulary_search import Vocabulary
+from actors.words.messages import SamplingParams
 from cluster.collectives.interface import StageGroup
 
 NUM_CANDIDATES = 256  # best tokens of each shard; nearly always they contain the nucleus
-_ROWS_AT_ONCE = 16  # rows whose whole vocabulary is gathered together
+_NUMBERS_AT_ONCE = 1 << 22  # logits of a shard that are searched together: several times their memory is needed
 _ALL = 1 << 62  # top_k of rows that do not use it
 
 
@@ -32,7 +35,8 @@ class Truncation:
     top_k_K1: torch.Tensor  # int64; _ALL where unused
     top_p_K1: torch.Tensor  # float64; infinite where unused
     log_min_p_K1: torch.Tensor  # float32; -inf where unused
-    proven_with: int | None = None  # so many candidates prove every threshold; None: that depends on the logits
+    open_rows_U: torch.Tensor | None = None  # int64, among the K: whether candidates decide depends on the logits
+    has_large_top_k: bool = False  # one of these uses top_k
 
     @classmethod
     def of(cls, rows: Sequence[SamplingRow], upload: Upload) -> "Truncation | None":
@@ -48,14 +52,11 @@ class Truncation:
             torch.tensor(top_p, dtype=torch.float64),
             torch.tensor([[params.min_p] for params in sampling], dtype=torch.float32).log(),
         )
-        is_open = any(params.top_p < 1 and not params.top_k for params in sampling)
-        proven_with = None if is_open else max(params.top_k for params in sampling)
+        open_rows = [row for row, params in enumerate(sampling) if _may_need_more_than_candidates(params)]
+        open_rows_U = upload(torch.tensor(open_rows)) if open_rows else None
+        has_large_top_k = any(params.top_k > NUM_CANDIDATES for params in sampling)
         rows_K, top_k_K1, top_p_K1, log_min_p_K1 = (upload(tensor) for tensor in on_host)
-        return cls(rows_K, top_k_K1, top_p_K1, log_min_p_K1, proven_with)
-
-    def subset(self, rows: torch.Tensor) -> "Truncation":
-        """The truncation of some of the K rows (int64 indices)."""
-        return Truncation(self.rows_K[rows], self.top_k_K1[rows], self.top_p_K1[rows], self.log_min_p_K1[rows])
+        return cls(rows_K, top_k_K1, top_p_K1, log_min_p_K1, open_rows_U, has_large_top_k)
 
     def thresholds(self, best_KC: torch.Tensor, log_total_K1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The best sort keys [K, C] of the whole vocabulary → (lowest sort key kept [K, 1], whether it is proven [K]).
@@ -79,11 +80,17 @@ class Truncation:
 
 
 def truncation_thresholds(
-    scores_KV: torch.Tensor, truncation: Truncation, group: StageGroup, vocab_rows: Interval, vocab_size: int
+    scores_KV: torch.Tensor,
+    truncation: Truncation,
+    group: StageGroup,
+    vocab_rows: Interval,
+    vocab_size: int,
+    runs_ahead: bool,
 ) -> torch.Tensor:
     """Scores (logits / temperature) of this shard → the lowest sort key that each row keeps [K, 1], on every shard.
 
-    Shards exchange candidates and log-sum-exp; rows whose candidates do not prove the threshold are gathered whole.
+    Shards exchange candidates and log-sum-exp. Where these do not prove a row's threshold, its whole vocabulary is
+    searched; with `runs_ahead` (see Backend) the host may not know where, and every row is that may need it.
     """
     best_KC = best_of_shard(scores_KV, vocab_rows[0], min(NUM_CANDIDATES, vocab_size))
     # One gather for both: the bits of a float64 fill an int64
@@ -92,17 +99,23 @@ def truncation_thresholds(
     log_total_K1 = gathered_PKC[:, :, -1:].contiguous().view(torch.float64).logsumexp(0)
     best_KC = best_of_all(gathered_PKC[:, :, :-1], best_KC.shape[1])
     thresholds_K1, is_proven_K = truncation.thresholds(best_KC, log_total_K1)
-    if truncation.proven_with is not None and truncation.proven_with <= best_KC.shape[1]:
-        return thresholds_K1  # known without waiting for the device
-    unproven_rows = (~is_proven_K).nonzero()[:, 0]
-    widest = -(-vocab_size // group.size)  # shards differ by one row at most, and a gather wants equal shapes
-    for first in range(0, len(unproven_rows), _ROWS_AT_ONCE):
-        rows = unproven_rows[first : first + _ROWS_AT_ONCE]
-        own = best_of_shard(scores_KV[rows], vocab_rows[0], widest)
-        all_tokens = best_of_all(group.all_gather(own), vocab_size)
-        log_totals = scores_of(all_tokens).double().logsumexp(1, keepdim=True)
-        thresholds_K1[rows], _ = truncation.subset(rows).thresholds(all_tokens, log_totals)
+    if truncation.open_rows_U is None or best_KC.shape[1] == vocab_size:
+        return thresholds_K1
+    open_rows_U = truncation.open_rows_U if runs_ahead else (~is_proven_K).nonzero()[:, 0]
+    widest = -(-vocab_size // group.size)  # the same on all shards, which exchange for each part of the rows
+    for rows_U in torch.split(open_rows_U, max(1, _NUMBERS_AT_ONCE // widest)) if len(open_rows_U) else ():
+        scores_UV, best_U1 = scores_KV.index_select(0, rows_U), scores_of(best_KC[rows_U, :1])
+        vocabulary = Vocabulary(scores_UV, best_U1, vocab_rows[0], group)
+        top_k_U1, top_p_U1 = truncation.top_k_K1[rows_U], truncation.top_p_K1[rows_U]
+        found_U1 = vocabulary.lowest_kept(top_k_U1, top_p_U1, vocab_size, truncation.has_large_top_k)
+        found_U1 = found_U1.maximum(lowest_sort_keys_of(best_U1 + truncation.log_min_p_K1[rows_U]))
+        is_proven_U1 = is_proven_K[rows_U].unsqueeze(1)
+        thresholds_K1.index_copy_(0, rows_U, torch.where(is_proven_U1, thresholds_K1[rows_U], found_U1))
     return thresholds_K1
+
+
+def _may_need_more_than_candidates(sampling: SamplingParams) -> bool:
+    return sampling.top_k > NUM_CANDIDATES or (sampling.top_p < 1 and not sampling.top_k)
 
 
 def _is_truncated(row: SamplingRow) -> bool:

@@ -234,6 +234,11 @@ class RecordingRunner(Runner):
         with self.recorder.during(tokens, tensors.logits_rows_Q.tolist()):
             return super().forward(tensors, state)
 
+    def _static_work(self, step: StepBatch) -> Any:
+        """None for chunks of prompts: hooks see the layers of steps that run without graphs and static buffers."""
+        is_decode = all(len(entry.ids) <= 1 for entry in step.entries)
+        return super()._static_work(step) if is_decode else None
+
     def _sample(self, step: StepBatch, work: Any, logits_QV: torch.Tensor) -> Any:
         sampling = [entry for entry in step.entries if entry.sample]
         if sampling and step.step >= 0:

@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CUDAMetadata(AttentionMetadata):
-    """What kernels need to know beside the block tables."""
+    """What kernels need to know beside the block tables, and what attention without a kernel reads in their place."""
 
     work: "dict[PagedAttention, Work]" = field(default_factory=dict)
+    gathered: PagedRows | None = None  # every token as a row of its own, whose whole block table is gathered
 
 
 class CUDAAttention(ReferenceAttention):
-    """See AttentionBackend. Without a kernel, rows gather whole block tables in the decoder and beside kernels."""
+    """See AttentionBackend. Without a kernel, steps over static buffers, and rows beside kernels, gather whole tables."""
 
     def __init__(
         self, specs: Sequence[AttentionSpec], dtype: torch.dtype, block_size: int, device: torch.device, upload: Upload
@@ -86,11 +87,25 @@ class CUDAAttention(ReferenceAttention):
             max_queries=max(num_tokens),
             max_keys=max_keys,
         )
-        return CUDAMetadata(metadata.slots_T, metadata.by_mask, paged=rows, work=self._work(rows))
+        gathered = rows if rows.max_queries == 1 else None
+        return CUDAMetadata(metadata.slots_T, metadata.by_mask, paged=rows, work=self._work(rows), gathered=gathered)
 
-    def plan_rows(self, slots_T: torch.Tensor, rows: PagedRows) -> AttentionMetadata:
-        """The metadata of a step that has one token a row, from tensors on the device alone."""
-        return CUDAMetadata(slots_T, {}, paged=rows, work=self._work(rows))
+    @property
+    def gathers(self) -> bool:
+        """Whether some attention has no kernel."""
+        return any(spec.name not in self.kernels for spec in self._specs)
+
+    def plan_rows(self, slots_T: torch.Tensor, positions_T: torch.Tensor, rows: PagedRows) -> AttentionMetadata:
+        """The metadata of a step over static buffers, from tensors on the device alone."""
+        gathered = None
+        if self.gathers:
+            gathered = rows if rows.max_queries == 1 else self._by_token(positions_T, rows)
+        return CUDAMetadata(slots_T, {}, paged=rows, work=self._work(rows), gathered=gathered)
+
+    def _by_token(self, positions_T: torch.Tensor, rows: PagedRows) -> PagedRows:
+        tokens_T = torch.arange(len(positions_T), dtype=torch.int32, device=positions_T.device)
+        seq_of_T = torch.searchsorted(rows.first_tokens_O[1:].contiguous(), tokens_T, right=True)
+        return PagedRows.decode(rows.tables_SN.index_select(0, seq_of_T), (positions_T + 1).int(), self.block_size)
 
     def _work(self, rows: PagedRows) -> "dict[PagedAttention, Work]":
         return {kernel: kernel.plan(rows) for kernel in dict.fromkeys(self.kernels.values())}
@@ -104,10 +119,10 @@ class CUDAAttention(ReferenceAttention):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See AttentionBackend."""
-        kernel, rows = self.kernels.get(cache.spec.name), metadata.paged
-        if rows is not None and kernel is not None:
-            assert isinstance(metadata, CUDAMetadata)
-            return kernel.attend(cache, query, rows, metadata.work[kernel], scaling, sinks)
-        if rows is not None and rows.max_queries == 1:
-            return reference.attend_whole_tables(cache, query.transpose(0, 1), rows, scaling, sinks)
+        if isinstance(metadata, CUDAMetadata):
+            kernel, rows = self.kernels.get(cache.spec.name), metadata.paged
+            if rows is not None and kernel is not None:
+                return kernel.attend(cache, query, rows, metadata.work[kernel], scaling, sinks)
+            if metadata.gathered is not None:
+                return reference.attend_whole_tables(cache, query.transpose(0, 1), metadata.gathered, scaling, sinks)
         return reference.attend(cache, query, metadata, scaling, sinks)

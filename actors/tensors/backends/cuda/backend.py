@@ -1,4 +1,4 @@
-"""The CUDA backend: paged attention in Triton, decode steps in CUDA graphs, norms and rotations of one kernel each."""
+"""The CUDA backend: paged attention in Triton, small steps in CUDA graphs, norms and rotations of one kernel each."""
 
 from collections.abc import Sequence
 from typing import ClassVar, Literal
@@ -7,13 +7,15 @@ import torch
 
 from actors.decisions.model.plan import Plan
 from actors.decisions.model.spec import AttentionSpec
-from actors.tensors.backend import AttentionBackend, Decoder, Download, LinearMethod, RankModel
+from actors.tensors.backend import AttentionBackend, Download, GraphRunner, LinearMethod, RankModel
 from actors.tensors.backends.cuda import linear, module_kernels, transfer
 from actors.tensors.backends.cuda.attention import CUDAAttention
 from actors.tensors.backends.cuda.attention_trial import why_no_kernels
-from actors.tensors.backends.cuda.decode import CUDADecoder
+from actors.tensors.backends.cuda.graph import CUDAGraphs, GraphMaker
+from actors.tensors.backends.cuda.graph_runner import CUDAGraphRunner
 from actors.tensors.backends.reference import ReferenceBackend
 from actors.tensors.backends.trial import Account, exchanging_nothing
+from actors.tensors.sampled_ids import SampledIds
 from actors.words.messages import Substitution
 
 
@@ -22,6 +24,7 @@ class CUDABackend(ReferenceBackend):
 
     placed_on: ClassVar[Literal["cpu", "cuda"]] = "cuda"
     num_padding_blocks: ClassVar[int] = 1
+    runs_ahead: ClassVar[bool] = True
 
     def set_up(self) -> None:
         """Make the rank's GPU the current one."""
@@ -68,6 +71,12 @@ class CUDABackend(ReferenceBackend):
                 module_kernels.substitute_rotary(model.module, account)
         return account.entries()
 
-    def decoder(self, model: RankModel, plan: Plan, padding_block: int) -> Decoder | None:
+    def graph_runner(
+        self, model: RankModel, plan: Plan, padding_block: int, sampled_ids: SampledIds
+    ) -> GraphRunner | None:
         """See Backend."""
-        return CUDADecoder(model, plan, padding_block, self.device, self.upload)
+        return CUDAGraphRunner(model, plan, padding_block, sampled_ids, self.device, self.graph_maker())
+
+    def graph_maker(self) -> GraphMaker | None:
+        """What makes graphs on this device; None: it has none."""
+        return CUDAGraphs() if self.device.type == "cuda" else None

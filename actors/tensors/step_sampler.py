@@ -1,0 +1,86 @@
+"""Draws the ids of a step on the last stage, and keeps account of ids that are on their way to the host."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+
+from actors.tensors.backend import Backend
+from actors.tensors.launched import PendingIds, PendingLogprobs, PendingStep
+from actors.tensors.sampled_ids import SampledIds
+from actors.tensors.sampling.logits_processors import SamplingRow
+from actors.tensors.sampling.logprobs import LogprobReader
+from actors.tensors.sampling.sampler import Sampler, SamplingBatch
+from actors.tensors.sequence_table import PromptChunk, Row
+
+
+class StepSampler:
+    """Owns the ids that the device has sampled and the host does not know; nothing here waits for the device."""
+
+    def __init__(self, backend: Backend, sampler: Sampler, logprobs: LogprobReader, sampled_ids: SampledIds) -> None:
+        self._backend = backend
+        self._sampler, self._logprobs = sampler, logprobs
+        self._sampled_ids = sampled_ids
+        self._pending: deque[PendingIds] = deque()
+
+    def catch_up(self) -> None:
+        """Write ids that have reached the host into their rows."""
+        while self._pending and self._pending[0].is_ready():
+            self._pending.popleft().take()
+        while len(self._pending) >= self._sampled_ids.num_positions:  # more steps in flight than the plan says
+            self._pending.popleft().take()
+
+    def settle(self) -> None:
+        """Wait for all ids that are on their way."""
+        while self._pending:
+            self._pending.popleft().take()
+
+    def keep(self, rows: Sequence[Row], ids_R: torch.Tensor) -> PendingIds:
+        """Append sampled ids (int64 on the device, R rows) to their rows; until they are here, the device knows them."""
+        table_rows, positions = [row.index for row in rows], [len(row.ids) for row in rows]
+        pending = PendingIds(rows, self._backend.download(ids_R))
+        if pending.is_ready():
+            pending.take()
+        else:
+            places_2R = self._backend.upload(torch.tensor([table_rows, positions]))
+            self._sampled_ids.put(places_2R[0], places_2R[1], ids_R.clamp(min=0))  # NOT_A_NUMBER is no id
+            self._pending.append(pending)
+        return pending
+
+    def sample(
+        self,
+        sampling: Sequence[SamplingRow],
+        rows: Sequence[Row],
+        prompts: Sequence[PromptChunk],
+        logits_QV: torch.Tensor,
+        when_sampled: Callable[[torch.Tensor], None],
+    ) -> PendingStep:
+        """Draw an id for each of R rows from the first R logits rows; read the log-probabilities that are asked for.
+
+        The other logits rows are of `prompts`. `when_sampled` gets the ids [R] before they are on the host.
+        """
+        logits_RV = logits_QV[: len(rows)]
+        batch = SamplingBatch.of(sampling, self._backend.upload, self._sampled_ids)
+        sampled_ids_R = self._sampler.sample(logits_RV, batch)
+        when_sampled(sampled_ids_R.clamp(min=0))  # after NOT_A_NUMBER too, the next step may already be on its way
+        logprobs = self._of_sampled(rows, logits_RV, sampled_ids_R.clamp(min=0))
+        of_prompts = self._of_prompts(prompts, logits_QV[len(rows) :])
+        return PendingStep(self.keep(rows, sampled_ids_R), logprobs, of_prompts)
+
+    def _of_sampled(self, rows: Sequence[Row], logits_RV: torch.Tensor, ids_R: torch.Tensor) -> PendingLogprobs | None:
+        num_top = {i: row.sampling.logprobs for i, row in enumerate(rows) if row.sampling.logprobs is not None}
+        if not num_top:
+            return None
+        rows_L = self._backend.upload(torch.tensor(list(num_top)))
+        asked = logits_RV.index_select(0, rows_L), ids_R.index_select(0, rows_L)
+        read = self._logprobs.read(*asked, list(num_top.values()))
+        return PendingLogprobs(read, [int(i in num_top) for i in range(len(rows))])
+
+    def _of_prompts(self, prompts: Sequence[PromptChunk], logits_LV: torch.Tensor) -> PendingLogprobs | None:
+        if not prompts:
+            return None
+        ids = [token_id for chunk in prompts for token_id in chunk.ids]
+        num_top = [chunk.num_top for chunk in prompts for _ in chunk.ids]
+        ids_L = self._backend.upload(torch.tensor(ids, dtype=torch.int64))
+        read = self._logprobs.read(logits_LV, ids_L, num_top) if ids else None
+        return PendingLogprobs(read, [len(chunk.ids) for chunk in prompts])
