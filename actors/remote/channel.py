@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -24,8 +25,12 @@ from actors.decisions.failure.culprit import (
     verdict_on_silence,
 )
 from actors.decisions.failure.patience import HEARTBEAT_S, LOADING_SILENCE_S, SILENCE_S, StepClock
+from actors.decisions.schedule.captures import CaptureRound
 from actors.words.errors import GangFailure, Verdict
 from actors.words.messages import (
+    Bucket,
+    Capture,
+    Captured,
     Check,
     Fence,
     FromRank,
@@ -91,6 +96,9 @@ class EngineChannel:
         self._num_shards = num_shards
         self.progress_by_rank: dict[int, RankProgress] = {}  # by rank; only those that were heard
         self.seconds: dict[int, dict[str, float]] = {}  # rank → by phase; see PhaseClock
+        self.shapes: Sequence[Bucket] = ()  # see Executor
+        self._capture: CaptureRound | None = None  # that is under way
+        self._captured: list[Captured] = []
         self._context = zmq.Context()
         self._allowlist = _Allowlist()
         self._authenticator = ThreadAuthenticator(self._context)
@@ -151,7 +159,7 @@ class EngineChannel:
             left_s = max(0.0, min([began + HEARTBEAT_S, *ends]) - began)
             results, was_woken = self._poll(left_s)  # returns as soon as a result is here
             self._raise_reports()
-            if results:
+            if results or self._captured:
                 return results
             now = time.monotonic()
             if now - began < left_s + HEARTBEAT_S:  # else this process itself was stopped: read first
@@ -162,6 +170,18 @@ class EngineChannel:
     def check(self) -> None:
         """See Executor."""
         self._broadcast(Check(self.epoch))
+
+    def capture(self, bucket: Bucket) -> None:
+        """See Executor."""
+        assert self._capture is None, "one capture at a time"
+        self._capture = CaptureRound(bucket, len(self._allowlist.rank_of))
+        self.clock.capture_ordered(time.monotonic())
+        self._broadcast(Capture(self.epoch, bucket))
+
+    def take_captured(self) -> list[Captured]:
+        """See Executor."""
+        captured, self._captured = self._captured, []
+        return captured
 
     def fence(self) -> None:
         """Tell all ranks, whatever they do, that the epoch is over; the gang ends those that cannot be reached."""
@@ -208,8 +228,8 @@ class EngineChannel:
 
     def _check_silence(self, now: float) -> None:
         """Raises GangFailure for a rank that is not heard any more, or a step that takes far too long."""
-        self._check_heard(now, SILENCE_S)
-        if self.clock.oldest is not None and self.clock.deadline is not None and now > self.clock.deadline:
+        self._check_heard(now, LOADING_SILENCE_S if self.clock.is_capturing else SILENCE_S)
+        if self.clock.deadline is not None and now > self.clock.deadline:
             raise _failure(verdict_on_hang(self.clock.oldest, self.progress_by_rank, self._num_shards, now))
 
     def _broadcast(self, message: ToRank, name: bytes = b"") -> None:
@@ -256,6 +276,11 @@ class EngineChannel:
             case Heartbeat():
                 self.progress_by_rank[rank] = RankProgress(time.monotonic(), message.step, message.op)
                 self.seconds[rank] = message.seconds
+            case Captured():
+                if self._capture is not None and (outcome := self._capture.take(rank, message)):
+                    self.clock.capture_ended(time.monotonic())
+                    self._captured.append(outcome)
+                    self._capture = None
             case RankFailure():
                 reason = f"rank {rank} failed at step {message.step}: {message.error}"
                 self._reports.append(Complaint(rank, message.step, reason, message.op, message.is_echo))

@@ -6,46 +6,31 @@ again from their ids.
 """
 
 import contextlib
-import dataclasses
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Literal
 
 from actors.decisions.failure.quarantine import Quarantine
+from actors.decisions.schedule.captures import Captures
 from actors.decisions.schedule.deadlines import Deadlines
 from actors.decisions.schedule.scheduler import Scheduler
 from actors.decisions.schedule.sequence import completed
 from actors.decisions.schedule.settings import SchedulerSettings
 from actors.decisions.schedule.stats import Stats
 from actors.remote.revival import Attempt
+from actors.remote.snapshot import EngineState, Snapshot
 from actors.words.errors import EngineStopped, GangFailure, GangLost, IntegrityError, Verdict
 from actors.words.executor import Executor, Revival, Revive
 from actors.words.messages import Event, FinishReason, Request
 
 logger = logging.getLogger(__name__)
 
-EngineState = Literal["starting", "ready", "recovering", "failed", "stopped"]
-
 _MAX_ATTEMPTS = 3  # to begin one epoch; at the last one all ranks start anew
 _MAX_VAIN_EPOCHS = 8  # epochs in a row in which no running request gained an id
 _NUM_REJOINED = 3  # so many vain epochs in a row may keep their surviving ranks; then all ranks start anew
 _CHECK_EVERY_S = 10.0  # a check reads all weights: requests must not cause more of them
-
-
-@dataclasses.dataclass(frozen=True)
-class Snapshot:
-    """What `/cluster` shows of the engine. Taken without a lock: the numbers may be a step apart."""
-
-    state: EngineState
-    epoch: int
-    running: int
-    waiting: int
-    blocks_total: int
-    blocks_used: int
-    blocks_cached: int
 
 
 class Engine:
@@ -71,6 +56,7 @@ class Engine:
         self._scheduler = Scheduler(settings, num_blocks, self.stats)
         self._deliver = deliver
         self._revive = revive
+        self._captures = Captures()
         self._deadlines = Deadlines()  # of every epoch
         self._quarantine = Quarantine()
         self._num_vain_epochs = 0
@@ -86,8 +72,10 @@ class Engine:
 
     def start(self) -> None:
         """Start the thread and serve."""
+        self._captures.begin_epoch(self._executor.shapes, self._scheduler.settings.block_size, is_to_blame=False)
         self._state = "ready"
         self._thread.start()
+        self._executor.wake()  # the first turn may have something to capture
 
     def add(self, request: Request) -> None:
         """Queue a request; its events follow, the last one with a finish reason. Raises EngineStopped."""
@@ -110,6 +98,7 @@ class Engine:
             counts.total,
             counts.used,
             counts.cached,
+            self._captures.state,
         )
 
     @property
@@ -188,6 +177,8 @@ class Engine:
             events += self._take_commands()
             while step := self._scheduler.next_step():
                 self._executor.submit(step)
+                self._captures.submitted(step)
+            self._order_captures()
         finally:  # ids that came are delivered, though submitting may have failed
             if events:
                 self._deliver(events)
@@ -195,6 +186,17 @@ class Engine:
             self._note(events)
             if not self._scheduler.num_live:
                 self._scheduler.check()
+
+    def _order_captures(self) -> None:
+        """Let the ranks capture the next shape of a step, where one is due."""
+        if not self._captures.num_shapes:
+            return
+        for outcome in self._executor.take_captured():
+            self._scheduler.resume()
+            self._captures.ended(outcome)
+        bucket = self._captures.order(is_idle=not self._scheduler.num_live and not self._scheduler.num_in_flight)
+        if bucket is not None:
+            self._executor.capture(bucket)
 
     def _end_all(self, state: EngineState, error: str) -> None:
         """End every request with an error, and refuse new ones from now on."""
@@ -235,6 +237,8 @@ class Engine:
         self.stats.num_rebuilds[revival.verdict.cause] += 1
         for phase, seconds in revival.seconds.items():
             self.stats.recovery_s[phase] += seconds
+        shapes, is_to_blame = revival.executor.shapes, revival.verdict.is_from_within
+        self._captures.begin_epoch(shapes, self._scheduler.settings.block_size, is_to_blame)
         self._replay_began = time.monotonic()
         with self._lock:
             if self._state == "recovering":

@@ -180,7 +180,8 @@ class Gang:
         loaded: list[Loaded] = self._phase("load", lambda: self._gather(loads, "loaded the weights"))
         check_substitutions(plan, loaded)
         self.num_blocks = num_blocks or _num_blocks(config, plan, loaded)
-        self._phase("warm", lambda: self._gather(self._call_all("allocate", self.num_blocks), "warmed up"))
+        shapes = self._phase("warm", lambda: self._gather(self._call_all("allocate", self.num_blocks), "warmed up"))
+        self.executor.shapes = sorted(set(shapes[0]).intersection(*shapes))
         self._ranks = [
             RankInfo(
                 shard.rank, shard.stage, shard.shard, node, info.pid, device, shard.layers, load.weight_bytes, None,

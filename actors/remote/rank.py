@@ -23,7 +23,7 @@ from actors.tensors.backends.choose import make_backend
 from actors.tensors.launched import Launched
 from actors.tensors.runner import Runner
 from actors.tensors.weights.source import resolve_source
-from actors.words.messages import Check, Shutdown, StepBatch, StepResult, ToRank
+from actors.words.messages import Bucket, Capture, Captured, Check, Shutdown, StepBatch, StepResult, ToRank
 from cluster.collectives.groups import Groups, join
 from cluster.collectives.rendezvous import JoinCancelled, host_store, join_store
 
@@ -126,8 +126,8 @@ class Rank:
         self._loaded = Loaded(this.plan.shards[this.rank].weight_bytes, report.seconds, fits, substitutions)
         return self._loaded
 
-    def allocate(self, num_blocks: int) -> None:
-        """Make the KV cache, and run once each shape that steps will have."""
+    def allocate(self, num_blocks: int) -> tuple[Bucket, ...]:
+        """Make the KV cache and run two steps → the shapes of steps that this rank can capture in graphs."""
         assert self._runner is not None, "allocate before load"
         if self._runner.num_blocks != num_blocks:
             self._runner.allocate_cache(num_blocks)
@@ -135,6 +135,7 @@ class Rank:
         gc.collect()
         gc.freeze()  # what exists now stays: collecting it again would delay a step on all ranks
         self._say("ready: %d KV blocks", num_blocks)
+        return self._runner.shapes
 
     def serve(self) -> str | None:
         """Execute steps until the engine sends Shutdown → None, or the error that ended it, which was reported."""
@@ -145,6 +146,8 @@ class Rank:
             while not isinstance(message := self._next(launched), Shutdown):
                 if isinstance(message, Check):
                     self._runner.check_weights()
+                if isinstance(message, Capture):
+                    self._capture(message, launched)
                 if not isinstance(message, StepBatch):
                     continue
                 clock.lap("idle")
@@ -197,6 +200,18 @@ class Rank:
                 self._answer(launched)
             self._runner.clock.lap("compute")  # the device's, while the host only looked on
         return self._channel.receive()
+
+    def _capture(self, message: Capture, launched: deque[tuple[StepBatch, Launched]]) -> None:
+        """Capture a shape once the results of all steps before are sent, and report how it went."""
+        assert self._runner is not None and self._channel is not None
+        self._answer(launched)
+        while launched:
+            time.sleep(_LOOK_S)
+            self._answer(launched)
+        self._runner.clock.lap("compute")
+        reason_not = self._runner.capture(message.bucket)
+        self._runner.clock.lap("capture")
+        self._channel.answer(Captured(message.epoch, message.bucket, reason_not))
 
     def _answer(self, launched: deque[tuple[StepBatch, Launched]]) -> None:
         """Send the results that are ready, in the order of the steps; only the answering rank waits for its steps."""

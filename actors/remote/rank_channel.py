@@ -10,7 +10,7 @@ import zmq
 
 from actors.decisions.failure.patience import HEARTBEAT_S
 from actors.remote.channel import ENCODER, ChannelAddress, KeyPair, identity
-from actors.words.messages import Fence, FromRank, Heartbeat, RankFailure, StepBatch, StepResult, ToRank
+from actors.words.messages import Captured, Fence, FromRank, Heartbeat, RankFailure, StepBatch, StepResult, ToRank
 from cluster.collectives.interface import NeighborLost
 
 _TO_RANK: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
@@ -57,8 +57,8 @@ class RankChannel:
         """Whether `receive` would not wait."""
         return bool(self._socket.poll(0))
 
-    def answer(self, result: StepResult) -> None:
-        """Send a step's result."""
+    def answer(self, result: StepResult | Captured) -> None:
+        """Send a step's result, or how a capture ended."""
         self._send(self._socket, result)
 
     def report(self, error: BaseException) -> None:

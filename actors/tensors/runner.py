@@ -225,10 +225,11 @@ class Runner:
         num_tokens = len(inputs.ids)
         state = None if self.neighbors.previous is None else graphs.state(num_tokens)
         rows = tuple(self.table.rows[entry.seq] for entry in step.entries if entry.sample)
-        if self.neighbors.next is None:
-            return _Work(rows, state, graphs.run)
-        # A copy: the next step overwrites the buffer, and the send may still be running then
-        return _Work(rows, state, lambda: graphs.run()[:num_tokens].clone())
+
+        def run_and_copy() -> torch.Tensor:
+            return graphs.run()[:num_tokens].clone()  # a send may still be running when the next step overwrites it
+
+        return _Work(rows, state, graphs.run if self.neighbors.next is None else run_and_copy)
 
     def forward(self, tensors: StepTensors, state: torch.Tensor | None) -> torch.Tensor:
         """Hidden states [tokens, hidden]; on the last stage logits [Q, vocabulary here]."""

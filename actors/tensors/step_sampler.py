@@ -36,13 +36,13 @@ class StepSampler:
             self._pending.popleft().take()
 
     def keep(self, rows: Sequence[Row], ids_R: torch.Tensor) -> PendingIds:
-        """Append sampled ids (int64 on the device, R rows) to their rows; until they are here, the device knows them."""
+        """Append sampled ids (int64 [R], on the device) to their rows; the device knows them until they are here."""
         table_rows, positions = [row.index for row in rows], [len(row.ids) for row in rows]
         pending = PendingIds(rows, self._backend.download(ids_R))
         if pending.is_ready():
             pending.take()
         else:
-            places_2R = self._backend.upload(torch.tensor([table_rows, positions]))
+            places_2R = self._backend.upload(torch.tensor([table_rows, positions], dtype=torch.int64))
             self._sampled_ids.put(places_2R[0], places_2R[1], ids_R.clamp(min=0))  # NOT_A_NUMBER is no id
             self._pending.append(pending)
         return pending

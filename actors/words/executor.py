@@ -1,15 +1,17 @@
 """The Executor protocol: what carries out steps (a gang of ranks, or a test's fake), and how a lost one comes back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from actors.words.errors import Verdict
-from actors.words.messages import StepBatch, StepResult
+from actors.words.messages import Bucket, Captured, StepBatch, StepResult
 
 
 class Executor(Protocol):
     """Carries out steps in the order they are submitted. Used by one thread, except `wake`."""
+
+    shapes: Sequence[Bucket]  # of steps that its ranks can capture in graphs; none where their device has no graphs
 
     def submit(self, step: StepBatch) -> None:
         """Send one step and return at once. Raises GangFailure."""
@@ -22,6 +24,12 @@ class Executor(Protocol):
 
     def check(self) -> None:
         """Ask all ranks, between two steps, whether their weights are numbers. Raises GangFailure, now or later."""
+
+    def capture(self, bucket: Bucket) -> None:
+        """Let all ranks capture a shape, between two steps; one at a time. Raises GangFailure, now or later."""
+
+    def take_captured(self) -> list[Captured]:
+        """How captures ended, since the last call; `wait` returns when one did."""
 
     def wake(self) -> None:
         """Make `wait` return, now or next time. Any thread may call it."""

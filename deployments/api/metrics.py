@@ -9,8 +9,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from actors.decisions.schedule.phase_clock import PHASES
 from actors.decisions.schedule.stats import RECOVERY_PHASES, REQUEST_SECONDS, Histogram
-from actors.remote.engine import Engine, EngineState
+from actors.remote.engine import Engine
 from actors.remote.meeting import RankInfo
+from actors.remote.snapshot import EngineState
 
 # Seconds; the same bounds as other engines have, so that dashboards can show them side by side.
 FIRST_TOKEN_SECONDS = (
@@ -99,6 +100,8 @@ class Metrics:
             ("kv_blocks_used", "KV blocks held by live sequences", engine.blocks_used),
             ("kv_blocks_cached", "KV blocks kept only for reuse", engine.blocks_cached),
             ("kv_usage_ratio", "Share of the KV blocks that live sequences hold, from 0 to 1", share),
+            ("graph_shapes", "Shapes of steps that can be captured in graphs", engine.graphs.num_shapes),
+            ("graph_shapes_captured", "Shapes of steps that are captured in graphs", engine.graphs.num_captured),
             ("engine_epoch", "Generation of the gang", engine.epoch),
         ]
         for name, words, value in gauges:

@@ -174,6 +174,14 @@ class Pages:
                     "cached": engine.blocks_cached,
                 },
                 "requests": {"running": engine.running, "waiting": engine.waiting},
+                "graphs": {
+                    "shapes": engine.graphs.num_shapes,
+                    "captured": engine.graphs.num_captured,
+                    "failed": [
+                        {**msgspec.structs.asdict(bucket), "reason": reason}
+                        for bucket, reason in engine.graphs.failed.items()
+                    ],
+                },
             }
         )
 

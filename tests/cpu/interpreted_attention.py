@@ -34,7 +34,7 @@ from configs.config import Config
 pytestmark = pytest.mark.timeout(900)  # an interpreter is slow, and slower beside others
 CPU = torch.device("cpu")
 NAN = float("nan")
-worlds = runpy.run_path(str(Path(__file__).with_name("test_cuda_decoder.py")))
+worlds = runpy.run_path(str(Path(__file__).with_name("test_graph_runner.py")))
 
 
 class Case(NamedTuple):

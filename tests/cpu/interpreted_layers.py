@@ -30,7 +30,7 @@ pytestmark = pytest.mark.timeout(900)  # an interpreter is slow, and slower besi
 CPU = torch.device("cpu")
 NAN = float("nan")
 KERNEL = type(layer_kernels._gate)
-worlds = runpy.run_path(str(Path(__file__).with_name("test_cuda_decoder.py")))
+worlds = runpy.run_path(str(Path(__file__).with_name("test_graph_runner.py")))
 threads = runpy.run_path(str(Path(__file__).parent.parent / "families" / "threads.py"))
 
 

@@ -2,7 +2,7 @@
 
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,12 @@ def step(number: int, lane: int, seen: int, *entries: list[int]) -> StepBatch:
 
 def test_the_first_stage_takes_no_more_than_a_step_needs() -> None:
     link, rows = FakeLink(), [row() for _ in range(5)]
-    receiver = FeedbackReceiver(link, CPU)  # type: ignore[arg-type]
+
+    def take(rows: Sequence[Row], ids_R: torch.Tensor) -> None:
+        for row, token_id in zip(rows, ids_R.tolist(), strict=True):
+            row.ids.append(token_id)
+
+    receiver = FeedbackReceiver(link, CPU, take)  # type: ignore[arg-type]
     for number, (lane, sampled) in enumerate([(0, (0,)), (1, (1, 2)), (0, ()), (0, (3,)), (1, (4,))]):
         receiver.expect(step(number, lane, -1), tuple(rows[i] for i in sampled))
     for ids in ([10], [11, 12], [13], [14]):

@@ -41,6 +41,7 @@ class Lent:
 
     def __init__(self, channel: EngineChannel) -> None:
         self.channel = channel
+        self.shapes = channel.shapes
         self.steps: list[StepBatch] = []
 
     def submit(self, step: StepBatch) -> None:

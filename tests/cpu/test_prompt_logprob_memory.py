@@ -34,6 +34,8 @@ class Alone:
 class OneRank:
     """Executes where it is submitted; remembers the most rows of logits."""
 
+    shapes = ()
+
     def __init__(self, runner: Runner) -> None:
         self.runner, self.changed = runner, threading.Condition()
         self.results: list[StepResult] = []

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from actors.words.messages import Entry, SamplingParams, StepBatch, StepResult, TokenLogprobs
+from actors.words.messages import Bucket, Captured, Entry, SamplingParams, StepBatch, StepResult, TokenLogprobs
 
 
 def next_id(ids: list[int], vocab_size: int, seed: int = 0, banned: Collection[int] = ()) -> int:
@@ -49,6 +49,9 @@ class FakeExecutor:
         self.failure: Exception | None = None
         self.is_closed = False
         self.num_checks = 0
+        self.shapes: list[Bucket] = []
+        self.ordered: list[Bucket] = []  # captures
+        self._captured: list[Captured] = []
         self._rows: dict[int, _Row] = {}
         self._cache: dict[int, int] = {}  # slot → id
         self._done: deque[StepResult] = deque()
@@ -73,7 +76,7 @@ class FakeExecutor:
     def wait(self, timeout_s: float | None = None) -> list[StepResult]:
         """See Executor."""
         with self._changed:
-            self._changed.wait_for(lambda: self._ready or self._woken or self.failure, timeout_s)
+            self._changed.wait_for(lambda: self._ready or self._woken or self.failure or self._captured, timeout_s)
             self._woken = False
             if self.failure:
                 raise self.failure
@@ -84,6 +87,22 @@ class FakeExecutor:
     def check(self) -> None:
         """See Executor."""
         self.num_checks += 1
+
+    def capture(self, bucket: Bucket) -> None:
+        """See Executor. It ends with `end_capture`."""
+        self.ordered.append(bucket)
+
+    def end_capture(self, reason_not: str | None = None) -> None:
+        """End the capture that was ordered last."""
+        with self._changed:
+            self._captured.append(Captured(0, self.ordered[-1], reason_not))
+            self._changed.notify_all()
+
+    def take_captured(self) -> list[Captured]:
+        """See Executor."""
+        with self._changed:
+            captured, self._captured = self._captured, []
+            return captured
 
     def wake(self) -> None:
         """See Executor."""

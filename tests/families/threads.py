@@ -156,6 +156,8 @@ class ThreadGang:
 class ThreadExecutor:
     """Lets an engine drive a gang of threads: a step is executed where it is submitted. Remembers the logits."""
 
+    shapes = ()
+
     def __init__(self, gang: ThreadGang) -> None:
         self.gang = gang
         self.logits: dict[int, list[torch.Tensor]] = {}  # by sequence: of every id that was sampled

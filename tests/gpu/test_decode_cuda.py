@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from actors.tensors.backends.cuda.decode import CUDADecoder
+from actors.tensors.backends.cuda.decode_graph import CapturedStep
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
 
 from actors.decisions.model.plan import Plan, make_plan
@@ -16,8 +18,6 @@ from actors.tensors.backends.cpu.backend import CPUBackend
 from actors.tensors.backends.cuda.attention import CUDAAttention
 from actors.tensors.backends.cuda.attention_trial import try_kernel
 from actors.tensors.backends.cuda.backend import CUDABackend
-from actors.tensors.backends.cuda.decode import CUDADecoder
-from actors.tensors.backends.cuda.decode_graph import CapturedStep
 from actors.tensors.backends.cuda.paged_attention import PagedAttention
 from actors.tensors.model.spec_reader import read_spec
 from actors.tensors.runner import Runner

@@ -54,9 +54,13 @@ def verdict_on_silence(progress_by_rank: Mapping[int, RankProgress], now: float,
     return Verdict("silent", reason, tuple(silent))
 
 
-def verdict_on_hang(step: int, progress_by_rank: Mapping[int, RankProgress], num_shards: int, now: float) -> Verdict:
-    """For a step that is overdue: a rank that is not heard either has stopped; else the one furthest behind hangs."""
-    late = f"step {step} takes far longer than steps do"
+def verdict_on_hang(
+    step: int | None, progress_by_rank: Mapping[int, RankProgress], num_shards: int, now: float
+) -> Verdict:
+    """For a step that is overdue (None: a capture). A rank that is not heard either has stopped; else the one furthest
+    behind hangs.
+    """
+    late = "capturing a graph takes too long" if step is None else f"step {step} takes far longer than steps do"
     if silence := verdict_on_silence(progress_by_rank, now, _STALE_S):
         return replace(silence, reason=f"{late}; {silence.reason}")
     behind = min(

@@ -4,7 +4,8 @@ from collections import deque
 
 HEARTBEAT_S = 0.5  # every rank says that it lives this often
 SILENCE_S = 3.0  # a rank without a heartbeat for so long is gone, stopped or cut off
-LOADING_SILENCE_S = 30.0  # while it loads: a slow disk may hold the interpreter's lock
+LOADING_SILENCE_S = 30.0  # while it loads: a slow disk may hold the interpreter's lock; while it captures a graph
+_CAPTURE_S = 60.0  # no capture of a graph is declared hung sooner: kernels may be compiled in it
 _FLOOR_S = 2.5  # no step is declared hung sooner
 _FACTOR = 10.0  # nor before so many times its expected seconds: cores may be shared with other programs
 _FIXED_TOKENS = 16  # the fixed cost of a step, in tokens
@@ -19,6 +20,7 @@ class StepClock:
         self._in_flight: deque[tuple[int, float, int]] = deque()  # step, submitted at, tokens
         self._head_since = 0.0  # when the oldest step in flight became the oldest
         self._seconds_per_token: float | None = None  # of the slowest step, slowly forgotten
+        self._capturing_since: float | None = None
 
     def submitted(self, step: int, num_tokens: int, now: float) -> None:
         """Note a step that was sent and will have a result."""
@@ -37,6 +39,22 @@ class StepClock:
     def begin_epoch(self) -> None:
         """Forget the steps in flight: they will not end. What steps take stays known."""
         self._in_flight.clear()
+        self._capturing_since = None
+
+    def capture_ordered(self, now: float) -> None:
+        """Note that the ranks will capture a graph after the steps that were submitted."""
+        self._capturing_since = now
+
+    def capture_ended(self, now: float) -> None:
+        """Note that they have: the steps in flight begin only now."""
+        self._capturing_since = None
+        self._in_flight = deque((step, now, tokens) for step, _, tokens in self._in_flight)
+        self._head_since = now
+
+    @property
+    def is_capturing(self) -> bool:
+        """Whether the ranks capture a graph, or are about to."""
+        return self._capturing_since is not None
 
     def stalled_s(self, now: float) -> float:
         """Seconds since the oldest step in flight became the oldest; 0 while none is in flight."""
@@ -49,7 +67,9 @@ class StepClock:
 
     @property
     def deadline(self) -> float | None:
-        """When the oldest step in flight counts as hung; None while nothing is in flight."""
+        """When the oldest step in flight, or a capture, counts as hung; None while nothing is under way."""
+        if self._capturing_since is not None:
+            return self._capturing_since + _CAPTURE_S
         if not self._in_flight:
             return None
         if self._seconds_per_token is None:

@@ -2,12 +2,37 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from actors.decisions.schedule.buckets import Buckets
 from actors.words.messages import Bucket, Captured, StepBatch
 
 _EVERY_STEPS = 50  # at most one capture in so many steps: it stops all requests for a moment
 _MOST_VAIN = 3  # captures that fail one after the other; then the model cannot be captured, and no more is tried
+
+
+class GraphState(NamedTuple):
+    """How far the ranks have come with their graphs."""
+
+    num_shapes: int  # that they can capture; 0 where their device has no graphs
+    num_captured: int
+    failed: dict[Bucket, str]  # why others go on without
+
+
+class CaptureRound:
+    """What the ranks report of one capture."""
+
+    def __init__(self, bucket: Bucket, num_ranks: int) -> None:
+        self.bucket = bucket
+        self._num_ranks = num_ranks
+        self._reports: dict[int, Captured] = {}  # by rank
+
+    def take(self, rank: int, report: Captured) -> Captured | None:
+        """Take a rank's report → how the capture ended, once all have reported: a failure where any rank failed."""
+        self._reports[rank] = report
+        if len(self._reports) < self._num_ranks:
+            return None
+        return min(self._reports.items(), key=lambda item: (item[1].reason_not is None, item[0]))[1]
 
 
 class Captures:
@@ -21,12 +46,15 @@ class Captures:
         self._wanted: Counter[Bucket] = Counter()  # steps that ran without a graph
         self._never: dict[Bucket, str] = {}  # shapes whose capture was under way when an epoch ended
         self._under_way: Bucket | None = None
-        self.begin_epoch((), 1)
+        self.begin_epoch((), 1, is_to_blame=False)
 
-    def begin_epoch(self, shapes: Sequence[Bucket], block_size: int) -> None:
-        """Begin anew with ranks that have no graphs, and can capture `shapes`."""
-        if self._under_way is not None:
-            self._never[self._under_way] = "an epoch ended during its capture"
+    def begin_epoch(self, shapes: Sequence[Bucket], block_size: int, is_to_blame: bool) -> None:
+        """Begin anew with ranks that have no graphs, and can capture `shapes`.
+
+        `is_to_blame`: a capture that was under way when the last epoch ended may have ended it.
+        """
+        if self._under_way is not None and is_to_blame:
+            self._never[self._under_way] = "the ranks ended while they captured it"
         self._under_way = None
         self._buckets = Buckets(tuple(shapes), block_size)
         self._since = 0  # steps since the last capture
@@ -46,6 +74,11 @@ class Captures:
             bucket = self._buckets.of_step(step.entries)
             if bucket is not None and bucket not in self.captured:
                 self._wanted[bucket] += 1
+
+    @property
+    def state(self) -> GraphState:
+        """What `/cluster` shows. Any thread may ask."""
+        return GraphState(self.num_shapes, len(self.captured), dict(self.failed))
 
     def order(self, is_idle: bool) -> Bucket | None:
         """The shape to capture now, which then is under way until `ended`; None: nothing is to be captured now."""

@@ -10,6 +10,7 @@ PHASES = {
     "exchange": "all-reduces and gathers, waiting for the other shards included",
     "sample": "drawing the next ids and reporting them",
     "send": "handing over to the next stage",
+    "capture": "capturing steps in graphs",
 }
 # The phases in which a stage has nothing to compute. Waiting for other shards is not one: it is the price of sharding.
 BUBBLE = ("idle", "receive", "send")

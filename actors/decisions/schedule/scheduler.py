@@ -141,6 +141,10 @@ class Scheduler:
                     events.append(event)
         return events
 
+    def resume(self) -> None:
+        """Note that the ranks, which did something else between two steps, go on now."""
+        self._step_times.stopped(self.stats.clock())
+
     def fail_all(self, error: str) -> list[Event]:
         """End every live request with an error event."""
         return [self.fail(request_id, error, "gang_lost") for request_id in list(self._live)]

@@ -65,6 +65,10 @@ class StepTimeModel:
         """The fitted numbers [3]: of a step, of a row that decodes, of a prompt token; zeros while nothing is known."""
         return self._known[2]
 
+    def stopped(self, now: float) -> None:
+        """The ranks did something else until now: steps in flight begin only now."""
+        self._last_end = now
+
     def forget_flights(self) -> None:
         """Forget the steps in flight: their results will not come."""
         self._flights.clear()

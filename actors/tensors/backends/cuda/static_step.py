@@ -32,11 +32,11 @@ class _Fields(NamedTuple):
     logits_rows_Q: torch.Tensor
 
     @classmethod
-    def sizes(cls, bucket: Bucket) -> tuple[int, ...]:
+    def sizes(cls, bucket: Bucket) -> list[int]:
         """Their lengths; in a decode step padding rows are sequences of one token, and none holds all padding."""
         num_seqs = bucket.num_seqs + (not bucket.is_decode)
         tokens = (bucket.num_tokens,) * 3
-        return (*tokens, num_seqs + 1, num_seqs, num_seqs, bucket.num_seqs)
+        return [*tokens, num_seqs + 1, num_seqs, num_seqs, bucket.num_seqs]
 
     @classmethod
     def of(cls, buffer: torch.Tensor, bucket: Bucket) -> "_Fields":
