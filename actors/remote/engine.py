@@ -56,7 +56,7 @@ class Engine:
         self._scheduler = Scheduler(settings, num_blocks, self.stats)
         self._deliver = deliver
         self._revive = revive
-        self._captures = Captures()
+        self._captures = Captures(settings.block_size)
         self._deadlines = Deadlines()  # of every epoch
         self._quarantine = Quarantine()
         self._num_vain_epochs = 0
@@ -72,7 +72,7 @@ class Engine:
 
     def start(self) -> None:
         """Start the thread and serve."""
-        self._captures.begin_epoch(self._executor.shapes, self._scheduler.settings.block_size, is_to_blame=False)
+        self._captures.begin_epoch(self._executor.shapes, is_to_blame=False)
         self._state = "ready"
         self._thread.start()
         self._executor.wake()  # the first turn may have something to capture
@@ -237,8 +237,7 @@ class Engine:
         self.stats.num_rebuilds[revival.verdict.cause] += 1
         for phase, seconds in revival.seconds.items():
             self.stats.recovery_s[phase] += seconds
-        shapes, is_to_blame = revival.executor.shapes, revival.verdict.is_from_within
-        self._captures.begin_epoch(shapes, self._scheduler.settings.block_size, is_to_blame)
+        self._captures.begin_epoch(revival.executor.shapes, revival.verdict.is_from_within)
         self._replay_began = time.monotonic()
         with self._lock:
             if self._state == "recovering":

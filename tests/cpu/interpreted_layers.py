@@ -3,6 +3,7 @@
 import functools
 import runpy
 import threading
+from array import array
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,9 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTra
 from actors.decisions.model.plan import Plan, make_plan
 from actors.decisions.model.spec import AttentionSpec
 from actors.tensors.attention.metadata import LayerCache
+from actors.tensors.backend import StepInputs
 from actors.tensors.backends.cpu.backend import CPUBackend
-from actors.tensors.backends.cuda import decode, layer_kernels, layers
+from actors.tensors.backends.cuda import graph_runner, layer_kernels, layers
 from actors.tensors.backends.cuda.backend import CUDABackend
 from actors.tensors.backends.cuda.layer_kernels import HeadNorms
 from actors.tensors.model.spec_reader import read_spec
@@ -164,7 +166,9 @@ def runner_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Runner]
     @functools.cache
     def make(family: str, num_layers: int = 2) -> Runner:
         folder = folder_of(family, tmp_path_factory.mktemp(family), num_hidden_layers=num_layers)
-        with mock.patch.object(decode, "_TOKENS_GATHERED", worlds["BLOCK_SIZE"]):  # one block, were tables gathered
+        with mock.patch.object(
+            graph_runner, "_TOKENS_GATHERED", worlds["BLOCK_SIZE"]
+        ):  # one block, were tables gathered
             runner = worlds["make"](CUDABackend(CPU), plan_of(folder), folder)
         runner.folder = folder
         return runner
@@ -193,13 +197,17 @@ def test_fused_models_bring_the_ids_of_the_cpu(family: str, runner_of: Callable[
     }
     assert found == {"rms_norm": NUM_NORMS[family], **others}, runner.substitutions
     assert runner.attention._builder.mask_specs == frozenset(), "no masks are made for attentions that need none"
-    assert len(runner.decoder.buckets.blocks) == 1, "nothing is gathered, so that tables of one length do"
-    runner.decoder.release()  # the step of the warm-up
+    shapes = runner.graphs.buckets.shapes
+    assert {shape.num_blocks for shape in shapes if shape.is_decode} == {plan.num_blocks_for_longest}, (
+        "none is gathered"
+    )
+    assert max(shape.num_tokens for shape in shapes) == 512
     for tensor in runner.cache.tensors:
         tensor.fill_(NAN)
+    runner.graphs._steps.clear()
     with mock.patch.object(runner.cache, "clear"):  # nor is a fresh block cleared
         assert ids_of(runner, plan, 7) == expected
-    assert runner.decoder.steps, "some steps were decode steps"
+    assert {shape.is_decode for shape in runner.graphs._steps} == {True, False}, "decode steps and mixed ones"
 
 
 @pytest.mark.parametrize("layout", [(2, 1), pytest.param((2, 2), marks=pytest.mark.soak)])
@@ -279,16 +287,23 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], C
     return launched
 
 
+@pytest.mark.parametrize("is_decode", [True, False])
 @pytest.mark.parametrize("family", ["qwen3", pytest.param("llama", marks=pytest.mark.soak)])
 def test_a_decoder_layer_takes_ten_launches(
-    family: str, launches: Callable[[Callable[[], Any]], Counter[str]], runner_of: Callable[..., Runner]
+    family: str,
+    is_decode: bool,
+    launches: Callable[[Callable[[], Any]], Counter[str]],
+    runner_of: Callable[..., Runner],
 ) -> None:
-    """In a decode step over static buffers, as a graph captures it: those of two layers less those of one."""
+    """In a step over static buffers, as a graph captures it: those of two layers less those of one. Eleven if mixed."""
     found = []
     for num_layers in (1, 2):
-        decoder = runner_of(family, num_layers).decoder
-        found.append(launches(decoder._new_step(decoder.buckets.all()[-1]).run))
+        graphs = runner_of(family, num_layers).graphs
+        shape = next(shape for shape in graphs.buckets.shapes if shape.is_decode == is_decode)
+        graphs.fill(shape, StepInputs(array("q"), [], [], torch.zeros(0, 0, dtype=torch.int64), []))
+        found.append(launches(graphs.run))
     layer = found[1] - found[0]
     products = {name: number for name, number in layer.items() if name in ("mm", "addmm", "linear")}
     kernels = {"attend_splits": 1, "merge_splits": 1, "_rotate_and_store": 1, "_gate": 1, "_add_rms_norm": 2}
+    kernels |= {} if is_decode else {"attend_chunks": 1}
     assert layer - Counter(products) == Counter(kernels) and sum(products.values()) == 4, layer

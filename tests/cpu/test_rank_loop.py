@@ -10,7 +10,7 @@ import torch
 from actors.decisions.schedule.phase_clock import PhaseClock
 from actors.remote.rank import Rank
 from actors.tensors.runner import Sampled
-from actors.words.messages import Entry, Shutdown, StepBatch
+from actors.words.messages import Bucket, Capture, Captured, Entry, Shutdown, StepBatch
 
 
 def step(number):
@@ -38,7 +38,7 @@ class Script:
     def __init__(self, messages, looks):
         self.messages, self.looks, self.log, self.num_answers = deque(messages), looks, [], 0
         self.clock = PhaseClock()
-        self.decoder = SimpleNamespace(release=lambda: self.ends.append("release graphs"))
+        self.graphs = SimpleNamespace(release=lambda: self.ends.append("release graphs"))
         self.ends = []
 
     def has_message(self):
@@ -51,8 +51,15 @@ class Script:
         self.log.append(("launch", message.step))
         return SlowStep(message.step, self.looks)
 
+    def capture(self, bucket):
+        self.log.append(("capture", bucket.num_tokens))
+        return "no room"
+
     def answer(self, result):
         self.num_answers += 1
+        if isinstance(result, Captured):
+            self.log.append(("captured", result.reason_not))
+            return
         self.log.append(("answer", result.step))
         assert result.token_ids == [[result.step]]
 
@@ -104,6 +111,14 @@ def test_what_is_ready_at_once_is_answered_at_once():
 
 def test_who_does_not_answer_waits_for_nothing():
     assert serve([(0, step(0)), (0, step(1)), (0, Shutdown(0))], 10**9, False) == [("launch", 0), ("launch", 1)]
+
+
+@pytest.mark.parametrize("looks", [0, 7])
+def test_a_capture_comes_after_the_answers_of_the_steps_before(looks):
+    capture = Capture(0, Bucket(8, 8, 1, True))
+    log = serve([(0, step(0)), (0, step(1)), (0, capture), (0, step(2)), (4, Shutdown(0))], looks)
+    assert log.index(("capture", 8)) > log.index(("answer", 1)) > log.index(("launch", 1))
+    assert log[log.index(("capture", 8)) :][:3] == [("capture", 8), ("captured", "no room"), ("launch", 2)]
 
 
 def test_graphs_are_given_up_before_the_groups_that_they_hold():

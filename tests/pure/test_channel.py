@@ -8,10 +8,21 @@ import time
 import pytest
 import zmq
 
+from actors.decisions.failure import patience
 from actors.remote.channel import ChannelAddress, EngineChannel, KeyPair
 from actors.remote.rank_channel import RankChannel
 from actors.words.errors import GangFailure
-from actors.words.messages import Entry, NewSequence, SamplingParams, Shutdown, StepBatch, StepResult
+from actors.words.messages import (
+    Bucket,
+    Capture,
+    Captured,
+    Entry,
+    NewSequence,
+    SamplingParams,
+    Shutdown,
+    StepBatch,
+    StepResult,
+)
 
 STEP = StepBatch(1, 0, 0, [NewSequence(7, SamplingParams(0.5, 3), [])], [2], [Entry(7, 0, [1, 2], [4], True)])
 
@@ -39,6 +50,34 @@ def test_a_step_reaches_every_rank_and_its_result_comes_back(engine):
     assert engine.wait(10) == [StepResult(1, 0, [[9]])]
     engine.close()
     assert [rank.receive() for rank in ranks] == [Shutdown(1)] * 4
+    for rank in ranks:
+        rank.close()
+
+
+def test_a_capture_reaches_every_rank_and_ends_when_all_have_reported(engine):
+    ranks, bucket = connect(engine), Bucket(8, 8, 3, True)
+    engine.submit(STEP)
+    engine.capture(bucket)
+    assert [[rank.receive() for _ in range(2)] for rank in ranks] == [[STEP, Capture(1, bucket)]] * 2
+    ranks[1].answer(StepResult(1, 0, [[9]]))
+    assert engine.wait(10) == [StepResult(1, 0, [[9]])]
+    ranks[1].answer(Captured(1, bucket))
+    assert engine.wait(0.3) == [] and engine.take_captured() == [] and engine.clock.is_capturing
+    ranks[0].answer(Captured(1, bucket, "no room"))
+    assert engine.wait(10) == []
+    assert engine.take_captured() == [Captured(1, bucket, "no room")] and engine.take_captured() == []
+    assert not engine.clock.is_capturing
+    engine.capture(bucket)
+    for rank in ranks:
+        rank.close()
+
+
+def test_a_rank_that_hangs_in_a_capture_is_found(engine, monkeypatch):
+    monkeypatch.setattr(patience, "_CAPTURE_S", 0.2)
+    ranks = connect(engine)
+    engine.capture(Bucket(8, 8, 3, True))
+    with pytest.raises(GangFailure, match="capturing a graph takes too long; rank 0 is furthest behind"):
+        engine.wait(10)
     for rank in ranks:
         rank.close()
 

@@ -340,6 +340,7 @@ def test_health_ready_version_and_cluster(make_world, error_of):
         "max_model_len": 128,
         "kv_blocks": {"total": 256, "used": 0, "cached": 0},
         "requests": {"running": 0, "waiting": 0},
+        "graphs": {"shapes": 0, "captured": 0, "failed": []},
     }
     world.engine.close()
     assert world.get("/health").status_code == 200

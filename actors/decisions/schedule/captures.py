@@ -42,13 +42,14 @@ class Captures:
     holds all others. Then comes what most steps ran without a graph; of equals decode steps, and the larger shape.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
         self._wanted: Counter[Bucket] = Counter()  # steps that ran without a graph
         self._never: dict[Bucket, str] = {}  # shapes whose capture was under way when an epoch ended
         self._under_way: Bucket | None = None
-        self.begin_epoch((), 1, is_to_blame=False)
+        self.begin_epoch((), is_to_blame=False)
 
-    def begin_epoch(self, shapes: Sequence[Bucket], block_size: int, is_to_blame: bool) -> None:
+    def begin_epoch(self, shapes: Sequence[Bucket], is_to_blame: bool) -> None:
         """Begin anew with ranks that have no graphs, and can capture `shapes`.
 
         `is_to_blame`: a capture that was under way when the last epoch ended may have ended it.
@@ -56,7 +57,7 @@ class Captures:
         if self._under_way is not None and is_to_blame:
             self._never[self._under_way] = "the ranks ended while they captured it"
         self._under_way = None
-        self._buckets = Buckets(tuple(shapes), block_size)
+        self._buckets = Buckets(tuple(shapes), self._block_size)
         self._since = 0  # steps since the last capture
         self._num_vain = 0
         self.captured: set[Bucket] = set()
