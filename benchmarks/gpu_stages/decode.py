@@ -10,7 +10,7 @@ from actors.decisions.model.plan import Plan
 from actors.tensors.runner import Runner
 from actors.words.messages import Entry, NewSequence, StepBatch
 from gpu_stages.measure import bandwidth, kernels
-from gpu_stages.random_model import GREEDY, plan_of, random_runner, weight_bytes_read
+from gpu_stages.random_model import GREEDY, capture, plan_of, random_runner, weight_bytes_read
 from gpu_stages.stages import CONTEXT, Job
 
 NUM_WARM_UP = 5
@@ -54,6 +54,7 @@ def measure(job: Job, sizes: Sizes, num_shards: int) -> None:
         num_all_reduces=2 * len(runner.shard.attentions) + 1 if num_shards > 1 else 0,
         substitutions={one.what: one.count for one in runner.substitutions},
     )
+    capture(runner, *[[Entry(seq, sizes.context, [], [], True) for seq in range(batch)] for batch in sizes.batches])
     for batch in sizes.batches:
         sequences = Sequences(runner, batch, sizes.context)
         ms = 1000 * sequences.step_s(sizes.num_steps)

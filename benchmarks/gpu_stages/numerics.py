@@ -20,7 +20,7 @@ BY_VALUE = (
     "test_decode_waits_for_nothing",
     "test_padding_touches_no_block_of_a_sequence",
 )
-TINY = ["tests/cpu/test_cuda_decoder.py", "-k", "garbage or another_size"]  # the same way, without a GPU
+TINY = ["tests/cpu/test_graph_runner.py", "-k", "garbage or another_size"]  # the same way, without a GPU
 MARGIN_S = 4.0  # before the stage is ended: a test that begins later would not end
 CORES_PER_PROCESS = 3
 

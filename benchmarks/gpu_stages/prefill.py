@@ -9,7 +9,7 @@ from actors.decisions.model.plan import Plan
 from actors.tensors.runner import Runner
 from actors.words.messages import Entry, NewSequence, StepBatch
 from gpu_stages.measure import kernels, matmul_rate
-from gpu_stages.random_model import GREEDY, plan_of, random_runner
+from gpu_stages.random_model import GREEDY, capture, plan_of, random_runner
 from gpu_stages.stages import Job
 
 
@@ -21,6 +21,7 @@ def run(job: Job) -> None:
     job.record(matmul_tflops=rate / 1e12)
     plan = plan_of(shape, dtype, max_model_len=max(chunks) + 2, max_num_seqs=8, max_num_batched_tokens=max(chunks))
     runner = random_runner(plan, device, 2 * plan.num_blocks_for_longest, shape)
+    capture(runner, *[[Entry(0, 0, [0] * chunk, [], True)] for chunk in chunks])
     for chunk in chunks:
         prompts(runner, chunk, 2)  # kernels are compiled, and what cuBLAS chooses is chosen
         count = num_tokens // chunk

@@ -14,7 +14,7 @@ from actors.tensors.backends.cuda.backend import CUDABackend
 from actors.tensors.model import stage_model
 from actors.tensors.model.spec_reader import read_spec
 from actors.tensors.runner import Runner
-from actors.words.messages import SamplingParams
+from actors.words.messages import Entry, SamplingParams
 from cluster.collectives.interface import LoneShard
 from configs.config import Config
 
@@ -91,6 +91,14 @@ def random_runner(plan: Plan, device: torch.device, num_blocks: int, shape: str,
     runner.allocate_cache(num_blocks)
     runner.warm_up()
     return runner
+
+
+def capture(runner: Runner, *steps: list[Entry]) -> None:
+    """Capture the shapes of some steps in graphs, the largest first, where the device has graphs."""
+    assert runner.graphs is not None
+    shapes = {runner.graphs.buckets.of_step(entries) for entries in steps}
+    for shape in sorted(shapes & set(runner.shapes), reverse=True):
+        runner.capture(shape)
 
 
 def _fill(sources: object, tensors: dict[str, torch.Tensor], progress: object) -> None:

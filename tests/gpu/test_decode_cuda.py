@@ -1,13 +1,12 @@
-"""Decode on a GPU: graphs, the paged kernel and fused kernels bring what plain eager steps bring, and nothing waits."""
+"""Steps on a GPU: graphs, the paged kernel and fused kernels bring what plain steps bring, and nothing waits."""
 
 import dataclasses
+import itertools
 import random
 from pathlib import Path
 
 import pytest
 import torch
-from actors.tensors.backends.cuda.decode import CUDADecoder
-from actors.tensors.backends.cuda.decode_graph import CapturedStep
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
 
 from actors.decisions.model.plan import Plan, make_plan
@@ -18,6 +17,7 @@ from actors.tensors.backends.cpu.backend import CPUBackend
 from actors.tensors.backends.cuda.attention import CUDAAttention
 from actors.tensors.backends.cuda.attention_trial import try_kernel
 from actors.tensors.backends.cuda.backend import CUDABackend
+from actors.tensors.backends.cuda.graph_runner import CUDAGraphRunner
 from actors.tensors.backends.cuda.paged_attention import PagedAttention
 from actors.tensors.model.spec_reader import read_spec
 from actors.tensors.runner import Runner
@@ -60,7 +60,7 @@ class Alone:
         self.stage = stage or LoneShard()
 
 
-def make(family: str, folder: Path, device: str, dtype: str, stage=None) -> Runner:
+def make(family: str, folder: Path, device: str, dtype: str, stage=None, captures: bool = True) -> Runner:
     config = CONFIGS[family]()
     torch.manual_seed(0)
     if not (folder / "config.json").exists():
@@ -71,6 +71,9 @@ def make(family: str, folder: Path, device: str, dtype: str, stage=None) -> Runn
     runner.load(folder)
     runner.allocate_cache(4 * NUM_SEQS)
     runner.warm_up()
+    if captures:
+        for shape in reversed(runner.shapes):
+            assert runner.capture(shape) is None
     return runner
 
 
@@ -84,29 +87,38 @@ def plan_of(folder: Path, dtype: str) -> Plan:
 
 
 def is_captured(runner: Runner) -> bool:
-    assert isinstance(runner.decoder, CUDADecoder)
-    captured = runner.decoder.steps
-    return set(captured) == set(runner.decoder.buckets.all()) and all(
-        isinstance(step, CapturedStep) for step in captured.values()
-    )
+    assert isinstance(runner.graphs, CUDAGraphRunner)
+    return set(runner.graphs.captured) == set(runner.graphs.buckets.shapes)
 
 
-def steps(num_decode: int, feed: bool) -> list[StepBatch]:
-    """Five prompts around the window and the blocks' ends, then decode; `feed`: with fixed ids, else "your last"."""
+def steps(num_decode: int, feed: bool, params: SamplingParams | None = None) -> list[StepBatch]:
+    """Prompts around the window and the blocks' ends, then decode; `feed`: with fixed ids, else "your last".
+
+    Four prompts come in one large step; chunks of the last one go beside decode rows. All sequences are sampled as
+    `params` say, or in three ways.
+    """
     numbers = random.Random(0)
     lengths = [3, 255, 256, 290, 520]
     sampling = [SamplingParams(temperature=0), SamplingParams(0.9, seed=3), SamplingParams(0.8, seed=5, top_k=20)]
-    opened = [NewSequence(seq, sampling[seq % 3], [], length) for seq, length in enumerate(lengths)]
+    opened = [NewSequence(seq, params or sampling[seq % 3], [], length) for seq, length in enumerate(lengths)]
     prompts = [[numbers.randrange(505) for _ in range(length)] for length in lengths]
     blocks = [list(range(4 * seq, 4 * seq + 3)) for seq in range(NUM_SEQS)]
-    entries = [Entry(seq, 0, prompts[seq], blocks[seq], True) for seq in range(NUM_SEQS)]
-    found = [StepBatch(0, 0, 0, opened, [], entries)]
+    asks = params is not None and params.prompt_logprobs is not None
+    entries = [Entry(seq, 0, prompts[seq], blocks[seq], True, asks) for seq in range(NUM_SEQS - 1)]
+    found, last, ends = [StepBatch(0, 0, 0, opened[:-1], [], entries)], NUM_SEQS - 1, [0, 10, 70, 300, 520]
+
+    def rows(seqs: list[int]) -> list[Entry]:
+        made = [Entry(seq, lengths[seq], [numbers.randrange(505)] if feed else [], [], True) for seq in seqs]
+        for seq in seqs:
+            lengths[seq] += 1
+        return made
+
+    for start, end in itertools.pairwise(ends):
+        chunk = Entry(last, start, prompts[last][start:end], [] if start else blocks[last], end == ends[-1])
+        found.append(StepBatch(0, len(found), 0, [] if start else opened[-1:], [], [*rows([0, 1, 3]), chunk]))
     for number in range(num_decode):
         taking_part = [seq for seq in range(NUM_SEQS) if feed or number % 4 or seq < 3]  # three rows are padded to four
-        entries = [Entry(seq, lengths[seq], [numbers.randrange(505)] if feed else [], [], True) for seq in taking_part]
-        for seq in taking_part:
-            lengths[seq] += 1
-        found.append(StepBatch(0, 1 + number, 0, [], [], entries))
+        found.append(StepBatch(0, len(found), 0, [], [], rows(taking_part)))
     return found
 
 
@@ -160,8 +172,7 @@ def test_bfloat16_graphs_with_kernels_are_close_to_float32(family: str, tmp_path
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_replay_is_the_step_that_was_captured(family: str, tmp_path: Path) -> None:
     captured = make(family, tmp_path, "cuda", "bfloat16")
-    plain = make(family, tmp_path, "cuda", "bfloat16")
-    plain.decoder.release()  # its steps are made anew, uncaptured
+    plain = make(family, tmp_path, "cuda", "bfloat16", captures=False)
     assert ids_of(captured, steps(30, feed=False)) == ids_of(plain, steps(30, feed=False))
 
 
@@ -179,17 +190,30 @@ def test_padding_touches_no_block_of_a_sequence(tmp_path: Path) -> None:
         assert slots <= {(0, 4), (0, 5), (5, 0), (9, 1)}
 
 
-def test_decode_waits_for_nothing(tmp_path: Path) -> None:
-    runner = make("llama", tmp_path, "cuda", "bfloat16")
-    batches = steps(10, feed=False)
-    ids_of(runner, batches[:5])
-    launched = []
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0),
+        SamplingParams(0.9, seed=1, top_p=0.9),
+        SamplingParams(0.9, seed=2, top_k=300, top_p=0.9),
+        SamplingParams(0.9, seed=3, top_k=20, min_p=0.01),
+        SamplingParams(temperature=0, repetition_penalty=1.2, frequency_penalty=0.5, logit_bias={3: 1.0}),
+        SamplingParams(temperature=0, logprobs=3, prompt_logprobs=1),
+    ],
+)
+@pytest.mark.parametrize("captures", [True, False])
+def test_no_step_waits(params: SamplingParams, captures: bool, tmp_path: Path) -> None:
+    """Prompts, chunks beside decode rows, and decode."""
+    runner = make("llama", tmp_path, "cuda", "bfloat16", captures=captures)
+    ids_of(runner, steps(5, False, params))  # kernels are compiled
+    runner.launch(StepBatch(0, 99, 0, [], list(range(NUM_SEQS)), []))
+    batches = steps(5, False, params)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        launched = [runner.launch(batch) for batch in batches[5:]]
+        launched = [runner.launch(batch) for batch in batches]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert all(len(step.take().token_ids) in (3, 5) for step in launched)
+    assert all(step.take().token_ids for step in launched)
 
 
 def test_a_step_is_launched_long_before_it_ends(tmp_path: Path) -> None:
@@ -199,7 +223,7 @@ def test_a_step_is_launched_long_before_it_ends(tmp_path: Path) -> None:
     torch.cuda._sleep(2_000_000_000)  # about a second of the device's time
     launched = runner.launch(batches[2])
     assert not launched.is_ready()
-    assert len(launched.take().token_ids) == len(batches[2].entries)
+    assert len(launched.take().token_ids) == sum(entry.sample for entry in batches[2].entries)
 
 
 def test_graphs_hold_nccl_s_all_reduce(tmp_path: Path) -> None:
@@ -213,7 +237,7 @@ def test_graphs_hold_nccl_s_all_reduce(tmp_path: Path) -> None:
     assert isinstance(runner.model.group, PresentGroup) and is_captured(runner)
     expected = ids_of(make("llama", tmp_path, "cpu", "float32"), steps(8, feed=False))
     assert ids_of(runner, steps(8, feed=False)) == expected
-    runner.decoder.release()
+    runner.graphs.release()
     stage.close()
     del server
 

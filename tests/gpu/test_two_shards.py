@@ -163,6 +163,8 @@ def ids_of(runner: Runner, folder: Path) -> list[list[list[int]]]:
     runner.load(folder)
     runner.allocate_cache(60)
     runner.warm_up()
+    for shape in reversed(runner.shapes):
+        assert runner.capture(shape) is None
     sampling = [SamplingParams(temperature=0), SamplingParams(0.8, seed=3), SamplingParams(0.9, seed=4, top_k=9)]
     opened = [NewSequence(seq, params, []) for seq, params in enumerate(sampling)]
     prompts = [list(range(5)), list(range(7, 48)), list(range(60, 63))]

@@ -32,7 +32,7 @@ class CUDAMetadata(AttentionMetadata):
 
 
 class CUDAAttention(ReferenceAttention):
-    """See AttentionBackend. Without a kernel, steps over static buffers, and rows beside kernels, gather whole tables."""
+    """See AttentionBackend. Without a kernel, static steps, and rows beside kernels, gather whole block tables."""
 
     def __init__(
         self, specs: Sequence[AttentionSpec], dtype: torch.dtype, block_size: int, device: torch.device, upload: Upload

@@ -1,4 +1,4 @@
-"""Runs the small steps of a GPU: over static buffers, in a CUDA graph each where it is captured; ids stay on the device.
+"""Runs the small steps of a GPU over static buffers, in a CUDA graph each where it is captured.
 
 It runs on CPU too, without graphs, where the tests compare it with plain steps.
 """

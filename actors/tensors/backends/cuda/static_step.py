@@ -1,8 +1,9 @@
 """A step over static buffers: its shape is fixed by its bucket, and nothing waits for the device.
 
-T tokens, padding included · S sequences, the last one holds the padding, O = S + 1 offsets · Q logits rows · N blocks of
-a table · P rows of the sequence table, and one for padding · H hidden size · V vocabulary. It runs the same on every
-device; on CUDA a graph holds it.
+It runs the same on every device; on CUDA a graph holds it.
+
+T tokens, padding included · S sequences, the last one holds the padding, O = S + 1 offsets · Q logits rows · N blocks
+of a table · P rows of the sequence table, and one for padding · H hidden size · V vocabulary.
 """
 
 from typing import NamedTuple
