@@ -17,7 +17,7 @@ BY_VALUE = (
     "test_float32_graphs_bring_the_ids_of_the_cpu",
     "test_the_kernels_agree_with_attention_written_out",
     "test_a_replay_is_the_step_that_was_captured",
-    "test_decode_waits_for_nothing",
+    "test_no_step_waits",
     "test_padding_touches_no_block_of_a_sequence",
 )
 TINY = ["tests/cpu/test_graph_runner.py", "-k", "garbage or another_size"]  # the same way, without a GPU
