@@ -105,7 +105,8 @@ def _run(job: "Prepared", answering: "Answering", as_json: bool) -> int:
     from deployments.batch.driver import drive
 
     try:
-        summary = drive(job, answering)
+        with contextlib.redirect_stdout(sys.stderr):  # Ray prints there when a process dies; the summary stands alone
+            summary = drive(job, answering)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 1

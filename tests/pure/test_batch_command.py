@@ -42,8 +42,9 @@ def batch(desk, monkeypatch):
 
 
 def test_a_job_and_the_same_again(batch, desk, capsys):
-    assert batch() == 0
+    assert batch(fake=FakeAnswerer(before=lambda row: print("a word of Ray's"))) == 0
     told = capsys.readouterr().out
+    assert told.count("\n") == 1
     assert "20 rows are done: 16 completed, 4 failed; answers in " in told and "4 error rows in " in told
     assert batch("--json") == 0
     summary = json.loads(capsys.readouterr().out)
