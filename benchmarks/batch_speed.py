@@ -5,11 +5,11 @@
 
 Each round starts all of them, one after the other. Prints by round, and as medians:
 
-- `of_offline`: the time that the rows would take at the rates of `stagemesh bench --offline`, of prefill and of decode, each
-  with 64 sequences, / the time that the job took from its gang being ready to its last answer;
+- `of_offline`: the time that the rows would take at the rates of `stagemesh bench --offline`, of prefill and of decode,
+  each with 64 sequences, / the time that the job took from its gang being ready to its last answer;
 - `of_http`: generated tokens/s of the job / those of `stagemesh bench --concurrency 64` against a server;
-- `cache_hits`: of rows with 8 shared prefixes of 400 tokens, prompt tokens found in the cache / those that could be: all but
-  the first of each.
+- `cache_hits`: of rows with 8 shared prefixes of 400 tokens, prompt tokens found in the cache / those that could be: all
+  but the first of each.
 
 The last line is JSON.
 """
@@ -63,14 +63,8 @@ def job(config_file: Path, prompts: list[list[int]], output_len: int) -> dict[st
 
     def rows() -> Iterator[Row]:
         for number, ids in enumerate(prompts):
-            body = CompletionBody(
-                model=config.served_name,
-                prompt=ids,
-                max_tokens=output_len,
-                ignore_eos=True,
-                temperature=0.0,
-                seed=number,
-            )
+            fields = {"prompt": ids, "max_tokens": output_len, "ignore_eos": True, "temperature": 0.0, "seed": number}
+            body = CompletionBody.model_validate({"model": config.served_name, **fields})
             yield Row(number, str(number), body, Stamp(f"{number:032x}", 0), 8 * len(ids))
 
     progress = Progress(Tally(len(prompts)), StringIO())
@@ -135,16 +129,13 @@ def write_config(options: argparse.Namespace, folder: Path) -> Path:
         "placement": {"cpus_per_rank": 0.5, "cpus_per_replica": 0.5},
         "batch": {"gangs": 1},
     }
-    application = {
-        "name": "compared",
-        "route_prefix": "/",
-        "import_path": "deployments.app:build_app",
-        "args": arguments,
-    }
+    application = {"name": "compared", "route_prefix": "/", "import_path": "deployments.app:build_app"}
     http = {"host": "127.0.0.1", "port": options.port}
     config = folder / "compared.yaml"
     config.write_text(
-        yaml.safe_dump({"proxy_location": "HeadOnly", "http_options": http, "applications": [application]})
+        yaml.safe_dump(
+            {"proxy_location": "HeadOnly", "http_options": http, "applications": [{**application, "args": arguments}]}
+        )
     )
     return config
 
