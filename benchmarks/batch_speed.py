@@ -8,8 +8,8 @@ Each round starts all of them, one after the other. Prints by round, and as medi
 - `of_offline`: the time that the rows would take at the rates of `stagemesh bench --offline`, of prefill and of decode,
   each with 64 sequences, / the time that the job took from its gang being ready to its last answer;
 - `of_http`: generated tokens/s of the job / those of `stagemesh bench --concurrency 64` against a server;
-- `cache_hits`: of rows with 8 shared prefixes of 400 tokens, prompt tokens found in the cache / those that could be: all
-  but the first of each.
+- `cache_hits`: of rows with 8 shared prefixes of 400 tokens, prompt tokens found in the cache / those that could be:
+  all but the first of each.
 
 The last line is JSON.
 """
