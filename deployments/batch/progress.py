@@ -42,6 +42,8 @@ class Progress:
         """Say how far the job is, if it is time to; `figures` of the gangs that live, one each."""
         now, self._now = self._clock(), figures
         total = self._total()
+        if not total.num_generated:
+            self._recent.clear()  # the start of the gangs tells nothing of their speed
         self._recent.append((now, total.num_generated, self._num_done))
         while self._recent[0][0] < now - _RECENT_S and len(self._recent) > 2:
             self._recent.popleft()

@@ -15,6 +15,7 @@ from deployments.api.responses import Stamp
 from deployments.batch.host import Figures, RowAnswerer
 from deployments.batch.progress import Progress
 from deployments.batch.rows import Row, Tally
+from tests.serving import until_true
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -126,6 +127,26 @@ def test_a_fault_in_one_row_ends_that_row_only(make_world, monkeypatch):
     assert b"secret" not in found[2].body
 
 
+def test_a_row_that_ends_ranks_is_an_error_row(make_world):
+    world = make_world()
+
+    async def go():
+        answerer = answerer_of(world)
+        world.executor.is_manual = True
+        answerer.add([row(0, prompt="one")])
+        await until_true(lambda: world.engine.snapshot().running)
+        (request_id,) = world.engine._scheduler.num_ids
+        world.engine._command(lambda: [world.engine._scheduler.fail(request_id, "it ended ranks", "ends_ranks")])
+        (outcome,) = (await answerer.turn([], False)).outcomes
+        assert outcome.status == 500 and json.loads(outcome.body)["error"]["code"] == "engine_failure"
+        world.executor.is_manual = False
+        world.executor.release(10)
+        assert [one.status for one in (await answerer.turn([row(1, prompt="one")], False)).outcomes] == [200]
+        await answerer.close()
+
+    asyncio.run(go())
+
+
 def test_rows_that_a_lost_gang_had_have_no_outcome(make_world):
     world = make_world()
 
@@ -199,6 +220,17 @@ def test_one_line_on_a_terminal_and_json_lines_elsewhere():
     assert lines[-1]["tokens_per_s"] == 640.0 and lines[-1]["generated_tokens"] == 19_200
     assert lines[-1]["seconds_left"] == 59 and lines[-1]["skipped"] == 100
     assert [gang["state"] for gang in lines[-1]["gangs"]] == ["ready", "recovering"]
+
+
+def test_the_start_of_the_gangs_does_not_count_as_slowness():
+    now, tally = [0.0], Tally(total=100)
+    progress = Progress(tally, io.StringIO(), clock=lambda: now[0])
+    for second in range(60):
+        now[0] = float(second)
+        working = max(0, second - 50)
+        tally.completed = working
+        progress.show([Figures("ready" if working else "starting", num_generated=100 * working)])
+    assert progress.report()["tokens_per_s"] == 100.0 and progress.report()["seconds_left"] == 91
 
 
 def test_what_a_lost_host_has_counted_stays_counted():
