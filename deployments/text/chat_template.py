@@ -2,29 +2,39 @@
 
 import contextlib
 import json
+import os
+import re
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from deployments.text.prompts import ConversationError, public_text
+from deployments.text.prompts import Conversation, ConversationError, public_text
+from deployments.text.tool_prompt import without_tools
 
 CPU_S = 1.0  # processor time for one conversation
 MEMORY_BYTES = 256 * 1024 * 1024  # beside what the process has when it starts
 MAX_RENDERED_CHARS = 4 * 1024 * 1024
 _WALL_S = 20.0  # to wait for an answer: the process may get no CPU, or be stopped
+_ONE_WORD: list[dict[str, Any]] = [{"role": "user", "content": "x"}]
+_ASKS_FOR_NULL = re.compile(r"""content(?:['"]\])? is (?:not )?none""")  # others take null for a text, or fail on it
 
 
 class ChatTemplate:
     """Used by one thread at a time. The process starts with the first conversation, and anew after one that ends it."""
 
-    def __init__(self, template: str, special_tokens: dict[str, Any], now: datetime | None = None) -> None:
+    def __init__(
+        self, template: str, special_tokens: dict[str, Any], mark: Callable[[Any], Any], now: datetime | None = None
+    ) -> None:
         """`special_tokens`: name → text, as the tokenizer has them and templates use them.
 
-        `now`: what templates are told that print a date; none: the time of each conversation.
+        `mark` is applied to all that clients wrote, before the template reads it. `now`: what templates are told that
+        print a date; none: the time of each conversation.
         """
+        self._mark = mark
         self._setup = {
             "template": template,
             "special_tokens": {name: token for name, token in special_tokens.items() if isinstance(token, str | list)},
@@ -34,23 +44,33 @@ class ChatTemplate:
             "max_chars": MAX_RENDERED_CHARS,
         }
         self._knows_developers = "developer" in template
+        self._knows_tools = "tools" in template
+        self._null = None if _ASKS_FOR_NULL.search(template) else ""
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
 
     def check(self) -> None:
         """Raises ValueError for a template that does not end; that it refuses a one-word message is no error."""
         with contextlib.suppress(ConversationError):
-            if self._answer([{"role": "user", "content": "x"}]) is None:
+            if self._answer(_ONE_WORD) is None:
                 raise ValueError(
                     f"the model's chat template needs more than {CPU_S:g} s of processor time for one word; "
                     "mend chat_template in the checkpoint's folder"
                 )
 
-    def render(self, messages: list[dict[str, str]]) -> str:
+    def generation_prompt(self) -> str:
+        """What the template writes to begin an answer; empty where it writes nothing, or refuses a one-word message."""
+        texts = [
+            str((self._answer(_ONE_WORD, add_generation_prompt=asked) or {}).get("text", "")) for asked in (True, False)
+        ]
+        return texts[0][len(os.path.commonprefix(texts)) :]
+
+    def render(self, conversation: Conversation) -> str:
         """The text that the model reads. Raises ConversationError where there is none, or it takes too long."""
-        if not self._knows_developers:  # the newer name of the system role, which such a template would drop
-            messages = [{**m, "role": "system" if m["role"] == "developer" else m["role"]} for m in messages]
-        answer = self._answer(messages)
+        if not self._knows_tools:
+            conversation = without_tools(conversation)
+        messages = [self._as_known(message) for message in conversation.messages]
+        answer = self._answer(*map(self._mark, (messages, conversation.tools, conversation.variables)))
         if answer is None:
             raise _refused("rendering takes too long; send fewer or shorter messages")
         if "too_long" in answer:
@@ -63,6 +83,12 @@ class ChatTemplate:
             raise _refused(public_text(answer["refused"]) if "refused" in answer else "it failed on them")
         return str(answer["text"])
 
+    def _as_known(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A message in the words that the template knows."""
+        if message["role"] == "developer" and not self._knows_developers:  # newer, and such a template would drop it
+            message = {**message, "role": "system"}
+        return message if message.get("content") is not None else {**message, "content": self._null}
+
     def close(self) -> None:
         """End the process. May be called twice; a later conversation starts another."""
         if self._process is not None and self._socket is not None:
@@ -71,11 +97,23 @@ class ChatTemplate:
             self._process.wait()
         self._process = self._socket = None
 
-    def _answer(self, messages: list[dict[str, str]]) -> dict[str, Any] | None:
+    def _answer(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        variables: dict[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> dict[str, Any] | None:
         """What the process answers; None when it ended, or had to be killed."""
+        request = {
+            "messages": messages,
+            "tools": tools or [],
+            "variables": variables or {},
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
             connection = self._socket or self._start()
-            connection.sendall(_line(messages))
+            connection.sendall(_line(request))
             received = bytearray()
             while not received.endswith(b"\n"):
                 part = connection.recv(1 << 20)

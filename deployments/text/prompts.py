@@ -1,16 +1,25 @@
 """Prompts as plain data: a text, token ids, or a conversation; and why a conversation cannot become a text."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 _PRIVATE = re.compile(r"(?:/[\w.@+-]+){2,}/?|0x[0-9a-fA-F]+")  # paths and addresses
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages for the chat template: dicts with role, content and maybe name, all of them text."""
+    """What a chat template makes a text of."""
 
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]  # role; content, a text or None; maybe name, tool_calls, tool_call_id and thinking
+    tools: list[dict[str, Any]] = field(default_factory=list)  # as OpenAI has them, for calls in the answer
+    variables: dict[str, Any] = field(default_factory=dict)  # further ones of the template, such as enable_thinking
+    is_single_call: bool = False  # the answer ends with its first call
+
+    @property
+    def num_calls(self) -> int:
+        """Calls that the conversation has already."""
+        return sum(len(message.get("tool_calls") or []) for message in self.messages)
 
 
 Prompt = str | list[int] | Conversation

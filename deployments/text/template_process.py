@@ -24,17 +24,32 @@ def limit_memory(more_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (mapped + more_bytes, mapped + more_bytes))
 
 
-def render(template: str, special_tokens: dict[str, str], messages: list[dict[str, str]], max_chars: int) -> object:
-    """`{"text"}`, or why there is none: `{"refused": why}`, `{"failed": exception}`, `{"too_long": characters}`."""
+def render(template: str, special_tokens: dict[str, str], request: dict[str, Any], max_chars: int) -> object:
+    """`{"text"}`, or why there is none: `{"refused": why}`, `{"failed": exception}`, `{"too_long": characters}`.
+
+    `request`: messages, tools, add_generation_prompt and further variables of the template.
+    """
+    variables = {**special_tokens, **request["variables"]}
+    options = {"tools": request["tools"] or None, "add_generation_prompt": request["add_generation_prompt"]}
     try:
-        (text,), _ = render_jinja_template(
-            [messages], chat_template=template, add_generation_prompt=True, **special_tokens
-        )
+        try:
+            (text,), _ = render_jinja_template([request["messages"]], chat_template=template, **options, **variables)
+        except TypeError:  # some templates add arguments of calls to a text, and so want them as text
+            messages = [_with_arguments_as_text(message) for message in request["messages"]]
+            (text,), _ = render_jinja_template([messages], chat_template=template, **options, **variables)
     except TemplateError as error:
         return {"refused": str(error)[:1000]}
     except Exception as error:  # noqa: BLE001 - the model's program may raise anything
         return {"failed": type(error).__name__}
     return {"text": text} if len(text) <= max_chars else {"too_long": len(text)}
+
+
+def _with_arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}}
+        for call in message.get("tool_calls", [])
+    ]
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def stop_clock(now: datetime) -> None:

@@ -11,8 +11,11 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from deployments.text.chat_template import ChatTemplate
+from deployments.text.control_tokens import ControlTokens
 from deployments.text.generation_config import eos_token_ids
 from deployments.text.prompts import Conversation, ConversationError, Prompt
+from deployments.text.response_format import ResponseFormat, choose_format
+from deployments.text.response_reader import ResponseReader
 from deployments.text.token_text import TokenTexts
 from deployments.text.transcript import Decoder, Transcript
 
@@ -38,9 +41,13 @@ class Text:
             self._backend.no_padding()
         own_eos = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
         self.eos_token_ids = frozenset(eos_token_ids | own_eos)
-        self._special_ids = frozenset(id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special)
+        added = tokenizer.added_tokens_decoder
+        self._special_texts = {token_id: token.content for token_id, token in added.items() if token.special}
         self.token_texts = self._token_texts()
-        self._template = _chat_template(tokenizer, now)
+        self._templates = _chat_templates(tokenizer)
+        self._controls = ControlTokens(tokenizer, "\n".join(self._templates.values()), self._encode_batch)
+        self._template = self._chat_template(now)
+        self._format: ResponseFormat | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
     @classmethod

@@ -1,0 +1,214 @@
+"""Tool calls: the written body of a call, in any dialect, becomes names and JSON arguments, or is found to be no call."""
+
+import ast
+import dataclasses
+import json
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import regex
+from transformers.utils.chat_parsing.content_parsers import process_field
+from transformers.utils.chat_parsing.response_templates import ResponseTemplateField
+
+Schemas = Mapping[str, Mapping[str, Any]]  # tool → JSON Schema of its arguments
+
+PYTHON_CALLS = "python-calls"
+_MAX_PYTHON_CHARS = 256 * 1024  # its syntax tree takes a hundred times as much
+_MATCH_S = 1.0  # for all tags of one call: patterns may come with a checkpoint
+_WORDS = {"true": True, "false": False, "null": None}  # JSON's, which some models write among Python's
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One call: `arguments` is the text of a JSON object."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+def read_calls(
+    field: ResponseTemplateField, body: str, captures: dict[str, str], tools: Schemas
+) -> list[tuple[str, str]] | None:
+    """Name and arguments of each call in the body of a region; None where it is no call, or not one of these tools."""
+    try:
+        if field.content in _DIALECTS and "value_parser" not in field.content_args:
+            value = _DIALECTS[field.content](field, body, captures, tools)
+            body, field = json.dumps(value, allow_nan=False), dataclasses.replace(field, content="json", content_args={})
+        value = process_field(body, field, captures)  # in the shape that the template asks for
+        is_bare = field.close_re is None  # without marks, other JSON may look like a call
+        calls = [_call(one, tools, is_bare) for one in (value if isinstance(value, list) else [value])]
+    except (ValueError, TypeError, KeyError, SyntaxError, RecursionError, MemoryError, TimeoutError):
+        return None
+    return calls or None
+
+
+def new_call_id(style: str | None, name: str, index: int) -> str:
+    """The id of a new call; `index` counts the calls of the conversation, from 0."""
+    if style == "kimi":
+        return f"functions.{name}:{index}"
+    if style == "nine":
+        return secrets.token_hex(5)[:9]
+    return f"call_{secrets.token_hex(12)}"
+
+
+def _call(value: Any, tools: Schemas, is_bare: bool) -> tuple[str, str]:
+    """Raises KeyError, TypeError or ValueError for what is no call of one of the tools."""
+    made = value["function"] if isinstance(value.get("function"), dict) else value
+    name = next(made[key] for key in ("name", "tool_name") if key in made)
+    arguments = next((made[key] for key in ("arguments", "parameters") if key in made), None)
+    if arguments is None and is_bare and "arguments" not in made:
+        raise ValueError("an object that has a name, but is no call")
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments)
+    if name not in tools or not isinstance(arguments or {}, dict):
+        raise ValueError("no such tool, or arguments that are no object")
+    return name, _written(arguments or {})
+
+
+def _written(arguments: dict[str, Any]) -> str:
+    text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair: JSON can only write it as an escape
+        text = json.dumps(arguments, allow_nan=False)
+    return text
+
+
+def _json(field: ResponseTemplateField, body: str, captures: dict[str, str], tools: Schemas) -> Any:
+    for opens, closes in field.content_args.get("string_delims", []):
+        body = _plain_strings(body, opens, closes, bool(field.content_args.get("unquoted_keys")))
+    return json.loads(body)
+
+
+def _plain_strings(body: str, opens: str, closes: str, has_bare_keys: bool) -> str:
+    """JSON, of text whose strings stand between marks of their own and whose keys may have no quotes."""
+    parts = body.replace(closes, opens).split(opens)
+    if len(parts) % 2 == 0:
+        raise ValueError("a string does not end")
+    for at, part in enumerate(parts):
+        if at % 2:
+            parts[at] = json.dumps(part)
+        elif has_bare_keys:
+            parts[at] = regex.sub(r"([{,]\s*+)([\w.$-]++)(\s*+:)", r'\1"\2"\3', part)
+    return "".join(parts)
+
+
+def _tags(field: ResponseTemplateField, body: str, captures: dict[str, str], tools: Schemas) -> dict[str, Any]:
+    schema = tools.get(captures.get("name", ""), {})
+    found: dict[str, Any] = {}
+    rest: list[str] = []
+    end = 0
+    for tag in regex.finditer(field.content_args["tag_pattern"], body, regex.DOTALL, timeout=_MATCH_S):
+        rest.append(body[end : tag.start()])
+        end = tag.end()
+        groups = tag.groupdict()
+        key, value, is_text = groups["key"].strip(), groups["value"], groups.get("string")
+        if is_text is None:
+            found[key] = typed(value, value_types(schema, key))
+        else:
+            found[key] = value if is_text == "true" else json.loads(value)
+    if not found and body.lstrip().startswith("{"):  # DeepSeek's may hold JSON instead
+        return _object(json.loads(body))
+    if "".join([*rest, body[end:]]).strip():
+        raise ValueError("text between the tags, or a tag that does not end")
+    return found
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError("no object")
+    return value
+
+
+def value_types(schema: Mapping[str, Any], key: str) -> frozenset[str]:
+    """Types that JSON Schema allows for the property `key`; empty where it says nothing."""
+    properties = schema.get("properties")
+    return frozenset(_types(properties.get(key), schema, depth=0)) if isinstance(properties, Mapping) else frozenset()
+
+
+def _types(part: Any, root: Mapping[str, Any], depth: int) -> list[str]:
+    if not isinstance(part, Mapping) or depth > 8:
+        return []
+    declared = part.get("type")
+    types = [declared] if isinstance(declared, str) else [one for one in declared or [] if isinstance(one, str)]
+    if part.get("nullable"):
+        types.append("null")
+    for values in (part.get("enum"), [part["const"]] if "const" in part else None):
+        if not types and isinstance(values, list):
+            types = [_JSON_TYPES.get(type(value), "string") for value in values]
+    for union in ("anyOf", "oneOf", "allOf"):
+        for choice in part.get(union) or []:
+            types += _types(choice, root, depth + 1)
+    target: Any = root
+    if isinstance(part.get("$ref"), str) and part["$ref"].startswith("#/"):
+        for step in part["$ref"][2:].split("/"):
+            target = target.get(step) if isinstance(target, Mapping) else None
+        types += _types(target, root, depth + 1)
+    return types
+
+
+_JSON_TYPES = {bool: "boolean", int: "integer", float: "number", type(None): "null", dict: "object", list: "array"}
+
+
+def typed(raw: str, types: frozenset[str]) -> Any:
+    """Bare text as a value of one of the types: text where it may be text, or fits none of them."""
+    bare = raw.strip()
+    if "null" in types and bare in ("null", "None"):
+        return None
+    if types & {"object", "array"} and bare[:1] in ("{", "["):
+        try:
+            value = json.loads(bare)
+            if ("object" if isinstance(value, dict) else "array") in types:
+                return value
+        except (ValueError, RecursionError):
+            pass
+    if "string" in types:
+        return raw
+    if "boolean" in types and bare.lower() in ("true", "false"):
+        return bare.lower() == "true"
+    if types & {"integer", "number"} and len(bare) < 400 and regex.fullmatch(r"-?\d+(\.\d+)?([eE][-+]?\d+)?", bare):
+        number = float(bare)
+        if regex.fullmatch(r"-?\d+", bare):
+            return int(bare)
+        if "number" in types:
+            return number
+        if number.is_integer():
+            return int(number)
+    return raw
+
+
+def _python(field: ResponseTemplateField, body: str, captures: dict[str, str], tools: Schemas) -> list[dict[str, Any]]:
+    if len(body) > _MAX_PYTHON_CHARS:
+        raise ValueError("too long")
+    text = body.strip()
+    if not text.startswith("["):  # a call a line
+        text = f"[{','.join(line.rstrip(',') for line in text.splitlines() if line.strip())}]"
+    tree = ast.parse(text, mode="eval").body
+    if not isinstance(tree, ast.List):
+        raise ValueError("no list of calls")
+    return [_python_call(call) for call in tree.elts]
+
+
+def _python_call(call: ast.expr) -> dict[str, Any]:
+    if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+        raise ValueError("no call with named arguments")
+    arguments = {str(keyword.arg): ast.literal_eval(_Words().visit(keyword.value)) for keyword in call.keywords}
+    return {"name": ast.unparse(call.func), "arguments": arguments}
+
+
+class _Words(ast.NodeTransformer):
+    """JSON's true, false and null as Python's."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:  # noqa: N802 - ast's own way to name it
+        return ast.Constant(_WORDS[node.id])  # a KeyError for any other name
+
+
+_DIALECTS: dict[str, Callable[[ResponseTemplateField, str, dict[str, str], Schemas], Any]] = {
+    "json": _json,
+    "xml-inline": _tags,
+    PYTHON_CALLS: _python,
+}
+

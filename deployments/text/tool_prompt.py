@@ -1,0 +1,58 @@
+"""Tools for chat templates that know none: they are written into the messages, in the way of Hermes and Qwen."""
+
+import json
+from typing import Any
+
+from deployments.text.prompts import Conversation
+
+_INTRODUCTION = """You may call one or more functions to assist with the user's request. These are the functions:
+<tools>
+{tools}
+</tools>
+For each call write a JSON object with the function's name and its arguments between <tool_call> and </tool_call>:
+<tool_call>
+{{"name": "the function's name", "arguments": {{"an argument": "its value"}}}}
+</tool_call>"""
+
+
+def without_tools(conversation: Conversation) -> Conversation:
+    """The same conversation in messages of system, user and assistant alone, all of them text."""
+    messages: list[dict[str, Any]] = []
+    for message in conversation.messages:
+        if message["role"] == "tool":
+            text = f"<tool_response>\n{message['content'] or ''}\n</tool_response>"
+            _add(messages, {"role": "user", "content": text}, joins=bool(messages) and "is_result" in messages[-1])
+            messages[-1]["is_result"] = True
+        elif message.get("tool_calls"):
+            texts = [message.get("content") or "", *map(_written, message["tool_calls"])]
+            rest = {key: value for key, value in message.items() if key != "tool_calls"}
+            messages.append({**rest, "content": "\n".join(filter(None, texts))})
+        else:
+            follows_result = bool(messages) and "is_result" in messages[-1] and message["role"] == "user"
+            _add(messages, message, joins=follows_result)  # templates want user and assistant to alternate
+    for message in messages:
+        message.pop("is_result", None)
+    if conversation.tools:
+        _introduce(messages, "\n".join(json.dumps(tool, ensure_ascii=False) for tool in conversation.tools))
+    return Conversation(messages, variables=conversation.variables)
+
+
+def _written(call: dict[str, Any]) -> str:
+    return f"<tool_call>\n{json.dumps(call['function'], ensure_ascii=False)}\n</tool_call>"
+
+
+def _add(messages: list[dict[str, Any]], message: dict[str, Any], joins: bool) -> None:
+    """Append the message, or its text to the last one's."""
+    if joins:
+        messages[-1]["content"] += "\n" + message["content"]
+    else:
+        messages.append(dict(message))
+
+
+def _introduce(messages: list[dict[str, Any]], tools: str) -> None:
+    """Name the tools: behind the system message, or where there is none before the first one."""
+    introduction = _INTRODUCTION.format(tools=tools)
+    first = messages[0]
+    is_system = first["role"] in ("system", "developer")
+    texts = [first["content"], introduction] if is_system else [introduction, first["content"]]
+    messages[0] = {**first, "content": "\n\n".join(texts)}
