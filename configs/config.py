@@ -56,6 +56,12 @@ class ModelConfig(Group):
         description="`auto`: requests that leave temperature, top_p and the like out get what the checkpoint's "
         "generation_config.json says; see docs/api.md. Set `none` for the API's own defaults, whatever the checkpoint.",
     )
+    tool_format: str = Field(
+        default="auto",
+        description="How the model writes tool calls and thinking: a format of docs/api.md; `auto`: as the tokenizer "
+        "or the chat template tells it; `none`: all that it writes is text. Set it where a fine-tune writes calls in "
+        "another way than its template says.",
+    )
 
 
 class ParallelConfig(Group):

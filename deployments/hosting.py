@@ -90,7 +90,10 @@ def _read_model(config: Config, device: str, name: str, now: datetime | None) ->
     folder = resolve_source(config.model.source, config.model.revision)
     spec, block_size = read_spec(folder, config.model.dtype), default_block_size(config.device, device)
     plan = make_plan(config, spec, block_size)
-    text, defaults = Text.load(folder, now), SamplingDefaults.read(folder, config.model.generation_config)
+    text, defaults = (
+        Text.load(folder, config.model.tool_format, now),
+        SamplingDefaults.read(folder, config.model.generation_config),
+    )
     logger.info("sampling defaults of generation_config.json: %s", defaults)
 
     def service_of(engine: Engine, outbox: Outbox, ranks: Callable[[], list[RankInfo]], max_model_len: int) -> Service:

@@ -4,18 +4,20 @@ A field that is not supported yet is an entry `name: only(neutral values)`; to s
 The fields of sampling are in sampling_fields.py, prompts and messages in prompt_fields.py.
 """
 
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, FailFast, Field, model_validator
 
-from deployments.api.prompt_fields import Messages, Prompts, conversation
+from deployments.api.prompt_fields import Messages, Prompts, Variables, conversation
 from deployments.api.sampling_fields import NumLogprobs, SamplingBody
 from deployments.api.strict_body import Body, only, wrong
+from deployments.api.tool_fields import ToolChoice, Tools
 from deployments.text.prompts import Prompt
 
 MAX_STOPS = 16  # OpenAI takes 4
 MAX_STOP_CHARS = 1024
 MAX_CHOICES = 16
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class StreamOptions(Body):
@@ -176,13 +178,14 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: NumLogprobs = 0
+    tools: Tools = Field(default_factory=list)
+    tool_choice: ToolChoice = None
+    parallel_tool_calls: bool = True
+    reasoning_effort: ReasoningEffort | None = None
+    chat_template_kwargs: Variables = Field(default_factory=dict)
 
     echo: Annotated[object, only(False)] = None
-    tools: Annotated[object, only([])] = None
-    tool_choice: Annotated[object, only("none", "auto")] = None  # both mean nothing without tools
-    parallel_tool_calls: Annotated[object, only(True, False)] = None
     functions: Annotated[object, only([])] = None
-    reasoning_effort: Annotated[object, only()] = None
     include_reasoning: Annotated[object, only(True)] = None
     verbosity: Annotated[object, only()] = None
     modalities: Annotated[object, only(["text"])] = None
@@ -191,7 +194,6 @@ class ChatBody(GenerationBody):
     web_search_options: Annotated[object, only()] = None
     function_call: Annotated[object, only("none", "auto")] = None
     chat_template: Annotated[object, only()] = None
-    chat_template_kwargs: Annotated[object, only({})] = None
     add_generation_prompt: Annotated[object, only(True)] = None
     continue_final_message: Annotated[object, only(False)] = None
     add_special_tokens: Annotated[object, only(False)] = None
@@ -200,8 +202,18 @@ class ChatBody(GenerationBody):
 
     @property
     def prompts(self) -> list[Prompt]:
-        """One conversation."""
-        return [conversation(self.messages)]
+        """One conversation. With `tool_choice` none the model does not hear of the tools."""
+        tools = [] if self.tool_choice == "none" else self.tools
+        return [conversation(self.messages, tools, self._variables, not self.parallel_tool_calls)]
+
+    @property
+    def _variables(self) -> dict[str, Any]:
+        """Of the chat template. Templates have other switches than OpenAI's effort: those follow it."""
+        if self.reasoning_effort is None:
+            return self.chat_template_kwargs
+        thinks = self.reasoning_effort != "none"
+        of_effort = {"reasoning_effort": self.reasoning_effort, "enable_thinking": thinks, "thinking": thinks}
+        return {**of_effort, **self.chat_template_kwargs}
 
     @property
     def prompt_field(self) -> str:

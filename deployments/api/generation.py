@@ -1,7 +1,9 @@
 """Generation: the answers to one HTTP request, from the engine's events to pieces of text."""
 
+import asyncio
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from actors.remote.engine import Engine
@@ -10,8 +12,9 @@ from actors.words.messages import Event, Request, TokenLogprobs
 from deployments.api.errors import ApiError
 from deployments.api.metrics import Stopwatch
 from deployments.api.outbox import Mailbox, Outbox
-from deployments.api.responses import Piece, Usage
+from deployments.api.responses import AnswerEnd, CompletionDetails, Piece, Usage
 from deployments.text.prompts import public_text
+from deployments.text.response_reader import Delta, ResponseReader
 from deployments.text.transcript import Transcript
 
 NOT_READY_RETRY_AFTER_S = 5
@@ -29,31 +32,71 @@ class Answer:
     """One answer: turns the events of its sequence into pieces of text."""
 
     def __init__(
-        self, index: int, request: Request, transcript: Transcript, stopwatch: Stopwatch, echo: Echo | None = None
+        self,
+        index: int,
+        request: Request,
+        transcript: Transcript,
+        stopwatch: Stopwatch,
+        echo: Echo | None = None,
+        reader: ResponseReader | None = None,
     ) -> None:
-        """`echo`: the prompt is shown before the answer; None: it is not."""
+        """`echo`: the prompt is shown before the answer; None: it is not. `reader`: None where all is text."""
         self.index = index
         self.request = request
         self.transcript = transcript
         self._stopwatch = stopwatch
         self._echo = echo
         self._prompt_logprobs: list[TokenLogprobs] = []
+        self._reader = reader
+        self._has_calls = False
+        self.num_reasoning_tokens: int | None = None if reader is None else 0
 
     @property
     def is_finished(self) -> bool:
         """Whether nothing more will come."""
-        return self.transcript.finish_reason is not None
+        return self.transcript.finish_reason is not None or (self._reader is not None and self._reader.is_done)
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether the next event may take milliseconds to read."""
+        return self._reader is not None and self._reader.is_slow
 
     def push(self, event: Event) -> Piece | None:
         """The piece that an event adds; None while the prompt is being computed."""
         self._prompt_logprobs += event.prompt_logprobs
         if not event.token_ids and not event.finish_reason:
             return None
-        text = self._take_echo() + self.transcript.push(event.token_ids, event.finish_reason, event.logprobs)
+        delta = self._read(event) if self._reader else Delta(self._take_echo() + self._text(event))
         self._stopwatch.tokens(len(event.token_ids))
         if self.is_finished:
             self._stopwatch.end()
-        return Piece(self.index, text, self.transcript.finish_reason, self.transcript.take_scored())
+        scored = self.transcript.take_scored()
+        return Piece(self.index, delta.content, self._finish_reason, scored, delta.reasoning, delta.calls)
+
+    @property
+    def _finish_reason(self) -> AnswerEnd | None:
+        if self.is_finished and self._has_calls and self.transcript.finish_reason in (None, "stop"):
+            return "tool_calls"
+        return self.transcript.finish_reason
+
+    def _text(self, event: Event) -> str:
+        return self.transcript.push(event.token_ids, event.finish_reason, event.logprobs)
+
+    def _read(self, event: Event) -> Delta:
+        """What the event adds; read token by token, so that it is the same whatever came together."""
+        assert self._reader is not None
+        assert self.num_reasoning_tokens is not None
+        reader, deltas = self._reader, list[Delta]()
+        for part in _by_token(event):
+            was_thinking = reader.is_thinking
+            deltas.append(reader.push(self.transcript.with_specials(self._text(part))))
+            self.num_reasoning_tokens += was_thinking and reader.is_thinking
+            if self.is_finished:
+                deltas.append(reader.end())
+                break
+        calls = tuple(call for delta in deltas for call in delta.calls)
+        self._has_calls = self._has_calls or bool(calls)
+        return Delta("".join(one.content for one in deltas), "".join(one.reasoning for one in deltas), calls)
 
     def _take_echo(self) -> str:
         echo, self._echo = self._echo, None
@@ -62,6 +105,14 @@ class Answer:
         has_logprobs = self.request.sampling.prompt_logprobs is not None
         logprobs = self._prompt_logprobs if has_logprobs else None
         return self.transcript.echo(echo.prompt, self.request.prompt_ids, logprobs)
+
+
+def _by_token(event: Event) -> Iterator[Event]:
+    """Events of one token each, the last of which ends where the event does."""
+    last = len(event.token_ids) - 1
+    for at, token_id in enumerate(event.token_ids[:-1]):
+        yield Event(event.request_id, [token_id], logprobs=event.logprobs[at : at + 1])
+    yield Event(event.request_id, event.token_ids[-1:], event.finish_reason, logprobs=event.logprobs[max(0, last) :])
 
 
 class Generation:
@@ -96,7 +147,9 @@ class Generation:
         """The token counts so far."""
         num_prompt = self._num_prompt_tokens
         num_generated = sum(answer.transcript.num_tokens for answer in self._answers.values())
-        return Usage(num_prompt, num_generated, num_prompt + num_generated)
+        reasoning = [answer.num_reasoning_tokens for answer in self._answers.values()]
+        details = None if None in reasoning else CompletionDetails(sum(filter(None, reasoning)))
+        return Usage(num_prompt, num_generated, num_prompt + num_generated, details)
 
     @property
     def requests(self) -> list[Request]:
@@ -135,7 +188,7 @@ class Generation:
                 raise too_late()  # the engine's thread is busy with the recovery, and ends the request later
             if events is None:
                 break
-            pieces = [piece for event in events if (piece := self._read(event))]
+            pieces = [piece for event in events if (piece := await self._read(event))]
         return pieces
 
     async def whole(self) -> list[Piece]:
@@ -155,13 +208,16 @@ class Generation:
     def _left_s(self) -> float:
         return math.inf if self._deadline is None else self._deadline - time.monotonic()
 
-    def _read(self, event: Event) -> Piece | None:
+    async def _read(self, event: Event) -> Piece | None:
         answer = self._answers[event.request_id]
         if event.finish_reason == "timeout":
             raise too_late()
         if event.finish_reason in ("error", "abort"):
             raise _failed(event)
-        piece = answer.push(event)
+        if answer.is_slow:
+            piece = await asyncio.get_running_loop().run_in_executor(None, answer.push, event)
+        else:
+            piece = answer.push(event)
         if answer.is_finished:
             self._outbox.close(event.request_id)
             if event.finish_reason is None:  # a stop string, which the engine does not know of

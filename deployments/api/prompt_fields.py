@@ -1,11 +1,14 @@
 """Prompt fields: `prompt` and `messages` of a request body, parsed into texts, token ids or a conversation."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, FailFast, Field, PlainValidator, model_validator
 
 from deployments.api.errors import shown
 from deployments.api.strict_body import Body, only, wrong
+from deployments.api.tool_fields import MAX_CALLS, Call, Tool
 from deployments.text.prompts import Conversation, Prompt
 
 MAX_MESSAGES = 2048
@@ -29,20 +32,27 @@ def _prompts(value: object) -> list[Prompt]:
 Prompts = Annotated[list[Prompt], PlainValidator(_prompts)]
 
 
-class TextPart(Body):
-    """A part of a message's content."""
+class Part(Body):
+    """A part of a message's content: text, or of an assistant's the thinking, as some clients keep it."""
 
-    type: Literal["text"]
-    text: str
+    type: Literal["text", "thinking"]
+    text: str | None = None
+    thinking: str | None = None
+    signature: object = None  # of thinking, by another server
 
     @model_validator(mode="before")
     @classmethod
     def _text_only(cls, data: object) -> object:
-        if isinstance(data, dict) and isinstance(data.get("type"), str) and data["type"] != "text":
-            raise wrong(
-                "unsupported_parameter", "{kind} is not supported; send text parts only", kind=shown(data["type"])
-            )
+        kind = data.get("type") if isinstance(data, dict) else None
+        if isinstance(kind, str) and kind not in ("text", "thinking"):
+            raise wrong("unsupported_parameter", "{kind} is not supported; send text parts only", kind=shown(kind))
         return data
+
+    @model_validator(mode="after")
+    def _has_what_it_is(self) -> Self:
+        if (self.text if self.type == "text" else self.thinking) is None:
+            raise wrong("missing", "is required", field=self.type)
+        return self
 
 
 def _parts(value: object) -> object:
@@ -56,29 +66,77 @@ def _parts(value: object) -> object:
 class Message(Body):
     """One message. The other fields of OpenAI's answers pass when empty, so that an answer can be sent back whole."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[TextPart], FailFast(), BeforeValidator(_parts)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[list[Part] | None, FailFast(), BeforeValidator(_parts)] = None
     name: str | None = None  # handed to the chat template
+    tool_calls: Annotated[list[Call], FailFast(), Field(max_length=MAX_CALLS)] = Field(default_factory=list)
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None  # the assistant's thinking, under the names that servers have for it
+    reasoning: str | None = None
+    thinking: str | None = None
 
     refusal: Annotated[object, only()] = None
     audio: Annotated[object, only()] = None
     annotations: Annotated[object, only([])] = None
     function_call: Annotated[object, only()] = None
-    tool_calls: Annotated[object, only([])] = None
-    reasoning: Annotated[object, only("")] = None
-    reasoning_content: Annotated[object, only("")] = None
 
-    def for_template(self) -> dict[str, str]:
+    def for_template(self) -> dict[str, Any]:
         """The message as chat templates read it; several parts are joined by line breaks."""
-        message: dict[str, str] = {"role": self.role, "content": "\n".join(part.text for part in self.content)}
-        if self.name is not None:
-            message["name"] = self.name
+        parts = self.content or []
+        texts = [part.text for part in parts if part.text is not None]
+        thoughts = [part.thinking for part in parts if part.thinking is not None]
+        message: dict[str, Any] = {"role": self.role, "content": "\n".join(texts) if texts else None}
+        reasoning = self.reasoning_content or self.reasoning or self.thinking or "\n".join(thoughts)
+        given = {"name": self.name, "tool_call_id": self.tool_call_id, "reasoning_content": reasoning}
+        message |= {name: value for name, value in given.items() if value}
+        if self.tool_calls:
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
         return message
+
+    @model_validator(mode="after")
+    def _fields_of_its_role(self) -> Self:
+        of_assistant = {
+            "tool_calls": self.tool_calls,
+            "reasoning_content": self.reasoning_content,
+            "reasoning": self.reasoning,
+            "thinking": self.thinking,
+        }
+        wrong_field = next((name for name, value in of_assistant.items() if value), None)
+        if self.role != "assistant" and wrong_field:
+            raise wrong("invalid_value", "is for the role assistant only; leave it out", field=wrong_field)
+        if self.role != "tool" and self.tool_call_id is not None:
+            raise wrong("invalid_value", "is for the role tool only; leave it out", field="tool_call_id")
+        if self.content is None and self.role != "tool" and not any(of_assistant.values()):
+            raise wrong("missing", "is required", field="content")
+        return self
 
 
 Messages = Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
-def conversation(messages: list[Message]) -> Conversation:
+def conversation(
+    messages: list[Message],
+    tools: Sequence[Tool] = (),
+    variables: Mapping[str, Any] = MappingProxyType({}),
+    is_single_call: bool = False,
+) -> Conversation:
     """The messages as plain data for the chat template."""
-    return Conversation([message.for_template() for message in messages])
+    shown_tools = [tool.for_template() for tool in tools]
+    return Conversation([message.for_template() for message in messages], shown_tools, dict(variables), is_single_call)
+
+
+_OWN_VARIABLES = {
+    "messages", "conversations", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize",
+    "continue_final_message", "return_assistant_tokens_mask",
+}  # fmt: skip
+
+
+def _variables(value: object) -> object:
+    if isinstance(value, dict):
+        for name in value:
+            if not isinstance(name, str) or not name.isidentifier() or name[0] == "_" or name in _OWN_VARIABLES:
+                raise wrong("invalid_value", "{name} is none that a request may set; leave it out", name=shown(name))
+    return value
+
+
+Variables = Annotated[dict[str, Any], BeforeValidator(_variables)]

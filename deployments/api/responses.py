@@ -2,20 +2,23 @@
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
 from actors.words.messages import FinishReason
 from deployments.api.logprobs import ChatLogprobs, CompletionLogprobs, chat_logprobs, completion_logprobs
 from deployments.text.token_text import TokenTexts
+from deployments.text.tool_calls import ToolCall
 from deployments.text.transcript import ScoredToken
 
 _encode = msgspec.json.Encoder().encode
 
 DONE = b"data: [DONE]\n\n"
+
+AnswerEnd = FinishReason | Literal["tool_calls"]  # a call was made, and the model stopped
 
 
 @dataclass(frozen=True)
@@ -24,48 +27,80 @@ class Piece:
 
     index: int
     text: str
-    finish_reason: FinishReason | None
-    scored: Sequence[ScoredToken] = ()  # the tokens of this text, where their log-probabilities were asked for
+    finish_reason: AnswerEnd | None
+    scored: Sequence[ScoredToken] = ()  # the tokens of this piece, where their log-probabilities were asked for
+    reasoning: str = ""
+    calls: Sequence[ToolCall] = ()
 
     def joined(self, next_piece: "Piece") -> "Piece":
         """One piece: this one with the next one appended."""
-        scored = [*self.scored, *next_piece.scored]
-        return Piece(self.index, self.text + next_piece.text, next_piece.finish_reason, scored)
+        return Piece(
+            self.index,
+            self.text + next_piece.text,
+            next_piece.finish_reason,
+            [*self.scored, *next_piece.scored],
+            self.reasoning + next_piece.reasoning,
+            [*self.calls, *next_piece.calls],
+        )
 
 
-class Usage(msgspec.Struct, frozen=True):
+class CompletionDetails(msgspec.Struct, frozen=True):
+    """What the generated tokens were."""
+
+    reasoning_tokens: int
+
+
+class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
     """Token counts of one request, all its answers together."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    completion_tokens_details: CompletionDetails | None = None  # of chats
 
 
 class _TextChoice(msgspec.Struct, frozen=True):
     index: int
     text: str
-    finish_reason: FinishReason | None
+    finish_reason: AnswerEnd | None
     logprobs: CompletionLogprobs | None = None
 
 
+class _Function(msgspec.Struct, frozen=True, omit_defaults=True):
+    name: str | None = None
+    arguments: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class _Call(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A call, or in a chunk a part of it: the first has all but the arguments, the others have nothing else."""
+
+    index: int | None = None  # in chunks: counts the calls of the answer
+    id: str | None = None
+    type: str | None = None
+    function: _Function = _Function()
+
+
 class _Message(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A message, or with `role` or `content` left out what a chunk adds to it."""
+    """A message, or with fields left out what a chunk adds to it."""
 
     role: str | None = None
-    content: str | None = None
+    content: str | msgspec.UnsetType | None = msgspec.UNSET
+    reasoning_content: str | None = None  # the name that SGLang and llama.cpp have for it
+    reasoning: str | None = None  # vLLM's
+    tool_calls: list[_Call] | None = None
 
 
 class _MessageChoice(msgspec.Struct, frozen=True):
     index: int
     message: _Message
-    finish_reason: FinishReason | None
+    finish_reason: AnswerEnd | None
     logprobs: ChatLogprobs | None = None
 
 
 class _DeltaChoice(msgspec.Struct, frozen=True):
     index: int
     delta: _Message
-    finish_reason: FinishReason | None = None
+    finish_reason: AnswerEnd | None = None
     logprobs: ChatLogprobs | None = None
 
 
@@ -184,12 +219,21 @@ class ChatReply(_OpenAIReply):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
+    def __init__(
+        self,
+        model: str,
+        include_usage: bool = False,
+        token_texts: TokenTexts | None = None,
+        stamp: Stamp | None = None,
+    ) -> None:
+        """See _OpenAIReply."""
+        super().__init__(model, include_usage, token_texts, stamp)
+        self._num_calls: dict[int, int] = {}  # of each answer, in the chunks so far
+
     def whole(self, answers: list[Piece], usage: Usage) -> bytes:
         """See Reply."""
         choices = [
-            _MessageChoice(
-                answer.index, _Message("assistant", answer.text), answer.finish_reason, self._logprobs(answer)
-            )
+            _MessageChoice(answer.index, _message(answer), answer.finish_reason, self._logprobs(answer))
             for answer in answers
         ]
         return self._whole(choices, usage)
@@ -200,13 +244,41 @@ class ChatReply(_OpenAIReply):
 
     def chunk(self, piece: Piece) -> bytes:
         """See Reply."""
+        deltas = list(self._deltas(piece))
+        if not deltas and (piece.scored or not piece.finish_reason):
+            deltas = [_Message(content="")]
         chunk = b""
-        if piece.text or piece.scored or not piece.finish_reason:
-            logprobs = self._logprobs(piece) if piece.scored else None
-            chunk += self._event([_DeltaChoice(piece.index, _Message(content=piece.text), logprobs=logprobs)])
+        logprobs = self._logprobs(piece) if piece.scored else None
+        for delta in deltas:
+            chunk += self._event([_DeltaChoice(piece.index, delta, logprobs=logprobs)])
+            logprobs = None
         if piece.finish_reason:
             chunk += self._event([_DeltaChoice(piece.index, _Message(), piece.finish_reason)])
         return chunk
 
+    def _deltas(self, piece: Piece) -> Iterator[_Message]:
+        """What a piece adds, one kind in each."""
+        if piece.reasoning:
+            yield _Message(reasoning_content=piece.reasoning, reasoning=piece.reasoning)
+        if piece.text:
+            yield _Message(content=piece.text)
+        for call in piece.calls:
+            at = self._num_calls.get(piece.index, 0)
+            self._num_calls[piece.index] = at + 1
+            yield _Message(tool_calls=[_Call(at, call.id, "function", _Function(call.name, ""))])
+            yield _Message(tool_calls=[_Call(at, function=_Function(arguments=call.arguments))])
+
     def _logprobs(self, piece: Piece) -> ChatLogprobs | None:
         return None if self._token_texts is None else chat_logprobs(piece.scored, self._token_texts)
+
+
+def _message(answer: Piece) -> _Message:
+    """A whole answer. Where there are calls and no text, there is no content."""
+    calls = [_Call(id=call.id, type="function", function=_Function(call.name, call.arguments)) for call in answer.calls]
+    return _Message(
+        role="assistant",
+        content=answer.text or (None if calls else ""),
+        reasoning_content=answer.reasoning or None,
+        reasoning=answer.reasoning or None,
+        tool_calls=calls or None,
+    )

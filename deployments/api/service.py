@@ -19,7 +19,7 @@ from deployments.api.generation import Answer, Echo, Generation, draining, too_l
 from deployments.api.metrics import Latencies, Metrics, Stopwatch
 from deployments.api.outbox import Outbox
 from deployments.api.sampling_defaults import SamplingDefaults
-from deployments.text.prompts import ConversationError, Prompt
+from deployments.text.prompts import Conversation, ConversationError, Prompt
 from deployments.text.tokenizer import Text
 
 
@@ -101,6 +101,7 @@ class Service:
         began = time.monotonic()
         body = self.defaults.fill(body)
         prompts = body.prompts
+        self._check_tools(prompts)
         answers: list[Answer] = []
         num_prompt_tokens = 0
         for prompt, prompt_ids in zip(prompts, await self.encode(prompts, deadline=deadline), strict=True):
@@ -163,7 +164,17 @@ class Service:
             return Answer(index, request, transcript, stopwatch, echo)
         if body.continues_prompt:
             transcript.follow(request.prompt_ids)
-        return Answer(index, request, transcript, stopwatch)
+        reader = self.text.reader(prompt, request.prompt_ids, index) if isinstance(prompt, Conversation) else None
+        return Answer(index, request, transcript, stopwatch, reader=reader)
+
+    def _check_tools(self, prompts: list[Prompt]) -> None:
+        uses_tools = any(isinstance(prompt, Conversation) and prompt.tools for prompt in prompts)
+        if uses_tools and not self.text.can_call_tools:
+            message = (
+                "tools: it is not known how this model writes tool calls; leave them out, or have the server's config "
+                "say it in model.tool_format"
+            )
+            raise ApiError(400, message, param="tools", code="unsupported_parameter")
 
     def _check_prompt(self, body: GenerationBody, prompt_ids: list[int]) -> None:
         field = body.prompt_field

@@ -8,10 +8,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from deployments.api.connection import read_body
-from deployments.api.prompt_fields import Messages, conversation
+from deployments.api.prompt_fields import Messages, Variables, conversation
 from deployments.api.sampling_fields import TokenId
 from deployments.api.service import Service
 from deployments.api.strict_body import Body, only, parse_body, wrong
+from deployments.api.tool_fields import Tools
 from deployments.text.prompts import Prompt
 
 
@@ -21,6 +22,8 @@ class TokenizeBody(Body):
     model: str | None = None
     prompt: str | None = None
     messages: Messages = Field(default_factory=list)
+    tools: Tools = Field(default_factory=list)  # shown to the chat template, as for chats
+    chat_template_kwargs: Variables = Field(default_factory=dict)
     add_special_tokens: bool | None = None  # for a prompt, true by default; a template writes its own
 
     add_generation_prompt: Annotated[object, only(True)] = None
@@ -38,7 +41,9 @@ class TokenizeBody(Body):
     @property
     def text_or_messages(self) -> Prompt:
         """What is to be tokenized."""
-        return conversation(self.messages) if self.prompt is None else self.prompt
+        if self.prompt is not None:
+            return self.prompt
+        return conversation(self.messages, self.tools, self.chat_template_kwargs)
 
 
 class DetokenizeBody(Body):

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import re
 import socket
 import subprocess
@@ -27,12 +26,16 @@ class ChatTemplate:
     """Used by one thread at a time. The process starts with the first conversation, and anew after one that ends it."""
 
     def __init__(
-        self, template: str, special_tokens: dict[str, Any], mark: Callable[[Any], Any], now: datetime | None = None
+        self,
+        template: str,
+        special_tokens: dict[str, Any],
+        now: datetime | None = None,
+        mark: Callable[[Any], Any] = lambda value: value,
     ) -> None:
         """`special_tokens`: name → text, as the tokenizer has them and templates use them.
 
-        `mark` is applied to all that clients wrote, before the template reads it. `now`: what templates are told that
-        print a date; none: the time of each conversation.
+        `now`: what templates are told that print a date; none: the time of each conversation. `mark` is applied to all
+        that clients wrote, before the template reads it.
         """
         self._mark = mark
         self._setup = {
@@ -63,7 +66,8 @@ class ChatTemplate:
         texts = [
             str((self._answer(_ONE_WORD, add_generation_prompt=asked) or {}).get("text", "")) for asked in (True, False)
         ]
-        return texts[0][len(os.path.commonprefix(texts)) :]
+        num_common = next((at for at, (one, other) in enumerate(zip(*texts, strict=False)) if one != other), None)
+        return texts[0][min(map(len, texts)) if num_common is None else num_common :]
 
     def render(self, conversation: Conversation) -> str:
         """The text that the model reads. Raises ConversationError where there is none, or it takes too long."""

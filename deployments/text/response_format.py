@@ -68,7 +68,9 @@ def choose_format(
     if asked == "none":
         return None
     if asked not in ("auto", *FORMATS):
-        raise ValueError(f"model.tool_format: there is no format {asked!r}; set auto, none or one of {', '.join(FORMATS)}")
+        raise ValueError(
+            f"model.tool_format: there is no format {asked!r}; set auto, none or one of {', '.join(FORMATS)}"
+        )
     if asked == "auto" and own_template is not None:
         try:
             return ResponseFormat("the checkpoint's own", load_response_template(own_template), is_foreign=True)

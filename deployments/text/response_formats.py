@@ -1,16 +1,17 @@
-"""The table of response formats: how families write thinking and tool calls, in the form of Transformers' templates.
+r"""The table of response formats: how families write thinking and tool calls, in the form of Transformers' templates.
 
-A format is data. `marks` are texts in a chat template that tell it (one of them is enough; the first format that has one
-is taken). `fields` are those of a `response_template` of Transformers, without its anchor, which the chat template tells,
-with these readings of our own:
+A format is data. `marks` are texts in a chat template that tell it: one of them is enough, and the first format that
+has one is taken. `fields` are those of a `response_template` of Transformers, without its anchor, which the chat
+template tells, and with these readings of our own:
 
 - A `tool_calls` field without `close` ends where its JSON value or its Python list ends.
 - `content: python-calls` reads call expressions, `f(a=1), g()`, with literals as arguments.
 - `xml-inline` types its values by the tool's schema; a group `string` that is "true" or "false" says it instead.
+- `\A` matches at the start of the answer, and behind a thought.
 - What the `content` field's `close` matches is dropped, but only right after a call: the ends of what wraps calls.
 
-`call_ids`: "nine", nine letters or digits, as Mistral's templates demand; "kimi", functions.NAME:INDEX, counted over the
-conversation. Sources: the chat templates of the named checkpoints; the parsers of vLLM 0.32 and SGLang 0.5.23.
+`call_ids`: "nine", nine letters or digits, as Mistral's templates demand; "kimi", functions.NAME:INDEX, counted over
+the conversation. Sources: the chat templates of the named checkpoints; the parsers of vLLM 0.32 and SGLang 0.5.23.
 """
 
 from typing import Any
@@ -150,18 +151,14 @@ FORMATS: dict[str, dict[str, Any]] = {
     # Seed-OSS
     "seed_oss": _format(
         ["<seed:tool_call>"],
-        _tagged(
-            _PARAMETER, open_pattern=r"<seed:tool_call>\s*<function=(?P<name>[^>\n]+)>", close="</function>"
-        ),
+        _tagged(_PARAMETER, open_pattern=r"<seed:tool_call>\s*<function=(?P<name>[^>\n]+)>", close="</function>"),
         {"content": "text", "close": "</seed:tool_call>"},
         _thinking("<seed:think>", "</seed:think>"),
     ),
     # Qwen3-Coder, Qwen3.5, Nemotron 3, MiMo, Step 3.5; the outer tag is forgotten now and then
     "qwen3_coder": _format(
         ["<function="],
-        _tagged(
-            _PARAMETER, open_pattern=r"(?:<tool_call>\s*)?<function=(?P<name>[^>\n]+)>", close="</function>"
-        ),
+        _tagged(_PARAMETER, open_pattern=r"(?:<tool_call>\s*)?<function=(?P<name>[^>\n]+)>", close="</function>"),
         {"content": "text", "close": "</tool_call>"},
     ),
     # Cohere Command R7B, A

@@ -2,20 +2,19 @@
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers.utils.chat_parsing.response_templates import ResponseTemplateField
 
-from deployments.text.extent import Extent
+from deployments.text.call_candidate import CallCandidate
 from deployments.text.response_format import CALLS, REASONING, ResponseFormat, kind_of
-from deployments.text.tool_calls import PYTHON_CALLS, Schemas, ToolCall, new_call_id, read_calls
+from deployments.text.text_flow import TextFlow
+from deployments.text.tool_calls import CLOSE_THEMSELVES, CallIds, Schemas, ToolCall, read_calls
 
-Piece = tuple[str, bool]  # a text, and whether it is a special token's, which clients do not see
-
-_SLICE = 4096  # characters that are searched at once: what a mark costs does not grow with the answer
+_SLICE = 512  # characters that are searched at once: what a mark costs does not grow with the answer
+_MAX_MARK = 256  # characters: a longer text is none, so that what may become one is soon known to be none
 _MATCH_S = 1.0  # for one search: patterns may come with a checkpoint
-_MAX_SPACE = 64  # characters of white space that are held back, because a mark after them would make them go
 _MAX_SECOND_LOOKS = 16  # at text that an unfinished string had swallowed
 _SLOW_CHARS = 16 * 1024  # of a call: reading it takes milliseconds
 
@@ -29,91 +28,27 @@ class Delta:
     calls: tuple[ToolCall, ...] = ()
 
 
-class _Flow:
-    """Text of one kind. White space beside marks is left out; what a mark parts is parted by a line break."""
-
-    def __init__(self) -> None:
-        self.is_after_mark = False
-        self._has_begun = False
-        self._space = ""  # held back, at the end
-        self._shown: list[str] = []
-
-    def push(self, text: str) -> None:
-        """Add text."""
-        if self.is_after_mark:
-            text = text.lstrip()
-            self.is_after_mark = not text
-            text = "\n" + text if text and self._has_begun else text
-        text = self._space + text
-        num_shown = max(len(text.rstrip()), len(text) - _MAX_SPACE)
-        self._has_begun = self._has_begun or num_shown > 0
-        self._shown.append(text[:num_shown])
-        self._space = text[num_shown:]
-
-    def mark(self) -> None:
-        """Here is a mark."""
-        self._space, self.is_after_mark = "", True
-
-    def end(self) -> None:
-        """Nothing follows."""
-        self._shown.append(self._space)
-        self._space = ""
-
-    def take(self) -> str:
-        """What may be shown since the last call."""
-        shown, self._shown = "".join(self._shown), []
-        return shown
-
-
-@dataclass
-class _Candidate:
-    """What may become a call: held back until it has ended, because half a call could not be taken back."""
-
-    field: ResponseTemplateField
-    captures: dict[str, str]
-    start: int  # of its opening mark, in characters of the answer
-    opening: str
-    extent: Extent
-    body: list[str] = field(default_factory=list)
-    num_chars: int = 0  # of the body
-    first_close: int | None = None  # characters of the body up to the end of a closing mark within a string
-    is_complete: bool = False  # its brackets are closed
-
-    def add(self, text: str) -> int | None:
-        """More of the body; the index behind its last bracket, the first time that there is one."""
-        self.body.append(text)
-        self.num_chars += len(text)
-        end = None if self.is_complete else self.extent.push(text)
-        self.is_complete = self.is_complete or end is not None
-        return end
-
-    @property
-    def is_in_string(self) -> bool:
-        """Whether a closing mark here would be text of an argument."""
-        return not self.is_complete and self.extent.is_in_string
-
-
 class ResponseReader:
     """Used for one answer. Linear in its length; raises nothing, whatever the model writes."""
 
     def __init__(
-        self, answer_format: ResponseFormat, prefix: str, tools: Schemas, num_calls: int = 0, is_single: bool = False
+        self, answer_format: ResponseFormat, prefix: str, tools: Schemas, call_ids: CallIds, is_single: bool = False
     ) -> None:
         """`prefix`: what the prompt has of the answer already, such as an opened thought. Without `tools` no calls.
 
-        `num_calls`: of the conversation so far. `is_single`: the answer is done with its first call.
+        `is_single`: the answer is done with its first call.
         """
         fields = answer_format.template.fields.values()
         self._format, self._tools = answer_format, tools
-        self._num_calls, self._is_single = num_calls, is_single
+        self._call_ids, self._is_single = call_ids, is_single
         self._opening = [one for one in fields if one.open_re is not None and (tools or kind_of(one) != CALLS)]
         self._calls = [one for one in self._opening if kind_of(one) == CALLS]
         implicit = answer_format.template.fields.get(answer_format.template.implicit or "")
         self._tail = implicit if implicit is not None and implicit.close_re is not None else None
         self._current: ResponseTemplateField | None = None  # the field that text goes to; None: content
-        self._candidate: _Candidate | None = None
+        self._candidate: CallCandidate | None = None
         self._suspended: tuple[list[tuple[str, str]], list[str]] = ([], [])  # calls in a thought, and their text
-        self._content, self._reasoning, self._new_calls = _Flow(), _Flow(), list[ToolCall]()
+        self._content, self._reasoning, self._new_calls = TextFlow(), TextFlow(), list[ToolCall]()
         self._text, self._pos, self._at = "", 0, 0  # unsettled text after one settled character; where it begins
         self._hidden: deque[tuple[int, int]] = deque([(0, len(prefix))])
         self._num_second_looks = 0
@@ -131,8 +66,8 @@ class ResponseReader:
         """Whether the next text may take milliseconds, and so should be read in another thread."""
         return self._format.is_foreign or (self._candidate is not None and self._candidate.num_chars > _SLOW_CHARS)
 
-    def push(self, pieces: Iterable[Piece]) -> Delta:
-        """What these pieces add."""
+    def push(self, pieces: Iterable[tuple[str, bool]]) -> Delta:
+        """What these pieces add: texts, each with whether it is a special token's, which clients do not see."""
         for text, is_hidden in pieces:
             if is_hidden:
                 at = self._at + len(self._text)
@@ -179,12 +114,13 @@ class ResponseReader:
             self._show(match.end())
         elif what == "open" and kind_of(mark_field) == CALLS:
             captures = {name: value for name, value in match.groupdict().items() if value is not None}
-            extent = Extent(_quotes(mark_field))
-            self._candidate = _Candidate(mark_field, captures, self._at + match.start(), match[0], extent)
+            self._candidate = CallCandidate(mark_field, captures, self._at + match.start(), match[0])
         elif what != "tail":
             self._resume_thought()
             self._content.mark()
             self._reasoning.mark()
+            if self.is_thinking:  # what follows a thought begins anew
+                self._text, self._at, self._pos = self._text[self._pos :], self._at + self._pos, 0
             self._current = mark_field if what == "open" else None
         return True
 
@@ -195,7 +131,7 @@ class ResponseReader:
             match = self._search(pattern, is_end)
             if match is None or not (match[0] or match.partial or kind_of(mark_field) == CALLS or what == "close"):
                 continue  # without text, it would be found again and again
-            if not is_end and (match.partial or _may_grow(mark_field, what, match, len(self._text))):
+            if not is_end and (match.partial or self._may_grow(mark_field, what, match)):
                 held = min(held, match.start())
                 continue
             key = (match.start(), -len(match[0]), what)
@@ -216,15 +152,32 @@ class ResponseReader:
         return watched
 
     def _search(self, pattern: Any, is_end: bool) -> Any:
+        """The first match that is no longer than a mark may be; a partial one where the text may go on."""
+        partial = {} if is_end else {"partial": True}
+        start = self._pos
         try:
-            if is_end:
-                return pattern.search(self._text, self._pos, timeout=_MATCH_S)
-            return pattern.search(self._text, self._pos, partial=True, timeout=_MATCH_S)
+            while match := pattern.search(self._text, start, timeout=_MATCH_S, **partial):
+                if len(match[0]) <= _MAX_MARK:
+                    return match
+                start = match.start() + 1
         except TimeoutError:  # a pattern of the checkpoint: from here on all is text
             self._opening, self._calls, self._tail = [], [], None
-            return None
+        return None
 
-    def _read_candidate(self, candidate: _Candidate, is_end: bool) -> bool:
+    def _may_grow(self, mark_field: ResponseTemplateField, what: str, match: Any) -> bool:
+        """Whether a match at the end of the text could become longer, or go, with more of it."""
+        if match.end() != len(self._text):
+            return False
+        if what == "open":
+            literals, can_extend = mark_field.open_literals, mark_field.open_literal_can_extend
+        else:
+            literals, can_extend = mark_field.close_literals, mark_field.close_literal_can_extend
+        if literals is None:
+            ours = not self._format.is_foreign
+            return not (ours and match.re.pattern.endswith(">"))  # which stop at the first ">"
+        return bool(can_extend)
+
+    def _read_candidate(self, candidate: CallCandidate, is_end: bool) -> bool:
         """Read on to where the candidate ends; whether it has."""
         closing = candidate.field.close_re
         if closing is None:
@@ -236,9 +189,7 @@ class ResponseReader:
             self._settle(candidate, "", num_after)
             return True
         match = self._search(closing, is_end)
-        if match is None or (
-            not is_end and (match.partial or _may_grow(candidate.field, "close", match, len(self._text)))
-        ):
+        if match is None or (not is_end and (match.partial or self._may_grow(candidate.field, "close", match))):
             held = len(self._text) if match is None else match.start()
             candidate.add(self._text[self._pos : held])
             self._pos = held
@@ -254,12 +205,13 @@ class ResponseReader:
             self._settle(candidate, match[0], 0)
         return True
 
-    def _settle(self, candidate: _Candidate, closing: str, num_after: int) -> None:
+    def _settle(self, candidate: CallCandidate, closing: str, num_after: int) -> None:
         """The candidate has ended, `num_after` characters before the end of its body: it is a call, or text."""
         self._candidate = None
         whole = "".join(candidate.body)
         body = whole[: len(whole) - num_after]
-        calls = read_calls(candidate.field, body, candidate.captures, self._tools)
+        is_whole = bool(closing) or candidate.field.content in CLOSE_THEMSELVES
+        calls = read_calls(candidate.field, body, candidate.captures, self._tools) if is_whole else None
         raw, again = candidate.opening + body + closing, whole[len(body) :]
         if calls is None and candidate.first_close and self._num_second_looks < _MAX_SECOND_LOOKS:
             self._num_second_looks += 1
@@ -284,10 +236,7 @@ class ResponseReader:
             return
         self._content.mark()
         for name, arguments in calls[:1] if self._is_single else calls:
-            self._new_calls.append(
-                ToolCall(new_call_id(self._format.call_ids, name, self._num_calls), name, arguments)
-            )
-            self._num_calls += 1
+            self._new_calls.append(ToolCall(self._call_ids.next(name), name, arguments))
         self.is_done = self._is_single
 
     def _show(self, end: int) -> None:
@@ -322,20 +271,3 @@ class ResponseReader:
                 break
             self._hidden.popleft()
         return "".join([*shown, text[pos - at :]])
-
-
-def _quotes(call_field: ResponseTemplateField) -> str:
-    """Of strings in which closing marks are text."""
-    if call_field.content == PYTHON_CALLS:
-        return "\"'"
-    return '"' if call_field.content == "json" and not call_field.content_args.get("string_delims") else ""
-
-
-def _may_grow(mark_field: ResponseTemplateField, what: str, match: Any, end: int) -> bool:
-    """Whether a match at the end of the text could become longer, or go, with more of it."""
-    if match.end() != end:
-        return False
-    is_opening = what == "open"
-    literals = mark_field.open_literals if is_opening else mark_field.close_literals
-    can_extend = mark_field.open_literal_can_extend if is_opening else mark_field.close_literal_can_extend
-    return match.start() == match.end() or literals is None or can_extend

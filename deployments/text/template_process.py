@@ -46,7 +46,13 @@ def render(template: str, special_tokens: dict[str, str], request: dict[str, Any
 
 def _with_arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
     calls = [
-        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}}
+        {
+            **call,
+            "function": {
+                **call["function"],
+                "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
+            },
+        }
         for call in message.get("tool_calls", [])
     ]
     return {**message, "tool_calls": calls} if calls else message

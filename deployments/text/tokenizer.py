@@ -1,7 +1,9 @@
 """Text: the model's tokenizer and chat template. Prompts become token ids, and ids become text."""
 
 import asyncio
+import hashlib
 import logging
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from functools import partial
@@ -17,10 +19,12 @@ from deployments.text.prompts import Conversation, ConversationError, Prompt
 from deployments.text.response_format import ResponseFormat, choose_format
 from deployments.text.response_reader import ResponseReader
 from deployments.text.token_text import TokenTexts
+from deployments.text.tool_calls import CallIds, with_call_ids
 from deployments.text.transcript import Decoder, Transcript
 
 logger = logging.getLogger(__name__)
 
+_MAX_PREFIX = 256  # ids at the end of a prompt that may belong to the answer: what begins it, and an opened thought
 INLINE_CHARS = 4096  # of a request's prompts together; more takes milliseconds, and is tokenized in another thread
 
 
@@ -44,17 +48,21 @@ class Text:
         added = tokenizer.added_tokens_decoder
         self._special_texts = {token_id: token.content for token_id, token in added.items() if token.special}
         self.token_texts = self._token_texts()
-        self._templates = _chat_templates(tokenizer)
-        self._controls = ControlTokens(tokenizer, "\n".join(self._templates.values()), self._encode_batch)
-        self._template = self._chat_template(now)
+        texts = _chat_templates(tokenizer)
+        batch = None if self._backend is None else partial(self._encode_batch, add_special_tokens=False)
+        self._controls = ControlTokens(tokenizer, "".join(texts), batch)
+        self._templates = [
+            ChatTemplate(template, tokenizer.special_tokens_map, now, self._controls.mark) for template in texts
+        ]
         self._format: ResponseFormat | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
     @classmethod
-    def load(cls, folder: str | Path, now: datetime | None = None) -> "Text":
-        """The tokenizer of a checkpoint folder. `now`: see __init__.
+    def load(cls, folder: str | Path, tool_format: str = "auto", now: datetime | None = None) -> "Text":
+        """The tokenizer of a checkpoint folder. `tool_format`: see the config's `model`; `now`: see __init__.
 
-        Raises ValueError, with the remedy, when it cannot be read, or when its chat template does not end.
+        Raises ValueError, with the remedy, when it cannot be read, when its chat template does not end, or for a format
+        that does not exist.
         """
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
@@ -65,11 +73,17 @@ class Text:
                 "tokenizer_config.json from the checkpoint's source, whole"
             ) from None
         text = cls(tokenizer, eos_token_ids(Path(folder)), now)
-        if text._template is None:
+        if not text._templates:
             logger.info("the checkpoint has no chat template: chats are refused, /v1/completions answers")
         else:
-            text._template.check()
+            text._templates[0].check()
+            text._choose_format(tool_format)
         return text
+
+    @property
+    def can_call_tools(self) -> bool:
+        """Whether it is known how the model writes tool calls."""
+        return self._format is not None and self._format.has_calls
 
     async def encode(self, prompts: list[Prompt], add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of prompts, as the tokenizer and for messages the chat template make them; ids pass as they are.
@@ -93,32 +107,63 @@ class Text:
         return await asyncio.get_running_loop().run_in_executor(self._thread, decode)
 
     def close(self) -> None:
-        """End the process of the chat template. May be called twice."""
-        if self._template is not None:
-            self._template.close()
+        """End the processes of the chat templates. May be called twice."""
+        for template in self._templates:
+            template.close()
 
     def transcript(self, stops: list[str], min_tokens: int = 0) -> Transcript:
         """A Transcript, which turns one sequence's ids into text."""
-        return Transcript(Decoder(self._decode, self._special_ids), stops, min_tokens)
+        return Transcript(Decoder(self._decode, self._special_texts), stops, min_tokens)
+
+    def reader(self, conversation: Conversation, prompt_ids: list[int], index: int) -> ResponseReader | None:
+        """What reads an answer to a conversation; None where all that the model writes is text.
+
+        `prompt_ids` show what the prompt has of the answer already. Together with `index`, which tells the answers to
+        one prompt apart, they also make the ids of calls: the same request has the same ones.
+        """
+        if self._format is None:
+            return None
+        tools = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in conversation.tools}
+        prompt = self._decode(prompt_ids[-_MAX_PREFIX:], skip_special_tokens=False)
+        salt = f"{hashlib.sha256(array('q', prompt_ids).tobytes()).hexdigest()} {index}"
+        call_ids = CallIds(self._format.call_ids, salt, conversation.num_calls)
+        return ResponseReader(self._format, self._format.prefix(prompt), tools, call_ids, conversation.is_single_call)
+
+    def _choose_format(self, tool_format: str) -> None:
+        tokenizer, template = self._tokenizer, self._templates[0]
+        added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+        own = getattr(tokenizer, "response_template", None)
+        templates = "".join(_chat_templates(tokenizer))
+        self._format = choose_format(tool_format, own, templates, added, template.generation_prompt())
+        logger.info("tool calls and thinking are read as: %s", self._format.name if self._format else "plain text")
 
     def _encode(self, prompt: Prompt, add_special_tokens: bool) -> list[int]:
         if isinstance(prompt, list):
             return prompt
         if isinstance(prompt, Conversation):
-            return self._tokenize(self._render(prompt), add_special_tokens=False)  # the template writes its own
+            text = self._render(prompt)  # with the special tokens that the template writes
+            return self._controls.encode(text) if self._controls.are_marked(text) else self._tokenize(text, False)
         return self._tokenize(prompt, add_special_tokens)
 
     def _tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
         if self._backend is None:
             return list(self._tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
+        return self._encode_batch([text], add_special_tokens)[0]
+
+    def _encode_batch(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+        assert self._backend is not None
         # a batch, because only batches are encoded without holding the interpreter's lock
-        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
-        return ids
+        return [
+            encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        ]
 
     def _render(self, conversation: Conversation) -> str:
-        if self._template is None:
+        if not self._templates:
             raise ConversationError("messages: this model has no chat template; use /v1/completions")
-        return self._template.render(conversation.messages)
+        uses_tools = bool(conversation.tools or conversation.num_calls)
+        if self._format is not None:
+            conversation = with_call_ids(conversation, self._format.call_ids)
+        return self._templates[-1 if uses_tools else 0].render(conversation)
 
     def _decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         if self._backend is None:
@@ -137,9 +182,10 @@ class Text:
         return TokenTexts(decode, self._backend.id_to_token, is_byte_level, before)
 
 
-def _chat_template(tokenizer: Any, now: datetime | None) -> ChatTemplate | None:
+def _chat_templates(tokenizer: Any) -> list[str]:
+    """The chat template; behind it the one for conversations with tools, where that is another; none at all."""
     try:
         template = tokenizer.get_chat_template()
+        return list(dict.fromkeys([template, tokenizer.get_chat_template(tools=[])]))
     except ValueError:  # there is none, or several without a default
-        return None
-    return ChatTemplate(template, tokenizer.special_tokens_map, now)
+        return []

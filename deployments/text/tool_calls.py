@@ -1,9 +1,10 @@
-"""Tool calls: the written body of a call, in any dialect, becomes names and JSON arguments, or is found to be no call."""
+"""Tool calls: what a model has written, in any dialect, becomes names and JSON arguments, or is found to be no call."""
 
 import ast
 import dataclasses
+import hashlib
 import json
-import secrets
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +13,17 @@ import regex
 from transformers.utils.chat_parsing.content_parsers import process_field
 from transformers.utils.chat_parsing.response_templates import ResponseTemplateField
 
+from deployments.text.prompts import Conversation
+
 Schemas = Mapping[str, Mapping[str, Any]]  # tool → JSON Schema of its arguments
 
 PYTHON_CALLS = "python-calls"
+CLOSE_THEMSELVES = ("json", PYTHON_CALLS)  # brackets tell whether they are whole; tags that are missing do not show
 _MAX_PYTHON_CHARS = 256 * 1024  # its syntax tree takes a hundred times as much
 _MATCH_S = 1.0  # for all tags of one call: patterns may come with a checkpoint
+_SOURCE = "<a tool call>"
+warnings.filterwarnings("ignore", category=SyntaxWarning, module=_SOURCE)  # what models write is not our code
+warnings.filterwarnings("ignore", category=DeprecationWarning, module=_SOURCE)
 _WORDS = {"true": True, "false": False, "null": None}  # JSON's, which some models write among Python's
 
 
@@ -36,7 +43,10 @@ def read_calls(
     try:
         if field.content in _DIALECTS and "value_parser" not in field.content_args:
             value = _DIALECTS[field.content](field, body, captures, tools)
-            body, field = json.dumps(value, allow_nan=False), dataclasses.replace(field, content="json", content_args={})
+            body, field = (
+                json.dumps(value, allow_nan=False),
+                dataclasses.replace(field, content="json", content_args={}),
+            )
         value = process_field(body, field, captures)  # in the shape that the template asks for
         is_bare = field.close_re is None  # without marks, other JSON may look like a call
         calls = [_call(one, tools, is_bare) for one in (value if isinstance(value, list) else [value])]
@@ -45,19 +55,56 @@ def read_calls(
     return calls or None
 
 
-def new_call_id(style: str | None, name: str, index: int) -> str:
-    """The id of a new call; `index` counts the calls of the conversation, from 0."""
+class CallIds:
+    """Gives the calls of one answer their ids."""
+
+    def __init__(self, style: str | None, salt: str, num_calls: int) -> None:
+        """`style`: see response_formats.py. `num_calls`: of the conversation before the answer."""
+        self._style, self._salt, self._index = style, salt, num_calls
+
+    def next(self, name: str) -> str:
+        """The id of the next call, of this function."""
+        index, self._index = self._index, self._index + 1
+        digest = _digest(f"{self._salt} {index}")
+        return _call_id(self._style, digest, name, index) or f"call_{digest[:24]}"
+
+
+def with_call_ids(conversation: Conversation, style: str | None) -> Conversation:
+    """The conversation with ids of calls as the model knows them: clients may bring calls that others have made."""
+    if style is None or not conversation.num_calls:
+        return conversation
+    renamed: dict[str, str] = {}
+    messages, index = [], 0
+    for message in conversation.messages:
+        calls = []
+        for call in message.get("tool_calls") or []:
+            renamed[call["id"]] = _call_id(style, call["id"], call["function"]["name"], index) or call["id"]
+            index += 1
+            calls.append({**call, "id": renamed[call["id"]]})
+        changed: dict[str, Any] = {"tool_calls": calls} if calls else {}
+        if message.get("tool_call_id") in renamed:
+            changed["tool_call_id"] = renamed[message["tool_call_id"]]
+        messages.append({**message, **changed})
+    return dataclasses.replace(conversation, messages=messages)
+
+
+def _call_id(style: str | None, known: str, name: str, index: int) -> str | None:
+    """The id of a call in a style; None where the style leaves it open. `known` tells the call from all others."""
     if style == "kimi":
         return f"functions.{name}:{index}"
     if style == "nine":
-        return secrets.token_hex(5)[:9]
-    return f"call_{secrets.token_hex(12)}"
+        return known if regex.fullmatch(r"[A-Za-z0-9]{9}", known) else _digest(known)[:9]
+    return None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _call(value: Any, tools: Schemas, is_bare: bool) -> tuple[str, str]:
     """Raises KeyError, TypeError or ValueError for what is no call of one of the tools."""
     made = value["function"] if isinstance(value.get("function"), dict) else value
-    name = next(made[key] for key in ("name", "tool_name") if key in made)
+    name = made["name"] if "name" in made else made["tool_name"]
     arguments = next((made[key] for key in ("arguments", "parameters") if key in made), None)
     if arguments is None and is_bare and "arguments" not in made:
         raise ValueError("an object that has a name, but is no call")
@@ -186,7 +233,7 @@ def _python(field: ResponseTemplateField, body: str, captures: dict[str, str], t
     text = body.strip()
     if not text.startswith("["):  # a call a line
         text = f"[{','.join(line.rstrip(',') for line in text.splitlines() if line.strip())}]"
-    tree = ast.parse(text, mode="eval").body
+    tree = ast.parse(text, _SOURCE, mode="eval").body
     if not isinstance(tree, ast.List):
         raise ValueError("no list of calls")
     return [_python_call(call) for call in tree.elts]
@@ -202,7 +249,7 @@ def _python_call(call: ast.expr) -> dict[str, Any]:
 class _Words(ast.NodeTransformer):
     """JSON's true, false and null as Python's."""
 
-    def visit_Name(self, node: ast.Name) -> ast.expr:  # noqa: N802 - ast's own way to name it
+    def visit_Name(self, node: ast.Name) -> ast.expr:
         return ast.Constant(_WORDS[node.id])  # a KeyError for any other name
 
 
@@ -211,4 +258,3 @@ _DIALECTS: dict[str, Callable[[ResponseTemplateField, str, dict[str, str], Schem
     "xml-inline": _tags,
     PYTHON_CALLS: _python,
 }
-

@@ -1,8 +1,9 @@
 """Transcript: turns one sequence's token ids into text as they come, and cuts it at the first stop string."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from actors.words.messages import FinishReason, TokenLogprobs
 
@@ -18,17 +19,19 @@ class Decoder:
     complete, because a token's text depends on what stands before it (spaces at the start, bytes of one character).
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], special_ids: frozenset[int] = frozenset()) -> None:
-        """`decode` gives the text of ids; ids in `special_ids` have none and are skipped."""
+    def __init__(
+        self, decode: Callable[[list[int]], str], special_texts: Mapping[int, str] = MappingProxyType({})
+    ) -> None:
+        """`decode` gives the text of ids; those of special tokens, whose names are given, have none and are skipped."""
         self._decode = decode
-        self._special_ids = special_ids
+        self.special_texts = special_texts
         self._window: list[int] = []
         self._num_settled_ids = 0  # of the window: up to where its text was complete
         self._num_sent = 0  # characters of the window's text
 
     def push(self, token_id: int) -> str:
         """The text that this id adds, except a tail that may still become a character."""
-        if token_id in self._special_ids:
+        if token_id in self.special_texts:
             return ""
         self._window.append(token_id)
         text = self._decode(self._window)
@@ -136,6 +139,7 @@ class Transcript:
         self._num_decoded = 0  # characters
         self._num_shown = 0
         self._scored: deque[ScoredToken] = deque()  # tokens whose text is not shown yet
+        self._specials: deque[tuple[int, str]] = deque()  # special tokens: characters before them, and their names
         self.num_tokens = 0  # generated ids, the stop id or those of the stop string included
         self.finish_reason: FinishReason | None = None
 
@@ -171,6 +175,16 @@ class Transcript:
         self._num_shown += len(text)
         return text
 
+    def with_specials(self, text: str) -> list[tuple[str, bool]]:
+        """What `push` has just returned, in pieces, each with whether it is the name of a special token in between."""
+        pieces, start = [], self._num_shown - len(text)
+        at = start
+        while self._specials and self._specials[0][0] <= self._num_shown:
+            offset, name = self._specials.popleft()
+            pieces += [(text[at - start : offset - start], False), (name, True)]
+            at = offset
+        return [*pieces, (text[at - start :], False)]
+
     def take_scored(self) -> list[ScoredToken]:
         """Tokens whose text has been shown, at least in part, since the last call; none that a stop string cut off."""
         is_whole = self.finish_reason is not None and not self._stops.is_found
@@ -190,6 +204,8 @@ class Transcript:
             if logprobs:
                 self._scored.append(ScoredToken(token_id, self._num_decoded, logprobs[index]))
             self.num_tokens += 1
+            if token_id in self._decoder.special_texts:
+                self._specials.append((self._num_decoded, self._decoder.special_texts[token_id]))
             piece = self._decoder.push(token_id)
             self._num_decoded += len(piece)
             text += self._stops.push(piece, self._is_exempt)

@@ -338,7 +338,7 @@ def _chats(target: Target) -> list[Case]:
         "none": ([], "messages"),
         "a text": ("hello", "messages"),
         "no role": ([{"content": "x"}], "messages.0.role"),
-        "an odd role": ([{"role": "tool", "content": "x"}], "messages.0.role"),
+        "an odd role": ([{"role": "function", "content": "x"}], "messages.0.role"),
         "a number as content": ([{"role": "user", "content": 7}], "messages.0.content"),
         "no content": ([user, {"role": "user"}], "messages.1.content"),
         "a list as a message": ([["user", "x"]], "messages.0"),
@@ -357,7 +357,14 @@ def _chats(target: Target) -> list[Case]:
         "a file": (part(type="file", file={"file_id": "x"}), "messages.0.content.0"),
         "a part without text": (part(type="text"), "messages.0.content.0.text"),
         "a part with more": (part(type="text", text="x", cache_control={}), "messages.0.content.0.cache_control"),
-        "calls": ([{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}], "messages.0.tool_calls"),
+        "calls": (
+            [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}],
+            "messages.0.tool_calls.0.function",
+        ),
+        "calls of a user": (
+            [{"role": "user", "content": "x", "tool_calls": [{"function": {"name": "f"}}]}],
+            "messages.0.tool_calls",
+        ),
     }
     cases = [
         Case(f"messages: {name}", (400,), _chat(target, messages=value), param, path=CHATS)
@@ -365,13 +372,13 @@ def _chats(target: Target) -> list[Case]:
     ]
     fields: dict[str, list[Any]] = {
         "chat_template": ["{% for i in range(10**9) %}{% endfor %}", "{{ ''.__class__.__mro__ }}"],
-        "chat_template_kwargs": [{"chat_template": "x"}, {"tokenize": True}, {"a": 1}],
-        "tools": [[{"type": "function", "function": {"name": "x", "parameters": {"$ref": "http://169.254.169.254/"}}}]],
+        "chat_template_kwargs": [{"chat_template": "x"}, {"tokenize": True}, {"__class__": 1}, 5],
+        "tool_choice": ["required", {"type": "function", "function": {"name": "x"}}],
         "top_logprobs": [21, 5, -1],
         "logprobs": [5],
         "max_completion_tokens": [0, 10**9, "1"],
         "documents": [[{"text": "x"}]],
-        "reasoning_effort": ["high"],
+        "reasoning_effort": ["highest"],
         "functions": [[{"name": "x"}]],
         "modalities": [["audio"]],
         "echo": [True],

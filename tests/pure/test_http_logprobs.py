@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+from types import MappingProxyType
 
 import openai
 import pytest
@@ -288,6 +289,8 @@ def test_stop_strings_count_from_min_tokens_on(seed):
     ends = [end for end in range(min_tokens + 1, 21) if any(words[:end].endswith(stop) for stop in stops)]
 
     class OneCharacter:
+        special_texts = MappingProxyType({})
+
         def push(self, token):
             return words[token]
 

@@ -1,0 +1,101 @@
+"""Tool fields: `tools`, `tool_choice` and the calls of a history, parsed into what chat templates read."""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, FailFast, Field, PlainValidator, model_validator
+
+from deployments.api.errors import shown
+from deployments.api.strict_body import Body, only, wrong
+
+MAX_TOOLS = 256  # OpenAI takes 128
+MAX_CALLS = 256  # of one message
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]  # OpenAI's have no dots, colons and slashes
+
+
+class Function(Body):
+    """What a tool does: its name, what it is for, and the JSON Schema of its arguments."""
+
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+    strict: Annotated[object, only(False)] = None
+
+
+class Tool(Body):
+    """One of `tools`: a function."""
+
+    type: Literal["function"] = "function"
+    function: Function
+
+    @model_validator(mode="before")
+    @classmethod
+    def _functions_only(cls, data: object) -> object:
+        if isinstance(data, dict) and data.get("type", "function") != "function":
+            kind = shown(data["type"])
+            raise wrong("unsupported_parameter", "{kind} is no tool of this server; send functions only", kind=kind)
+        return data
+
+    def for_template(self) -> dict[str, Any]:
+        """The tool as chat templates read it, which is OpenAI's own form."""
+        function = {"name": self.function.name}
+        given = {"description": self.function.description, "parameters": self.function.parameters}
+        return {"type": "function", "function": {**function, **{k: v for k, v in given.items() if v is not None}}}
+
+
+def _distinct(tools: list[Tool]) -> list[Tool]:
+    seen: set[str] = set()
+    for tool in tools:
+        if tool.function.name in seen:
+            raise wrong(
+                "invalid_value", "{name} is there twice; give each tool a name of its own", name=tool.function.name
+            )
+        seen.add(tool.function.name)
+    return tools
+
+
+def _choice(value: object) -> object:
+    if value in ("none", "auto"):
+        return value
+    raise wrong(
+        "unsupported_parameter",
+        'is supported as "auto" and "none" only: a model cannot be made to call yet; '
+        'send "auto", and say in a message that a tool is to be used',
+    )
+
+
+ToolChoice = Annotated[Literal["none", "auto"] | None, PlainValidator(_choice)]
+
+
+def _arguments(value: object) -> object:
+    """Arguments as an object; none of what a model has written wrong, because a refusal would end the conversation."""
+    try:
+        read = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return {}
+    return read if isinstance(read, dict) else {}
+
+
+class CalledFunction(Body):
+    """The function of a call in the history."""
+
+    name: Name
+    arguments: Annotated[dict[str, Any], BeforeValidator(_arguments)] = Field(default_factory=dict)
+
+
+class Call(Body):
+    """A tool call in the history."""
+
+    id: str = Field(default="", max_length=256)
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: object = None  # some clients keep it of a stream
+
+    def for_template(self) -> dict[str, Any]:
+        """The call as chat templates read it."""
+        function = {"name": self.function.name, "arguments": self.function.arguments}
+        return {"id": self.id, "type": "function", "function": function}
+
+
+Tools = Annotated[list[Tool], FailFast(), Field(max_length=MAX_TOOLS), AfterValidator(_distinct)]
