@@ -24,6 +24,7 @@ from configs.units import Unit
 from deployments.api.bodies import ChatBody, CompletionBody, GenerationBody, StreamOptions
 from deployments.api.prompt_fields import Message
 from deployments.api.token_pages import TokenizeBody
+from deployments.text.response_formats import FORMATS
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("configs", "cluster", "actors", "deployments")
@@ -182,10 +183,19 @@ def styles() -> str:
     return "\n".join(["| style | meaning |", "|---|---|", *rows])
 
 
+def response_formats() -> str:
+    """The formats of tool calls and thinking, in the order in which they are looked for."""
+    rows = []
+    for name, entry in FORMATS.items():
+        marks = " or ".join(f"`{mark}`".replace("|", "\\|") for mark in entry["marks"])
+        rows.append(f"| `{name}` | {entry['models']} | {marks} |")
+    return "\n".join(["| format | models | told by |", "|---|---|---|", *rows])
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/architecture.md": {"file map": file_map},
     "docs/configuration.md": {"keys": configuration},
-    "docs/api.md": {"other fields": other_fields},
+    "docs/api.md": {"other fields": other_fields, "response formats": response_formats},
     "docs/models.md": {"styles": styles},
 }
 

@@ -37,10 +37,9 @@ class ResponseFormat:
         return any(kind_of(field) == CALLS for field in self.template.fields.values())
 
     @property
-    def thinking_marks(self) -> list[str]:
-        """The marks around thinking, as far as they are plain texts."""
-        fields = [field for field in self.template.fields.values() if kind_of(field) == REASONING]
-        return [mark for field in fields for mark in [*(field.open_literals or []), *(field.close_literals or [])]]
+    def has_thinking(self) -> bool:
+        """Whether it says how thinking is written."""
+        return any(kind_of(field) == REASONING for field in self.template.fields.values())
 
     def prefix(self, prompt: str) -> str:
         """What a prompt has of the answer already: its text after the last anchor; empty where there is none."""

@@ -1,8 +1,8 @@
 r"""The table of response formats: how families write thinking and tool calls, in the form of Transformers' templates.
 
-A format is data. `marks` are texts in a chat template that tell it: one of them is enough, and the first format that
-has one is taken. `fields` are those of a `response_template` of Transformers, without its anchor, which the chat
-template tells, and with these readings of our own:
+A format is data. `models` says who writes it. `marks` are texts in a chat template that tell it: one of them is enough,
+and the first format that has one is taken. `fields` are those of a `response_template` of Transformers, without its
+anchor, which the chat template tells, and with these readings of our own:
 
 - A `tool_calls` field without `close` ends where its JSON value or its Python list ends.
 - `content: python-calls` reads call expressions, `f(a=1), g()`, with literals as arguments.
@@ -38,10 +38,14 @@ def _tagged(tag_pattern: str, **field: Any) -> dict[str, Any]:
 
 
 def _format(
-    marks: list[str], tool_calls: dict[str, Any], content: dict[str, Any] = _TEXT, thinking: dict[str, str] = _THINK
+    models: str,
+    marks: list[str],
+    tool_calls: dict[str, Any],
+    content: dict[str, Any] = _TEXT,
+    thinking: dict[str, str] = _THINK,
 ) -> dict[str, Any]:
     fields = {"reasoning_content": thinking, "tool_calls": tool_calls, "content": content}
-    return {"marks": marks, "fields": fields}
+    return {"models": models, "marks": marks, "fields": fields}
 
 
 _PARAMETER = r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>"
@@ -52,8 +56,9 @@ _HARMONY_START = r"(?:<\|start\|>assistant)?"
 _GEMMA_STRINGS = {"unquoted_keys": True, "string_delims": [['<|"|>', '<|"|>']]}
 
 FORMATS: dict[str, dict[str, Any]] = {
-    # gpt-oss: the recipient stands before or after the channel's name
+    # the recipient stands before or after the channel's name
     "harmony": {
+        "models": "gpt-oss",
         "marks": ["<|channel|>"],
         "fields": {
             "reasoning_content": {
@@ -77,8 +82,8 @@ FORMATS: dict[str, dict[str, Any]] = {
             },
         },
     },
-    # Gemma 4
     "gemma4": _format(
+        "Gemma 4",
         ["<|tool_call>"],
         _json(
             open_pattern=r"<\|tool_call>call:(?P<name>[^{\s]+)",
@@ -87,8 +92,8 @@ FORMATS: dict[str, dict[str, Any]] = {
         ),
         thinking=_thinking("<|channel>thought\n", "<channel|>"),
     ),
-    # FunctionGemma
     "functiongemma": _format(
+        "FunctionGemma",
         ["<start_function_call>"],
         _json(
             open_pattern=r"<start_function_call>call:(?P<name>[^{\s]+)",
@@ -96,8 +101,8 @@ FORMATS: dict[str, dict[str, Any]] = {
             content_args={"unquoted_keys": True, "string_delims": [["<escape>", "<escape>"]]},
         ),
     ),
-    # DeepSeek V3.2, V4
     "deepseek_dsml": _format(
+        "DeepSeek V3.2, V4",
         ["｜DSML｜"],
         _tagged(
             _DSML_PARAMETER,
@@ -106,8 +111,8 @@ FORMATS: dict[str, dict[str, Any]] = {
         ),
         {"content": "text", "close": ["</｜DSML｜function_calls>", "</｜DSML｜tool_calls>"]},
     ),
-    # DeepSeek V3, R1, V3.1
     "deepseek": _format(
+        "DeepSeek V3, R1, V3.1",
         ["<｜tool▁call▁begin｜>"],
         _json(
             open_pattern=r"(?:<｜tool▁calls▁begin｜>\s*)?<｜tool▁call▁begin｜>"
@@ -116,9 +121,9 @@ FORMATS: dict[str, dict[str, Any]] = {
         ),
         {"content": "text", "close": "<｜tool▁calls▁end｜>"},
     ),
-    # Kimi K2, K2.5
     "kimi_k2": {
         **_format(
+            "Kimi K2, K2.5",
             ["<|tool_call_begin|>"],
             _json(
                 open_pattern=r"(?:<\|tool_calls?_section_begin\|>\s*)?<\|tool_call_begin\|>\s*(?:functions\.)?"
@@ -129,8 +134,8 @@ FORMATS: dict[str, dict[str, Any]] = {
         ),
         "call_ids": "kimi",
     },
-    # MiniMax M2
     "minimax_m2": _format(
+        "MiniMax M2",
         ["<minimax:tool_call>"],
         _tagged(
             r'<parameter name="(?P<key>[^"]+)">\n?(?P<value>.*?)\n?</parameter>',
@@ -139,8 +144,8 @@ FORMATS: dict[str, dict[str, Any]] = {
         ),
         {"content": "text", "close": "</minimax:tool_call>"},
     ),
-    # GLM 4.5 and newer, Ling 3
     "glm4": _format(
+        "GLM 4.5 and newer, Ling 3",
         ["<arg_key>"],
         _tagged(
             r"<arg_key>(?P<key>.*?)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>",
@@ -148,21 +153,22 @@ FORMATS: dict[str, dict[str, Any]] = {
             close="</tool_call>",
         ),
     ),
-    # Seed-OSS
     "seed_oss": _format(
+        "Seed-OSS",
         ["<seed:tool_call>"],
         _tagged(_PARAMETER, open_pattern=r"<seed:tool_call>\s*<function=(?P<name>[^>\n]+)>", close="</function>"),
         {"content": "text", "close": "</seed:tool_call>"},
         _thinking("<seed:think>", "</seed:think>"),
     ),
-    # Qwen3-Coder, Qwen3.5, Nemotron 3, MiMo, Step 3.5; the outer tag is forgotten now and then
+    # the outer tag is forgotten now and then
     "qwen3_coder": _format(
+        "Qwen3-Coder, Qwen3.5, Nemotron 3, MiMo, Step 3.5",
         ["<function="],
         _tagged(_PARAMETER, open_pattern=r"(?:<tool_call>\s*)?<function=(?P<name>[^>\n]+)>", close="</function>"),
         {"content": "text", "close": "</tool_call>"},
     ),
-    # Cohere Command R7B, A
     "cohere": {
+        "models": "Cohere Command R7B, A",
         "marks": ["<|START_ACTION|>"],
         "fields": {
             "reasoning_content": _thinking("<|START_THINKING|>", "<|END_THINKING|>"),
@@ -170,49 +176,56 @@ FORMATS: dict[str, dict[str, Any]] = {
             "content": {"open": "<|START_RESPONSE|>", "close": "<|END_RESPONSE|>", "content": "text"},
         },
     },
-    # Mistral from tokenizer v11 on
     "mistral_args": {
         **_format(
+            "Mistral from tokenizer v11 on",
             ["[ARGS]"],
             _json(open_pattern=r"\[TOOL_CALLS\]\s*(?P<name>[^\s\[]+)(?:\[CALL_ID\]\w+)?\[ARGS\]\s*(?=\{)"),
             thinking=_thinking("[THINK]", "[/THINK]"),
         ),
         "call_ids": "nine",
     },
-    # Mistral before
-    "mistral": {**_format(["[TOOL_CALLS]"], _json(open_pattern=r"\[TOOL_CALLS\]\s*(?=\[)")), "call_ids": "nine"},
-    # InternLM 2.5, 3
-    "internlm": _format(["<|action_start|>"], _json(open="<|action_start|><|plugin|>", close="<|action_end|>")),
-    # LFM2
+    "mistral": {
+        **_format("Mistral before v11", ["[TOOL_CALLS]"], _json(open_pattern=r"\[TOOL_CALLS\]\s*(?=\[)")),
+        "call_ids": "nine",
+    },
+    "internlm": _format(
+        "InternLM 2.5, 3", ["<|action_start|>"], _json(open="<|action_start|><|plugin|>", close="<|action_end|>")
+    ),
     "lfm2": _format(
+        "LFM2",
         ["<|tool_call_start|>"],
         {"open": "<|tool_call_start|>", "close": "<|tool_call_end|>", "repeats": True, "content": "python-calls"},
     ),
-    # Olmo 3: a call a line
     "olmo3": _format(
+        "Olmo 3",
         ["<function_calls>"],
         {"open": "<function_calls>", "close": "</function_calls>", "repeats": True, "content": "python-calls"},
     ),
-    # Nemotron 2
-    "nemotron": _format(["<TOOLCALL>"], _json(open="<TOOLCALL>", close="</TOOLCALL>")),
-    # Hunyuan A13B, Jamba
-    "tool_calls_array": _format(["<tool_calls>"], _json(open="<tool_calls>", close="</tool_calls>")),
-    # Granite 3, Phi-4-mini's newer template
-    "granite": _format(["<|tool_call|>"], _json(open_pattern=r"<\|tool_call\|>\s*(?=\[)")),
-    # Granite 20B function calling
-    "granite_20b": _format(["<function_call>"], _json(open_pattern=r"<function_call>\s*(?=\{)")),
-    # LongCat
+    "nemotron": _format("Nemotron 2", ["<TOOLCALL>"], _json(open="<TOOLCALL>", close="</TOOLCALL>")),
+    "tool_calls_array": _format(
+        "Hunyuan A13B, Jamba", ["<tool_calls>"], _json(open="<tool_calls>", close="</tool_calls>")
+    ),
+    "granite": _format(
+        "Granite 3, Phi-4-mini's newer template", ["<|tool_call|>"], _json(open_pattern=r"<\|tool_call\|>\s*(?=\[)")
+    ),
+    "granite_20b": _format(
+        "Granite 20B function calling", ["<function_call>"], _json(open_pattern=r"<function_call>\s*(?=\{)")
+    ),
     "longcat": _format(
+        "LongCat",
         ["<longcat_tool_call>"],
         _json(open="<longcat_tool_call>", close="</longcat_tool_call>"),
         thinking=_thinking("<longcat_think>", "</longcat_think>"),
     ),
-    # Hermes, Qwen2.5, Qwen3, Granite 4, EXAONE 4, ERNIE 4.5, xLAM
-    "hermes": _format(["<tool_call>"], _json(open="<tool_call>", close="</tool_call>")),
-    # Phi-4-mini
-    "phi4_mini": _format(["<|tool|>", "functools"], _json(open_pattern=r"functools\s*(?=\[)")),
-    # Llama 4
+    "hermes": _format(
+        "Hermes, Qwen2.5, Qwen3, Granite 4, EXAONE 4, ERNIE 4.5, xLAM",
+        ["<tool_call>"],
+        _json(open="<tool_call>", close="</tool_call>"),
+    ),
+    "phi4_mini": _format("Phi-4-mini", ["<|tool|>", "functools"], _json(open_pattern=r"functools\s*(?=\[)")),
     "llama4": _format(
+        "Llama 4",
         ["<|python_start|>"],
         {
             "open_pattern": r"(?:\A\s*|<\|python_start\|>\s*)(?=\[\s*[A-Za-z_][\w.]*\()",
@@ -221,16 +234,20 @@ FORMATS: dict[str, dict[str, Any]] = {
         },
         {"content": "text", "close": "<|python_end|>"},
     ),
-    # Llama 3.1, 3.2, 3.3: bare JSON at the start, or after <|python_tag|>; several are parted by semicolons
+    # bare JSON at the start, or behind a tag; several are parted by semicolons
     "llama3_json": _format(
+        "Llama 3.1, 3.2, 3.3",
         ["<|python_tag|>", "Environment: ipython"],
         _json(open_pattern=r"(?:\A\s*|<\|python_tag\|>\s*|;\s*)(?=\{\s*\")"),
     ),
-    # ToolACE, Llama 3.2 as it was first prompted
     "pythonic": _format(
+        "ToolACE, Llama 3.2 as it was first prompted",
         ["[func_name1("],
         {"open_pattern": r"\A\s*(?=\[\s*[A-Za-z_][\w.]*\()", "repeats": True, "content": "python-calls"},
     ),
-    # For models that think and have no format for calls
-    "thinking": {"marks": ["</think>"], "fields": {"reasoning_content": _THINK, "content": _TEXT}},
+    "thinking": {
+        "models": "models that think and have no format for calls: DeepSeek R1's distillations, QwQ",
+        "marks": ["</think>"],
+        "fields": {"reasoning_content": _THINK, "content": _TEXT},
+    },
 }

@@ -116,12 +116,12 @@ class Text:
         return Transcript(Decoder(self._decode, self._special_texts), stops, min_tokens)
 
     def reader(self, conversation: Conversation, prompt_ids: list[int], index: int) -> ResponseReader | None:
-        """What reads an answer to a conversation; None where all that the model writes is text.
+        """What reads an answer to a conversation; None where all that the model can write is text.
 
         `prompt_ids` show what the prompt has of the answer already. Together with `index`, which tells the answers to
         one prompt apart, they also make the ids of calls: the same request has the same ones.
         """
-        if self._format is None:
+        if self._format is None or not (conversation.tools or self._format.has_thinking):
             return None
         tools = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in conversation.tools}
         prompt = self._decode(prompt_ids[-_MAX_PREFIX:], skip_special_tokens=False)

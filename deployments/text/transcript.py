@@ -56,7 +56,7 @@ class Decoder:
 
     def finish(self, token_ids: Sequence[int]) -> str:
         """The text that the last ids add, and the rest: as pushing each would give, in one go."""
-        self._window += [token_id for token_id in token_ids if token_id not in self._special_ids]
+        self._window += [token_id for token_id in token_ids if token_id not in self.special_texts]
         text = self._decode(self._window) if self._window else ""
         piece = text[self._num_sent :]
         self._num_sent = len(text)
@@ -195,12 +195,14 @@ class Transcript:
 
     def _push(self, token_ids: list[int], finish_reason: FinishReason | None, logprobs: Sequence[TokenLogprobs]) -> str:
         has_stop_id = finish_reason == "stop"
-        if finish_reason and self._stops.are_none and not logprobs:  # nothing depends on where a token's text begins
-            self.num_tokens += len(token_ids)
+        shown_ids = token_ids[:-1] if has_stop_id else token_ids
+        has_specials = not self._decoder.special_texts.keys().isdisjoint(shown_ids)
+        if finish_reason and self._stops.are_none and not logprobs and not has_specials:
+            self.num_tokens += len(token_ids)  # nothing depends on where a token's text begins
             self.finish_reason = finish_reason
-            return self._decoder.finish(token_ids[:-1] if has_stop_id else token_ids)
+            return self._decoder.finish(shown_ids)
         text = ""
-        for index, token_id in enumerate(token_ids[:-1] if has_stop_id else token_ids):
+        for index, token_id in enumerate(shown_ids):
             if logprobs:
                 self._scored.append(ScoredToken(token_id, self._num_decoded, logprobs[index]))
             self.num_tokens += 1

@@ -42,7 +42,7 @@ HOUSE = [
             "msgspec",
             "yaml",
         }
-        | {"transformers", "jinja2"}
+        | {"transformers", "jinja2", "regex"}
         | {"aiohttp", "uvloop", "matplotlib"}  # stagemesh bench
         | {"fsspec", "pyarrow", "numpy"},  # stagemesh batch
     ),
@@ -63,7 +63,18 @@ NO_CIRCLES_IN = [
     "deployments",
 ]
 # From these packages the rooms above take only what is named.
-ONLY_THESE_NAMES = {("deployments", "transformers"): {"AutoTokenizer", "render_jinja_template"}}
+TEXT_OF_CHATS = {
+    "AutoTokenizer",
+    "render_jinja_template",
+    "_get_control_token_patterns",
+    "encode_marked_chat",
+    "mark_control_tokens",
+    "ResponseTemplate",
+    "ResponseTemplateField",
+    "load_response_template",
+    "process_field",
+}
+ONLY_THESE_NAMES = {("deployments", "transformers"): TEXT_OF_CHATS}
 
 
 class Import(NamedTuple):
