@@ -261,7 +261,7 @@ def test_any_mixture_joins_to_its_text(name, seed):
         assert tokenizer.decode(ids, skip_special_tokens=True).startswith(text)
     assert text + decoder.flush() == tokenizer.decode(ids, skip_special_tokens=True)
     cut = world.randint(0, len(ids))
-    again = Decoder(decode_all(tokenizer), decoder._special_ids)
+    again = Decoder(decode_all(tokenizer), decoder.special_texts)
     assert "".join(map(again.push, ids[:cut])) + again.finish(ids[cut:]) == tokenizer.decode(ids)
 
 
