@@ -3,6 +3,7 @@
 Nothing here talks to a cluster. What only one could show is listed in docs/kubernetes.md.
 """
 
+import argparse
 import functools
 import gzip
 import json
@@ -26,6 +27,7 @@ from cluster.topology import Topology
 from configs.config import Config
 from configs.files import read_config
 from deployments import app, cli
+from deployments.batch.command import add_options
 from deployments.serve.command import ENVIRONMENT
 from deployments.serve.schema import check_schema
 from k8s.embed import OVERLAYS, WAIT_S, embedded
@@ -508,12 +510,16 @@ def test_the_page_says_what_each_overlay_is(name: str) -> None:
 def test_the_job_runs_a_command_that_is_there_on_a_pod_with_its_files() -> None:
     (job,) = of_kind("batch", "RayJob")
     assert job["spec"]["submissionMode"] == "HTTPMode" and job["spec"]["shutdownAfterJobFinishes"] is True
-    python, flag, module, *_ = job_command("batch")
-    assert (python, flag) == ("python", "-m")
-    assert (ROOT / module.replace(".", "/")).is_dir() and job_config("batch").is_file()
+    python, flag, module, *words = job_command("batch")
+    assert (python, flag, module) == ("python", "-m", "deployments.batch")
+    assert (ROOT / "deployments/batch/__main__.py").is_file()
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    options = parser.parse_args(words)
+    assert (ROOT / Path(options.config).relative_to("/app")).is_file()
     mounted = [mount["mountPath"] for mount in containers("batch")[1]["volumeMounts"]]
-    files = [word for word in job_command("batch") if word.startswith("/") and not word.startswith("/app/")]
-    assert len(files) == 2 and all(any(file.startswith(mount + "/") for mount in mounted) for file in files)
+    for file in (options.input, options.output):
+        assert any(file.startswith(mount + "/") for mount in mounted), "on a volume that outlives the job"
     needed = config("batch").placement.cpus_per_rank + config("batch").placement.cpus_per_replica
     cpus = amount(containers("batch")[1]["resources"]["limits"]["cpu"])
     assert job["spec"]["entrypointNumCpus"] > 0 and job["spec"]["entrypointNumCpus"] + needed <= cpus
