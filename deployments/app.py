@@ -44,7 +44,7 @@ class LLMReplica:
         self._replica = await asyncio.to_thread(Replica, config, device, placement)
         service, drain_s = self._replica.app.state.service, config.timeouts.drain_s
         self._drain = Drain(service, drain_s, give_up=service.engine.close)
-        self._drain.watch(partial(_leaving_node, placement, drain_s))
+        self._drain.watch(partial(_leaving_node, placement, drain_s + _ENDING_S))
 
     def __serve_build_asgi_app__(self) -> Any:
         """The HTTP app; Serve asks for it after the constructor."""
@@ -96,13 +96,13 @@ def build_app(args: dict[str, Any]) -> Application:
     return replica.bind(config, device)
 
 
-def _leaving_node(placement: PlacementGroup, drain_s: float) -> str | None:
+def _leaving_node(placement: PlacementGroup, last_s: float) -> str | None:
     draining = draining_nodes()
     if not draining:
         return None
     stages = placement_group_table(placement)["bundles_to_node_id"].values()
     own = ray.get_runtime_context().get_node_id()
-    return leaving_node(own, set(stages), draining, time.time(), drain_s)
+    return leaving_node(own, set(stages), draining, time.time(), last_s)
 
 
 def _is_deployed() -> bool:

@@ -15,19 +15,19 @@ WATCH_S = 2.0  # between two looks at the cluster's nodes
 
 
 def leaving_node(
-    own: str, others: Collection[str], draining: Mapping[str, float], now: float, drain_s: float
+    own: str, others: Collection[str], draining: Mapping[str, float], now: float, last_s: float
 ) -> str | None:
     """The node because of which a replica has to drain, or None. Times in seconds since 1970.
 
     `own` is the replica's node: Serve itself moves the replica off it, and starts another one first, so that only the
-    last `drain_s` before the node's deadline count. `others` are the nodes of further stages, which Serve does not
+    last `last_s` before the node's deadline count. `others` are the nodes of further stages, which Serve does not
     watch. `draining`: node → its deadline, 0 for none.
     """
     for node in others:
         if node != own and node in draining:
             return node
     deadline = draining.get(own, 0)
-    return own if deadline and deadline - now <= drain_s else None
+    return own if deadline and deadline - now <= last_s else None
 
 
 class Drain:
@@ -48,9 +48,7 @@ class Drain:
             async with asyncio.timeout(self._drain_s):
                 await self._service.admission.wait_until_idle()
         except TimeoutError:
-            num_left = self._service.admission.num_admitted
-            logger.warning("%d requests are ended: they ran on for timeouts.drain_s (%g s)", num_left, self._drain_s)
-            await asyncio.to_thread(self._give_up)
+            await asyncio.to_thread(self._end_what_is_left)
 
     def watch(self, find_leaving_node: Callable[[], str | None]) -> None:
         """Watch the nodes from a thread; one that leaves makes the replica drain and be replaced."""
@@ -71,4 +69,11 @@ class Drain:
                 self.reason = f"node {node} is being drained: the replica has to start elsewhere"
                 self._service.is_draining = True
                 logger.warning(self.reason)
+                if not self._is_over.wait(self._drain_s) and self._service.admission.num_admitted:
+                    self._end_what_is_left()  # or Serve and the node would cut them, without a word to their clients
                 return
+
+    def _end_what_is_left(self) -> None:
+        num_left = self._service.admission.num_admitted
+        logger.warning("%d requests are ended: they ran on for timeouts.drain_s (%g s)", num_left, self._drain_s)
+        self._give_up()

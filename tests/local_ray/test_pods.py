@@ -92,7 +92,7 @@ class Pods:
         return self.curl(HEAD, path, "--output", "/dev/null", "--write-out", "%{http_code}", *options)
 
     def submit(self) -> str:
-        """As KubeRay does, once the head answers."""
+        """As KubeRay does, once the head answers. The HTTP status."""
         body = json.dumps(yaml.safe_load(self.spec["serveConfigV2"]))
         token = f"Authorization: Bearer {TOKEN['RAY_AUTH_TOKEN']}"
         options = [
@@ -130,7 +130,7 @@ def test_the_demo_serves_drains_and_ends_as_its_manifests_say(tmp_path: Path) ->
         pods.start(HEAD)
         until(lambda: pods.status("8265/api/gcs_healthz") == "200", 120, every_s=1)
         assert pods.status("8265/api/serve/applications/") == "401", "nobody gets in without the token"
-        assert pods.submit() == "200"
+        until(lambda: pods.submit() == "200", 180, every_s=2)  # the operator tries again too
         moment = time.monotonic()
         while time.monotonic() < moment + 20:  # without placement.wait_s it has failed by then, for good
             assert pods.application() in ("DEPLOYING", "")

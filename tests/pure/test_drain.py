@@ -52,7 +52,9 @@ def test_finishing_waits_for_what_runs(world):
     assert not gave_up
 
 
-def test_what_takes_longer_than_allowed_ends_with_an_error(make_world, scripted_executor, error_of):
+@pytest.mark.parametrize("why", ["told to stop", "a node leaves"])
+def test_what_takes_longer_than_allowed_ends_with_an_error(make_world, scripted_executor, error_of, monkeypatch, why):
+    monkeypatch.setattr(module, "WATCH_S", 0.01)
     world = make_world(executor=scripted_executor(is_manual=True, vocab_size=400))
     drain = Drain(world.service, 0.2, world.service.engine.close)
 
@@ -63,13 +65,27 @@ def test_what_takes_longer_than_allowed_ends_with_an_error(make_world, scripted_
             asked = asyncio.ensure_future(client.post("/v1/completions", content=body, headers=headers))
             while not world.service.admission.num_admitted:
                 await asyncio.sleep(0)
-            await drain.finish()
+            if why == "told to stop":
+                await drain.finish()
+            else:
+                drain.watch(lambda: "second")
             return await asked
 
     response = asyncio.run(go())
     error_of(response, 503)
     assert "retry-after" in response.headers
     assert world.service.admission.num_admitted == 0
+
+
+def test_a_node_that_leaves_ends_no_idle_engine(world, monkeypatch):
+    monkeypatch.setattr(module, "WATCH_S", 0.01)
+    gave_up = []
+    drain = Drain(world.service, 0.05, lambda: gave_up.append(1))
+    before = set(threading.enumerate())
+    drain.watch(lambda: "second")
+    (thread,) = set(threading.enumerate()) - before
+    thread.join(20)
+    assert not thread.is_alive() and not gave_up and drain.reason
 
 
 def test_a_leaving_node_ends_readiness_and_health_though_looking_failed_before(world, monkeypatch):
