@@ -79,6 +79,7 @@ def _num_openers(raw: bytes) -> int:
 
 _OWN_WORDS: dict[str, Callable[[ErrorDetails], str]] = {
     "missing": lambda error: "is required",
+    "dict_type": lambda error: "must be a JSON object",
     "literal_error": lambda error: f"must be {error['ctx']['expected']}",
     "too_long": lambda error: f"has more than {error['ctx']['max_length']} entries; send fewer",
     "string_too_short": lambda error: "must not be empty",

@@ -1,6 +1,7 @@
 """Tool fields: `tools`, `tool_choice` and the calls of a history, parsed into what chat templates read."""
 
 import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, FailFast, Field, PlainValidator, model_validator
@@ -10,7 +11,16 @@ from deployments.api.strict_body import Body, only, wrong
 
 MAX_TOOLS = 256  # OpenAI takes 128
 MAX_CALLS = 256  # of one message
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]  # OpenAI's have no dots, colons and slashes
+
+
+def _name(value: str) -> str:
+    if not _PLAIN.fullmatch(value):
+        raise wrong("invalid_value", "must be 1 to 128 of A-Z, a-z, 0-9 and _ - . : /")
+    return value
+
+
+_PLAIN = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")  # OpenAI's have no dots, colons and slashes
+Name = Annotated[str, AfterValidator(_name)]
 
 
 class Function(Body):

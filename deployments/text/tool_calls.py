@@ -146,6 +146,7 @@ def _plain_strings(body: str, opens: str, closes: str, has_bare_keys: bool) -> s
 def _tags(field: ResponseTemplateField, body: str, captures: dict[str, str], tools: Schemas) -> dict[str, Any]:
     schema = tools.get(captures.get("name", ""), {})
     found: dict[str, Any] = {}
+    types: dict[str, frozenset[str]] = {}
     rest: list[str] = []
     end = 0
     for tag in regex.finditer(field.content_args["tag_pattern"], body, regex.DOTALL, timeout=_MATCH_S):
@@ -154,7 +155,9 @@ def _tags(field: ResponseTemplateField, body: str, captures: dict[str, str], too
         groups = tag.groupdict()
         key, value, is_text = groups["key"].strip(), groups["value"], groups.get("string")
         if is_text is None:
-            found[key] = typed(value, value_types(schema, key))
+            if key not in types:
+                types[key] = value_types(schema, key)
+            found[key] = typed(value, types[key])
         else:
             found[key] = value if is_text == "true" else json.loads(value)
     if not found and body.lstrip().startswith("{"):  # DeepSeek's may hold JSON instead
@@ -173,27 +176,31 @@ def _object(value: Any) -> dict[str, Any]:
 def value_types(schema: Mapping[str, Any], key: str) -> frozenset[str]:
     """Types that JSON Schema allows for the property `key`; empty where it says nothing."""
     properties = schema.get("properties")
-    return frozenset(_types(properties.get(key), schema, depth=0)) if isinstance(properties, Mapping) else frozenset()
+    return frozenset(_types(properties.get(key), schema, set())) if isinstance(properties, Mapping) else frozenset()
 
 
-def _types(part: Any, root: Mapping[str, Any], depth: int) -> list[str]:
-    if not isinstance(part, Mapping) or depth > 8:
+def _types(part: Any, root: Mapping[str, Any], seen: set[int]) -> list[str]:
+    """`seen`: the parts looked at already, by their identity: references may go in circles, and clients write them."""
+    if not isinstance(part, Mapping) or id(part) in seen:
         return []
+    seen.add(id(part))
     declared = part.get("type")
-    types = [declared] if isinstance(declared, str) else [one for one in declared or [] if isinstance(one, str)]
+    given = declared if isinstance(declared, list) else [declared]
+    types = [one for one in given if isinstance(one, str)]
     if part.get("nullable"):
         types.append("null")
     for values in (part.get("enum"), [part["const"]] if "const" in part else None):
         if not types and isinstance(values, list):
             types = [_JSON_TYPES.get(type(value), "string") for value in values]
     for union in ("anyOf", "oneOf", "allOf"):
-        for choice in part.get(union) or []:
-            types += _types(choice, root, depth + 1)
+        choices = part.get(union)
+        for choice in choices if isinstance(choices, list) else []:
+            types += _types(choice, root, seen)
     target: Any = root
     if isinstance(part.get("$ref"), str) and part["$ref"].startswith("#/"):
         for step in part["$ref"][2:].split("/"):
             target = target.get(step) if isinstance(target, Mapping) else None
-        types += _types(target, root, depth + 1)
+        types += _types(target, root, seen)
     return types
 
 

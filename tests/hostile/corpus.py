@@ -388,6 +388,18 @@ def _chats(target: Target) -> list[Case]:
         for number, value in enumerate(values):
             changes = {name: value} | ({"max_tokens": None} if name == "max_completion_tokens" else {})
             cases.append(Case(f"chat: {name} {number}", (400,), _chat(target, **changes), name, path=CHATS))
+    tools = [
+        ({"type": "web_search"}, "tools.0"),
+        ({"type": ["function"]}, "tools.0"),
+        ({"function": {"name": "x" * 200}}, "tools.0.function.name"),
+        ({"function": {"name": "</tool_call>"}}, "tools.0.function.name"),
+        ({"function": {"name": "x", "strict": True}}, "tools.0.function.strict"),
+        ({"function": {"name": "x", "parameters": []}}, "tools.0.function.parameters"),
+    ]
+    for number, (tool, param) in enumerate(tools):
+        cases.append(Case(f"chat: a tool {number}", (400,), _chat(target, tools=[tool]), param, path=CHATS))
+    many = [{"function": {"name": str(at)}} for at in range(300)]
+    cases.append(Case("chat: 300 tools", (400,), _chat(target, tools=many), "tools", path=CHATS))
     both = _chat(target, max_completion_tokens=5)
     cases.append(Case("chat: two limits", (400,), both, "max_tokens", path=CHATS))
     long = _chat(target, messages=[{"role": "user", "content": "word " * (2 * target.max_model_len)}])
