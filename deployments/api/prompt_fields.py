@@ -87,7 +87,8 @@ class Message(Body):
         thoughts = [part.thinking for part in parts if part.thinking is not None]
         message: dict[str, Any] = {"role": self.role, "content": "\n".join(texts) if texts else None}
         reasoning = self.reasoning_content or self.reasoning or self.thinking or "\n".join(thoughts)
-        given = {"name": self.name, "tool_call_id": self.tool_call_id, "reasoning_content": reasoning}
+        given = {"name": self.name, "tool_call_id": self.tool_call_id}
+        given |= {"reasoning_content": reasoning, "reasoning": reasoning}  # Transformers adds the name `thinking`
         message |= {name: value for name, value in given.items() if value}
         if self.tool_calls:
             message["tool_calls"] = [call.for_template() for call in self.tool_calls]

@@ -88,9 +88,9 @@ def _arguments(value: object) -> object:
 
 
 class CalledFunction(Body):
-    """The function of a call in the history."""
+    """The function of a call in the history, which need be none of the tools."""
 
-    name: Name
+    name: str = Field(min_length=1, max_length=256)
     arguments: Annotated[dict[str, Any], BeforeValidator(_arguments)] = Field(default_factory=dict)
 
 

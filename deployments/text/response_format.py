@@ -99,7 +99,8 @@ def _of_table(name: str, known: list[str], generation_prompt: str) -> ResponseFo
     for key in ("open", "close"):
         mark = entry["fields"]["reasoning_content"].get(key, "<think>")
         anchor = anchor.partition(mark)[0]
-    anchored = {"start_anchor": anchor} if anchor else {"start_anchor_pattern": _NO_ANCHOR}
+    anchors = [*([anchor] if anchor else []), *entry.get("anchors", [])]
+    anchored = {"start_anchor": anchors} if anchors else {"start_anchor_pattern": _NO_ANCHOR}
     template = load_response_template({**anchored, "fields": fields})
     for key, field in template.fields.items():
         field.content = entry["fields"][key]["content"]

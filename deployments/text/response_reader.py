@@ -41,8 +41,8 @@ class ResponseReader:
         fields = answer_format.template.fields.values()
         self._format, self._tools = answer_format, tools
         self._call_ids, self._is_single = call_ids, is_single
-        self._opening = [one for one in fields if one.open_re is not None and (tools or kind_of(one) != CALLS)]
-        self._calls = [one for one in self._opening if kind_of(one) == CALLS]
+        self._opening = [one for one in fields if one.open_re is not None and kind_of(one) != CALLS]
+        self._calls: list[ResponseTemplateField] = []
         implicit = answer_format.template.fields.get(answer_format.template.implicit or "")
         self._tail = implicit if implicit is not None and implicit.close_re is not None else None
         self._current: ResponseTemplateField | None = None  # the field that text goes to; None: content
@@ -53,8 +53,11 @@ class ResponseReader:
         self._hidden: deque[tuple[int, int]] = deque([(0, len(prefix))])
         self._num_second_looks = 0
         self.is_done = False  # what follows is ignored
-        self._read(prefix)
+        self._read(prefix)  # whose calls, if any, are those of an earlier answer
         self._take()
+        if tools:
+            self._calls = [one for one in fields if one.open_re is not None and kind_of(one) == CALLS]
+            self._opening += self._calls
 
     @property
     def is_thinking(self) -> bool:

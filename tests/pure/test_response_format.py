@@ -113,6 +113,8 @@ def test_the_anchor_is_what_the_template_begins_an_answer_with():
     assert found.prefix(spelled + "<|im_start|>assistant\n<think>\n") == "<think>\n"
     assert found.prefix(spelled + "<|im_start|>assistant\n") == ""
     assert found.prefix("no anchor <think>") == ""
+    gemma = choose_format("gemma4", None, "<channel|>", [], "<|turn>model\n")
+    assert gemma.prefix("<|turn>model\n<|tool_call>call:f{}<tool_call|><|tool_response>x<tool_response|>") == ""
     assert choose_format("auto", None, "tools <tool_call> </think>", [], "").prefix("[/INST]") == ""
 
 

@@ -109,7 +109,7 @@ def test_broken_answers_are_the_same_however_they_are_cut(family):
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_answers_and_all_broken_ones_cut_at_every_character(family):
     name = FAMILIES[family].format
@@ -230,6 +230,12 @@ def test_only_the_first_call_where_one_is_allowed():
     first = reader.push([(f"x {CALL}{CALL}", False)])
     assert reader.is_done
     assert joined([first, reader.push([(CALL, False)]), reader.end()]) == ("x", "", NOW)
+
+
+def test_calls_that_the_prompt_has_are_none_of_the_answer():
+    reader = make_reader("hermes", prefix=CALL, is_single=True)
+    assert not reader.is_done
+    assert joined([reader.push([(f"yes {CALL}", False)]), reader.end()]) == ("yes", "", NOW)
 
 
 def test_special_tokens_are_marks_that_nobody_sees():
