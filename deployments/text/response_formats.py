@@ -10,8 +10,9 @@ anchor, which the chat template tells, and with these readings of our own:
 - `\A` matches at the start of the answer, and behind a thought.
 - What the `content` field's `close` matches is dropped, but only right after a call: the ends of what wraps calls.
 
-`anchors`: what an answer may follow, beside what the chat template writes to begin one. `call_ids`: "nine", nine letters
-or digits, as Mistral's templates demand; "kimi", functions.NAME:INDEX, counted over the conversation. Sources: the chat templates of the named checkpoints; the parsers of vLLM 0.32 and SGLang 0.5.23.
+`anchors`: what an answer may follow, beside what the chat template writes to begin one. `call_ids`: "nine", which is
+nine letters or digits, as Mistral's templates demand; "kimi", which is functions.NAME:INDEX, counted over the
+conversation. Sources: the chat templates of the named checkpoints; the parsers of vLLM 0.32 and SGLang 0.5.23.
 """
 
 from typing import Any
