@@ -81,7 +81,7 @@ def processes(name: str) -> list[psutil.Process]:
 
 def test_two_gangs_lose_a_host_and_a_rank_and_every_row_is_answered_once(cluster: None, config_file: Path) -> None:
     config: Config = read_config(config_file)
-    count, tally, stream = 400, Tally(400), StringIO()
+    count, tally, stream = 240, Tally(240), StringIO()
     answerer = GangAnswerer(config, datetime(2026, 1, 1, tzinfo=UTC), Progress(tally, stream, "json"))
     seen: set[int] = set()
     killed: list[int] = []
@@ -90,11 +90,11 @@ def test_two_gangs_lose_a_host_and_a_rank_and_every_row_is_answered_once(cluster
         assert_right(outcome)
         seen.add(outcome.number)
         tally.completed += 1
-        if len(seen) in (40, 120):
-            victims = processes("RankActor" if len(seen) == 40 else "HostActor")
+        if len(seen) in (30, 90):
+            victims = processes("RankActor" if len(seen) == 30 else "HostActor")
             os.kill(victims[0].pid, signal.SIGKILL)
             killed.append(victims[0].pid)
-        if len(seen) == 40:
+        if len(seen) == 30:
             assert 'stagemesh_generation_tokens_total{model_name="stagemesh-demo"}' in metrics_of(config)
     assert seen == set(range(count)) and len(killed) == 2
     last = json.loads(stream.getvalue().splitlines()[-1])
