@@ -175,15 +175,27 @@ def test_nothing_wakes_up_before_an_answer_has_ended(make_world, monkeypatch):
     assert not world.outbox._held and not world.outbox._at_end
 
 
-def test_it_asks_for_rows_before_it_has_none(make_world, monkeypatch):
+@pytest.fixture
+def slow_world(make_world, monkeypatch):
+    """One whose steps take 3 ms."""
     world = make_world()
     wait = world.executor.wait
     monkeypatch.setattr(world.executor, "wait", lambda timeout_s: (time.sleep(0.003), wait(timeout_s))[1])
+    return world
+
+
+def test_a_stop_string_ends_a_row_when_it_comes(slow_world):
+    found, _ = answer(slow_world, [row(0, prompt=[5, 6], stop=list("eaton "), max_tokens=120, ignore_eos=True)])
+    assert json.loads(found[0].body)["choices"][0]["finish_reason"] == "stop"
+    assert slow_world.engine.stats.num_generated < 60
+
+
+def test_it_asks_for_rows_before_it_has_none(slow_world):
     lengths = random.Random(3).choices(range(5, 20), k=200)
     rows = [row(number, prompt="one two", ignore_eos=True, max_tokens=lengths[number]) for number in range(200)]
-    found, turns = answer(world, rows, sizes=(), max_ahead=8)
+    found, turns = answer(slow_world, rows, sizes=(), max_ahead=8)
     assert len(found) == 200
-    assert all(turn.num_wanted <= 8 for turn in turns)
+    assert all(turn.num_wanted < 8 for turn in turns[1:20])  # the first ones are let in at once
     assert sum(turn.figures.running + turn.figures.waiting == 0 for turn in turns) <= 2  # at the start and the end
 
 
