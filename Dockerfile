@@ -27,11 +27,13 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 # An editable install only notes the folder of the packages, so that they may be empty yet. The base image has no bytecode
 # of the standard library, and nobody could write it later: each process would compile it anew.
 COPY pyproject.toml LICENSE ./
+# For batches in Parquet and object stores: --build-arg EXTRAS=[batch]
+ARG EXTRAS=
 RUN --mount=type=cache,target=/root/.cache/pip \
     touch README.md && for package in configs cluster actors deployments; do \
       mkdir $package && touch $package/__init__.py; done && \
     python -m pip install -c constraints.txt hatchling editables && \
-    python -m pip install -c constraints.txt --no-build-isolation -e . && \
+    python -m pip install -c constraints.txt --no-build-isolation -e ".${EXTRAS}" && \
     python -m compileall -q -j 0 -x site-packages /usr/local/lib/python3.11
 COPY configs configs
 COPY cluster cluster
