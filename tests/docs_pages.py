@@ -24,6 +24,7 @@ from configs.units import Unit
 from deployments.api.bodies import ChatBody, CompletionBody, GenerationBody, StreamOptions
 from deployments.api.prompt_fields import Message
 from deployments.api.token_pages import TokenizeBody
+from deployments.api.tool_fields import Function
 from deployments.text.response_formats import FORMATS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,6 +149,7 @@ def other_fields() -> str:
         ("`/v1/completions`", CompletionBody, own_of_completions),
         ("`/v1/chat/completions`", ChatBody, own_of_chats),
         ("A message", Message, set(Message.model_fields)),
+        ("A tool's `function`", Function, set(Function.model_fields)),
         ("`/tokenize`", TokenizeBody, set(TokenizeBody.model_fields)),
     ]
     rows = ["| where | passed | refused, but for the values named |", "|---|---|---|"]

@@ -101,10 +101,14 @@ class Message(Body):
             "reasoning_content": self.reasoning_content,
             "reasoning": self.reasoning,
             "thinking": self.thinking,
+            "content": [part for part in self.content or [] if part.type == "thinking"],
         }
         wrong_field = next((name for name, value in of_assistant.items() if value), None)
         if self.role != "assistant" and wrong_field:
-            raise wrong("invalid_value", "is for the role assistant only; leave it out", field=wrong_field)
+            words = "has thinking, which is" if wrong_field == "content" else "is"
+            raise wrong(
+                "invalid_value", "{words} for the role assistant only; leave it out", field=wrong_field, words=words
+            )
         if self.role != "tool" and self.tool_call_id is not None:
             raise wrong("invalid_value", "is for the role tool only; leave it out", field="tool_call_id")
         if self.content is None and self.role != "tool" and not any(of_assistant.values()):

@@ -47,7 +47,7 @@ class ChatTemplate:
             "max_chars": MAX_RENDERED_CHARS,
         }
         self._knows_developers = "developer" in template
-        self._knows_tools = "tools" in template
+        self.knows_tools = "tools" in template
         self._null = None if _ASKS_FOR_NULL.search(template) else ""
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
@@ -71,7 +71,7 @@ class ChatTemplate:
 
     def render(self, conversation: Conversation) -> str:
         """The text that the model reads. Raises ConversationError where there is none, or it takes too long."""
-        if not self._knows_tools:
+        if not self.knows_tools:
             conversation = without_tools(conversation)
         messages = [self._as_known(message) for message in conversation.messages]
         answer = self._answer(*map(self._mark, (messages, conversation.tools, conversation.variables)))

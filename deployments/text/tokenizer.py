@@ -16,7 +16,7 @@ from deployments.text.chat_template import ChatTemplate
 from deployments.text.control_tokens import ControlTokens
 from deployments.text.generation_config import eos_token_ids
 from deployments.text.prompts import Conversation, ConversationError, Prompt
-from deployments.text.response_format import ResponseFormat, choose_format
+from deployments.text.response_format import DEFAULT, ResponseFormat, choose_format
 from deployments.text.response_reader import ResponseReader
 from deployments.text.token_text import TokenTexts
 from deployments.text.tool_calls import CallIds, with_call_ids
@@ -82,8 +82,10 @@ class Text:
 
     @property
     def can_call_tools(self) -> bool:
-        """Whether it is known how the model writes tool calls."""
-        return self._format is not None and self._format.has_calls
+        """Whether it is known how the model writes tool calls; as DEFAULT where it hears of tools in messages only."""
+        if self._format is None or not self._format.has_calls:
+            return False
+        return self._templates[-1].knows_tools or self._format.name == DEFAULT
 
     async def encode(self, prompts: list[Prompt], add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of prompts, as the tokenizer and for messages the chat template make them; ids pass as they are.

@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from deployments.text.response_format import choose_format
 from deployments.text.tokenizer import Text
 
 CHATS = "/v1/chat/completions"
@@ -236,10 +237,11 @@ def test_what_cannot_be_done_is_refused(world, error_of, fields, param):
 
 
 def test_tools_are_refused_where_the_format_is_not_known(world, error_of, monkeypatch):
-    monkeypatch.setattr(world.text, "_format", None)
-    error = error_of(world.post(CHATS, CHAT), 400)
-    assert error["param"] == "tools"
-    assert "model.tool_format" in error["message"]
+    for found in (None, choose_format("mistral", None, "", [], "")):  # its template asks for calls as Hermes' only
+        monkeypatch.setattr(world.text, "_format", found)
+        error = error_of(world.post(CHATS, CHAT), 400)
+        assert error["param"] == "tools"
+        assert "model.tool_format" in error["message"]
 
 
 def test_a_loop_of_two_steps_goes_through_the_template(says, thinker):
@@ -314,6 +316,15 @@ def test_special_tokens_are_read_and_not_shown(says, kimi, stream):
     assert "<|tool" not in response.text
     message = choice(world.post(CHATS, {**CHAT, "tools": []}))["message"]
     assert message["content"] == "Ok.functions.now:0{}"
+
+
+def test_a_special_token_at_the_very_end_is_read_too(kimi):
+    transcript = kimi.transcript([])
+    text = transcript.push(ids_of(kimi, "Ok<|tool_call_end|>"), "length")
+    assert [piece for piece in transcript.with_specials(text) if piece[0]] == [
+        ("Ok", False),
+        ("<|tool_call_end|>", True),
+    ]
 
 
 def test_control_tokens_that_clients_spell_are_text(says, kimi, thinker):
