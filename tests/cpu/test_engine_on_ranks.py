@@ -17,7 +17,7 @@ from actors.decisions.schedule.settings import SchedulerSettings
 from actors.remote.channel import EngineChannel
 from actors.remote.engine import Engine
 from actors.remote.meeting import Assignment, Meeting
-from actors.words.messages import Event, Request, SamplingParams, StepBatch, StepResult
+from actors.words.messages import Bucket, Captured, Event, Request, SamplingParams, StepBatch, StepResult
 from configs.config import Config
 
 ADDRESS = "127.0.0.1"
@@ -51,6 +51,12 @@ class Lent:
     def wait(self, timeout_s: float | None = None) -> list[StepResult]:
         return self.channel.wait(timeout_s)
 
+    def capture(self, bucket: Bucket) -> None:
+        self.channel.capture(bucket)
+
+    def take_captured(self) -> list[Captured]:
+        return self.channel.take_captured()
+
     def wake(self) -> None:
         self.channel.wake()
 
@@ -60,25 +66,35 @@ class Lent:
 class LocalGang:
     """The ranks of one layout in their loops, and engines over them, one after the other."""
 
-    def __init__(self, pool: Any, plan: Plan, folder: Path) -> None:
-        """In the order in which a gang comes together."""
+    def __init__(self, pool: Any, plan: Plan, folder: Path, device: str = "cpu") -> None:
+        """In the order in which a gang comes together. `device` as in a config."""
         self.pool, self.plan = pool, plan
         self.num_ranks = plan.topology.num_ranks
-        asked = {"model": {"source": str(folder)}, "timeouts": {"collective_s": PATIENCE_S}}
+        asked = {"model": {"source": str(folder)}, "timeouts": {"collective_s": PATIENCE_S}, "device": device}
         config = Config.model_validate(asked)
         assignments = [Assignment(config, plan, shard.rank, ADDRESS, "cpu") for shard in plan.shards]
         keys = pool.ask([("hire", (assignment,)) for assignment in assignments])
-        self.channel = EngineChannel(ADDRESS, 0, StepClock(PATIENCE_S))
+        self._assemble(0, keys)
+
+    def _assemble(self, epoch: int, keys: list[bytes]) -> None:
+        self.channel = EngineChannel(ADDRESS, epoch, StepClock(PATIENCE_S))
         self.channel.admit(keys)
-        [port] = pool.ask([("work", ("host_store",))])
-        self.work("join", Meeting(0, ADDRESS, port, self.channel.address))
+        [port] = self.pool.ask([("work", ("host_store",))])
+        self.work("join", Meeting(epoch, ADDRESS, port, self.channel.address))
         self.channel.wait_for_ranks(PATIENCE_S)
         self.work("load", 0.5, self.num_ranks)
-        self.work("allocate", LARGE)
-        pool.tell([("work", ("serve",))] * self.num_ranks)
+        self.channel.shapes = self.work("allocate", LARGE)[0]
+        self.pool.tell([("work", ("serve",))] * self.num_ranks)
 
-    def work(self, method: str, *args: Any) -> None:
-        self.pool.ask([("work", (method, *args))] * self.num_ranks)
+    def work(self, method: str, *args: Any) -> list[Any]:
+        answers: list[Any] = self.pool.ask([("work", (method, *args))] * self.num_ranks)
+        return answers
+
+    def begin_epoch(self, epoch: int) -> None:
+        """The ranks leave the epoch, keep weights and cache, and meet again."""
+        self.close()
+        self.work("part", False)
+        self._assemble(epoch, self.work("new_key"))
 
     def close(self) -> None:
         self.channel.close()

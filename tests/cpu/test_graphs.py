@@ -1,6 +1,5 @@
 """Captured steps, by graphs that need no GPU: their ids, votes over shards, and that none outlives its epoch."""
 
-import random
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -16,21 +15,12 @@ from actors.tensors.backends.cuda.graph_runner import CUDAGraphRunner
 from actors.tensors.runner import Runner
 from actors.words.messages import Bucket, Entry, NewSequence, SamplingParams, StepBatch
 from cluster.collectives.interface import NeighborLost
-from tests.fakes.fake_graphs import FakeGraphBackend, FakeGraphs
+from tests.fakes.fake_graphs import FakeGraphBackend, FakeGraphs, LateGraphBackend
 
 CPU = torch.device("cpu")
 worlds = runpy.run_path(str(Path(__file__).with_name("test_graph_runner.py")))
 threads = runpy.run_path(str(Path(__file__).parent.parent / "families" / "threads.py"))
 pytestmark = pytest.mark.timeout(120)
-
-
-class LateGraphBackend(FakeGraphBackend):
-    """Ids take their time to the host, as those of a GPU do."""
-
-    delays = random.Random(0)
-
-    def download(self, tensor: torch.Tensor) -> Any:
-        return worlds["LateDownload"](tensor.clone(), self.delays)
 
 
 def make(plan: Plan, folder: Path) -> tuple[Runner, FakeGraphs]:

@@ -70,6 +70,21 @@ class FakeGraphs:
         return sum(graph.work is not None for graph in self.made)
 
 
+class LateDownload:
+    """Here at the third look, as if it came from a device."""
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self.numbers, self.looks = numbers.clone(), 0
+
+    def is_ready(self) -> bool:
+        self.looks += 1
+        return self.looks > 2
+
+    def take(self) -> torch.Tensor:
+        self.looks = 3
+        return self.numbers
+
+
 class FakeGraphBackend(CUDABackend):
     """The CUDA backend on CPU, with such graphs."""
 
@@ -80,3 +95,10 @@ class FakeGraphBackend(CUDABackend):
     def graph_maker(self) -> FakeGraphs:
         self.makers.append(FakeGraphs())
         return self.makers[-1]
+
+
+class LateGraphBackend(FakeGraphBackend):
+    """Ids take their time to the host, too: the next steps must do without."""
+
+    def download(self, tensor: torch.Tensor) -> LateDownload:
+        return LateDownload(tensor)
