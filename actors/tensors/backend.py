@@ -48,6 +48,10 @@ class AttentionBackend(Protocol):
 
     substitutions: list[Substitution]  # which kernels compute them, and why not all
 
+    @property
+    def reads_unwritten(self) -> bool:
+        """Whether slots behind a sequence's keys are read, with weight 0: a block is then zeroed for its next owner."""
+
     def choose_kernels(self) -> None:
         """Try the kernels on this device, and use those that give the right numbers; once, before the first step."""
 

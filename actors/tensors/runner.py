@@ -205,7 +205,7 @@ class Runner:
                 feedback.catch_up(step)
                 self.clock.lap("receive")
         fresh_blocks = self.table.apply(step)
-        if fresh_blocks:
+        if fresh_blocks and self.attention.reads_unwritten:
             self.cache.clear(self.backend.upload(torch.tensor(fresh_blocks)))
 
     def _packed_work(self, step: StepBatch) -> _Work:

@@ -34,6 +34,7 @@ class CountingAttention:
     def __init__(self, inner: AttentionBackend, counts: Counter[str]) -> None:
         self.inner, self.counts = inner, counts
         self.substitutions = inner.substitutions
+        self.reads_unwritten = inner.reads_unwritten
 
     def choose_kernels(self) -> None:
         self.counts["choose_kernels"] += 1

@@ -205,7 +205,7 @@ def test_fused_models_bring_the_ids_of_the_cpu(family: str, runner_of: Callable[
     for tensor in runner.cache.tensors:
         tensor.fill_(NAN)
     runner.graphs._steps.clear()
-    with mock.patch.object(runner.cache, "clear"):  # nor is a fresh block cleared
+    with mock.patch.object(runner.cache, "clear", side_effect=AssertionError("fresh blocks need no zeros")):
         assert ids_of(runner, plan, 7) == expected
     assert {shape.is_decode for shape in runner.graphs._steps} == {True, False}, "decode steps and mixed ones"
 

@@ -30,6 +30,11 @@ class ReferenceAttention:
         self._builder = builder
         self.substitutions: list[Substitution] = []
 
+    @property
+    def reads_unwritten(self) -> bool:
+        """True: whole blocks are read."""
+        return True
+
     def choose_kernels(self) -> None:
         """See AttentionBackend; there are none to choose from."""
 

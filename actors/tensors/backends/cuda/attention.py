@@ -95,6 +95,11 @@ class CUDAAttention(ReferenceAttention):
         """Whether some attention has no kernel."""
         return any(spec.name not in self.kernels for spec in self._specs)
 
+    @property
+    def reads_unwritten(self) -> bool:
+        """Kernels read a sequence's own keys only."""
+        return self.gathers
+
     def plan_rows(self, slots_T: torch.Tensor, positions_T: torch.Tensor, rows: PagedRows) -> AttentionMetadata:
         """The metadata of a step over static buffers, from tensors on the device alone."""
         gathered = None
