@@ -48,10 +48,12 @@ class Tool(Body):
         return data
 
     def for_template(self) -> dict[str, Any]:
-        """The tool as chat templates read it, which is OpenAI's own form."""
-        function = {"name": self.function.name}
-        given = {"description": self.function.description, "parameters": self.function.parameters}
-        return {"type": "function", "function": {**function, **{k: v for k, v in given.items() if v is not None}}}
+        """The tool as chat templates read it, in OpenAI's form; with parameters, which some templates always write."""
+        function: dict[str, Any] = {"name": self.function.name}
+        if self.function.description is not None:
+            function["description"] = self.function.description
+        function["parameters"] = self.function.parameters or {"type": "object", "properties": {}}
+        return {"type": "function", "function": function}
 
 
 def _distinct(tools: list[Tool]) -> list[Tool]:

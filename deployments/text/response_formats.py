@@ -115,16 +115,19 @@ FORMATS: dict[str, dict[str, Any]] = {
         ),
         {"content": "text", "close": ["</｜DSML｜function_calls>", "</｜DSML｜tool_calls>"]},
     ),
-    "deepseek": _format(
-        "DeepSeek V3, R1, V3.1",
-        ["<｜tool▁call▁begin｜>"],
-        _json(
-            open_pattern=r"(?:<｜tool▁calls▁begin｜>\s*)?<｜tool▁call▁begin｜>"
-            r"(?:function<｜tool▁sep｜>(?P<name>[^\n<]+)\n```json\n|(?P<name>[^\n<]+)<｜tool▁sep｜>(?=\s*\{))",
-            close_pattern=r"\s*(?:```\s*)?<｜tool▁call▁end｜>",
+    "deepseek": {
+        **_format(
+            "DeepSeek V3, R1, V3.1",
+            ["<｜tool▁call▁begin｜>"],
+            _json(
+                open_pattern=r"(?:<｜tool▁calls▁begin｜>\s*)?<｜tool▁call▁begin｜>"
+                r"(?:function<｜tool▁sep｜>(?P<name>[^\n<]+)\n```json\n|(?P<name>[^\n<]+)<｜tool▁sep｜>(?=\s*\{))",
+                close_pattern=r"\s*(?:```\s*)?<｜tool▁call▁end｜>",
+            ),
+            {"content": "text", "close": "<｜tool▁calls▁end｜>"},
         ),
-        {"content": "text", "close": "<｜tool▁calls▁end｜>"},
-    ),
+        "anchors": ["<｜tool▁output▁end｜>", "<｜tool▁outputs▁end｜>"],
+    },
     "kimi_k2": {
         **_format(
             "Kimi K2, K2.5",

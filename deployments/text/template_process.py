@@ -10,6 +10,7 @@ import json
 import resource
 import signal
 import sys
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,29 @@ def render(template: str, special_tokens: dict[str, str], request: dict[str, Any
     variables = {**special_tokens, **request["variables"]}
     options = {"tools": request["tools"] or None, "add_generation_prompt": request["add_generation_prompt"]}
     try:
-        try:
-            (text,), _ = render_jinja_template([request["messages"]], chat_template=template, **options, **variables)
-        except TypeError:  # some templates add arguments of calls to a text, and so want them as text
-            messages = [_with_arguments_as_text(message) for message in request["messages"]]
-            (text,), _ = render_jinja_template([messages], chat_template=template, **options, **variables)
+        for messages in _variants(request["messages"]):
+            try:
+                (text,), _ = render_jinja_template([messages], chat_template=template, **options, **variables)
+                break
+            except TypeError as error:
+                failed = error
+        else:
+            raise failed
     except TemplateError as error:
         return {"refused": str(error)[:1000]}
     except Exception as error:  # noqa: BLE001 - the model's program may raise anything
         return {"failed": type(error).__name__}
     return {"text": text} if len(text) <= max_chars else {"too_long": len(text)}
+
+
+def _variants(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The messages, and where a template fails on them: arguments as the text that it adds to others; no null."""
+    yield messages
+    if any(message.get("tool_calls") for message in messages):
+        as_text = [_with_arguments_as_text(message) for message in messages]
+        yield as_text
+        for one in (messages, as_text):
+            yield [{**message, "content": message["content"] or ""} for message in one]
 
 
 def _with_arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:

@@ -139,6 +139,7 @@ def _plain_strings(body: str, opens: str, closes: str, has_bare_keys: bool) -> s
         if at % 2:
             parts[at] = json.dumps(part)
         elif has_bare_keys:
+            part = regex.sub(r"\bNone\b", "null", part)  # as Gemma's template writes it
             parts[at] = regex.sub(r"([{,]\s*+)([\w.$-]++)(\s*+:)", r'\1"\2"\3', part)
     return "".join(parts)
 

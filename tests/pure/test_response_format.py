@@ -121,7 +121,7 @@ def test_the_anchor_is_what_the_template_begins_an_answer_with():
 def test_templates_that_want_null_and_arguments_as_text_get_them():
     """DeepSeek R1's asks whether the content is none, and adds arguments to a text."""
     template = ChatTemplate(
-        "{% for m in messages %}{% if m['content'] is none %}null{% endif %}"
+        "{% for m in messages %}{% if plus %}{{ m['content'] + plus }}{% elif m['content'] is none %}null{% endif %}"
         "{% for c in m.tool_calls or [] %}{{ c.function.name + ' ' + c.function.arguments }}{% endfor %}{% endfor %}"
         "{{ tools }}",
         {},
@@ -129,6 +129,7 @@ def test_templates_that_want_null_and_arguments_as_text_get_them():
     call = {"id": "1", "type": "function", "function": {"name": "now", "arguments": {"x": "é"}}}
     messages = [{"role": "assistant", "content": None, "tool_calls": [call]}]
     assert template.render(Conversation(messages)) == 'nullnow {"x": "é"}None'
+    assert template.render(Conversation(messages, variables={"plus": "!"})) == '!now {"x": "é"}None'
     template.close()
 
 

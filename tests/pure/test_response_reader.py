@@ -211,6 +211,8 @@ NOW = [("now", {})]
         ("qwen3_coder", "", "Use </tool_call> here", None),
         # text between calls
         ("hermes", "", f"a\n{CALL}\nb", ("a\nb", "", NOW)),
+        ("gemma4", "", '<|tool_call>call:now{a:None,b:[<|"|>None<|"|>,{c:{}}],<|"|>d e<|"|>:1}<tool_call|>',
+         ("", "", [("now", {"a": None, "b": ["None", {"c": {}}], "d e": 1})])),
         # gpt-oss: several thoughts, and text before a call
         ("harmony", "", ("<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>analysis<|message|>b"
          "<|end|><|start|>assistant<|channel|>commentary<|message|>I look.<|end|><|start|>assistant"
