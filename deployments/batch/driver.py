@@ -20,7 +20,6 @@ from deployments.batch.manifest import (
     read_manifest,
     write_manifest,
 )
-from deployments.batch.parts import part_name
 from deployments.batch.rows import Answerer, Tally
 from deployments.batch.source import Source
 from deployments.batch.store import Store
@@ -120,7 +119,6 @@ def _tidy(job: Prepared) -> None:
             raise ValueError(
                 f"{path}: was written, and is gone; to compute it again, remove {job.store.folder} and start anew"
             )
-    names = job.store.sizes()
-    for part in range(job.source.num_parts):
-        if part_name(part) in names:
-            job.store.remove(part_name(part))
+    for name in job.store.sizes():
+        if name.startswith(("part-", "journal-")):
+            job.store.remove(name)

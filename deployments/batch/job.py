@@ -75,6 +75,7 @@ class Job:
         """Write down what has ended. A failure loses work, no row: it is logged."""
         try:
             with self._lock:
+                self._lease.check()
                 self._journal.save()
         except (ValueError, OSError) as error:
             logger.warning("what ended last is computed again: %s", error)

@@ -185,6 +185,7 @@ def test_a_driver_that_was_taken_over_stops_by_name_and_every_row_is_there_once(
     with pytest.raises(ValueError, match=r"the process \d+ on .* has taken this job over"):
         desk.run(answerer=FakeAnswerer(before=take_over), day=DAY)
     assert taken[0].completed == 35
+    assert not list((desk.folder / "out.jsonl.parts").glob("journal-*"))
     assert desk.results() == desk.results("plain.jsonl")
 
 
