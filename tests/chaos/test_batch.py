@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 
@@ -66,5 +67,5 @@ def test_killed_twenty_times(tmp_path, address, tell):
     answers, errors = bench.files("out.jsonl")
     assert (answers, errors) == bench.files("plain.jsonl")
     said = [json.loads(line)["response"]["body"]["error"] for line in errors.splitlines()]
-    assert len(said) == 40 and len({one["message"] for one in said}) == BROKEN
+    assert len(said) == 40 and len({re.sub(r"\d", "", one["message"]) for one in said}) == BROKEN
     assert all(";" in one["message"] or "must" in one["message"] or "JSON" in one["message"] for one in said)

@@ -189,6 +189,20 @@ def test_a_driver_that_was_taken_over_stops_by_name_and_every_row_is_there_once(
     assert desk.results() == desk.results("plain.jsonl")
 
 
+def test_a_driver_that_was_taken_over_writes_no_part(desk, lives):
+    parts, others = desk.folder / "out.jsonl.parts", []
+
+    def take_over(row):
+        if not others and row.number > 20:
+            others.append(Lease(LocalStore(str(parts))).__enter__())
+            others.append(set(parts.glob("part-*")))
+
+    with pytest.raises(ValueError, match="has taken this job over"):
+        desk.run(answerer=FakeAnswerer(window=2, before=take_over))
+    others[0].__exit__()
+    assert set(parts.glob("part-*")) == others[1] != set()
+
+
 def test_on_another_machine_a_silent_driver_has_ended_and_one_that_beats_has_not(tmp_path, monkeypatch):
     store, looks = LocalStore(str(tmp_path / "parts")), []
     mine = Holder.here()
@@ -335,6 +349,15 @@ def test_a_store_that_fails_for_long_ends_the_run_by_name_and_the_next_one_goes_
     summary = run()
     assert summary.skipped >= 24 and summary.completed == 35
     assert (bucket.objects["b/out.jsonl"], bucket.objects["b/e"]) == desk.results("plain.jsonl")
+
+
+def test_what_is_torn_while_it_is_created_is_written_again_and_what_another_wrote_stays():
+    bucket, faults = Bucket(), ["torn", None, None, "timeout after", None]
+    store = without_waiting(bucket)
+    bucket.fault = lambda call, path: faults.pop(0) if faults else None
+    assert store.create("x", b"one two three") and bucket.objects["b/out.jsonl.parts/x"] == b"one two three"
+    assert store.create("x", b"one two three") and not store.create("x", b"something else")
+    assert bucket.objects["b/out.jsonl.parts/x"] == b"one two three"
 
 
 def test_a_torn_part_is_made_again(desk, lives):
