@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -71,7 +72,6 @@ def run(options: argparse.Namespace) -> int:
                 return 2
             return _run(job, answering, options.json)
     except _Stopped as stopped:
-        sys.stderr.write("\nstopped; what is done is kept: start the same command again to go on\n")
         return 128 + stopped.signum
 
 
@@ -135,6 +135,7 @@ def _stopping_at_signals(job: "Job | None" = None) -> Iterator[None]:
             signal.signal(one, signal.SIG_DFL)
         if job is not None:
             job.save()
+        os.write(2, b"\nstopping; what is done is kept: start the same command again to go on\n")  # not a buffer's lock
         raise _Stopped(signum)
 
     before = {one: signal.signal(one, stop) for one in (signal.SIGINT, signal.SIGTERM)}

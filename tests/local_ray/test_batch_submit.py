@@ -70,7 +70,7 @@ def test_stopped_and_submitted_again(tmp_path, dashboard):
     until(lambda: len(bench.saved("out.jsonl")) >= 2)
     job(dashboard, "stop", "first")
     assert "stopped" in job(dashboard, "status", "first").lower()
-    assert "stopped; what is done is kept" in job(dashboard, "logs", "first")
+    assert "stopping; what is done is kept" in job(dashboard, "logs", "first")
     assert not (tmp_path / "out.jsonl").exists()
 
     submit(dashboard, "second", bench, "out.jsonl")

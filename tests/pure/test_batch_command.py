@@ -80,7 +80,7 @@ def test_what_cannot_go_on_is_1_and_goes_on_later(batch, capsys):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_writes_down_what_has_ended_before_anything_is_torn_down(batch, desk, monkeypatch, capsys, signum):
+def test_a_signal_writes_down_what_has_ended_before_anything_is_torn_down(batch, desk, monkeypatch, capfd, signum):
     monkeypatch.setattr(journal, "_SAVE_S", 1e9)
     before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
     answered, at_teardown = [], []
@@ -98,7 +98,7 @@ def test_a_signal_writes_down_what_has_ended_before_anything_is_torn_down(batch,
         answered.append(row.custom_id)
 
     assert batch("--part-rows", "100", fake=Stopped(before=stop)) == 128 + signum
-    assert "start the same command again to go on" in capsys.readouterr().err
+    assert "start the same command again to go on" in capfd.readouterr().err
     assert at_teardown and [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
     second = FakeAnswerer()
     assert batch(fake=second) == 0
