@@ -62,12 +62,12 @@ def submit(dashboard, name, bench, output):
 
 def test_stopped_and_submitted_again(tmp_path, dashboard):
     bench = Bench(tmp_path)
-    bench.write(200, (1, 1), scheduler={"max_num_seqs": 8})
+    bench.write(800, (1, 1), scheduler={"max_num_seqs": 8})
     submit(dashboard, "plain", bench, "plain.jsonl")
     until(lambda: "succeeded" in job(dashboard, "status", "plain").lower(), every_s=1)
 
     submit(dashboard, "first", bench, "out.jsonl")
-    until(lambda: len(bench.saved("out.jsonl")) >= 2)
+    until(lambda: bench.saved("out.jsonl"))
     job(dashboard, "stop", "first")
     assert "stopped" in job(dashboard, "status", "first").lower()
     assert "stopping; what is done is kept" in job(dashboard, "logs", "first")
@@ -77,4 +77,4 @@ def test_stopped_and_submitted_again(tmp_path, dashboard):
     until(lambda: "succeeded" in job(dashboard, "status", "second").lower(), every_s=1)
     assert bench.files("out.jsonl") == bench.files("plain.jsonl")
     [summary] = [line for line in job(dashboard, "logs", "second").splitlines() if '"completed"' in line]
-    assert 0 < json.loads(summary)["skipped"] < 200
+    assert 0 < json.loads(summary)["skipped"] < 800
