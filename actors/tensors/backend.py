@@ -187,6 +187,19 @@ class Backend(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The Gumbel arg-max of each row: scores (float32) and ids (int64) [R]; see sampling.gumbel.gumbel_argmax."""
 
+    def lowest_kept(
+        self,
+        scores_UV: torch.Tensor,
+        best_U1: torch.Tensor,
+        is_known_U1: torch.Tensor,
+        top_k_U1: torch.Tensor,
+        top_p_U1: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """What top_k and top_p keep of a vocabulary that is here whole, by a kernel; None: there is no kernel.
+
+        As sampling.vocabulary_search.Vocabulary.lowest_kept; where it is known already, anything.
+        """
+
     def graph_runner(
         self, model: RankModel, plan: Plan, padding_block: int, sampled_ids: SampledIds
     ) -> GraphRunner | None:

@@ -80,7 +80,8 @@ class Runner:
         self.neighbors = neighbors
         self.clock = PhaseClock()
         vocabulary = neighbors.stage, self.shard.vocab_rows, self.plan.spec.vocab_size
-        self.sampler = Sampler(*vocabulary, self.backend.best_tokens, self.backend.runs_ahead)
+        backend = self.backend
+        self.sampler = Sampler(*vocabulary, backend.best_tokens, backend.runs_ahead, backend.lowest_kept)
         logprobs = LogprobReader(*vocabulary, self.backend.download)
         self._sampling = StepSampler(self.backend, self.sampler, logprobs, self._sampled_ids)
         self._receiver = self._sender = None

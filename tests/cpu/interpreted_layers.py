@@ -194,6 +194,7 @@ def test_fused_models_bring_the_ids_of_the_cpu(family: str, runner_of: Callable[
         "attention_block": 2,
         "decoder_layer": 0 if family == "gemma2" else 2,
         "paged_attention": 2,
+        "vocabulary_search": 1,
     }
     assert found == {"rms_norm": NUM_NORMS[family], **others}, runner.substitutions
     assert runner.attention._builder.mask_specs == frozenset(), "no masks are made for attentions that need none"

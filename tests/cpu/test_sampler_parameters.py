@@ -76,9 +76,8 @@ def allowed(num_shards: int, logits: torch.Tensor, sampling: Sequence[SamplingPa
     assert truncation is not None and len(truncation.rows_K) == len(sampling)
 
     def job(group: Any, mine: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor:
-        found = [
-            truncation_thresholds(mine, truncation, group, rows, logits.shape[1], ahead) for ahead in (False, True)
-        ]
+        given = mine, truncation, group, rows, logits.shape[1]
+        found = [truncation_thresholds(*given, ahead, None) for ahead in (False, True)]
         assert torch.equal(*found), "what is read on the host changes nothing"
         return found[0]
 

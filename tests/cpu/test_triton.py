@@ -16,12 +16,12 @@ from triton.runtime.jit import JITFunction
 
 from actors.decisions.model.spec import AttentionSpec, MaskSpec
 from actors.tensors.attention.metadata import LayerCache, PagedRows
-from actors.tensors.backends.cuda import attention_kernels, layer_kernels
+from actors.tensors.backends.cuda import attention_kernels, layer_kernels, sampling_kernels
 from actors.tensors.backends.cuda.attention_trial import why_no_kernels
 from actors.tensors.backends.cuda.paged_attention import PagedAttention, Processor
 
 CPU = torch.device("cpu")
-INTERPRETED = [str(Path(__file__).with_name(f"interpreted_{what}.py")) for what in ("attention", "layers")]
+INTERPRETED = [str(Path(__file__).with_name(f"interpreted_{what}.py")) for what in ("attention", "layers", "sampling")]
 SHARED_BYTES = 99 << 10  # what a program may have on every GPU since Ampere; A100 and H100 have more
 
 
@@ -89,7 +89,7 @@ def compile_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any
     monkeypatch.setattr(JITFunction, "run", warm_up)
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     yield compile_for
-    for kernel in [*vars(attention_kernels).values(), *vars(layer_kernels).values()]:
+    for kernel in [*vars(attention_kernels).values(), *vars(layer_kernels).values(), *vars(sampling_kernels).values()]:
         if isinstance(kernel, JITFunction):
             kernel.device_caches.clear()
 
@@ -117,6 +117,13 @@ def launch_a_layer(spec: AttentionSpec, hidden: int, inner: int) -> None:
     layer_kernels.gate(new(1, 5, 2 * inner, dtype=torch.bfloat16), "silu")
     x = new(1, 5, hidden, dtype=torch.bfloat16)
     layer_kernels.add_rms_norm(x, x, x[0, 0], 1e-5)
+
+
+def launch_a_search(num_tokens: int) -> None:
+    """Launch the search of a whole vocabulary."""
+    scores_UV, number_U1 = torch.empty(2, num_tokens), torch.empty(2, 1)
+    known_U1, top_k_U1 = torch.zeros(2, 1, dtype=torch.bool), torch.zeros(2, 1, dtype=torch.int64)
+    sampling_kernels.lowest_kept(scores_UV, number_U1, known_U1, top_k_U1, number_U1.double())
 
 
 def resources(cubin: bytes, folder: Path) -> tuple[int, int]:
@@ -170,3 +177,10 @@ def test_machine_code_of_a_layer_spills_nothing(capability: int, compile_for: An
     kernels = compile_for(capability, lambda: launch_a_layer(AttentionSpec("", 64, 8, 128, 128), 8192, 28672))
     assert set(kernels) == {"_add_rms_norm", "_gate", "_rotate_and_store"}
     assert all(one.registers <= 128 and one.spilled_bytes == 0 for one in kernels.values()), kernels
+
+
+@pytest.mark.parametrize("capability", [90, 80])
+def test_machine_code_of_the_search_spills_nothing(capability: int, compile_for: Any) -> None:
+    kernels = compile_for(capability, lambda: launch_a_search(128256))
+    assert set(kernels) == {"_lowest_kept"}
+    assert kernels["_lowest_kept"].spilled_bytes == 0, kernels

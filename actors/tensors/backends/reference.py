@@ -119,6 +119,17 @@ class ReferenceBackend:
         """See Backend."""
         return gumbel_argmax(logits_RV, first_id, temperatures_R1, keys_R1)
 
+    def lowest_kept(
+        self,
+        scores_UV: torch.Tensor,
+        best_U1: torch.Tensor,
+        is_known_U1: torch.Tensor,
+        top_k_U1: torch.Tensor,
+        top_p_U1: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """None: no kernel."""
+        return None
+
     def graph_runner(
         self, model: RankModel, plan: Plan, padding_block: int, sampled_ids: SampledIds
     ) -> GraphRunner | None:

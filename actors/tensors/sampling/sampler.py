@@ -17,7 +17,7 @@ from actors.tensors.sampled_ids import SampledIds
 from actors.tensors.sampling.logits_processors import LogitsProcessors, SamplingRow
 from actors.tensors.sampling.noise import noise_key
 from actors.tensors.sampling.ranking import ids_of, scores_of, sort_keys_of
-from actors.tensors.sampling.truncation import Truncation, truncation_thresholds
+from actors.tensors.sampling.truncation import Truncation, VocabularySearch, truncation_thresholds
 from actors.words.messages import NOT_A_NUMBER
 from cluster.collectives.interface import StageGroup
 
@@ -63,16 +63,18 @@ class Sampler:
         vocab_size: int,
         best_tokens: BestTokens,
         runs_ahead: bool = False,
+        search: VocabularySearch | None = None,
     ) -> None:
         """`best_tokens` is the backend's Gumbel arg-max over this shard's rows of the vocabulary.
 
-        `runs_ahead`: see Backend; then nothing that depends on the logits is read on the host.
+        `runs_ahead`: see Backend; then nothing that depends on the logits is read on the host. `search`: the backend's
+        `lowest_kept`.
         """
         self.group = group
         self.vocab_rows = vocab_rows
         self.vocab_size = vocab_size
         self._best_tokens = best_tokens
-        self._runs_ahead = runs_ahead
+        self._runs_ahead, self._search = runs_ahead, search
 
     def sample(self, logits_RV: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
         """Logits of this shard's vocabulary rows → ids [R], int64, the same on every shard.
@@ -102,7 +104,7 @@ class Sampler:
         """Set the scores of truncated tokens to -inf."""
         scores_KV = scores_RV.index_select(0, truncation.rows_K)
         lowest_K1 = truncation_thresholds(
-            scores_KV, truncation, self.group, self.vocab_rows, self.vocab_size, self._runs_ahead
+            scores_KV, truncation, self.group, self.vocab_rows, self.vocab_size, self._runs_ahead, self._search
         )
         lowest_score_K1, last_id_K1 = scores_of(lowest_K1), ids_of(lowest_K1)
         is_out_KV = (scores_KV < lowest_score_K1) | ((scores_KV == lowest_score_K1) & (ids_V > last_id_K1))

@@ -9,7 +9,7 @@ R rows to sample · K of them that are truncated · U of these that candidates m
 shard · C candidates · P shards.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from actors.words.messages import SamplingParams
 from cluster.collectives.interface import StageGroup
 
 NUM_CANDIDATES = 256  # best tokens of each shard; nearly always they contain the nucleus
+VocabularySearch = Callable[..., torch.Tensor | None]  # see Backend.lowest_kept
 _NUMBERS_AT_ONCE = 1 << 22  # logits of a shard that are searched together: several times their memory is needed
 _ALL = 1 << 62  # top_k of rows that do not use it
 
@@ -86,11 +87,13 @@ def truncation_thresholds(
     vocab_rows: Interval,
     vocab_size: int,
     runs_ahead: bool,
+    search: VocabularySearch | None,
 ) -> torch.Tensor:
     """Scores (logits / temperature) of this shard → the lowest sort key that each row keeps [K, 1], on every shard.
 
     Shards exchange candidates and log-sum-exp. Where these do not prove a row's threshold, its whole vocabulary is
-    searched; with `runs_ahead` (see Backend) the host may not know where, and every row is that may need it.
+    searched; with `runs_ahead` (see Backend) the host may not know where, and every row is that may need it. `search`:
+    the backend's kernel for a shard that has the whole vocabulary, if there is one.
     """
     best_KC = best_of_shard(scores_KV, vocab_rows[0], min(NUM_CANDIDATES, vocab_size))
     # One gather for both: the bits of a float64 fill an int64
@@ -105,11 +108,13 @@ def truncation_thresholds(
     widest = -(-vocab_size // group.size)  # the same on all shards, which exchange for each part of the rows
     for rows_U in torch.split(open_rows_U, max(1, _NUMBERS_AT_ONCE // widest)) if len(open_rows_U) else ():
         scores_UV, best_U1 = scores_KV.index_select(0, rows_U), scores_of(best_KC[rows_U, :1])
-        vocabulary = Vocabulary(scores_UV, best_U1, vocab_rows[0], group)
-        top_k_U1, top_p_U1 = truncation.top_k_K1[rows_U], truncation.top_p_K1[rows_U]
-        found_U1 = vocabulary.lowest_kept(top_k_U1, top_p_U1, vocab_size, truncation.has_large_top_k)
-        found_U1 = found_U1.maximum(lowest_sort_keys_of(best_U1 + truncation.log_min_p_K1[rows_U]))
         is_proven_U1 = is_proven_K[rows_U].unsqueeze(1)
+        cuts = truncation.top_k_K1[rows_U], truncation.top_p_K1[rows_U]
+        found_U1 = search(scores_UV, best_U1, is_proven_U1, *cuts) if search is not None and group.size == 1 else None
+        if found_U1 is None:
+            vocabulary = Vocabulary(scores_UV, best_U1, vocab_rows[0], group)
+            found_U1 = vocabulary.lowest_kept(*cuts, vocab_size, truncation.has_large_top_k)
+        found_U1 = found_U1.maximum(lowest_sort_keys_of(best_U1 + truncation.log_min_p_K1[rows_U]))
         thresholds_K1.index_copy_(0, rows_U, torch.where(is_proven_U1, thresholds_K1[rows_U], found_U1))
     return thresholds_K1
 

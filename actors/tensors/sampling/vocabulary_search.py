@@ -14,7 +14,7 @@ from cluster.collectives.interface import StageGroup
 
 _SCORE_BITS = 32
 _SEARCHED_BITS = (11, 11, 10)  # together the bits of a score
-_WEIGHT_BITS = 44  # of the weight of the best token; 2^18 tokens of this weight fit into an int64
+WEIGHT_BITS = 44  # of the weight of the best token; 2^18 tokens of this weight fit into an int64
 
 
 class Vocabulary:
@@ -26,7 +26,7 @@ class Vocabulary:
         ascending = bits ^ ((bits >> 31) & MAGNITUDE)  # as in sort_keys_of
         self._bits_UV = ascending.long() + (1 << (_SCORE_BITS - 1))
         weights = (scores_UV - best_U1).double().exp().nan_to_num(0.0, 0.0, 0.0).clamp_(max=1.0)
-        self._weights_UV = weights.mul_(1 << _WEIGHT_BITS).long()
+        self._weights_UV = weights.mul_(1 << WEIGHT_BITS).long()
         self._ids_V = torch.arange(first_id, first_id + scores_UV.shape[1], device=scores_UV.device)
         self._group = group
 

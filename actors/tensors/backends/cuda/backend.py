@@ -13,6 +13,7 @@ from actors.tensors.backends.cuda.attention import CUDAAttention
 from actors.tensors.backends.cuda.attention_trial import why_no_kernels
 from actors.tensors.backends.cuda.graph import CUDAGraphs, GraphMaker
 from actors.tensors.backends.cuda.graph_runner import CUDAGraphRunner
+from actors.tensors.backends.cuda.vocabulary_search import Search, try_search
 from actors.tensors.backends.reference import ReferenceBackend
 from actors.tensors.backends.trial import Account, exchanging_nothing
 from actors.tensors.sampled_ids import SampledIds
@@ -25,6 +26,10 @@ class CUDABackend(ReferenceBackend):
     placed_on: ClassVar[Literal["cpu", "cuda"]] = "cuda"
     num_padding_blocks: ClassVar[int] = 1
     runs_ahead: ClassVar[bool] = True
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._search: Search | None = None
 
     def set_up(self) -> None:
         """Make the rank's GPU the current one."""
@@ -69,7 +74,22 @@ class CUDABackend(ReferenceBackend):
                 module_kernels.substitute_norms(model.module, account)
             if self.device.type == "cuda":
                 module_kernels.substitute_rotary(model.module, account)
+            if model.shard.has_head and model.group.size == 1:
+                found = try_search(self.device)
+                self._search = found if callable(found) else None
+                account.put("vocabulary_search", None if callable(found) else found)
         return account.entries()
+
+    def lowest_kept(
+        self,
+        scores_UV: torch.Tensor,
+        best_U1: torch.Tensor,
+        is_known_U1: torch.Tensor,
+        top_k_U1: torch.Tensor,
+        top_p_U1: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """See Backend."""
+        return None if self._search is None else self._search(scores_UV, best_U1, is_known_U1, top_k_U1, top_p_U1)
 
     def graph_runner(
         self, model: RankModel, plan: Plan, padding_block: int, sampled_ids: SampledIds
