@@ -32,6 +32,7 @@ from cluster.placement.placement import (
 from cluster.topology import Topology
 from configs.config import Config
 from deployments.api.sampling_defaults import SamplingDefaults
+from deployments.serve.command import ENVIRONMENT
 
 _SILENCE_S = 600.0  # without any event; then the gang counts as broken
 
@@ -42,7 +43,8 @@ def connected_to_ray(namespace: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for key in ("RAY_USAGE_STATS_ENABLED", "RAY_worker_niceness"):
+        os.environ.setdefault(key, ENVIRONMENT[key])
     try:
         ray.init(namespace=namespace, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     except (ConnectionError, RuntimeError) as error:
