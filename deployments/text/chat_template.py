@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deployments.text.prompts import Conversation, ConversationError, public_text
-from deployments.text.tool_prompt import without_tools
+from deployments.text.tool_prompt import reads_tools, without_tools
 
 CPU_S = 1.0  # processor time for one conversation
 MEMORY_BYTES = 256 * 1024 * 1024  # beside what the process has when it starts
@@ -47,7 +47,7 @@ class ChatTemplate:
             "max_chars": MAX_RENDERED_CHARS,
         }
         self._knows_developers = "developer" in template
-        self.knows_tools = "tools" in template
+        self.knows_tools = reads_tools(template)
         self._null = None if _ASKS_FOR_NULL.search(template) else ""
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None

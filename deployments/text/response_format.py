@@ -13,6 +13,7 @@ from transformers.utils.chat_parsing.response_templates import (
 
 from deployments.text.response_formats import FORMATS
 from deployments.text.tool_calls import PYTHON_CALLS
+from deployments.text.tool_prompt import reads_tools
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +76,9 @@ def choose_format(
             return ResponseFormat("the checkpoint's own", load_response_template(own_template), is_foreign=True)
         except (ValueError, TypeError, AttributeError) as error:
             logger.warning("the tokenizer's response_template is passed over, for it is wrong: %s", error)
-    name = asked if asked != "auto" else _detected(chat_template)
-    if name is None and "tools" not in chat_template:
-        name = DEFAULT
+    name: str | None = asked
+    if asked == "auto":
+        name = _detected(chat_template) if reads_tools(chat_template) else DEFAULT
     known = [chat_template, *added_tokens]
     return None if name is None else _of_table(name, known, generation_prompt)
 

@@ -214,7 +214,10 @@ FORMATS: dict[str, dict[str, Any]] = {
         "Hunyuan A13B, Jamba", ["<tool_calls>"], _json(open="<tool_calls>", close="</tool_calls>")
     ),
     "granite": _format(
-        "Granite 3, Phi-4-mini's newer template", ["<|tool_call|>"], _json(open_pattern=r"<\|tool_call\|>\s*(?=\[)")
+        "Granite 3, Phi-4-mini's newer template",
+        ["<|tool_call|>"],
+        _json(open_pattern=r"<\|tool_call\|>\s*(?=[\[{])"),
+        {"content": "text", "close": "<|/tool_call|>"},
     ),
     "granite_20b": _format(
         "Granite 20B function calling", ["<function_call>"], _json(open_pattern=r"<function_call>\s*(?=\{)")

@@ -1,10 +1,12 @@
 """Tools for chat templates that know none: they are written into the messages, in the way of Hermes and Qwen."""
 
 import json
+import re
 from typing import Any
 
 from deployments.text.prompts import Conversation
 
+_READS_TOOLS = re.compile(r"""\{[%{][^%}]*(?<![\w.'"])tools(?![\w'"])""")  # as a variable, in a tag
 _INTRODUCTION = """You may call one or more functions to assist with the user's request. These are the functions:
 <tools>
 {tools}
@@ -13,6 +15,11 @@ For each call write a JSON object with the function's name and its arguments bet
 <tool_call>
 {{"name": "the function's name", "arguments": {{"an argument": "its value"}}}}
 </tool_call>"""
+
+
+def reads_tools(template: str) -> bool:
+    """Whether a chat template knows tools. Some look for them in a message, where nobody puts them."""
+    return _READS_TOOLS.search(template) is not None
 
 
 def without_tools(conversation: Conversation) -> Conversation:

@@ -234,6 +234,9 @@ FAMILIES: dict[str, Family] = {
     ),
     "FunctionGemma": Family("functiongemma", _gemma_calls("<start_function_call>", "<end_function_call>", "<escape>")),
     "Granite 3": Family("granite", _array("<|tool_call|>")),
+    "Phi-4-mini by its newer template": Family(
+        "granite", _each('<|tool_call|>{"name": "%NAME", "arguments": %ARGS}<|/tool_call|>')
+    ),
     "Granite 20B": Family("granite_20b", _each('<function_call> {"name": "%NAME", "arguments": %ARGS}', "\n")),
     "Phi-4-mini": Family("phi4_mini", _array("functools")),
     "Command R7B": Family(

@@ -52,7 +52,7 @@ def read(found, pieces, prompt):
 def test_a_tokenizers_own_template_reads_as_transformers_reads_it(answer, prompt):
     if "<think>" in prompt:
         answer = answer.removeprefix("<think>") if answer.startswith("<think>") else f"hm</think>{answer}"
-    found = choose_format("auto", OWN, "tools <function=", [], "")
+    found = choose_format("auto", OWN, "{{ tools }} <function=", [], "")
     assert found.is_foreign
     tools = [{"type": "function", "function": {"name": name, "parameters": given}} for name, given in TOOLS.items()]
     right = parse_response(answer, OWN, prefix=prompt, tools=tools)
@@ -63,7 +63,7 @@ def test_a_tokenizers_own_template_reads_as_transformers_reads_it(answer, prompt
 
 @pytest.mark.parametrize("own", [5, {}, {"start_anchor": "x", "fields": {"a": {"open_pattern": "("}}}])
 def test_a_wrong_template_of_a_tokenizer_is_passed_over(own):
-    assert choose_format("auto", own, "tools <tool_call>", [], "").name == "hermes"
+    assert choose_format("auto", own, "{{ tools }} <tool_call>", [], "").name == "hermes"
 
 
 def test_a_pattern_that_explodes_ends_no_answer(monkeypatch):
@@ -86,17 +86,19 @@ def test_a_pattern_without_text_ends_no_answer():
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_is_told_by_each_of_its_marks(name):
-    assert [choose_format("auto", None, f"tools {mark}", [], "").name for mark in FORMATS[name]["marks"]] == [
+    assert [choose_format("auto", None, "{{ tools }} " + mark, [], "").name for mark in FORMATS[name]["marks"]] == [
         name for _ in FORMATS[name]["marks"]
     ]
 
 
 def test_what_tells_no_format():
-    assert choose_format("none", OWN, "tools <tool_call>", [], "") is None
+    assert choose_format("none", OWN, "{{ tools }} <tool_call>", [], "") is None
     assert choose_format("auto", None, "{{ tools }}", [], "") is None
     assert choose_format("auto", None, "{{ messages }}", [], "").name == "hermes"
-    assert choose_format("mistral", OWN, "tools <tool_call>", [], "").name == "mistral"
+    assert choose_format("mistral", OWN, "{{ tools }} <tool_call>", [], "").name == "mistral"
     assert not choose_format("auto", None, "{{ tools }} </think>", [], "").has_calls
+    in_message = "Use tools. {% if 'tools' in message and message.tools %}<|tool|>{% endif %}"
+    assert choose_format("auto", None, in_message, [], "").name == "hermes"
     with pytest.raises(ValueError, match=r"model.tool_format: .*'qwen'.* hermes"):
         choose_format("qwen", None, "", [], "")
 
@@ -108,14 +110,14 @@ def test_thinking_is_read_only_where_the_model_knows_its_marks():
 
 
 def test_the_anchor_is_what_the_template_begins_an_answer_with():
-    found = choose_format("auto", None, "tools <tool_call> </think>", [], "<|im_start|>assistant\n<think>\n")
+    found = choose_format("auto", None, "{{ tools }} <tool_call> </think>", [], "<|im_start|>assistant\n<think>\n")
     spelled = "<|im_start|>assistant\n<think> says the user<|im_end|>\n"
     assert found.prefix(spelled + "<|im_start|>assistant\n<think>\n") == "<think>\n"
     assert found.prefix(spelled + "<|im_start|>assistant\n") == ""
     assert found.prefix("no anchor <think>") == ""
     gemma = choose_format("gemma4", None, "<channel|>", [], "<|turn>model\n")
     assert gemma.prefix("<|turn>model\n<|tool_call>call:f{}<tool_call|><|tool_response>x<tool_response|>") == ""
-    assert choose_format("auto", None, "tools <tool_call> </think>", [], "").prefix("[/INST]") == ""
+    assert choose_format("auto", None, "{{ tools }} <tool_call> </think>", [], "").prefix("[/INST]") == ""
 
 
 def test_templates_that_want_null_and_arguments_as_text_get_them():
