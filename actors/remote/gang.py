@@ -173,13 +173,10 @@ class Gang:
         self._phase("join", lambda: self._join(plan, infos, devices))
         bundle_nodes = placement_group_table(self._placement)["bundles_to_node_id"]
         nodes = [bundle_nodes[self._topology.stage(rank)] for rank in range(len(infos))]
-        ranks_on, share = Counter(nodes), config.cache.memory_share
-        loads = [
-            actor.call.remote("load", share, ranks_on[node]) for actor, node in zip(pool.actors, nodes, strict=True)
-        ]
-        loaded: list[Loaded] = self._phase("load", lambda: self._gather(loads, "loaded the weights"))
+        loaded: list[Loaded] = self._phase("load", lambda: self._gather(self._call_all("load"), "loaded the weights"))
         check_substitutions(plan, loaded)
-        self.num_blocks = num_blocks or _num_blocks(config, plan, loaded)
+        self.num_blocks = num_blocks or config.cache.num_blocks or self._measured_blocks(nodes)
+        plan.fitted(self.num_blocks)  # raises where the longest sequence does not fit
         shapes = self._phase("warm", lambda: self._gather(self._call_all("allocate", self.num_blocks), "warmed up"))
         self.executor.shapes = sorted(set(shapes[0]).intersection(*shapes))
         self._ranks = [
@@ -203,6 +200,15 @@ class Gang:
         meeting = Meeting(self.epoch, infos[0].address, port, self.executor.address)
         self._can_abort = self._gather(self._call_all("join", meeting), "joined all groups")
         self.executor.wait_for_ranks(self._config.timeouts.collective_s)
+
+    def _measured_blocks(self, nodes: list[str]) -> int:
+        """The KV blocks for which every rank has room; `nodes` are those of the ranks."""
+        ranks_on, actors = Counter(nodes), self._pool.actors
+        calls = [
+            actor.call.remote("num_blocks_that_fit", ranks_on[node]) for actor, node in zip(actors, nodes, strict=True)
+        ]
+        num_blocks: list[int] = self._gather(calls, "measured their largest step")
+        return min(num_blocks)
 
     def _inquire(self, verdict: Verdict, dead: dict[int, str]) -> Verdict:
         """Revise the verdict by what lost processes left, which says more than what their neighbors noticed."""
@@ -291,9 +297,3 @@ def _in_words(error: RayError, rank: int) -> str:
         return f"rank {rank} died: {str(error).partition(chr(10))[0]}"
     cause = getattr(error, "cause", None)
     return f"rank {rank} failed: {type(cause).__name__}: {cause}" if cause else f"rank {rank} failed: {error}"
-
-
-def _num_blocks(config: Config, plan: Plan, loaded: list[Loaded]) -> int:
-    num_blocks = config.cache.num_blocks or min(load.num_blocks_that_fit for load in loaded)
-    plan.fitted(num_blocks)  # raises where the longest sequence does not fit
-    return num_blocks

@@ -35,7 +35,6 @@ class Loaded:
 
     weight_bytes: int
     seconds: float
-    num_blocks_that_fit: int
     substitutions: list[Substitution] = field(default_factory=list)
 
 

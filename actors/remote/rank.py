@@ -21,6 +21,7 @@ from actors.remote.rank_channel import RankChannel
 from actors.tensors.backend import Backend
 from actors.tensors.backends.choose import make_backend
 from actors.tensors.launched import Launched
+from actors.tensors.measure import num_blocks_that_fit
 from actors.tensors.runner import Runner
 from actors.tensors.weights.source import resolve_source
 from actors.words.messages import Bucket, Capture, Captured, Check, Shutdown, StepBatch, StepResult, ToRank
@@ -108,7 +109,7 @@ class Rank:
             if is_culprit:
                 self._runner.check_weights()
 
-    def load(self, memory_share: float, ranks_on_node: int) -> Loaded:
+    def load(self) -> Loaded:
         """Read this rank's slices of the weights, once. Raises CheckpointError, UnsupportedModel."""
         assert self._groups is not None, "load before join"
         if self._loaded is not None:
@@ -122,9 +123,16 @@ class Rank:
         for one in substitutions:
             why_not = f"; not {'everywhere' if one.count else 'used'}: {one.reason_not}" if one.reason_not else ""
             self._say("%s: substituted %d times%s", one.what, one.count, why_not)
-        fits = self._runner.num_blocks_that_fit(memory_share, ranks_on_node)
-        self._loaded = Loaded(this.plan.shards[this.rank].weight_bytes, report.seconds, fits, substitutions)
+        self._loaded = Loaded(this.plan.shards[this.rank].weight_bytes, report.seconds, substitutions)
         return self._loaded
+
+    def num_blocks_that_fit(self, ranks_on_node: int) -> int:
+        """Run the largest step, together with all ranks → the KV blocks for which there is room then."""
+        assert self._runner is not None, "load comes first"
+        started = time.monotonic()
+        num_blocks = num_blocks_that_fit(self._runner, self.assignment.config.cache.memory_share, ranks_on_node)
+        self._say("has room for %d KV blocks, measured in %.1f s", num_blocks, time.monotonic() - started)
+        return num_blocks
 
     def allocate(self, num_blocks: int) -> tuple[Bucket, ...]:
         """Make the KV cache and run two steps → the shapes of steps that this rank can capture in graphs."""

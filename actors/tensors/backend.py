@@ -158,7 +158,14 @@ class Backend(Protocol):
         """Set up the process, once and before anything else: number of threads, the current device."""
 
     def free_bytes(self, ranks_on_node: int) -> int:
-        """Bytes that a rank may still take for the KV cache; ranks of one node may have to share them."""
+        """Bytes of the device that a rank may still take; ranks of one node may have to share them."""
+
+    def peak_bytes(self, run: Callable[[int], None], num_tokens: int) -> int:
+        """The most bytes of the device that are taken at a time beside weights and KV cache, with graphs if there are.
+
+        `run(n)` runs a step of n tokens, and all ranks of a gang must run it the same times; `num_tokens` are those of
+        the largest step.
+        """
 
     def upload(self, host: torch.Tensor) -> torch.Tensor:
         """Copy a tensor from the host to the device, without waiting for the device."""

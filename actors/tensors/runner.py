@@ -131,21 +131,26 @@ class Runner:
         """Which modules the backend substituted, and why it left others as they are."""
         return [*self.attention.substitutions, *([] if self.model is None else self.model.substitutions)]
 
-    def num_blocks_that_fit(self, share: float, ranks_on_node: int) -> int:
-        """Blocks of the KV cache that fit into a share of the free memory."""
-        free_bytes = int(self.backend.free_bytes(ranks_on_node) * share)
-        return free_bytes // self.plan.kv_bytes_per_block(self.shard.rank) - self.backend.num_padding_blocks
-
     def allocate_cache(self, num_blocks: int) -> None:
         """Allocate the KV cache, and fit the plan to it. Raises ValueError when the longest sequence does not fit."""
-        assert self.model is not None, "load comes first"
         self.plan = self.plan.fitted(num_blocks)
+        self.put_cache(num_blocks)
+        assert self.model is not None
+        self.graphs = self.backend.graph_runner(self.model, self.plan, num_blocks, self._sampled_ids)
+
+    def put_cache(self, num_blocks: int) -> None:
+        """Allocate a KV cache of any size, with an empty table."""
+        assert self.model is not None, "load comes first"
         self.table = self._new_table()
         self.num_blocks, device = num_blocks, self.backend.device
         num_all = num_blocks + self.backend.num_padding_blocks
         self.cache = KVCache(self.shard.attentions, num_all, self.plan.block_size, self.dtype, device)
         self.model.attach(self.cache)
-        self.graphs = self.backend.graph_runner(self.model, self.plan, num_blocks, self._sampled_ids)
+
+    def drop_cache(self) -> None:
+        """Free the KV cache; another one must follow before the next step."""
+        self._sampling.settle()
+        self.put_cache(0)
 
     @torch.inference_mode()
     def warm_up(self) -> None:

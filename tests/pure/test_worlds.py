@@ -160,7 +160,7 @@ BATCHES = [*range(10), *(pytest.param(batch, marks=pytest.mark.soak) for batch i
 @pytest.mark.parametrize("batch", BATCHES)
 def test_random_worlds(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """No block lost, no request stuck, no row left, no id and no logprob different from brute force."""
-    monkeypatch.setattr("actors.decisions.schedule.scheduler._PROMPT_LOGPROBS_CHUNK", 7)
+    monkeypatch.setattr("actors.decisions.schedule.scheduler.PROMPT_LOGPROBS_CHUNK", 7)
     num_preemptions = num_replayed = 0
     for number in range(50):
         world = World(batch * 50 + number, loss=number % 2 * 0.03)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from actors.decisions.model.accelerators import Accelerator
+from actors.decisions.model.memory import RESERVED_BYTES, beside_cache_bytes
 from actors.decisions.model.plan import Plan
 from actors.decisions.model.shard_plan import ShardPlan, TensorSlice
 from actors.decisions.model.spec import Parameter, dtype_bytes, pattern_of
 from actors.decisions.schedule.blocks import num_blocks_for
 
-RESERVED_BYTES = 1_500_000_000  # of a GPU: its context, the communicator's buffers, the allocator's gaps
 ALL_REDUCE_S = 10e-6  # latency of one all-reduce, with CUDA graphs; 8 GPUs on one switch take 5 to 15 µs
 HOP_S = 20e-6  # latency of a hop between two nodes
 _SUMMED = ("rowwise", "rowwise_split_input", "moe_tp_experts", "all_reduce")
@@ -24,7 +24,8 @@ ASSUMPTIONS = (
     f"a hop between stages takes {HOP_S * 1e6:.0f} µs and one network port a GPU",
     "a batch is spread over as many lanes as there are stages",
     "experts are hit evenly and independently",
-    f"{RESERVED_BYTES / 1e9:.1f} GB of a GPU are not for weights or cache",
+    f"{RESERVED_BYTES / 1e9:.1f} GB of a GPU are its driver's, its context's and the communicators'",
+    "the largest step asks for penalties, top_p and log-probabilities in every row",
 )
 
 
@@ -44,7 +45,7 @@ class Memory:
     """Of one rank, on one accelerator, in bytes."""
 
     weight_bytes: int
-    activation_bytes: int
+    activation_bytes: int  # of the largest step, and what graphs keep
     cache_bytes: int  # what is left for keys and values; negative when not even the weights fit
     num_blocks: int
     longest_context: int  # tokens of one sequence that fit, at most max_model_len
@@ -64,34 +65,19 @@ class Estimate:
         self._memories: dict[int, Memory] = {}  # by rank
 
     def memory(self, rank: int) -> Memory:
-        """The memory of a rank, divided as `Runner.num_blocks_that_fit` does."""
+        """The memory of a rank, divided as ranks do once they have measured their largest step."""
         if rank not in self._memories:
             self._memories[rank] = self._memory(rank)
         return self._memories[rank]
 
     def _memory(self, rank: int) -> Memory:
         shard, plan = self.plan.shards[rank], self.plan
-        free = self.accelerator.memory_bytes - RESERVED_BYTES - shard.weight_bytes - self.activation_bytes(rank)
+        beside = beside_cache_bytes(plan, rank)
+        free = self.accelerator.memory_bytes - RESERVED_BYTES - shard.weight_bytes - beside
         cache = int(free * self.memory_share) if free > 0 else free
         num_blocks = max(0, cache // max(1, plan.kv_bytes_per_block(rank)))
         longest = min(plan.max_model_len, num_blocks * plan.block_size)
-        return Memory(shard.weight_bytes, self.activation_bytes(rank), cache, num_blocks, longest)
-
-    def activation_bytes(self, rank: int) -> int:
-        """Bytes of activations in the largest step: four hidden states, the widest projections, float32 logits."""
-        spec, limits, shard = self.plan.spec, self.plan.scheduler, self.plan.shards[rank]
-        of_each_shape = {tensor.shape: tensor for tensor in shard.tensors if self._is_in_layer(tensor)}
-        widest = max(map(self._width, of_each_shape.values()), default=0)
-        hidden = limits.max_num_batched_tokens * (4 * spec.hidden_size + 2 * widest) * spec.dtype_bytes
-        logits = limits.max_num_seqs * (shard.vocab_rows[1] - shard.vocab_rows[0]) * 4 if shard.has_head else 0
-        return hidden + 2 * logits
-
-    def _width(self, tensor: TensorSlice) -> int:
-        """Elements that a product with the tensor gives for one token; of stacked experts, all that a token uses."""
-        if self._is_stacked(tensor):
-            assert self.plan.spec.experts_per_token is not None
-            return max(tensor.shape[1:]) * self.plan.spec.experts_per_token
-        return next(iter(tensor.shape), 1)
+        return Memory(shard.weight_bytes, beside, cache, num_blocks, longest)
 
     @cached_property
     def num_blocks_that_fit(self) -> int:

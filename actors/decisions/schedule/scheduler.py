@@ -12,7 +12,7 @@ from actors.decisions.schedule.blocks import BlockCounts, BlockPool
 from actors.decisions.schedule.kv_cache_manager import KVCacheManager
 from actors.decisions.schedule.lanes import Flights, Lane, Lanes, age
 from actors.decisions.schedule.sequence import Sequence
-from actors.decisions.schedule.settings import SchedulerSettings
+from actors.decisions.schedule.settings import PROMPT_LOGPROBS_CHUNK, SchedulerSettings
 from actors.decisions.schedule.stats import Stats
 from actors.decisions.schedule.step_time import StepTimeModel
 from actors.decisions.schedule.waiting import Waiting
@@ -27,8 +27,6 @@ from actors.words.messages import (
     StepBatch,
     StepResult,
 )  # fmt: skip
-
-_PROMPT_LOGPROBS_CHUNK = 256  # prompt ids of a step with logprobs: bounds the logits [ids, vocabulary rows]
 
 
 class Scheduler:
@@ -208,7 +206,7 @@ class Scheduler:
         """Add up to `limit` tokens of a sequence to a step → how many."""
         if sequence.wants_prompt_logprobs:
             asked = sum(len(entry.ids) for entry in step.entries if entry.prompt_logprobs)
-            limit = min(limit, _PROMPT_LOGPROBS_CHUNK - asked)
+            limit = min(limit, PROMPT_LOGPROBS_CHUNK - asked)
         if limit <= 0:
             return 0
         known_ids = [] if sequence.is_open else self._kv_cache.reuse_prefix(sequence)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+PROMPT_LOGPROBS_CHUNK = 256  # prompt ids of a step with logprobs: bounds the logits [ids, vocabulary rows]
+
 
 @dataclass(frozen=True)
 class SchedulerSettings:

@@ -1,6 +1,6 @@
 """The backend in plain torch: it is right on every device, and others override what they do faster."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -17,10 +17,13 @@ from actors.tensors.backend import (
     LinearMethod,
     RankModel,
 )
-from actors.tensors.backends.host_memory import available_bytes
+from actors.tensors.backends.host_memory import available_bytes, growth_during
 from actors.tensors.sampled_ids import SampledIds
 from actors.tensors.sampling.gumbel import gumbel_argmax
 from actors.words.messages import Substitution
+
+_SHARE_OF_RANKS = 0.85  # of the main memory that is available
+_TOKENS_WARM, _TOKENS_RUN = 32, 256  # at most, in the step before the one that is measured, and in that one
 
 
 class ReferenceAttention:
@@ -89,8 +92,14 @@ class ReferenceBackend:
         torch.set_num_threads(1)
 
     def free_bytes(self, ranks_on_node: int) -> int:
-        """Available main memory, divided among the ranks of the node."""
-        return available_bytes() // ranks_on_node
+        """Most of the available main memory, divided among the ranks of the node; other programs get the rest."""
+        return int(available_bytes() * _SHARE_OF_RANKS) // ranks_on_node
+
+    def peak_bytes(self, run: Callable[[int], None], num_tokens: int) -> int:
+        """See Backend. A step of many tokens takes long on a CPU: a shorter one is run, and what it takes scaled up."""
+        num_run = min(num_tokens, _TOKENS_RUN)
+        run(min(num_tokens, _TOKENS_WARM))  # kernels are compiled and loaded
+        return growth_during(lambda: run(num_run)) * num_tokens // num_run
 
     def upload(self, host: torch.Tensor) -> torch.Tensor:
         """See Backend."""

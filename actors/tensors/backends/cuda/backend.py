@@ -1,10 +1,11 @@
 """The CUDA backend: paged attention in Triton, small steps in CUDA graphs, norms and rotations of one kernel each."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
 import torch
 
+from actors.decisions.model.memory import GRAPH_BYTES, GRAPH_TOKENS
 from actors.decisions.model.plan import Plan
 from actors.decisions.model.spec import AttentionSpec
 from actors.tensors.backend import AttentionBackend, Download, GraphRunner, LinearMethod, RankModel
@@ -44,6 +45,25 @@ class CUDABackend(ReferenceBackend):
             return super().free_bytes(ranks_on_node)
         free, _ = torch.cuda.mem_get_info(self.device)
         return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+
+    def peak_bytes(self, run: Callable[[int], None], num_tokens: int) -> int:
+        """See Backend. The graphs share a pool, which keeps what the largest captured step takes."""
+        if self.device.type != "cuda":
+            return super().peak_bytes(run, num_tokens)
+        return (
+            sum(self._reserved_by(run, tokens) for tokens in (num_tokens, min(num_tokens, GRAPH_TOKENS))) + GRAPH_BYTES
+        )
+
+    def _reserved_by(self, run: Callable[[int], None], num_tokens: int) -> int:
+        """Bytes that the allocator takes from the device for a step, gaps included."""
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_reserved(self.device)
+        run(num_tokens)
+        torch.cuda.synchronize(self.device)
+        peak = torch.cuda.max_memory_reserved(self.device)
+        torch.cuda.empty_cache()
+        return peak - before
 
     def upload(self, host: torch.Tensor) -> torch.Tensor:
         """See Backend."""

@@ -8,12 +8,11 @@ from typing import NamedTuple
 
 import torch
 
+from actors.decisions.model.memory import SPLIT_KEYS, max_splits
 from actors.decisions.model.spec import AttentionSpec
 from actors.tensors.attention.metadata import LayerCache, PagedRows
 from actors.tensors.backends.cuda import attention_kernels as kernels
 
-_SEGMENT = 256  # keys: splits begin at multiples of it
-_SPLITS_AND_HEADS = 512  # splits of a token's keys times query heads: bounds the scratch, however long a sequence is
 _KEY_TILE_BYTES = 32 << 10  # keys and values of a key tile
 _SUMS = 16384  # weighted values of a query tile, in the registers of 8 warps; half as many for 4 warps
 _PROGRAMS_PER_UNIT = {64: 4, 128: 3, 256: 2, 512: 1}  # that registers have room for, by the columns of a value tile
@@ -131,8 +130,8 @@ def launch_of(spec: AttentionSpec, element_bytes: int, block_size: int, processo
         heads=heads,
         parts=-(-group // heads),
         keys=keys,
-        segment=_SEGMENT,
-        max_splits=_floor(min(64, max(8, _SPLITS_AND_HEADS // spec.num_heads))) if split else 0,
+        segment=SPLIT_KEYS,
+        max_splits=max_splits(spec.num_heads) if split else 0,
     )
     num_warps = 8 if rows > 64 or rows * value_padded > _SUMS // 2 else 4
     return Launch(shape, num_warps, num_stages=3, programs_per_unit=_PROGRAMS_PER_UNIT.get(max(64, value_padded), 1))
@@ -163,7 +162,7 @@ class PagedAttention:
         """List the pieces of a step's work on the device; the host's numbers are only upper bounds."""
         splits = tiles = None
         if rows.max_single:
-            most_splits = min(self._split.shape.max_splits, -(-rows.max_keys // _SEGMENT))
+            most_splits = min(self._split.shape.max_splits, -(-rows.max_keys // SPLIT_KEYS))
             splits = _plan(rows, self._split.shape, rows.max_single * most_splits)
         if rows.max_queries > 1:
             most_tiles = rows.max_tokens // self._chunk.shape.tokens + len(rows.lengths_S)
