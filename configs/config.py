@@ -120,11 +120,12 @@ class CacheConfig(Group):
         "Set it where the size must not depend on what else uses the memory, as in tests.",
     )
     memory_share: Annotated[float, Unit("share")] = Field(
-        default=0.8,
+        default=0.95,
         gt=0,
         lt=1,
-        description="Share of the memory that is free once the weights are loaded; ranks of one CPU node divide it. "
-        "Lower it when ranks run out of memory; raise it for more sequences at once.",
+        description="Share of the memory that is left beside the weights and the largest step, which a start measures; "
+        "on CPU the ranks of a node divide 85 % of what is available. Lower it when ranks run out of memory, or where "
+        "other programs use the device too.",
     )
     prefix_cache: bool = Field(
         default=True,

@@ -16,8 +16,9 @@ def num_blocks_that_fit(runner: Runner, memory_share: float, ranks_on_node: int)
     plan, backend = runner.plan, runner.backend
 
     def run(num_tokens: int) -> None:
-        for step in largest_step(plan.scheduler, plan.max_model_len, num_tokens):
-            runner.execute(step)
+        for lane in range(plan.scheduler.num_lanes):  # what one has sent is kept until it sends again
+            for step in largest_step(plan.scheduler, plan.max_model_len, num_tokens, lane):
+                runner.execute(step)
 
     runner.put_cache(_PROVISIONAL_BLOCKS)
     try:

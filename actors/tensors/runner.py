@@ -148,8 +148,11 @@ class Runner:
         self.model.attach(self.cache)
 
     def drop_cache(self) -> None:
-        """Free the KV cache; another one must follow before the next step."""
+        """Free the KV cache, and what was kept of steps over it; another one must follow before the next step."""
         self._sampling.settle()
+        for sending, _ in self._sendings.values():
+            sending.wait()
+        self._sendings.clear()
         self.put_cache(0)
 
     @torch.inference_mode()

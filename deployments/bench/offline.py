@@ -163,7 +163,7 @@ def _measure_batch(bench: _Bench, name: str, batch: int, config: Config, options
 
 
 def _best(bench: _Bench, batch: int, config: Config, options: argparse.Namespace) -> tuple[float | None, float | None]:
-    """The roofline's limits of prefill and decode, in tokens/s."""
+    """The estimates of prefill and decode, in tokens/s."""
     if options.gpu is None:
         return None, None
     estimate = Estimate(bench.plan, ACCELERATORS[options.gpu], config.cache.memory_share, bench.num_blocks)

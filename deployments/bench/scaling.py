@@ -40,7 +40,7 @@ class BatchSpeed:
     batch: int
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
-    best_prefill_tokens_per_s: float | None  # the roofline's limit; None: the device is not known
+    best_prefill_tokens_per_s: float | None  # as `stagemesh plan` estimates it; None: the device is not known
     best_decode_tokens_per_s: float | None
 
     @property

@@ -128,7 +128,7 @@ def _speed(report: PlanReport) -> list[str]:
         for one in report.decode
     ]
     return [
-        f"Speed at best (roofline), contexts of {report.context} tokens",
+        f"Speed, estimated for contexts of {report.context} tokens",
         *_aligned(rows),
         f"  prefill {report.prefill_tokens_per_s:.0f} tokens/s",
     ]

@@ -14,6 +14,7 @@ pytestmark = [pytest.mark.timeout(10), pytest.mark.usefixtures("specs_are_read_o
 ROOT = Path(__file__).resolve().parents[2]
 PRESET = (ROOT / "configs" / "llama70b_tp8_pp4.yaml").read_text()
 
+SCHEDULER = "      scheduler:"
 STAGES = "pipeline_parallel_size: 4"
 
 # (what stands in a preset, what is put in its place) → what is said
@@ -51,8 +52,8 @@ BREAKS = {
         (STAGES, STAGES + "\n        tp_plan: {layers.*.self_attn.q_proj: replicate}"),
         "q_proj and .*o_proj do not fit",
     ),
-    "a memory share above one": (("memory_share: 0.85", "memory_share: 1.5"), "cache.memory_share"),
-    "a cache too small": (("memory_share: 0.85", "num_blocks: 100"), "cache.num_blocks: 100 blocks .*takes 8192"),
+    "a memory share above one": ((SCHEDULER, "      cache: {memory_share: 1.5}\n" + SCHEDULER), "cache.memory_share"),
+    "a cache too small": ((SCHEDULER, "      cache: {num_blocks: 100}\n" + SCHEDULER), "num_blocks: 100 .*takes 8192"),
     "a step too small": (("max_num_batched_tokens: 8192", "max_num_batched_tokens: 100"), "scheduler.max_num_batched"),
     "an unknown strategy": (("STRICT_SPREAD", "SPREAD_OUT"), "placement.strategy"),
 }  # fmt: skip

@@ -16,7 +16,6 @@ from actors.decisions.model.spec import AttentionSpec
 from actors.tensors.attention.kv_cache import KVCache
 from actors.tensors.backends.cpu.backend import CPUBackend
 from actors.tensors.backends.cpu.linear import OneDnnPackedLinear, linear_method
-from actors.tensors.backends.host_memory import available_bytes
 from actors.tensors.backends.reference import ReferenceBackend
 from actors.tensors.model.parallel_layers import RowwiseLinear, VocabParallelEmbedding, owns_weight, rebase
 from actors.tensors.model.parallelize import parallelize
@@ -348,16 +347,6 @@ def test_sampling_is_repeatable_and_warm_up_leaves_no_trace(runner: Runner) -> N
     assert [draw(20 + seed, seed) for seed in range(12)] == first
     assert len({str(ids) for ids in first}) > 4
     assert all(seq >= 0 for seq in runner.table.rows)
-
-
-def test_memory_is_shared_fairly(runner: Runner) -> None:
-    free = available_bytes()
-    per_block = runner.plan.kv_bytes_per_block(0)
-    alone, among_four = runner.num_blocks_that_fit(0.5, 1), runner.num_blocks_that_fit(0.5, 4)
-    assert 0.3 * free < alone * per_block < 0.7 * free
-    assert 0.2 * alone < among_four < 0.3 * alone
-    assert runner.cache is not None
-    assert runner.cache.num_bytes == 40 * per_block
 
 
 def test_a_cache_too_small_for_one_sequence_is_refused(runner: Runner) -> None:

@@ -316,7 +316,7 @@ def test_a_rank_logs_each_substitution_once_and_none_leaves_them_out(
     rank = Rank(Assignment(config, plan, 0, "127.0.0.1", "cpu"))
     rank._groups = Alone()
     with caplog.at_level(logging.INFO):
-        loaded = rank.load(0.5, 1)
+        loaded = rank.load()
     lines = [record.getMessage() for record in caplog.records if "substituted" in record.getMessage()]
     assert len(lines) == len(loaded.substitutions)
     names = {one.what for one in loaded.substitutions}

@@ -58,7 +58,7 @@ def run(folder: Path, device: str, dtype: str) -> tuple[list[list[int]], torch.T
     backend = (ReferenceBackend if device == "cuda" else CPUBackend)(torch.device(device))
     runner = RecordingRunner(make_plan(config, read_spec(folder, dtype)), 0, Alone(), backend)
     runner.load(folder)
-    runner.allocate_cache(min(100, runner.num_blocks_that_fit(0.1, 1)))
+    runner.allocate_cache(100)
     runner.warm_up()
     sampling = [SamplingParams(temperature=0), SamplingParams(0.8, seed=3), SamplingParams(temperature=0)]
     opened = [NewSequence(seq, params, []) for seq, params in enumerate(sampling)]

@@ -12,8 +12,10 @@ _SAMPLING_OF_PROMPT = SamplingParams(temperature=1.0, seed=0, logprobs=_NUM_TOP,
 _CONTEXT_PER_TOKEN = 16  # the longest context of a step, beside its tokens
 
 
-def largest_step(settings: SchedulerSettings, max_model_len: int, num_tokens: int) -> tuple[StepBatch, StepBatch]:
-    """(A step of `num_tokens` tokens, or as many as there can be; the step that closes its sequences).
+def largest_step(
+    settings: SchedulerSettings, max_model_len: int, num_tokens: int, lane: int
+) -> tuple[StepBatch, StepBatch]:
+    """(A lane's step of `num_tokens` tokens, or as many as there can be; the step that closes its sequences).
 
     Every sequence samples. The first brings the prompt ids whose log-probabilities are wanted, the next ones long
     chunks of prompts, and the others a token each. All blocks are block 0, so that a cache of one block is enough: what
@@ -34,4 +36,4 @@ def largest_step(settings: SchedulerSettings, max_model_len: int, num_tokens: in
         opened.append(NewSequence(seq, sampling, [0] * start, start + num_ids))
         entries.append(Entry(seq, start, [0] * num_ids, blocks, sample=True, prompt_logprobs=is_prompt))
     closed = [new.seq for new in opened]
-    return StepBatch(0, -4, 0, opened, [], entries), StepBatch(0, -3, 0, [], closed, [])
+    return StepBatch(0, -4, lane, opened, [], entries), StepBatch(0, -3, lane, [], closed, [])

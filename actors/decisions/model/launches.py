@@ -1,0 +1,29 @@
+"""How many launches a decode step takes on CUDA, by family, and what one costs: kernels, and operators that start one.
+
+Counted on the real step by tests/cpu/interpreted_layers.py, which holds the families that it builds to these numbers;
+docs/gpu.md says what makes the difference. All-reduces are counted apart.
+"""
+
+from actors.decisions.model.spec import ModelSpec
+
+# Inside a CUDA graph, beside what a kernel reads or computes: 1.3 to 2.5 µs on an H100 (docs/gpu.md)
+LAUNCH_S = 1.9e-6
+OF_A_STEP = 40  # outside the layers: inputs, the last norm, the head, sampling without log-probabilities
+
+_OF_A_LAYER = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite"), 10),
+    **dict.fromkeys(("gemma2", "gemma3_text"), 14),
+    "phi3": 24,
+    "qwen3_moe": 25,
+    "mixtral": 27,
+    "olmo2": 25,
+    "gpt_neox": 29,
+    "cohere": 30,
+    "glm4": 30,
+}
+_OTHERS = 30  # where nothing but norms is fused
+
+
+def launches_of_a_layer(spec: ModelSpec) -> int:
+    """Launches of one decoder layer in a decode step, all-reduces left out."""
+    return _OF_A_LAYER.get(spec.model_type, _OTHERS)
