@@ -169,13 +169,12 @@ def test_estimates_are_near_what_is_expected_of_an_h100() -> None:
         assert found == pytest.approx(expected, rel=0.15)
 
 
-def test_where_links_are_slow_all_reduces_limit() -> None:
-    source = "meta-llama/Llama-3.1-8B-Instruct"
-    h100, l40s = (Estimate(planned(source, 4, 1), ACCELERATORS[name], 0.8) for name in ("h100-80gb", "l40s"))
-    assert l40s.decode(64, 128).limited_by == "all-reduces"
-    assert h100.decode(64, 128).limited_by == "memory bandwidth"
-    small = planned("meta-llama/Llama-3.1-8B-Instruct", 8, 1)
-    assert Estimate(small, ACCELERATORS["b200"], 0.8).decode(1, 128).limited_by == "launches"
+def test_what_limits_is_named() -> None:
+    limits = {"max_num_seqs": 256}
+    plan = planned("meta-llama/Llama-3.1-8B-Instruct", 8, 1, scheduler=limits)
+    batches = {"l40s": (256, "all-reduces"), "h100-80gb": (256, "memory bandwidth"), "b200": (1, "launches")}
+    for name, (batch, limited_by) in batches.items():
+        assert Estimate(plan, ACCELERATORS[name], 0.8).decode(batch, 512).limited_by == limited_by
 
 
 def test_experts_are_read_as_often_as_they_are_hit() -> None:
@@ -280,7 +279,8 @@ def test_attention_to_a_prompt_grows_with_its_square() -> None:
 
     spec = planned("Qwen/Qwen3-32B", 1, 1).spec
     heads = sum(one.num_heads * (one.key_dim + one.value_dim) for one in spec.attentions)
-    more = 1 / prefill(32768) - 1 / prefill(8192)  # seconds a token
+    launches_s = (64 * 10 + OF_A_STEP) * LAUNCH_S
+    more = 1 / prefill(32768) - 1 / prefill(8192) + launches_s * (1 / 8192 - 1 / 32768)  # seconds a token
     assert more * ACCELERATORS["b200"].bf16_flop_per_s == pytest.approx(heads * (32768 - 8192), rel=1e-3)
 
 
@@ -391,7 +391,7 @@ def test_a_name_that_speaks_of_quantization_is_doubted(tmp_path: Path, capsys: p
 def test_experts_in_lists_count_as_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     """Hunyuan names its experts by layer: 8 of 64 for a token, so that a step reads an eighth of them."""
     said = asked(capsys, str(PUBLISHED / "Hunyuan-A13B-Instruct"), "--tp", "4")
-    assert said["decode"][0]["ms_per_token"] < 4
+    assert said["decode"][0]["ms_per_token"] < 6
 
 
 def test_sampling_defaults_that_would_end_a_start_have_no_plan(
