@@ -2,24 +2,28 @@
 
 import functools
 from collections.abc import Callable
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
+from unittest import mock
 
 import pytest
 import torch
+from torch.autograd import profiler
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MixtralConfig, PreTrainedConfig
 
 from actors.decisions.model.memory import activation_bytes
 from actors.decisions.model.plan import Plan, make_plan
+from actors.tensors.backends.cpu.backend import CPUBackend
+from actors.tensors.backends.host_memory import available_bytes
 from actors.tensors.backends.reference import ReferenceBackend
 from actors.tensors.measure import num_blocks_that_fit
 from actors.tensors.model.spec_reader import read_spec
 from actors.tensors.runner import Runner
+from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
 from cluster.collectives.interface import LoneShard
 from configs.config import Config
-from tests.fakes.held_bytes import HeldBytes
 
 CPU = torch.device("cpu")
 ALONE: Any = SimpleNamespace(stage=LoneShard(), previous=None, next=None, feedback=None)
@@ -56,15 +60,15 @@ class KernelAttention:
 class CountingBackend(ReferenceBackend):
     """Reports its allocations."""
 
+    runs_ahead: ClassVar[bool] = True  # as a GPU
     peak = 0
 
     def attention(self, specs: Any, dtype: torch.dtype, block_size: int) -> Any:
         return KernelAttention(super().attention([], dtype, block_size))
 
     def peak_bytes(self, run: Callable[[int], None], num_tokens: int) -> int:
-        with HeldBytes() as held:
-            run(num_tokens)
-        self.peak = held.peak
+        run(16)
+        self.peak = peak_of(lambda: run(num_tokens))
         return self.peak
 
     def free_bytes(self, ranks_on_node: int) -> int:
@@ -84,23 +88,67 @@ def planned(folder: Path, max_num_seqs: int, max_num_batched_tokens: int) -> Pla
     return make_plan(Config(model={"source": str(folder)}, scheduler=limits), read_spec(folder, "bfloat16"))
 
 
+def peak_of(work: Callable[[], None]) -> int:
+    """The most bytes that tensors take at a time, beyond those before, as torch's allocator reports them."""
+    with profiler.profile(use_cpu=True, profile_memory=True) as profile:
+        work()
+    events: Any = profile.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(accumulate(num_bytes for _, num_bytes in changes))
+
+
 # (sequences, tokens of a step, vocabulary): of many tokens the layers take the most, of many sequences the sampling
-STEPS = {"layers": (8, 128, 64), "sampling": (128, 160, 2000), "log-probabilities": (4, 300, 4000)}
+STEPS = {"layers": (8, 96, 64), "sampling": (128, 160, 2000), "log-probabilities": (4, 300, 4000)}
 
 
 @pytest.mark.parametrize(
     ("family", "step"), [*product(FAMILIES, ["layers"]), ("llama", "sampling"), ("llama", "log-probabilities")]
 )
 def test_planned_activations_are_near_those_that_are_counted(family: str, step: str, tmp_path: Path) -> None:
+    """Within 5 % of the whole rank's memory. Layers without substitutes take somewhat less than planned."""
     max_num_seqs, num_tokens, vocab_size = STEPS[step]
     folder = folder_of(family, tmp_path, vocab_size)
     plan = planned(folder, max_num_seqs, num_tokens)
     backend = CountingBackend(CPU)
     runner = Runner(plan, 0, ALONE, backend)
     runner.load(folder)
-    with torch.inference_mode():
-        num_blocks_that_fit(runner, 0.95, 1)
+    num_blocks = num_blocks_that_fit(runner, 0.9, 1)
+    assert num_blocks == int((FREE_BYTES - backend.peak) * 0.9) // plan.kv_bytes_per_block(0)
     whole_bytes = plan.shards[0].weight_bytes + backend.peak
     difference = activation_bytes(plan, 0, num_tokens) - backend.peak
-    print(family, step, difference, backend.peak, whole_bytes, difference / whole_bytes)
-    assert -0.01 * whole_bytes < difference < 0.05 * whole_bytes
+    assert -0.01 * whole_bytes < difference < 0.05 * whole_bytes, (difference, backend.peak, whole_bytes)
+
+
+def test_what_has_no_room_is_refused_by_the_key_that_mends_it(tmp_path: Path) -> None:
+    folder = folder_of("llama", tmp_path, 64)
+    runner = Runner(planned(folder, 8, 96), 0, ALONE, CountingBackend(CPU))
+    runner.load(folder)
+    no_room = mock.patch.object(CountingBackend, "peak_bytes", side_effect=torch.OutOfMemoryError("1 GiB"))
+    with (
+        no_room,
+        pytest.raises(ValueError, match=r"scheduler\.max_num_batched_tokens: a step of 96 tokens has no"),
+    ):
+        num_blocks_that_fit(runner, 0.9, 1)
+    with mock.patch.object(CountingBackend, "free_bytes", return_value=1000):
+        assert num_blocks_that_fit(runner, 0.9, 1) == 0
+
+
+def test_a_rank_that_has_measured_computes_as_one_that_has_not(tmp_path: Path) -> None:
+    """On the CPU backend, by how the process grows: the ranks of a node share its memory."""
+    folder, ids = folder_of("llama", tmp_path, 64), []
+    plan = planned(folder, 8, 96)
+    for measures in (True, False):
+        runner = Runner(plan, 0, ALONE, CPUBackend(CPU))
+        runner.load(folder)
+        if measures:
+            alone, among_four = num_blocks_that_fit(runner, 0.9, 1), num_blocks_that_fit(runner, 0.9, 4)
+            assert 0.5 < alone * plan.kv_bytes_per_block(0) / available_bytes() < 0.85
+            assert 0.2 * alone < among_four < 0.3 * alone
+        runner.allocate_cache(plan.num_blocks_for_longest)
+        runner.warm_up()
+        opened = [NewSequence(0, SamplingParams(0.9, seed=3), [], 5)]
+        steps = [StepBatch(1, 0, 0, opened, [], [Entry(0, 0, [1, 2, 3, 4, 5], [3], True)])]
+        steps += [StepBatch(1, 1 + i, 0, [], [], [Entry(0, 5 + i, [i], [], True)]) for i in range(8)]
+        ids.append([sampled.token_ids for step in steps if (sampled := runner.execute(step))])
+    assert ids[0] == ids[1]
+    assert len({token_id for step in ids[0] for (token_id,) in step}) > 3

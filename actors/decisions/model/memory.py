@@ -9,17 +9,19 @@ import math
 from actors.decisions.model.plan import Plan
 from actors.decisions.model.shard_plan import AttentionShard, TensorSlice
 from actors.decisions.schedule.blocks import num_blocks_for
+from actors.decisions.schedule.buckets import MAX_MIXED_TOKENS
 from actors.decisions.schedule.settings import PROMPT_LOGPROBS_CHUNK
 
 RESERVED_BYTES = 1_500_000_000  # of a GPU: its driver, its context, the communicators' buffers
-GRAPH_TOKENS = 512  # of the largest step that a CUDA graph holds
 GRAPH_BYTES = 500_000_000  # of all graphs of a rank beside that step's tensors: nodes, static buffers, workspaces
 SPLIT_KEYS = 256  # splits of a token's keys begin at multiples of it
+SEARCHED_AT_ONCE = 1 << 22  # logits of a shard in which thresholds are searched together
 
 _SPLITS_AND_HEADS = 512  # splits of a token's keys times query heads: bounds their sums, however long a sequence is
 _HIDDEN_STATES = 10  # of a layer that are alive at a time: residuals, norms, and what Python still names
-_SAMPLING_BYTES = 43  # an element of the logits that are sampled from: penalties, scores and noise
-_LOGPROBS_BYTES = 8  # an element of the logits of a prompt's log-probabilities
+# Beside an element of the logits: scores and noise of what is sampled; scores alone, and their search for thresholds;
+# log-probabilities. And beside an id of a sequence with penalties.
+_NOISE_BYTES, _SCORES_BYTES, _SEARCH_BYTES, _LOGPROBS_BYTES, _HISTORY_BYTES = 33, 16, 62, 8, 20
 
 
 def max_splits(num_heads: int) -> int:
@@ -34,17 +36,14 @@ def activation_bytes(plan: Plan, rank: int, num_tokens: int) -> int:
     if not shard.has_head:
         sent = plan.scheduler.num_lanes * num_tokens * _state_elements(plan) * element_bytes  # kept until the next one
         return layer + sent
-    vocab_rows = shard.vocab_rows[1] - shard.vocab_rows[0]
-    num_sampled = min(plan.scheduler.max_num_seqs, num_tokens)
-    of_prompt = min(PROMPT_LOGPROBS_CHUNK, num_tokens)
-    logits = (num_sampled + of_prompt) * vocab_rows * element_bytes
-    return max(layer, logits + vocab_rows * max(num_sampled * _SAMPLING_BYTES, of_prompt * _LOGPROBS_BYTES))
+    return max(layer, _head_bytes(plan, rank, num_tokens))
 
 
 def beside_cache_bytes(plan: Plan, rank: int) -> int:
     """Bytes that a step and graphs take on a rank of a GPU, beside weights, KV cache and RESERVED_BYTES."""
     largest = plan.scheduler.max_num_batched_tokens
-    return sum(activation_bytes(plan, rank, tokens) for tokens in (largest, min(largest, GRAPH_TOKENS))) + GRAPH_BYTES
+    captured = min(largest, MAX_MIXED_TOKENS)
+    return activation_bytes(plan, rank, largest) + activation_bytes(plan, rank, captured) + GRAPH_BYTES
 
 
 def _layer_elements(plan: Plan, rank: int) -> int:
@@ -74,6 +73,19 @@ def _expert_columns(tensor: TensorSlice, hidden_size: int) -> int | None:
     if len(tensor.full_shape) != 3 or hidden_size not in tensor.full_shape[1:]:
         return None
     return tensor.shape[2] if tensor.full_shape[1] == hidden_size else tensor.shape[1]
+
+
+def _head_bytes(plan: Plan, rank: int, num_tokens: int) -> int:
+    """Of logits, and of sampling from them with penalties, top_p and log-probabilities, those of a prompt too."""
+    first, end = plan.shards[rank].vocab_rows
+    num_rows = min(plan.scheduler.max_num_seqs, num_tokens)
+    num_prompt_rows = min(PROMPT_LOGPROBS_CHUNK, num_tokens - num_rows + 1)
+    logits = (num_rows + num_prompt_rows) * (end - first) * plan.spec.dtype_bytes
+    sampled = num_rows * (end - first)
+    search = sampled * _SCORES_BYTES + min(sampled, SEARCHED_AT_ONCE) * _SEARCH_BYTES
+    history = num_rows * min(plan.max_model_len, num_tokens) * _HISTORY_BYTES
+    of_prompt = num_prompt_rows * (end - first) * _LOGPROBS_BYTES
+    return logits + max(max(sampled * _NOISE_BYTES, search) + history, of_prompt)
 
 
 def _split_bytes(plan: Plan, rank: int, num_tokens: int) -> int:

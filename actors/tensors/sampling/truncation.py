@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from actors.decisions.model.memory import SEARCHED_AT_ONCE
 from actors.decisions.model.shard_plan import Interval
 from actors.tensors.backend import Upload
 from actors.tensors.sampling.logits_processors import SamplingRow
@@ -24,7 +25,6 @@ from cluster.collectives.interface import StageGroup
 
 NUM_CANDIDATES = 256  # best tokens of each shard; nearly always they contain the nucleus
 VocabularySearch = Callable[..., torch.Tensor | None]  # see Backend.lowest_kept
-_NUMBERS_AT_ONCE = 1 << 22  # logits of a shard that are searched together: several times their memory is needed
 _ALL = 1 << 62  # top_k of rows that do not use it
 
 
@@ -106,7 +106,7 @@ def truncation_thresholds(
         return thresholds_K1
     open_rows_U = truncation.open_rows_U if runs_ahead else (~is_proven_K).nonzero()[:, 0]
     widest = -(-vocab_size // group.size)  # the same on all shards, which exchange for each part of the rows
-    for rows_U in torch.split(open_rows_U, max(1, _NUMBERS_AT_ONCE // widest)) if len(open_rows_U) else ():
+    for rows_U in torch.split(open_rows_U, max(1, SEARCHED_AT_ONCE // widest)) if len(open_rows_U) else ():
         scores_UV, best_U1 = scores_KV.index_select(0, rows_U), scores_of(best_KC[rows_U, :1])
         is_proven_U1 = is_proven_K[rows_U].unsqueeze(1)
         cuts = truncation.top_k_K1[rows_U], truncation.top_p_K1[rows_U]

@@ -5,9 +5,10 @@ from typing import ClassVar, Literal
 
 import torch
 
-from actors.decisions.model.memory import GRAPH_BYTES, GRAPH_TOKENS
+from actors.decisions.model.memory import GRAPH_BYTES
 from actors.decisions.model.plan import Plan
 from actors.decisions.model.spec import AttentionSpec
+from actors.decisions.schedule.buckets import MAX_MIXED_TOKENS
 from actors.tensors.backend import AttentionBackend, Download, GraphRunner, LinearMethod, RankModel
 from actors.tensors.backends.cuda import linear, module_kernels, transfer
 from actors.tensors.backends.cuda.attention import CUDAAttention
@@ -50,9 +51,8 @@ class CUDABackend(ReferenceBackend):
         """See Backend. The graphs share a pool, which keeps what the largest captured step takes."""
         if self.device.type != "cuda":
             return super().peak_bytes(run, num_tokens)
-        return (
-            sum(self._reserved_by(run, tokens) for tokens in (num_tokens, min(num_tokens, GRAPH_TOKENS))) + GRAPH_BYTES
-        )
+        captured = min(num_tokens, MAX_MIXED_TOKENS)
+        return self._reserved_by(run, num_tokens) + self._reserved_by(run, captured) + GRAPH_BYTES
 
     def _reserved_by(self, run: Callable[[int], None], num_tokens: int) -> int:
         """Bytes that the allocator takes from the device for a step, gaps included."""
