@@ -15,8 +15,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
+from actors.decisions.model.launches import OF_A_STEP, launches_of_a_layer
+from actors.decisions.model.memory import activation_bytes
 from actors.decisions.model.plan import Plan, make_plan
 from actors.decisions.model.spec import AttentionSpec
+from actors.decisions.schedule.largest_step import largest_step
 from actors.tensors.attention.metadata import LayerCache
 from actors.tensors.backend import StepInputs
 from actors.tensors.backends.cpu.backend import CPUBackend
@@ -27,6 +30,7 @@ from actors.tensors.model.spec_reader import read_spec
 from actors.tensors.runner import Runner
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
 from configs.config import Config
+from tests.fakes.held_bytes import HeldBytes
 
 pytestmark = pytest.mark.timeout(900)  # an interpreter is slow, and slower beside others
 CPU = torch.device("cpu")
@@ -308,3 +312,43 @@ def test_a_decoder_layer_takes_ten_launches(
     kernels = {"attend_splits": 1, "merge_splits": 1, "_rotate_and_store": 1, "_gate": 1, "_add_rms_norm": 2}
     kernels |= {} if is_decode else {"attend_chunks": 1}
     assert layer - Counter(products) == Counter(kernels) and sum(products.values()) == 4, layer
+    assert not is_decode or sum(layer.values()) == launches_of_a_layer(runner_of(family).plan.spec)
+
+
+def test_what_a_decode_step_takes_outside_its_layers_is_about_what_is_estimated(
+    launches: Callable[[Callable[[], Any]], Counter[str]], runner_of: Callable[..., Runner]
+) -> None:
+    """Inputs, the last norm, the head, and sampling at a temperature."""
+    runner = runner_of("qwen3", 1)
+    opened = [NewSequence(0, SamplingParams(0.8, seed=1), [], 3)]
+    runner.execute(StepBatch(0, 0, 0, opened, [], [Entry(0, 0, [1, 2, 3], [0], True)]))
+    step = StepBatch(0, 1, 0, [], [], [Entry(0, 3, [4], [], True)])
+    found = launches(lambda: runner.launch(step))
+    runner.execute(StepBatch(0, 2, 0, [], [0], []))
+    assert sum(found.values()) - launches_of_a_layer(runner.plan.spec) == pytest.approx(OF_A_STEP, rel=0.2), found
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_what_a_fused_step_holds_is_what_is_planned(
+    family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The activations of fused layers; what the interpreter itself holds is left out."""
+    run = KERNEL.run
+
+    def hidden(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(KERNEL, "run", hidden)
+    sizes = {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}
+    folder = folder_of(family, tmp_path, **sizes, intermediate_size=448, num_hidden_layers=2)
+    plan = plan_of(folder)
+    runner = Runner(plan, 0, worlds["Alone"](), CUDABackend(CPU))
+    runner.load(folder)
+    runner.put_cache(1)
+    step, closing = largest_step(plan.scheduler, plan.max_model_len, 96, lane=0)
+    with HeldBytes() as held:
+        runner.execute(step)
+    runner.execute(closing)
+    assert activation_bytes(plan, 0, 96) == pytest.approx(held.peak, rel=0.15)

@@ -8,7 +8,7 @@ from actors.decisions.model.spec import ModelSpec
 
 # Inside a CUDA graph, beside what a kernel reads or computes: 1.3 to 2.5 µs on an H100 (docs/gpu.md)
 LAUNCH_S = 1.9e-6
-OF_A_STEP = 40  # outside the layers: inputs, the last norm, the head, sampling without log-probabilities
+OF_A_STEP = 80  # outside the layers: inputs, the last norm, the head, and half of them sampling at a temperature
 
 _OF_A_LAYER = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite"), 10),
