@@ -205,10 +205,14 @@ def test_a_rank_that_raises_or_hangs_is_noticed_and_every_request_goes_on(
 def test_a_rank_that_cannot_be_aborted_is_ended_and_every_request_goes_on(
     bundles: Any, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Shard 1 is killed, and shard 0 waits for it in a kernel that does not hear of the end of the epoch."""
+    """Shard 1 is killed, and shard 0 waits for it in a kernel that does not hear of the end of the epoch.
+
+    The size of the KV cache is measured, on both ranks together, and stays as it is.
+    """
     from actors.tensors.model.spec_reader import read_spec
 
-    config = Config.model_validate(arguments(checkpoint, 2, 1) | {"recovery": {"clean_s": 60.0}})
+    groups = {"recovery": {"clean_s": 60.0}, "cache": {"memory_share": 0.002}}
+    config = Config.model_validate(arguments(checkpoint, 2, 1) | groups)
     gang = type("StubbornGang", (Gang,), {"actor_class": StubbornActor})(config, Topology(2, 1), bundles, "cpu")
     gang.start(make_plan(config, read_spec(checkpoint, "float32")))
     listener, revivals = Listener(), []
@@ -217,7 +221,8 @@ def test_a_rank_that_cannot_be_aborted_is_ended_and_every_request_goes_on(
         revivals.append(gang.revive(*asked))
         return revivals[-1]
 
-    engine = Engine(gang.executor, SchedulerSettings(16, 8, 64, 1), 512, listener, revive)
+    num_blocks = gang.num_blocks
+    engine = Engine(gang.executor, SchedulerSettings(16, 8, 64, 1), num_blocks, listener, revive)
     engine.start()
     try:
         before = [rank.pid for rank in gang.ranks()]
@@ -230,6 +235,7 @@ def test_a_rank_that_cannot_be_aborted_is_ended_and_every_request_goes_on(
         assert listener.ends["cut"] == ("length", None)
         assert listener.ids["cut"] == listener.ids["whole"]
         (revival,) = revivals
+        assert gang.num_blocks == num_blocks >= 64
         assert revival.verdict.ranks == (1,), "who waits is not to blame"
         assert set(before).isdisjoint(rank.pid for rank in gang.ranks())
         assert revival.seconds["drain"] + revival.seconds["fence"] < config.recovery.clean_s / 2, revival.seconds
