@@ -82,7 +82,9 @@ class LocalGang:
         [port] = self.pool.ask([("work", ("host_store",))])
         self.work("join", Meeting(epoch, ADDRESS, port, self.channel.address))
         self.channel.wait_for_ranks(PATIENCE_S)
-        self.work("load", 0.5, self.num_ranks)
+        self.work("load")
+        if epoch == 0:
+            assert min(self.work("num_blocks_that_fit", self.num_ranks)) > LARGE
         self.channel.shapes = self.work("allocate", LARGE)[0]
         self.pool.tell([("work", ("serve",))] * self.num_ranks)
 

@@ -49,6 +49,8 @@ FAMILIES: dict[str, Callable[..., PreTrainedConfig]] = {
 class KernelAttention:
     """Takes the memory of a kernel: its result, and nothing in between."""
 
+    reads_unwritten = False
+
     def __init__(self, inner: Any) -> None:
         self.substitutions: list[Any] = []
         self.choose_kernels, self.plan, self.write = inner.choose_kernels, inner.plan, inner.write
