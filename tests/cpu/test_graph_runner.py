@@ -275,21 +275,40 @@ def execute(gang: Any, step: StepBatch) -> list[list[int]]:
     return results[0].token_ids
 
 
+class AwaitedBackend(CUDABackend):
+    """Ids are on the host only once they are waited for."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+
+    def download(self, tensor: torch.Tensor) -> Any:
+        download = LateDownload(tensor, random.Random(0))
+        download.is_ready = lambda: download.is_here  # type: ignore[method-assign]
+        return download
+
+
 def test_penalties_count_ids_that_were_still_on_their_way(
     plan_of: Callable[..., Plan], checkpoints: Callable[[str], Path]
 ) -> None:
+    """What is drawn follows from how often each of three ids was drawn; more steps are in flight than the plan says."""
     plan = plan_of("llama", scheduler={"max_num_seqs": 2})
-    runner = make(CUDABackend(CPU), plan, checkpoints("llama"))
-    sampling = SamplingParams(temperature=0, frequency_penalty=2.0)
-    runner.launch(StepBatch(0, 0, 0, [NewSequence(0, sampling, [], 2)], [], [Entry(0, 0, [1, 2], [0, 1, 2], True)]))
-    for number in range(1, 8):
-        runner.launch(StepBatch(0, number, 0, [], [], [Entry(0, 1 + number, [], [], True)]))
-    row = runner.table.rows[0]
-    sampled = runner.table.sampling_row(Entry(0, 8, [], [], True))
-    runner._sampling.settle()
-    assert isinstance(row.ids, array)
-    assert list(sampled.ids) == list(row.ids)
-    assert len(set(row.ids[2:])) > 1
+    sampling = SamplingParams(temperature=0, frequency_penalty=2.0, logit_bias={7: 60.0, 8: 59.0, 9: 57.0})
+    found = []
+    for backend in (CPUBackend(CPU), AwaitedBackend()):
+        runner = make(backend, plan, checkpoints("llama"))
+        prompt = Entry(0, 0, [1, 2], [0, 1, 2, 3, 4], True)
+        launched = [runner.launch(StepBatch(0, 0, 0, [NewSequence(0, sampling, [], 2)], [], [prompt]))]
+        launched += [
+            runner.launch(StepBatch(0, number, 0, [], [], [Entry(0, 1 + number, [], [], True)]))
+            for number in range(1, 12)
+        ]
+        found.append([step.take().token_ids for step in launched])  # type: ignore[union-attr]
+        runner._sampling.settle()
+        row = runner.table.rows[0]
+        assert isinstance(row.ids, array)
+        assert row.ids[2:].tolist() == [token_id for [[token_id]] in found[-1]]
+    assert found[0] == found[1]
+    assert {token_id for [[token_id]] in found[0]} == {7, 8, 9}
 
 
 @pytest.mark.parametrize("num_ids", [1, 2])

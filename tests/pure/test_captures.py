@@ -157,8 +157,9 @@ def until(is_so: Callable[[], bool]) -> None:
 
 
 @pytest.mark.timeout(60)
-def test_the_engine_orders_one_capture_after_the_other_while_it_is_idle() -> None:
-    served = Served()
+def test_the_engine_orders_one_capture_after_the_other_while_it_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    served, resumed = Served(), []
+    monkeypatch.setattr(served.engine._scheduler._step_times, "stopped", resumed.append)
     until(lambda: served.executor.ordered == [LARGEST])
     served.generate("a", 120)
     assert served.executor.ordered == [LARGEST], "one at a time, whatever runs meanwhile"
@@ -169,6 +170,7 @@ def test_the_engine_orders_one_capture_after_the_other_while_it_is_idle() -> Non
     served.executor.end_capture("no room")
     until(lambda: len(served.engine.snapshot().graphs.failed) == 1)
     assert served.engine.snapshot().graphs.num_captured == len(SHAPES) - 1
+    assert len(resumed) == len(SHAPES), "what a capture takes is no step's time"
     served.engine.close()
 
 
