@@ -12,14 +12,12 @@ OF_A_STEP = 80  # outside the layers: inputs, the last norm, the head, and half 
 
 _OF_A_LAYER = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite"), 10),
-    **dict.fromkeys(("gemma2", "gemma3_text"), 14),
-    "phi3": 24,
+    **dict.fromkeys(("gemma2", "gemma3_text", "phi3", "glm4", "olmo2"), 10),
     "qwen3_moe": 25,
     "mixtral": 27,
-    "olmo2": 25,
     "gpt_neox": 29,
     "cohere": 30,
-    "glm4": 30,
+    "gpt_oss": 35,
 }
 _OTHERS = 30  # where nothing but norms is fused
 
