@@ -82,11 +82,12 @@ class Order:
         """`num_slots`: sequences that all gangs run at once."""
         self._num_slots = num_slots
         self._groups: dict[str, _Group] = {}
-        self._by_density: list[str] = []  # names of groups, much prompt first
+        self._fresh: deque[str] = deque()  # names of groups that no gang has begun, much prompt first
         self._is_end = False
         self._longest = 1  # tokens of the longest answer
         self._tail: deque[Shape] | None = None  # once the end is near: what is left, longest answers first
         self._owner: dict[str, int] = {}  # by group: the gang whose cache holds its prefix
+        self._begun: defaultdict[int, list[str]] = defaultdict(list)  # by gang: groups that have got rows again
         self._gangs: defaultdict[int, _Gang] = defaultdict(_Gang)
         self._ratio = 1.0  # tokens of prompts to compute for each token of answers, of all that waits
         self._mean_prompt = 1.0
@@ -105,7 +106,10 @@ class Order:
             by_name[shape.key[: _PREFIX_TOKENS * CHARS_PER_TOKEN]].append(shape)
         self._groups = {name: _group(rows) for name, rows in by_name.items()}
         self._owner = {name: gang for name, gang in self._owner.items() if name in self._groups}
-        self._by_density = sorted(self._groups, key=lambda name: -self._groups[name].density)
+        self._fresh = deque(name for name in self._by_density() if name not in self._owner)
+        self._begun.clear()
+        for name, gang in self._owner.items():
+            self._begun[gang].append(name)
         self._num_rows, self._output_tokens = len(waiting), sum(shape.max_output_tokens for shape in waiting)
         prompts = sum(_to_compute(group, shape) for group in self._groups.values() for shape in group.rows)
         self._ratio = prompts / max(1, self._output_tokens)
@@ -136,7 +140,7 @@ class Order:
 
     def _longest_first(self) -> deque[Shape]:
         """All rows, by powers of two of their answers' length: rows of about one length stay with their group."""
-        rows = [shape for name in self._by_density for shape in self._groups[name].rows]
+        rows = [shape for name in self._by_density() for shape in self._groups[name].rows]
         return deque(sorted(rows, key=lambda shape: -shape.max_output_tokens.bit_length()))
 
     def _next(self, number: int) -> Shape:
@@ -144,22 +148,29 @@ class Order:
         if abs(gang.surplus) > _HYSTERESIS * self._mean_prompt:
             gang.from_prompts = gang.surplus < 0
         name = gang.current.get(gang.from_prompts)
-        if name is None or not (name in self._groups and self._groups[name].rows):
+        if name not in self._groups:
             name = gang.current[gang.from_prompts] = self._open(number, gang.from_prompts)
         group = self._groups[name]
         self._owner[name] = number
         shape = group.rows.popleft()
+        if not group.rows:
+            del self._groups[name]
         gang.surplus += _to_compute(group, shape) - self._ratio * shape.max_output_tokens
         return shape
 
     def _open(self, gang: int, from_prompts: bool) -> str:
         """The next group from an end: one that this gang has begun, else one that nobody has, else the largest."""
-        left = [name for name in self._by_density if self._groups[name].rows]
-        self._by_density = left
-        in_turn = left if from_prompts else left[::-1]
-        own = next((name for name in in_turn if self._owner.get(name) == gang), None)
-        fresh = own or next((name for name in in_turn if name not in self._owner), None)
-        return fresh or max(in_turn, key=lambda name: len(self._groups[name].rows))
+        begun = self._begun[gang]
+        while begun:
+            if (name := begun.pop()) in self._groups:
+                return name
+        while self._fresh:
+            if (name := self._fresh.popleft() if from_prompts else self._fresh.pop()) in self._groups:
+                return name
+        return max(self._groups, key=lambda name: len(self._groups[name].rows))
+
+    def _by_density(self) -> list[str]:
+        return sorted(self._groups, key=lambda name: -self._groups[name].density)
 
 
 def _group(rows: list[Shape]) -> _Group:
