@@ -13,7 +13,18 @@ from unittest import mock
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Glm4Config,
+    GptOssConfig,
+    LlamaConfig,
+    Olmo2Config,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from actors.decisions.model.launches import OF_A_STEP, launches_of_a_layer
 from actors.decisions.model.memory import activation_bytes
@@ -23,9 +34,10 @@ from actors.decisions.schedule.largest_step import largest_step
 from actors.tensors.attention.metadata import LayerCache
 from actors.tensors.backend import StepInputs
 from actors.tensors.backends.cpu.backend import CPUBackend
-from actors.tensors.backends.cuda import graph_runner, layer_kernels, layers
+from actors.tensors.backends.cuda import graph_runner, layer_kernels, layers, rotary_kernels
 from actors.tensors.backends.cuda.backend import CUDABackend
-from actors.tensors.backends.cuda.layer_kernels import HeadNorms
+from actors.tensors.backends.cuda.layer_kernels import Norm
+from actors.tensors.backends.cuda.rotary_kernels import HeadNorms
 from actors.tensors.model.spec_reader import read_spec
 from actors.tensors.runner import Runner
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
@@ -45,16 +57,53 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [16, 40, 1100])
-def test_a_residual_is_added_and_the_sum_is_normed(size: int) -> None:
-    x, y, weight = normal(1, 3, size), normal(1, 3, size, seed=1), normal(size, seed=2)
+@pytest.mark.parametrize(("has_norm", "has_norm_of_y"), [(True, False), (True, True), (False, True)])
+def test_a_residual_is_added_and_the_sum_is_normed(size: int, has_norm: bool, has_norm_of_y: bool) -> None:
+    x, y, weights = normal(1, 3, size), normal(1, 3, size, seed=1), normal(2, size, seed=2)
     x[0, 1] *= 1e-3
     y[0, 1] *= 1e-3
-    total, normed = layer_kernels.add_rms_norm(x, y, weight, 1e-5)
-    assert torch.equal(total, x + y)
-    torch.testing.assert_close(
-        layer_kernels.rms_norm(x, weight, 1e-5), torch.nn.functional.rms_norm(x, (size,), weight, 1e-5)
-    )
-    torch.testing.assert_close(normed, torch.nn.functional.rms_norm(x + y, (size,), weight, 1e-5))
+    norm, norm_of_y = Norm(weights[0], 1e-5), Norm(weights[1], 1e-3)
+    found = layer_kernels.add_rms_norm(x, y, norm if has_norm else None, norm_of_y if has_norm_of_y else None)
+    total = x + (torch.nn.functional.rms_norm(y, (size,), weights[1], 1e-3) if has_norm_of_y else y)
+    torch.testing.assert_close(found[0], total)
+    if has_norm:
+        torch.testing.assert_close(found[1], torch.nn.functional.rms_norm(total, (size,), weights[0], 1e-5))
+        torch.testing.assert_close(
+            layer_kernels.rms_norm(x, norm), torch.nn.functional.rms_norm(x, (size,), weights[0], 1e-5)
+        )
+    else:
+        assert found[1] is found[0]
+
+
+class OncePerRow(torch.nn.RMSNorm):
+    """Multiplies by its weight in float32, and rounds behind it only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        return (self.weight.float() * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps))).to(x.dtype)
+
+
+class TwicePerRow(OncePerRow):
+    """Rounds before its weight, too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+@pytest.mark.parametrize("kind", [OncePerRow, TwicePerRow])
+def test_a_norm_rounds_where_the_model_s_own_does(kind: type[torch.nn.RMSNorm]) -> None:
+    """In float16, since the interpreter has no bfloat16."""
+    norm = kind(300, eps=1e-5).half()
+    with torch.inference_mode():
+        norm.weight.copy_(1 + 0.3 * normal(300))
+        x = normal(1, 7, 300, seed=1).half()
+        own = norm(x)
+        assert layers._substitute_norm(norm) is None
+        assert norm.norm.rounds_first == (kind is TwicePerRow)
+        assert (norm(x) != own).float().mean() < 0.01, "but for the order of a sum"
+        norm.norm = norm.norm._replace(rounds_first=not norm.norm.rounds_first)
+        assert (norm(x) != own).float().mean() > 0.05
 
 
 def test_a_layer_takes_the_norm_of_what_it_gets_and_of_nothing_else() -> None:
@@ -62,10 +111,10 @@ def test_a_layer_takes_the_norm_of_what_it_gets_and_of_nothing_else() -> None:
     assert layers._substitute_norm(norm) is None
     handover = layers._Handover(norm)
     with torch.no_grad():
-        total = handover.add(x, y)
+        total = handover.add(x, y, None)
         with mock.patch.object(norm, "forward", side_effect=AssertionError("it is there already")):
             torch.testing.assert_close(handover.norm(total), torch.nn.functional.rms_norm(x + y, (16,), eps=1e-5))
-        handover.add(x, y)
+        handover.add(x, y, None)
         between = total * 2 + 1  # something stands between the layers
         torch.testing.assert_close(handover.norm(between), norm(between))
         torch.testing.assert_close(handover.norm(total), norm(total))
@@ -84,33 +133,69 @@ def test_a_gate_is_an_activation_times_the_rest(activation: str) -> None:
     )
 
 
-@pytest.mark.parametrize("has_norms", [False, True])
-@pytest.mark.parametrize(("heads", "head_dim", "block_size"), [((4, 2), 16, 16), ((7, 1), 20, 24), ((3, 3), 128, 4)])
+def rotate(x_Td: torch.Tensor, cos_Ta: torch.Tensor, sin_Ta: torch.Tensor, way: str) -> torch.Tensor:
+    """The four ways of Transformers' models, in their own words, over the last dimension."""
+    if way == "half the angles":
+        first, second = x_Td.chunk(2, dim=-1)
+        return torch.cat([first * cos_Ta - second * sin_Ta, second * cos_Ta + first * sin_Ta], dim=-1)
+    size = cos_Ta.shape[-1]
+    part, rest = x_Td[..., :size], x_Td[..., size:]
+    if way == "halves":
+        first, second = part.chunk(2, dim=-1)
+        turned = torch.cat([-second, first], dim=-1)
+    else:
+        turned = torch.stack([-part[..., 1::2], part[..., 0::2]], dim=-1).flatten(-2)
+    if way == "neighbors, angles twice":
+        cos_Ta, sin_Ta = (angles[..., : size // 2].repeat_interleave(2, dim=-1) for angles in (cos_Ta, sin_Ta))
+    return torch.cat([part * cos_Ta + turned * sin_Ta, rest], dim=-1)
+
+
+WAYS = ["halves", "neighbors, angles twice", "neighbors", "half the angles"]
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "angle_dim", "block_size", "way", "norms"),
+    [
+        ((4, 2), 16, 16, 16, "halves", "none"),
+        ((7, 1), 20, 20, 24, "halves", "single"),
+        ((3, 3), 128, 128, 4, "halves", "all"),
+        ((4, 2), 20, 12, 16, "halves", "single"),
+        ((3, 1), 24, 12, 16, "neighbors, angles twice", "none"),
+        ((4, 2), 16, 16, 16, "neighbors, angles twice", "all"),
+        ((4, 4), 16, 16, 16, "neighbors", "none"),
+        ((5, 1), 16, 8, 16, "half the angles", "single"),
+    ],
+)
 def test_queries_are_rotated_and_keys_and_values_are_in_their_slots(
-    heads: tuple[int, int], head_dim: int, block_size: int, has_norms: bool
+    heads: tuple[int, int], head_dim: int, angle_dim: int, block_size: int, way: str, norms: str
 ) -> None:
     (num_heads, num_kv_heads), num_tokens = heads, 5
-    product = normal(1, num_tokens, (num_heads + 2 * num_kv_heads) * head_dim)
-    cos, sin = normal(1, num_tokens, head_dim, seed=1), normal(1, num_tokens, head_dim, seed=2)
-    norms = HeadNorms(normal(head_dim, seed=3), normal(head_dim, seed=4), 1e-5) if has_norms else None
+    sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
+    product = normal(1, num_tokens, sum(sizes))
+    cos, sin = normal(1, num_tokens, angle_dim, seed=1), normal(1, num_tokens, angle_dim, seed=2)
+    lengths = {"none": None, "single": (head_dim, head_dim), "all": sizes[:2]}[norms]
+    head_norms = lengths and HeadNorms(*(Norm(normal(length, seed=3), 1e-5) for length in lengths))
     slots_T = torch.tensor([3, 0, 2 * block_size, block_size + 1, 3 * block_size - 1])
     shape = 4, block_size, num_kv_heads, head_dim
     cache = LayerCache(AttentionSpec("", *heads, head_dim, head_dim), torch.full(shape, 7.0), torch.full(shape, 8.0))
-    found = layer_kernels.rotate_and_store(product, cos, sin, norms, slots_T, cache, num_heads)
+    possible = rotary_kernels.rotations(angle_dim, head_dim)
+    found = rotary_kernels.rotate_and_store(
+        product, cos, sin, possible[WAYS.index(way)], head_norms, slots_T, cache, num_heads
+    )
 
-    sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
-    query, key, value = (part.view(num_tokens, -1, head_dim) for part in product[0].split(sizes, dim=-1))
-    if norms is not None:
-        query = torch.nn.functional.rms_norm(query, (head_dim,), norms.query_D, norms.eps)
-        key = torch.nn.functional.rms_norm(key, (head_dim,), norms.key_D, norms.eps)
-
-    def rotated(x: torch.Tensor) -> torch.Tensor:
-        first, second = x.chunk(2, dim=-1)
-        return x * cos[0][:, None] + torch.cat([-second, first], dim=-1) * sin[0][:, None]
-
-    torch.testing.assert_close(found, rotated(query).transpose(0, 1))
+    query, key, value = product[0].split(sizes, dim=-1)
+    if head_norms:
+        size = len(head_norms.query.weight_N)
+        query, key = (
+            torch.nn.functional.rms_norm(x.reshape(num_tokens, -1, len(norm.weight_N)), norm.weight_N.shape, *norm[:2])
+            for x, norm in zip((query, key), head_norms, strict=True)
+        )
+        assert size == head_dim or query.shape[1] == 1
+    query, key, value = (part.reshape(num_tokens, -1, head_dim) for part in (query, key, value))
+    rotated = [rotate(x, cos[0][:, None], sin[0][:, None], way) for x in (query, key)]
+    torch.testing.assert_close(found, rotated[0].transpose(0, 1))
     keys, values = torch.full(shape, 7.0), torch.full(shape, 8.0)
-    keys.view(-1, num_kv_heads, head_dim)[slots_T] = rotated(key)
+    keys.view(-1, num_kv_heads, head_dim)[slots_T] = rotated[1]
     values.view(-1, num_kv_heads, head_dim)[slots_T] = value
     torch.testing.assert_close(cache.keys_NbHD, keys)
     assert torch.equal(cache.values_NbHD, values)
@@ -132,12 +217,29 @@ FAMILIES: dict[str, Callable[..., PreTrainedConfig]] = {
     "qwen2": Qwen2Config,  # biases
     "qwen3": Qwen3Config,  # norms over heads
     "gemma2": Gemma2Config,  # norms behind each part, norms of one plus the weight, a tanh in its activation
+    "phi3": Phi3Config,  # products that are one layer in the checkpoint; heads rotated in part
+    "glm4": Glm4Config,  # the same, neighbors rotated, other norms behind each part
+    "olmo2": Olmo2Config,  # norms behind each part only, and of all heads together
+    "gpt_oss": GptOssConfig,  # sinks, biases, half the angles, experts
 }
-NUM_NORMS = {"llama": 5, "qwen2": 5, "qwen3": 9, "gemma2": 9}
+ABOUT = {  # beside SIZES
+    "phi3": {"partial_rotary_factor": 0.5, "pad_token_id": 0},
+    "glm4": {"attention_bias": True},
+    "gpt_oss": {"num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 5},
+}
+NUM_NORMS = {"llama": 5, "qwen2": 5, "qwen3": 9, "gemma2": 9, "phi3": 5, "glm4": 9, "olmo2": 9, "gpt_oss": 5}
 
 
 def folder_of(family: str, parent: Path, **sizes: int) -> Path:
-    config = FAMILIES[family](**{**SIZES, **sizes}, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    given = {
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        **SIZES,
+        **ABOUT.get(family, {}),
+        **sizes,
+    }
+    config = FAMILIES[family](**given)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for number, parameter in enumerate(model.parameters()):
@@ -180,7 +282,7 @@ def runner_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Runner]
     return make
 
 
-USUAL = ("qwen3", "gemma2")
+USUAL = ("gemma2", "glm4", "gpt_oss")  # Qwen 3 is below, in shards
 
 
 @pytest.mark.parametrize(
@@ -196,10 +298,12 @@ def test_fused_models_bring_the_ids_of_the_cpu(family: str, runner_of: Callable[
     others = {
         "gated_mlp": 2,
         "attention_block": 2,
-        "decoder_layer": 0 if family == "gemma2" else 2,
+        "decoder_layer": 2,
         "paged_attention": 2,
         "vocabulary_search": 1,
     }
+    if family == "gpt_oss":
+        del others["gated_mlp"]  # it has experts
     assert found == {"rms_norm": NUM_NORMS[family], **others}, runner.substitutions
     assert runner.attention._builder.mask_specs == frozenset(), "no masks are made for attentions that need none"
     shapes = runner.graphs.buckets.shapes
@@ -292,8 +396,18 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], C
     return launched
 
 
+TEN = ["gemma2"]
+
+
 @pytest.mark.parametrize("is_decode", [True, False])
-@pytest.mark.parametrize("family", ["qwen3", pytest.param("llama", marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=[] if family in TEN else [pytest.mark.soak])
+        for family in FAMILIES
+        if family != "gpt_oss"
+    ],
+)
 def test_a_decoder_layer_takes_ten_launches(
     family: str,
     is_decode: bool,

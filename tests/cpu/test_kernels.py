@@ -27,7 +27,7 @@ def test_a_norm_is_llamas_also_over_strided_rows(dtype: torch.dtype, size: int) 
     x = torch.randn(5, 2 * size).to(dtype)[:, :size]
     out = torch.empty(5, size, dtype=dtype)
     rows, target = Rows(x.data_ptr(), x.stride(0)), Rows(out.data_ptr(), size)
-    kernels.rms_norm(rows, norm.weight.data_ptr(), target, 5, size, 1e-5, kernels.DTYPE_TAGS[dtype])
+    kernels.rms_norm(rows, norm.weight.data_ptr(), target, 5, size, 1e-5, True, kernels.DTYPE_TAGS[dtype])
     close(out, norm(x).detach())
 
 
@@ -62,7 +62,7 @@ def test_a_fault_in_the_numbers_is_not_hidden(dtype: torch.dtype, value: float) 
     x, weight, out = torch.ones(1, 8, dtype=dtype), torch.ones(8, dtype=dtype), torch.zeros(1, 8, dtype=dtype)
     x[0, 3] = value
     row, target = Rows(x.data_ptr(), 8), Rows(out.data_ptr(), 8)
-    kernels.rms_norm(row, weight.data_ptr(), target, 1, 8, 1e-5, dtype_tag)
+    kernels.rms_norm(row, weight.data_ptr(), target, 1, 8, 1e-5, True, dtype_tag)
     assert out.isnan().any()
     kernels.silu_mul(row, row, out.data_ptr(), 1, 8, dtype_tag)
     assert not out.isfinite().all()
@@ -89,6 +89,6 @@ def test_numbers_are_rounded_as_torch_rounds_them() -> None:
     scale = float(torch.rsqrt(rounded.float()[0, 4:].pow(2).mean() + 1e-5))
     row = rounded[:, 4:].contiguous()
     source, target = Rows(row.data_ptr(), 4092), Rows(out.data_ptr(), 4092)
-    kernels.rms_norm(source, one.data_ptr(), target, 1, 4092, 1e-5, kernels.DTYPE_TAGS[row.dtype])
+    kernels.rms_norm(source, one.data_ptr(), target, 1, 4092, 1e-5, True, kernels.DTYPE_TAGS[row.dtype])
     expected = (row.float() * scale).to(torch.bfloat16)
     assert (out[0, :4092] != expected[0]).float().mean() < 0.01  # the scale itself is summed in another order

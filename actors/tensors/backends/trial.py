@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -108,17 +108,28 @@ def random(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
-def norm_difference(norm: Any, eps: float, substitute: Callable[[torch.Tensor], torch.Tensor]) -> Reason | None:
-    """As `difference`, for a norm on rows [1, n]: of large numbers, usual ones, and small ones where `eps` counts.
+def closest_norm(norm: Any, eps: float, candidates: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> int | Reason:
+    """Which of some substitutes of a norm gives what it gives, by index; the closest, if several do. Or why none does.
 
-    One row at a time: next to large numbers, errors of small ones would not count.
+    On rows [1, n]: of large numbers, usual ones, and small ones where `eps` counts. One row at a time: next to large
+    numbers, errors of small ones would not count.
     """
     weight: torch.Tensor = norm.weight
     usual = random(1, len(weight), dtype=torch.float32, device=weight.device)
     usual += 0.1 * usual.abs()
-    rows = ((size * usual).to(weight.dtype) for size in (30.0, 1.0, eps**0.5))
-    reasons = (difference(partial(norm, row), partial(substitute, row)) for row in rows)
-    return next((reason for reason in reasons if reason is not None), None)
+    rows = [(size * usual).to(weight.dtype) for size in (30.0, 1.0, eps**0.5)]
+    fitting: dict[int, float] = {}
+    reason: Reason | None = None
+    for index, substitute in enumerate(candidates):
+        reasons = (difference(partial(norm, row), partial(substitute, row)) for row in rows)
+        found = next((one for one in reasons if one is not None), None)
+        if found is None:
+            fitting[index] = sum(_distance(substitute(row), norm(row)) for row in rows)
+        reason = reason or found
+    if fitting:
+        return min(fitting, key=lambda index: fitting[index])
+    assert reason is not None, "there are candidates"
+    return reason
 
 
 @contextmanager

@@ -53,8 +53,10 @@ class Heads(NamedTuple):
 
 
 @kernel()
-def rms_norm(x: Rows, weight: int, out: Rows, num_rows: int, size: int, eps: float, dtype_tag: Any) -> None:
-    """Rows [num_rows, size], normalized and times the weight [size]; rounded between the two, as in Transformers."""
+def rms_norm(
+    x: Rows, weight: int, out: Rows, num_rows: int, size: int, eps: float, rounds_first: bool, dtype_tag: Any
+) -> None:
+    """Rows [num_rows, size], normalized and times the weight [size]; `rounds_first`: rounded between the two, too."""
     x_p, weight_p = pointer(x.address, dtype_tag), pointer(weight, dtype_tag)
     out_p = pointer(out.address, dtype_tag)
     for row in range(num_rows):
@@ -65,7 +67,9 @@ def rms_norm(x: Rows, weight: int, out: Rows, num_rows: int, size: int, eps: flo
             squares += value * value
         scale = np.float32(1) / np.sqrt(squares / np.float32(size) + np.float32(eps))
         for i in range(size):
-            normed = to_float32(round_to(to_float32(x_p[first + i]) * scale, dtype_tag))
+            normed = to_float32(x_p[first + i]) * scale
+            if rounds_first:
+                normed = to_float32(round_to(normed, dtype_tag))
             out_p[first_out + i] = round_to(normed * to_float32(weight_p[i]), dtype_tag)
 
 

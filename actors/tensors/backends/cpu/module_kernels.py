@@ -9,7 +9,7 @@ from torch import nn
 
 from actors.tensors.backends.cpu.kernels import DTYPE_TAGS, CosSin, HeadRows, Rows, rms_norm, rotate, silu_mul
 from actors.tensors.backends.forms import gate_and_up, why_no_norm
-from actors.tensors.backends.trial import Reason, difference, norm_difference, random
+from actors.tensors.backends.trial import Reason, closest_norm, difference, random
 from actors.tensors.model.linear import MergedColwise
 from actors.tensors.model.parallel_layers import norm_eps
 from actors.tensors.model.rotary import ROTARY_NAME
@@ -22,21 +22,23 @@ class KernelRMSNorm(nn.Module):
 
     weight: torch.Tensor
     original: type[nn.Module]
+    rounds_first: bool  # before the weight, as well as behind it
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[*, n] → [*, n]. An input of another dtype than the weight's goes to the model's own code."""
         if hidden_states.dtype != self.weight.dtype:
             normed: torch.Tensor = self.original.forward(self, hidden_states)
             return normed
-        return _rms_norm(self, hidden_states)
+        return _rms_norm(self, self.rounds_first, hidden_states)
 
 
-def _rms_norm(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+def _rms_norm(module: Any, rounds_first: bool, hidden_states: torch.Tensor) -> torch.Tensor:
     size = hidden_states.shape[-1]
     rows = hidden_states.reshape(-1, size)
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
     x, target = Rows(rows.data_ptr(), rows.stride(0)), Rows(out.data_ptr(), size)
-    rms_norm(x, module.weight.data_ptr(), target, rows.shape[0], size, norm_eps(module), DTYPE_TAGS[rows.dtype])
+    eps, tag = norm_eps(module), DTYPE_TAGS[rows.dtype]
+    rms_norm(x, module.weight.data_ptr(), target, rows.shape[0], size, eps, rounds_first, tag)
     return out.view(hidden_states.shape)
 
 
@@ -47,11 +49,12 @@ def substitute_norm(module: Any) -> Reason | None:
     weight = module.weight
     if weight.dtype not in DTYPE_TAGS:
         return f"kernels compute in bfloat16 and float32, not in {weight.dtype}"
-    reason = norm_difference(module, norm_eps(module), partial(_rms_norm, module))
-    if reason is None:
-        module.original = type(module)
-        module.__class__ = KernelRMSNorm
-    return reason
+    found = closest_norm(module, norm_eps(module), [partial(_rms_norm, module, rounds) for rounds in (True, False)])
+    if not isinstance(found, int):
+        return found
+    module.original, module.rounds_first = type(module), found == 0
+    module.__class__ = KernelRMSNorm
+    return None
 
 
 class KernelGatedMLP(nn.Module):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from actors.tensors.backends.forms import uses_rotary, why_no_norm
-from actors.tensors.backends.trial import Account, Reason, difference, norm_difference
+from actors.tensors.backends.trial import Account, Reason, closest_norm, difference
 from actors.tensors.model.parallel_layers import is_rms_norm, norm_eps
 from actors.tensors.model.rotary import ROTARY_NAME
 
@@ -29,10 +29,11 @@ def _substitute_norm(module: Any, eps: Any) -> Reason | None:
     if (unfit := why_no_norm(module)) is not None:
         return unfit
     substitute = functools.partial(_rms_norm, module, eps)
-    reason = norm_difference(module, eps, substitute)
-    if reason is None:
-        module.forward = substitute
-    return reason
+    found = closest_norm(module, eps, [substitute])
+    if not isinstance(found, int):
+        return found
+    module.forward = substitute
+    return None
 
 
 def _rms_norm(module: Any, eps: float, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -138,7 +138,7 @@ def _add_reduced(state: Any, part: int, x: int, norm: int, normed: int, num_rows
         here = row * 2 * size
         _add(x + here, part + here, size)
         if norm:
-            rms_norm(Rows(x + here, size), norm, Rows(normed + here, size), 1, size, eps, _TAG)
+            rms_norm(Rows(x + here, size), norm, Rows(normed + here, size), 1, size, eps, True, _TAG)
     return OK
 
 

@@ -109,7 +109,7 @@ class LayerRun(nn.Module):
         step = StepArrays(buffers, CosSin(cos.data_ptr(), sin.data_ptr()), metadata.slots_T.numpy())
         spent_ns, norm = state[SPENT_NS], self._table[0, kernel.NORM]
         normed, tag = Rows(buffers.normed, size), DTYPE_TAGS[DTYPE]
-        rms_norm(Rows(buffers.hidden, size), norm, normed, num_tokens, size, self._sizes.eps, tag)
+        rms_norm(Rows(buffers.hidden, size), norm, normed, num_tokens, size, self._sizes.eps, True, tag)
         status = self._all_layers(metadata, step, x[0], state)
         self._group.add_seconds(float(state[SPENT_NS] - spent_ns) / 1e9)
         if isinstance(group, SharedMemoryStage):
@@ -254,6 +254,8 @@ def _why_not_by_parts(model: RankModel, layer: Any) -> str | None:
     norms = (layer.input_layernorm, layer.post_attention_layernorm)
     if any(type(norm) is not KernelRMSNorm or norm.weight.dtype != DTYPE for norm in norms):
         return "its norms are not computed by a bfloat16 kernel"
+    if not all(norm.rounds_first for norm in norms):
+        return "its norms do not round before their weights"
     if norm_eps(norms[0]) != norm_eps(norms[1]):
         return "its norms have different epsilons"
     outs: list[Any] = [layer.self_attn.o_proj, layer.mlp.down_proj]
