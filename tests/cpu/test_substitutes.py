@@ -153,6 +153,28 @@ def test_a_norm_that_computes_something_else_is_left_alone(change: str) -> None:
     assert type(norm) is Other
 
 
+class RoundsOnce(nn.RMSNorm):
+    """Multiplies by its weight in float32, as Gemma 4 and OLMo 2 do; Llama rounds before it, too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        return (self.weight.float() * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps))).to(x.dtype)
+
+
+@pytest.mark.parametrize("kind", [RoundsOnce, llama_model.LlamaRMSNorm])
+def test_a_norm_rounds_where_the_model_s_own_does(kind: type[nn.Module]) -> None:
+    norm: Any = kind(300, eps=1e-5).bfloat16()
+    with torch.inference_mode():
+        norm.weight.copy_(1 + 0.3 * torch.randn(300, generator=torch.Generator().manual_seed(0)))
+        x = torch.randn(7, 300, generator=torch.Generator().manual_seed(1)).bfloat16()
+        own = norm(x)
+        assert module_kernels.substitute_norm(norm) is None
+        assert norm.rounds_first == (kind is llama_model.LlamaRMSNorm)
+        assert (norm(x) != own).float().mean() < 0.01, "but for the order of a sum"
+        norm.rounds_first = not norm.rounds_first
+        assert (norm(x) != own).float().mean() > 0.05
+
+
 def test_an_account_adds_up() -> None:
     account = Account()
     assert account.put("norm", None)
