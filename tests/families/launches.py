@@ -1,10 +1,10 @@
 """Counts the launches of a decoder layer in a decode step on CUDA, for each family that is served, without a GPU.
 
-    TRITON_INTERPRET=1 python tests/families/launches.py             # all: some minutes; writes tests/data/launches.json
+    TRITON_INTERPRET=1 python tests/families/launches.py             # all, into tests/data/launches.json: minutes
     TRITON_INTERPRET=1 python tests/families/launches.py llama glm4  # these alone
 
-Tiny checkpoints run one step over static buffers on the CUDA backend, with kernels that Triton interprets. A launch is an
-operator that is neither a view nor an allocation, or a kernel. The table in docs/gpu.md is made of that file.
+Tiny checkpoints run one step over static buffers on the CUDA backend, with kernels that Triton interprets. A launch is
+an operator that is neither a view nor an allocation, or a kernel. The table in docs/gpu.md is made of that file.
 """
 
 import json
@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 import warnings
+from array import array
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,7 @@ def of_family(family: str) -> dict[str, Any]:
     from tiny import make_config, make_model, save
 
     from actors.decisions.model.plan import make_plan
+    from actors.tensors.backend import StepInputs
     from actors.tensors.backends.cuda import attention_trial
     from actors.tensors.backends.cuda.backend import CUDABackend
     from actors.tensors.model.spec_reader import read_spec
@@ -90,9 +92,10 @@ def of_family(family: str) -> dict[str, Any]:
         layer = module.get_submodule(f"{plan.spec.layers_name}.{index}")
         layer.register_forward_pre_hook(lambda *_: marks.append(counting.counts.total()))
         layer.register_forward_hook(lambda *_: marks.append(counting.counts.total()))
-    decoder = runner.decoder
-    step = decoder._new_step(decoder.buckets.all()[0])
-    counting.of(step.run)
+    graphs = runner.graphs
+    shape = next(shape for shape in graphs.buckets.shapes if shape.is_decode)
+    graphs.fill(shape, StepInputs(array("q"), [], [], torch.zeros(0, 0, dtype=torch.int64), []))
+    counting.of(graphs.run)
     layers = [end - begin for begin, end in zip(marks[::2], marks[1::2], strict=True)]
     aside = {one.what: one.reason_not for one in runner.substitutions if one.what in PARTS and one.reason_not}
     return {"launches": sorted(set(layers[1:] or layers)), "aside": aside}

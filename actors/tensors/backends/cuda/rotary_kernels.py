@@ -83,22 +83,35 @@ def _mean_of_squares(base: tl.tensor, SIZE: tl.constexpr, PADDED: tl.constexpr) 
 
 
 @triton.jit
-def _norm_weights(
-    query_norm: tl.tensor, key_norm: tl.tensor, head: tl.tensor, d: tl.tensor, is_query: tl.tensor, is_key: tl.tensor,
-    SHAPE: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """The weights of elements `d` of some heads, as float32."""
-    stride = SHAPE.head_dim if SHAPE.norms == 2 else 0
-    of_keys = _load(key_norm + (head - SHAPE.num_heads) * stride + d, is_key)
-    return _load(query_norm + head * stride + d, is_query) + of_keys
+def _mean(row: tl.tensor, first: tl.tensor, second: tl.tensor, is_query: tl.tensor, SHAPE: tl.constexpr) -> tl.tensor:
+    """The mean of squares of each head's pairs, or of all queries of a token, or all its keys."""
+    if SHAPE.norms == 1:
+        return ((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / SHAPE.head_dim)[:, None]
+    of_queries = _mean_of_squares(row, SHAPE.num_heads * SHAPE.head_dim, SHAPE.queries_padded)
+    first_key = row + SHAPE.num_heads * SHAPE.head_dim
+    of_keys = _mean_of_squares(first_key, SHAPE.num_kv_heads * SHAPE.head_dim, SHAPE.keys_padded)
+    return tl.where(is_query, of_queries, of_keys)
 
 
 @triton.jit
-def _scaled(x: tl.tensor, scale: tl.tensor, weight: tl.tensor, ROUNDS: tl.constexpr, dtype: tl.constexpr) -> tl.tensor:
+def _normed(
+    x: tl.tensor, scale: tl.tensor, query_norm: tl.tensor, key_norm: tl.tensor, head: tl.tensor, d: tl.tensor,
+    is_query: tl.tensor, is_key: tl.tensor, SHAPE: tl.constexpr, dtype: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Elements `d` of some heads, times their scale and weight; rounded to `dtype`, but not cast."""
+    stride = SHAPE.head_dim if SHAPE.norms == 2 else 0
+    weight = _load(query_norm + head * stride + d, is_query)
+    weight += _load(key_norm + (head - SHAPE.num_heads) * stride + d, is_key)
     x = x * scale
-    if ROUNDS:
+    if SHAPE.rounds_first:
         x = x.to(dtype).to(tl.float32)
     return (x * weight).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _store_both(query: tl.tensor, key: tl.tensor, numbers: tl.tensor, is_query: tl.tensor, is_key: tl.tensor) -> None:
+    _store(query, numbers, is_query)
+    _store(key, numbers, is_key)
 
 
 @triton.jit
@@ -135,35 +148,23 @@ def _rotate_and_store(
         rest = _load(at_head + f, is_there & is_rest)
         _store(at_value + f, rest, is_value & is_rest)
     if SHAPE.norms > 0:
-        if SHAPE.norms == 2:
-            of_queries = _mean_of_squares(row, SHAPE.num_heads * SHAPE.head_dim, SHAPE.queries_padded)
-            first_key = row + SHAPE.num_heads * SHAPE.head_dim
-            of_keys = _mean_of_squares(first_key, SHAPE.num_kv_heads * SHAPE.head_dim, SHAPE.keys_padded)
-            mean = tl.where(is_query, of_queries, of_keys)
-        else:
-            squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
-            if SHAPE.rest_padded > 0:
-                squares += tl.sum(rest * rest, 1)
-            mean = (squares / SHAPE.head_dim)[:, None]
-        scale = tl.rsqrt(mean + eps)
-        weight = _norm_weights(query_norm, key_norm, head, d, is_query & is_pair, is_key & is_pair, SHAPE)
-        first = _scaled(first, scale, weight, SHAPE.rounds_first, dtype)
-        weight = _norm_weights(query_norm, key_norm, head, e, is_query & is_pair, is_key & is_pair, SHAPE)
-        second = _scaled(second, scale, weight, SHAPE.rounds_first, dtype)
+        mean = _mean(row, first, second, is_query, SHAPE)
+        if SHAPE.norms == 1 and SHAPE.rest_padded > 0:
+            mean += (tl.sum(rest * rest, 1) / SHAPE.head_dim)[:, None]
+        scale, queries, of_keys = tl.rsqrt(mean + eps), is_query & is_pair, is_key & is_pair
+        first = _normed(first, scale, query_norm, key_norm, head, d, queries, of_keys, SHAPE, dtype)
+        second = _normed(second, scale, query_norm, key_norm, head, e, queries, of_keys, SHAPE, dtype)
         if SHAPE.rest_padded > 0:
-            weight = _norm_weights(query_norm, key_norm, head, f, is_query & is_rest, is_key & is_rest, SHAPE)
-            rest = _scaled(rest, scale, weight, SHAPE.rounds_first, dtype)
+            queries, of_keys = is_query & is_rest, is_key & is_rest
+            rest = _normed(rest, scale, query_norm, key_norm, head, f, queries, of_keys, SHAPE, dtype)
     angle = token * SHAPE.angle_dim + pair * SHAPE.angle_stride
     rotated = first * _load(cos + angle, is_pair) - second * _load(sin + angle, is_pair)
-    _store(at_query + d, rotated, is_query & is_pair)
-    _store(at_key + d, rotated, is_key & is_pair)
+    _store_both(at_query + d, at_key + d, rotated, is_query & is_pair, is_key & is_pair)
     angle += SHAPE.angle_offset
     rotated = second * _load(cos + angle, is_pair) + first * _load(sin + angle, is_pair)
-    _store(at_query + e, rotated, is_query & is_pair)
-    _store(at_key + e, rotated, is_key & is_pair)
+    _store_both(at_query + e, at_key + e, rotated, is_query & is_pair, is_key & is_pair)
     if SHAPE.rest_padded > 0:
-        _store(at_query + f, rest, is_query & is_rest)
-        _store(at_key + f, rest, is_key & is_rest)
+        _store_both(at_query + f, at_key + f, rest, is_query & is_rest, is_key & is_rest)
 
 
 class HeadNorms(NamedTuple):
