@@ -194,11 +194,31 @@ def response_formats() -> str:
     return "\n".join(["| format | models | told by |", "|---|---|---|", *rows])
 
 
+def launches() -> str:
+    """The launches of a layer, as tests/families/launches.py has counted them; families that are alike in one row."""
+    counted = json.loads((ROOT / "tests/data/launches.json").read_text(encoding="utf-8"))
+    alike: dict[tuple[tuple[int, ...], str], list[str]] = {}
+    for family, found in counted.items():
+        why = "; ".join(f"`{part}`: {_first_reason(reason)}" for part, reason in found["aside"].items())
+        alike.setdefault((tuple(found["launches"]), why or "nothing"), []).append(family)
+    rows = [
+        f"| {', '.join(families)} | {' and '.join(map(str, counts))} | {why} |"
+        for (counts, why), families in sorted(alike.items())
+    ]
+    return "\n".join(["| family | launches | what stays the model's own, and why |", "|---|---|---|", *rows])
+
+
+def _first_reason(reasons: str) -> str:
+    """Without how often it occurs in a tiny model."""
+    return re.sub(r" \(\d+ places\)", "", reasons).split("; ")[0]
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/architecture.md": {"file map": file_map},
     "docs/configuration.md": {"keys": configuration},
     "docs/api.md": {"other fields": other_fields, "response formats": response_formats},
     "docs/models.md": {"styles": styles},
+    "docs/gpu.md": {"launches": launches},
 }
 
 

@@ -58,11 +58,16 @@ def turn_otherwise(args: Any, kwargs: Any) -> Any:
     return args, {**kwargs, "position_embeddings": (cos.clone(), sin)}
 
 
-@pytest.mark.parametrize("change", [add, add_in_place, turn_otherwise])
+def turn_in_another_dtype(args: Any, kwargs: Any) -> Any:
+    return args, {**kwargs, "position_embeddings": tuple(one.double() for one in kwargs["position_embeddings"])}
+
+
+@pytest.mark.parametrize("change", [add, add_in_place, turn_otherwise, turn_in_another_dtype])
 def test_what_comes_between_two_layers_is_seen(change: Callable[[Any, Any], Any]) -> None:
+    """Angles are known where those of all layers have one shape and one dtype."""
     trace = trace_of(before("model.layers.2", change))
     assert not trace.are_chained
-    assert (trace.angles is None) == (change is turn_otherwise)
+    assert (trace.angles is None) == (change is turn_in_another_dtype)
 
 
 @pytest.mark.parametrize("change", [add, add_in_place])

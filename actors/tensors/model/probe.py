@@ -70,7 +70,7 @@ class Trace:
     layer_outputs: set[int] = field(default_factory=set)  # lengths of the tuples that layers return, 0 for a tensor
     exchanges_more: bool = False  # whether a layer gets more than hidden states of what only earlier stages compute
     are_chained: bool = True  # each layer gets the unchanged output of the one before, and all get the same angles
-    angles: Angles | None = None  # of the layers' rotary embeddings
+    angles: Angles | None = None  # of the layers' rotary embeddings; None: there are none, or of different shapes
     linear_inputs: list[tuple[str, torch.Tensor, int]] = field(default_factory=list)  # name, input and its version
     grouped: list[nn.Module] = field(default_factory=list)  # experts that are multiplied by torch's grouped product
 
@@ -166,7 +166,7 @@ class Probe:
             return
         output, version = self._output
         has_same_angles = len(pair) == len(self._angles) and all(map(operator.is_, pair, self._angles))
-        if not has_same_angles:
+        if [(one.shape, one.dtype) for one in pair] != [(one.shape, one.dtype) for one in self._angles]:
             self.trace.angles = None
         self.trace.are_chained &= state is output and state._version == version and has_same_angles  # noqa: SLF001
 
