@@ -182,6 +182,7 @@ def commit() -> str | None:
 def chosen(only: list[str] | None, skip: list[str]) -> list[Stage]:
     """The stages to run, in their order: with those that they need."""
     names = set(only or NAMES) - set(skip)
+    names = {stage.name for stage in STAGES if stage.name in names and stage.needs not in skip}
     names |= {stage.needs for stage in STAGES if stage.name in names and stage.needs}
     return [stage for stage in STAGES if stage.name in names]
 

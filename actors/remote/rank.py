@@ -54,6 +54,7 @@ class Rank:
         self._backend = make_backend(assignment.config.device, self._device)
         self._backend.set_up()
         self._groups: Groups | None = None
+        self._num_uncounted = 0  # operations of captures: they may differ between shards where one fails
         self._runner: Runner | None = None
         self._channel: RankChannel | None = None
 
@@ -74,7 +75,7 @@ class Rank:
         """
         this, started = self.assignment, time.monotonic()
         timeout_s = this.config.timeouts.collective_s
-        self._is_over = threading.Event()
+        self._is_over, self._num_uncounted = threading.Event(), 0
         self._channel = RankChannel(
             meeting.channel, self._keys, this.rank, meeting.epoch, self._end_epoch, self._num_operations
         )
@@ -197,7 +198,7 @@ class Rank:
 
     def _num_operations(self) -> int:
         groups = self._groups
-        return 0 if groups is None else groups.num_operations
+        return 0 if groups is None else groups.num_operations - self._num_uncounted
 
     def _next(self, launched: deque[tuple[StepBatch, Launched]]) -> ToRank:
         """Wait for the next message, and send the results of steps that end meanwhile."""
@@ -217,7 +218,9 @@ class Rank:
             time.sleep(_LOOK_S)
             self._answer(launched)
         self._runner.clock.lap("compute")
+        before = self._num_operations()
         reason_not = self._runner.capture(message.bucket)
+        self._num_uncounted += self._num_operations() - before
         self._runner.clock.lap("capture")
         self._channel.answer(Captured(message.epoch, message.bucket, reason_not))
 

@@ -160,11 +160,11 @@ class Backend(Protocol):
     def free_bytes(self, ranks_on_node: int) -> int:
         """Bytes of the device that a rank may still take; ranks of one node may have to share them."""
 
-    def peak_bytes(self, run: Callable[[int], None], num_tokens: int) -> int:
+    def peak_bytes(self, run: Callable[[int], None], num_tokens: int, num_captured: int) -> int:
         """The most bytes of the device that are taken at a time beside weights and KV cache, with graphs if there are.
 
         `run(n)` runs a step of n tokens, and all ranks of a gang must run it the same times; `num_tokens` are those of
-        the largest step.
+        the largest step, `num_captured` those of the largest that a graph may hold.
         """
 
     def upload(self, host: torch.Tensor) -> torch.Tensor:
@@ -208,9 +208,9 @@ class Backend(Protocol):
         """
 
     def graph_runner(
-        self, model: RankModel, plan: Plan, padding_block: int, sampled_ids: SampledIds
+        self, model: RankModel, plan: Plan, padding_blocks: range, sampled_ids: SampledIds
     ) -> GraphRunner | None:
         """What runs small steps over static buffers, once the cache is allocated; None: they run like large ones.
 
-        `padding_block` is the first of the blocks that no sequence owns.
+        `padding_blocks` are those of the cache that no sequence owns.
         """

@@ -2,6 +2,7 @@
 
 import torch
 
+from actors.decisions.schedule.buckets import most_captured_tokens
 from actors.decisions.schedule.largest_step import largest_step
 from actors.tensors.runner import Runner
 
@@ -22,7 +23,8 @@ def num_blocks_that_fit(runner: Runner, memory_share: float, ranks_on_node: int)
 
     runner.put_cache(_PROVISIONAL_BLOCKS)
     try:
-        peak_bytes = backend.peak_bytes(run, plan.scheduler.max_num_batched_tokens)
+        settings = plan.scheduler
+        peak_bytes = backend.peak_bytes(run, settings.max_num_batched_tokens, most_captured_tokens(settings))
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"scheduler.max_num_batched_tokens: a step of {plan.scheduler.max_num_batched_tokens} tokens has no room "

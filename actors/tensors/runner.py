@@ -136,7 +136,8 @@ class Runner:
         self.plan = self.plan.fitted(num_blocks)
         self.put_cache(num_blocks)
         assert self.model is not None
-        self.graphs = self.backend.graph_runner(self.model, self.plan, num_blocks, self._sampled_ids)
+        padding_blocks = range(num_blocks, num_blocks + self.backend.num_padding_blocks)
+        self.graphs = self.backend.graph_runner(self.model, self.plan, padding_blocks, self._sampled_ids)
 
     def put_cache(self, num_blocks: int) -> None:
         """Allocate a KV cache of any size, with an empty table."""

@@ -129,14 +129,20 @@ def _meet(buffer: torch.Tensor, name: str, group: StageGroup, store: EpochStore)
 
 
 def _check(group: SymmetricStage, device: torch.device) -> bool:
-    """Raises RuntimeError where a sum is wrong. The numbers are small integers, which bfloat16 holds exactly."""
+    """Raises RuntimeError where a sum is wrong. The numbers are small integers, which bfloat16 holds exactly.
+
+    Not before all sums are done: the other shards would wait for this one in a kernel that cannot be aborted.
+    """
+    wrong: list[str] = []
     for dtype in (torch.bfloat16, torch.float32):
         for num_bytes in (_ALIGNMENT_BYTES, 64 * 1024, BUFFER_BYTES):
             count_N = torch.arange(num_bytes // dtype.itemsize, device=device) % 8
             total = group.all_reduce((count_N + group.shard).to(dtype))
             expected = count_N * group.size + group.size * (group.size - 1) // 2
             if not torch.equal(total.long(), expected):
-                raise RuntimeError(f"a sum of {num_bytes} bytes in {dtype} is wrong")
+                wrong.append(f"a sum of {num_bytes} bytes in {dtype} is wrong")
+    if wrong:
+        raise RuntimeError("; ".join(wrong))
     return True
 
 

@@ -144,6 +144,7 @@ def test_stages_are_chosen_with_what_they_need() -> None:
     assert [one.name for one in gpu_check.chosen(None, ["numerics", "start", "http", "kill"])] == [
         "decode_8b", "decode_70b", "attention", "prefill", "transformers",
     ]  # fmt: skip
+    assert not {"start", "http", "kill"} & {one.name for one in gpu_check.chosen(None, ["start"])}
     for stage in stages.STAGES:
         module, _, function = stage.where.partition(":")
         assert callable(getattr(importlib.import_module(f"gpu_stages.{module}"), function))

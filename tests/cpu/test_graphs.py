@@ -11,8 +11,11 @@ import torch
 from actors.decisions.model.plan import Plan
 from actors.tensors.backends.cpu.backend import CPUBackend
 from actors.tensors.backends.cuda import static_step, transfer
+from actors.tensors.backends.cuda.backend import CUDABackend
 from actors.tensors.backends.cuda.graph_runner import CUDAGraphRunner
+from actors.tensors.backends.cuda.static_step import StaticBuffers
 from actors.tensors.runner import Runner
+from actors.tensors.sampled_ids import SampledIds
 from actors.words.messages import Bucket, Entry, NewSequence, SamplingParams, StepBatch
 from cluster.collectives.interface import NeighborLost
 from tests.fakes.fake_graphs import FakeGraphBackend, FakeGraphs, LateGraphBackend
@@ -148,6 +151,17 @@ def test_a_prefix_that_others_computed_is_read_from_its_blocks(
         assert first.token_ids == second.token_ids
         found.append([first.token_ids, second.token_ids, third.token_ids])
     assert found[0] == found[1]
+
+
+def test_padding_does_not_race_for_a_slot() -> None:
+    """On a GPU, tokens that write other numbers into one slot make the check of a capture fail at random."""
+    shapes, blocks = (Bucket(8, 8, 3, True), Bucket(512, 8, 32, False)), range(60, 60 + CUDABackend.num_padding_blocks)
+    state = torch.rand(512, 4)
+    buffers = StaticBuffers(shapes, 1, 8, blocks, SampledIds(8, 1, CPU), state, CPU)
+    table = buffers.tables_PN[buffers.sampled_ids.padding]
+    assert len(set(table.tolist())) == 32 and set(table.tolist()) <= set(blocks)
+    buffers.pad_state()
+    assert torch.equal(state, state[:1].expand(512, 4)) and state.abs().sum() > 0
 
 
 class FakeEvent:

@@ -68,7 +68,7 @@ class CountingBackend(ReferenceBackend):
     def attention(self, specs: Any, dtype: torch.dtype, block_size: int) -> Any:
         return KernelAttention(super().attention([], dtype, block_size))
 
-    def peak_bytes(self, run: Callable[[int], None], num_tokens: int) -> int:
+    def peak_bytes(self, run: Callable[[int], None], num_tokens: int, num_captured: int) -> int:
         run(16)
         self.peak = peak_of(lambda: run(num_tokens))
         return self.peak

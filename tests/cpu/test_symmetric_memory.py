@@ -206,8 +206,10 @@ def test_sums_are_tried_before_they_are_trusted(monkeypatch, caplog, is_right):
     monkeypatch.setattr(symmetric_memory, "_meet", lambda *_: SimpleNamespace(multicast_ptr=0))
     # Shards that hold the same are no stage; what the check expects of shards 0 and 1 is this
     reduce = kernels.one_shot_all_reduce_copy
-    kernels.one_shot_all_reduce_copy = lambda *arguments: reduce(*arguments) + is_right
+    num_sums = []
+    kernels.one_shot_all_reduce_copy = lambda *arguments: num_sums.append(1) or reduce(*arguments) + is_right
     group = with_symmetric_memory(fallback, STORE, 0, CPU)
     assert isinstance(group, SymmetricStage) is is_right
     assert group.can_abort is not is_right
     assert ("is wrong" in caplog.text) is not is_right
+    assert len(num_sums) > 2, "the other shards wait for every sum"

@@ -2,7 +2,7 @@
 
 import random
 
-from actors.decisions.schedule.buckets import Buckets
+from actors.decisions.schedule.buckets import Buckets, most_captured_tokens
 from actors.decisions.schedule.settings import SchedulerSettings
 from actors.words.messages import Bucket, Entry
 
@@ -56,6 +56,21 @@ def test_where_tables_are_gathered_they_are_padded_to_less_than_twice() -> None:
         shape = buckets.of_step(entries(1, start=num_blocks * 16 - 1))
         assert shape is not None and num_blocks <= shape.num_blocks < max(17, 2 * num_blocks)
     assert buckets.of_step(entries(1, start=1600)) is None
+
+
+def test_what_gathers_more_than_the_largest_step_has_no_shape() -> None:
+    buckets = Buckets.of(SETTINGS, 100, 64, first_blocks=16)
+    few = buckets.gathering_at_most(8 * 32 * 16)
+    assert set(few.shapes) == {one for one in buckets.shapes if one.num_tokens * one.num_blocks <= 8 * 32}
+    assert few.of_step(entries(1, start=1500)) == Bucket(1, 1, 100, True)
+    assert few.of_step(entries(*[1] * 8, start=1500)) is None
+    assert len(buckets.gathering_at_most(1).shapes) == 1
+
+
+def test_graphs_are_as_large_as_a_mixed_step_or_as_the_rows() -> None:
+    assert most_captured_tokens(SETTINGS) == max(shape.num_tokens for shape in Buckets.of(SETTINGS, 9, 512).shapes)
+    many = SchedulerSettings(block_size=16, max_num_seqs=700, max_num_batched_tokens=8192, num_lanes=1)
+    assert most_captured_tokens(many) == 700
 
 
 def test_a_table_holds_the_padding_of_a_mixed_step() -> None:

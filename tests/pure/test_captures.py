@@ -76,6 +76,14 @@ def test_what_fails_is_left_and_who_always_fails_is_not_asked_again() -> None:
     assert captures.order(is_idle=True) == LARGEST, "other ranks may succeed"
 
 
+def test_captures_that_end_the_ranks_come_to_an_end() -> None:
+    captures = fresh()
+    for _ in range(3):
+        assert captures.order(is_idle=True) is not None
+        captures.begin_epoch(SHAPES, is_to_blame=True)
+    assert captures.order(is_idle=True) is None
+
+
 @pytest.mark.parametrize("is_to_blame", [True, False])
 def test_a_capture_that_ends_the_ranks_is_not_ordered_again(is_to_blame: bool) -> None:
     captures = fresh()

@@ -484,10 +484,10 @@ def test_shards_of_a_stage_that_substitute_otherwise_are_refused() -> None:
 
     alike = [Substitution("rms_norm", 3), Substitution("rotary", 0, "it differs by 0.5 of its size")]
     other = [Substitution("rms_norm", 3), Substitution("rotary", 0, "it differs by 0.7 of its size")]
-    check_substitutions(plan_of(2), [Loaded(1, 1.0, 1, alike), Loaded(1, 1.0, 1, other)])
+    check_substitutions(plan_of(2), [Loaded(1, 1.0, alike), Loaded(1, 1.0, other)])
     fewer = [Substitution("rms_norm", 2)]
     message = (
         "stage 0: shard 1 substitutes otherwise than shard 0: rms_norm 2 times, not 3, rotary None times, not 0; give"
     )
     with pytest.raises(ValueError, match=message):
-        check_substitutions(plan_of(2), [Loaded(1, 1.0, 1, alike), Loaded(1, 1.0, 1, fewer)])
+        check_substitutions(plan_of(2), [Loaded(1, 1.0, alike), Loaded(1, 1.0, fewer)])

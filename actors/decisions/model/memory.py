@@ -9,7 +9,7 @@ import math
 from actors.decisions.model.plan import Plan
 from actors.decisions.model.shard_plan import AttentionShard, TensorSlice
 from actors.decisions.schedule.blocks import num_blocks_for
-from actors.decisions.schedule.buckets import MAX_MIXED_TOKENS
+from actors.decisions.schedule.buckets import most_captured_tokens
 from actors.decisions.schedule.settings import PROMPT_LOGPROBS_CHUNK
 
 RESERVED_BYTES = 1_500_000_000  # of a GPU: its driver, its context, the communicators' buffers
@@ -42,7 +42,7 @@ def activation_bytes(plan: Plan, rank: int, num_tokens: int) -> int:
 def beside_cache_bytes(plan: Plan, rank: int) -> int:
     """Bytes that a step and graphs take on a rank of a GPU, beside weights, KV cache and RESERVED_BYTES."""
     largest = plan.scheduler.max_num_batched_tokens
-    captured = min(largest, MAX_MIXED_TOKENS)
+    captured = most_captured_tokens(plan.scheduler)
     return activation_bytes(plan, rank, largest) + activation_bytes(plan, rank, captured) + GRAPH_BYTES
 
 

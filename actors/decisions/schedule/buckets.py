@@ -14,6 +14,11 @@ _ROWS = (1, 2, 4)  # and from 8 on in steps of 8
 _ROWS_STEP = 8
 
 
+def most_captured_tokens(settings: SchedulerSettings) -> int:
+    """Tokens of the largest shape: of a mixed step, or of decode rows where there are more of them."""
+    return min(settings.max_num_batched_tokens, max(MAX_MIXED_TOKENS, settings.max_num_seqs))
+
+
 @dataclass(frozen=True)
 class Buckets:
     """All shapes of a gang: steps that only decode by their rows, steps with chunks of prompts by their tokens."""
@@ -42,6 +47,12 @@ class Buckets:
                 held = max(blocks, num_blocks_for(number, settings.block_size))
                 shapes.add(Bucket(number, min(number, max_rows), held, is_decode=False))
         return cls(tuple(sorted(shapes)), settings.block_size)
+
+    def gathering_at_most(self, num_keys: int) -> "Buckets":
+        """Without the shapes that gather more keys than that, a whole table for each token; the first stays."""
+        keys = {shape: shape.num_tokens * shape.num_blocks * self.block_size for shape in self.shapes}
+        fits = tuple(shape for shape in self.shapes if keys[shape] <= num_keys)
+        return Buckets(fits or self.shapes[:1], self.block_size)
 
     def of_step(self, entries: Sequence[Entry]) -> Bucket | None:
         """The smallest shape that holds a step; None where none does, or where it asks for logits of prompt ids."""

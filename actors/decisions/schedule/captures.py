@@ -59,7 +59,7 @@ class Captures:
         self._under_way = None
         self._buckets = Buckets(tuple(shapes), self._block_size)
         self._since = 0  # steps since the last capture
-        self._num_vain = 0
+        self._num_vain = len(self._never)
         self.captured: set[Bucket] = set()
         self.failed = {bucket: reason for bucket, reason in self._never.items() if bucket in shapes}
 

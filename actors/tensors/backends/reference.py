@@ -95,7 +95,7 @@ class ReferenceBackend:
         """Most of the available main memory, divided among the ranks of the node; other programs get the rest."""
         return int(available_bytes() * _SHARE_OF_RANKS) // ranks_on_node
 
-    def peak_bytes(self, run: Callable[[int], None], num_tokens: int) -> int:
+    def peak_bytes(self, run: Callable[[int], None], num_tokens: int, num_captured: int) -> int:
         """See Backend. A step of many tokens takes long on a CPU: a shorter one is run, and what it takes scaled up."""
         num_run = min(num_tokens, _TOKENS_RUN)
         run(min(num_tokens, _TOKENS_WARM))  # kernels are compiled and loaded
@@ -140,7 +140,7 @@ class ReferenceBackend:
         return None
 
     def graph_runner(
-        self, model: RankModel, plan: Plan, padding_block: int, sampled_ids: SampledIds
+        self, model: RankModel, plan: Plan, padding_blocks: range, sampled_ids: SampledIds
     ) -> GraphRunner | None:
         """None: all steps are alike."""
         return None

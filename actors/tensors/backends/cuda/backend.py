@@ -8,7 +8,6 @@ import torch
 from actors.decisions.model.memory import GRAPH_BYTES
 from actors.decisions.model.plan import Plan
 from actors.decisions.model.spec import AttentionSpec
-from actors.decisions.schedule.buckets import MAX_MIXED_TOKENS
 from actors.tensors.backend import AttentionBackend, Download, GraphRunner, LinearMethod, RankModel
 from actors.tensors.backends.cuda import linear, module_kernels, transfer
 from actors.tensors.backends.cuda.attention import CUDAAttention
@@ -26,7 +25,7 @@ class CUDABackend(ReferenceBackend):
     """See Backend. Its device may be the CPU, where the tests run the same code without graphs and kernels."""
 
     placed_on: ClassVar[Literal["cpu", "cuda"]] = "cuda"
-    num_padding_blocks: ClassVar[int] = 1
+    num_padding_blocks: ClassVar[int] = 32  # of 16 tokens: as many as the padding of a mixed step may have
     runs_ahead: ClassVar[bool] = True
 
     def __init__(self, device: torch.device) -> None:
@@ -47,12 +46,11 @@ class CUDABackend(ReferenceBackend):
         free, _ = torch.cuda.mem_get_info(self.device)
         return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
 
-    def peak_bytes(self, run: Callable[[int], None], num_tokens: int) -> int:
+    def peak_bytes(self, run: Callable[[int], None], num_tokens: int, num_captured: int) -> int:
         """See Backend. The graphs share a pool, which keeps what the largest captured step takes."""
         if self.device.type != "cuda":
-            return super().peak_bytes(run, num_tokens)
-        captured = min(num_tokens, MAX_MIXED_TOKENS)
-        return self._reserved_by(run, num_tokens) + self._reserved_by(run, captured) + GRAPH_BYTES
+            return super().peak_bytes(run, num_tokens, num_captured)
+        return self._reserved_by(run, num_tokens) + self._reserved_by(run, num_captured) + GRAPH_BYTES
 
     def _reserved_by(self, run: Callable[[int], None], num_tokens: int) -> int:
         """Bytes that the allocator takes from the device for a step, gaps included."""
@@ -112,10 +110,10 @@ class CUDABackend(ReferenceBackend):
         return None if self._search is None else self._search(scores_UV, best_U1, is_known_U1, top_k_U1, top_p_U1)
 
     def graph_runner(
-        self, model: RankModel, plan: Plan, padding_block: int, sampled_ids: SampledIds
+        self, model: RankModel, plan: Plan, padding_blocks: range, sampled_ids: SampledIds
     ) -> GraphRunner | None:
         """See Backend."""
-        return CUDAGraphRunner(model, plan, padding_block, sampled_ids, self.device, self.graph_maker())
+        return CUDAGraphRunner(model, plan, padding_blocks, sampled_ids, self.device, self.graph_maker())
 
     def graph_maker(self) -> GraphMaker | None:
         """What makes graphs on this device; None: it has none."""

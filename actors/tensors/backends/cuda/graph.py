@@ -4,18 +4,14 @@ Each graph is checked when it is made: on every shard it must give what the same
 on without.
 """
 
-import logging
+import contextlib
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 
 from actors.tensors.backends.cuda.static_step import StaticStep
 from cluster.collectives.interface import NeighborLost, StageGroup, all_agree
-
-logger = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
 
 
 class Graph(Protocol):
@@ -50,6 +46,17 @@ class CUDAGraphs:
         torch.cuda.current_stream().wait_stream(self.stream)
         return result
 
+    def leave_pool(self) -> None:
+        """Take another pool after a capture that failed: torch goes on recording into the old one.
+
+        Where the end of a capture fails, torch.cuda.graph returns before it leaves its stream and its pool.
+        """
+        device = torch.cuda.current_device()
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(device, self.pool)  # noqa: SLF001
+            torch._C._cuda_releasePool(device, self.pool)  # noqa: SLF001
+        self.pool = torch.cuda.graph_pool_handle()
+
 
 class _CUDAGraph:
     """See Graph."""
@@ -60,14 +67,17 @@ class _CUDAGraph:
 
     def capture(self, work: Callable[[], object]) -> None:
         """See Graph."""
-        # Other threads of this process (heartbeats, NCCL's watchdog) may call CUDA meanwhile
-        with torch.cuda.graph(
-            self._graph,
-            pool=self._graphs.pool,
-            stream=self._graphs.stream,
-            capture_error_mode="thread_local",
-        ):
-            work()
+        current, graphs = torch.cuda.current_stream(), self._graphs
+        try:
+            # Other threads of this process (heartbeats, NCCL's watchdog) may call CUDA meanwhile
+            with torch.cuda.graph(
+                self._graph, pool=graphs.pool, stream=graphs.stream, capture_error_mode="thread_local"
+            ):
+                work()
+        except BaseException:
+            torch.cuda.set_stream(current)
+            graphs.leave_pool()
+            raise
 
     def replay(self) -> None:
         """See Graph."""

@@ -33,19 +33,21 @@ class CUDAGraphRunner:
         self,
         model: RankModel,
         plan: Plan,
-        padding_block: int,
+        padding_blocks: range,
         sampled_ids: SampledIds,
         device: torch.device,
         make_graph: GraphMaker | None,
     ) -> None:
-        """`padding_block` belongs to no sequence: padding writes there. Without `make_graph` nothing is captured."""
+        """`padding_blocks` belong to no sequence: padding writes there. Without `make_graph` nothing is captured."""
         attention = model.attention
         assert isinstance(attention, CUDAAttention), "a model attends through its device's backend"
         self._model, self._block_size, self._make_graph = model, plan.block_size, make_graph
         longest, settings = plan.num_blocks_for_longest, plan.scheduler
         if attention.gathers:
             first_blocks = min(longest, num_blocks_for(_TOKENS_GATHERED, plan.block_size))
-            self.buckets = Buckets.of(settings, longest, _MIXED_TOKENS, first_blocks)
+            buckets = Buckets.of(settings, longest, _MIXED_TOKENS, first_blocks)
+            measured = settings.max_num_seqs * settings.max_num_batched_tokens  # what the largest step gathers
+            self.buckets = buckets.gathering_at_most(max(measured, _MIXED_TOKENS * _TOKENS_GATHERED))
         else:
             self.buckets = Buckets.of(settings, longest, MAX_MIXED_TOKENS)
         shapes, shard = self.buckets.shapes, model.shard
@@ -56,7 +58,7 @@ class CUDAGraphRunner:
             state = torch.zeros((most_tokens, *plan.spec.state_shape), dtype=dtype, device=device)
         num_results = most_seqs if shard.has_head else most_tokens
         num_in_flight = settings.num_lanes * settings.depth
-        self._buffers = StaticBuffers(shapes, num_in_flight, num_results, padding_block, sampled_ids, state, device)
+        self._buffers = StaticBuffers(shapes, num_in_flight, num_results, padding_blocks, sampled_ids, state, device)
         self._steps: dict[Bucket, StaticStep] = {}
         self.captured: dict[Bucket, CapturedStep] = {}
         self._filled: Bucket | None = None
@@ -85,6 +87,7 @@ class CUDAGraphRunner:
         """See GraphRunner."""
         assert self._make_graph is not None, "this device has no graphs"
         self.fill(bucket, StepInputs(array("q"), [], [], torch.zeros(0, 0, dtype=torch.int64), []))
+        self._buffers.pad_state()
         made = capture(self._step(bucket), self._make_graph, group)
         if isinstance(made, str):
             logger.warning("steps of %s go on without a graph: %s", bucket, made)

@@ -54,12 +54,14 @@ class StaticBuffers:
         shapes: tuple[Bucket, ...],
         num_in_flight: int,
         num_results: int,
-        padding_block: int,
+        padding_blocks: range,
         sampled_ids: SampledIds,
         state: torch.Tensor | None,
         device: torch.device,
     ) -> None:
         """`num_results`: rows of the largest result.
+
+        `padding_blocks`: those of the cache that no sequence owns.
 
         `state`: the buffer [T or more, H] for hidden states of the stage before; None on the first stage.
         """
@@ -69,8 +71,10 @@ class StaticBuffers:
         self.inputs = torch.zeros(num_inputs + 2 * _LARGEST_UPDATE, dtype=torch.int32, device=device)
         self.ring = StagingRing(len(self.inputs), num_in_flight + 1, device)
         num_rows, num_blocks = sampled_ids.padding + 1, max(shape.num_blocks for shape in shapes)
-        # A padding row's table, and what no sequence has set yet, is the padding block
-        self.tables_PN = torch.full((num_rows, num_blocks), padding_block, dtype=torch.int32, device=device)
+        self.tables_PN = torch.full((num_rows, num_blocks), padding_blocks[0], dtype=torch.int32, device=device)
+        # A mixed step's padding is one sequence: tokens of it that shared a slot would race for it
+        columns = torch.arange(num_blocks, dtype=torch.int32, device=device)
+        self.tables_PN[sampled_ids.padding] = padding_blocks[0] + columns % len(padding_blocks)
         self._result: torch.Tensor | None = None
 
     def fill(self, bucket: Bucket, inputs: StepInputs) -> None:
@@ -95,6 +99,15 @@ class StaticBuffers:
             if count:
                 cells_n, blocks_n = torch.split(self.inputs[num_inputs:whole], count)
                 self.tables_PN.view(-1).index_copy_(0, cells_n.long(), blocks_n)
+
+    def pad_state(self) -> None:
+        """Fill the hidden states of the stage before with one row, not of zeros, for every token alike.
+
+        In a decode step all padding shares a slot, so that rows which differ would race for it.
+        """
+        if self.state_TH is not None:
+            row = torch.linspace(-1, 1, self.state_TH[0].numel(), device=self.state_TH.device)
+            self.state_TH.copy_(row.view_as(self.state_TH[0]))
 
     def keep(self, result: torch.Tensor) -> torch.Tensor:
         """Copy a shape's result [n, *] into the buffer of all, so that graphs hold no memory for it → that copy."""
