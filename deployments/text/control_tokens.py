@@ -31,8 +31,18 @@ class ControlTokens:
         self._ids_as_text: dict[str, list[int]] = {}
 
     def mark(self, value: Any) -> Any:
-        """The value with marks around the control tokens in its texts, at any depth."""
+        """The value with marks around the control tokens in its texts and keys, at any depth.
+
+        Keys that are identifiers stay as they are, because templates ask for them.
+        """
+        if isinstance(value, dict):
+            return {self._mark_key(key): self.mark(one) for key, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.mark(one) for one in value]
         return mark_control_tokens(value, self._pattern)
+
+    def _mark_key(self, key: Any) -> Any:
+        return key if isinstance(key, str) and key.isidentifier() else mark_control_tokens(key, self._pattern)
 
     def are_marked(self, text: str) -> bool:
         """Whether the text has marks."""
