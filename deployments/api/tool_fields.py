@@ -1,10 +1,10 @@
 """Tool fields: `tools`, `tool_choice` and the calls of a history, parsed into what chat templates read."""
 
-import json
 import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, FailFast, Field, PlainValidator, model_validator
+from pydantic_core import from_json
 
 from deployments.api.errors import shown
 from deployments.api.strict_body import Body, only, wrong
@@ -83,8 +83,8 @@ ToolChoice = Annotated[Literal["none", "auto"] | None, PlainValidator(_choice)]
 def _arguments(value: object) -> object:
     """Arguments as an object; none of what a model has written wrong, because a refusal would end the conversation."""
     try:
-        read = json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
+        read = from_json(value, allow_inf_nan=False) if isinstance(value, str) else value
+    except ValueError:  # also where it is too deep, or has half a surrogate pair
         return {}
     return read if isinstance(read, dict) else {}
 

@@ -51,7 +51,7 @@ def _written(call: dict[str, Any]) -> str:
 def _add(messages: list[dict[str, Any]], message: dict[str, Any], joins: bool) -> None:
     """Append the message, or its text to the last one's."""
     if joins:
-        messages[-1]["content"] += "\n" + message["content"]
+        messages[-1]["content"] += "\n" + (message["content"] or "")
     else:
         messages.append(dict(message))
 
@@ -62,4 +62,4 @@ def _introduce(messages: list[dict[str, Any]], tools: str) -> None:
     first = messages[0]
     is_system = first["role"] in ("system", "developer")
     texts = [first["content"], introduction] if is_system else [introduction, first["content"]]
-    messages[0] = {**first, "content": "\n\n".join(texts)}
+    messages[0] = {**first, "content": "\n\n".join(filter(None, texts))}

@@ -270,7 +270,12 @@ def test_thinking_of_the_history_comes_under_any_name(says, thinker, thought):
     assert "<|im_start|>assistant\n<think>\nThe sky?\n</think>\n\nok<|im_end|>" in prompt
 
 
-@pytest.mark.parametrize("arguments", ['{"city": "x"}', {"city": "x"}, "", "{broken", "[1]", None])
+DEEP = '{"x": ' + "[" * 900 + "]" * 900 + "}"
+
+
+@pytest.mark.parametrize(
+    "arguments", ['{"city": "x"}', {"city": "x"}, "", "{broken", "[1]", None, '{"x": "\\ud800"}', DEEP, '{"x": NaN}']
+)
 def test_arguments_of_the_history_reach_the_template_as_an_object(says, thinker, arguments):
     call = {"id": "c", "type": "function", "function": {"name": "now", "arguments": arguments}}
     messages = [*CHAT["messages"], {"role": "assistant", "content": None, "tool_calls": [call]}]
@@ -399,3 +404,6 @@ def test_a_template_without_tools_is_told_of_them_in_the_messages(says, text):
     system = [{"role": "system", "content": "be brief"}, *CHAT["messages"]]
     assert prompt_of(world, messages=system, tools=TOOLS).startswith("<s><|system|>be brief\n\nYou may call")
     assert choice(world.post(CHATS, {**CHAT, "chat_template_kwargs": {"enable_thinking": False}}))
+    empty = [{"role": "user", "content": []}]
+    assert prompt_of(world, messages=empty, tools=TOOLS).endswith("</tool_call>\n<|assistant|>")
+    assert "noon\n</tool_response>\n\n<|assistant|>" in prompt_of(world, messages=[*history[:3], *empty])
