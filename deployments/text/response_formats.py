@@ -134,7 +134,7 @@ FORMATS: dict[str, dict[str, Any]] = {
             ["<|tool_call_begin|>"],
             _json(
                 open_pattern=r"(?:<\|tool_calls?_section_begin\|>\s*)?<\|tool_call_begin\|>\s*(?:functions\.)?"
-                r"(?P<name>[^:<\s]+)(?::\d+)?\s*<\|tool_call_argument_begin\|>",
+                r"(?P<name>[^<\s]+?)(?::\d+)?\s*<\|tool_call_argument_begin\|>",
                 close="<|tool_call_end|>",
             ),
             {"content": "text", "close": ["<|tool_calls_section_end|>", "<|tool_call_section_end|>"]},
@@ -155,7 +155,7 @@ FORMATS: dict[str, dict[str, Any]] = {
         "GLM 4.5 and newer, Ling 3",
         ["<arg_key>"],
         _tagged(
-            r"<arg_key>(?P<key>.*?)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>",
+            r"<arg_key>(?P<key>[^<]*+)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>",
             open_pattern=r"<tool_call>\s*(?P<name>[^\s<]+)\s*(?=<arg_key>|</tool_call>)",
             close="</tool_call>",
         ),

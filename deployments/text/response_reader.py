@@ -112,7 +112,9 @@ class ResponseReader:
         what, mark_field, match = found
         self._show(match.start())
         self._pos = match.end()
-        if what == "tail" and not (self._content.is_after_mark or self._suspended[0]):
+        if what == "tail" and self._suspended[0]:  # shown with the calls, should the thought go on
+            self._suspended[1].append(self._visible(match[0], self._at + match.start()))
+        elif what == "tail" and (self.is_thinking or not self._content.is_after_mark):
             self._pos = match.start()
             self._show(match.end())
         elif what == "open" and kind_of(mark_field) == CALLS:

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import hashlib
 import json
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -148,10 +149,10 @@ def _tags(field: ResponseTemplateField, body: str, captures: dict[str, str], too
     schema = tools.get(captures.get("name", ""), {})
     found: dict[str, Any] = {}
     types: dict[str, frozenset[str]] = {}
-    rest: list[str] = []
-    end = 0
-    for tag in regex.finditer(field.content_args["tag_pattern"], body, regex.DOTALL, timeout=_MATCH_S):
-        rest.append(body[end : tag.start()])
+    pattern = regex.compile(rf"\s*?(?:{field.content_args['tag_pattern']})", regex.DOTALL)
+    end, deadline = 0, time.monotonic() + _MATCH_S
+    # tag after tag: a search would begin anew at each character of what is none
+    while (tag := pattern.match(body, end, timeout=_left_s(deadline))) and tag.end() > end:
         end = tag.end()
         groups = tag.groupdict()
         key, value, is_text = groups["key"].strip(), groups["value"], groups.get("string")
@@ -163,9 +164,16 @@ def _tags(field: ResponseTemplateField, body: str, captures: dict[str, str], too
             found[key] = value if is_text == "true" else json.loads(value)
     if not found and body.lstrip().startswith("{"):  # DeepSeek's may hold JSON instead
         return _object(json.loads(body))
-    if "".join([*rest, body[end:]]).strip():
+    if body[end:].strip():
         raise ValueError("text between the tags, or a tag that does not end")
     return found
+
+
+def _left_s(deadline: float) -> float:
+    left_s = deadline - time.monotonic()
+    if left_s <= 0:
+        raise TimeoutError
+    return left_s
 
 
 def _object(value: Any) -> dict[str, Any]:

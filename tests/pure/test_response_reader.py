@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from deployments.text import tool_calls
 from deployments.text.response_format import choose_format
 from deployments.text.response_formats import FORMATS
 from deployments.text.response_reader import ResponseReader
@@ -161,6 +162,7 @@ def test_plain_answers_pass(family):
 
 
 CALL = '<tool_call>{"name": "now", "arguments": {}}</tool_call>'
+TAGGED = "<tool_call>\n<function=now></function>\n</tool_call>"
 NOW = [("now", {})]
 
 
@@ -177,6 +179,8 @@ NOW = [("now", {})]
         ("hermes", "<think>", f"I may {CALL} or not</think>yes", ("yes", f"I may {CALL} or not", [])),
         ("hermes", "<think>", f"I will {CALL}\n{CALL}\n", ("", "I will", NOW * 2)),
         ("hermes", "<think>", f"I may {CALL}</think>yes", ("yes", f"I may {CALL}", [])),
+        ("qwen3_coder", "<think>", f"I may {TAGGED} or not</think>yes", ("yes", f"I may {TAGGED} or not", [])),
+        ("qwen3_coder", "<think>", f"I will {TAGGED}\n", ("", "I will", NOW)),
         # a mark in an argument is text of it, and a string that does not end takes no other call along
         ("hermes", "", '<tool_call>{"name": "now", "arguments": {"x": "</tool_call>"}}</tool_call>',
          ("", "", [("now", {"x": "</tool_call>"})])),
@@ -252,6 +256,22 @@ def test_special_tokens_are_marks_that_nobody_sees():
     )
     reader = make_reader("kimi_k2", tools={"other": {}})
     assert joined([reader.push(kimi), reader.end()]) == ("functions.now:0{}", "", [])
+
+
+def test_names_with_colons_can_be_called():
+    call = "<|tool_call_begin|>functions.ns:tool:0<|tool_call_argument_begin|>{}<|tool_call_end|>"
+    assert read("kimi_k2", call, tools={"ns:tool": {}}) == ("", "", [("ns:tool", {})])
+
+
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [("glm4", "<arg_key>a</arg_key><arg_value>" * 500), ("qwen3_coder", "<parameter=a>" * 20_000)],
+)
+def test_tags_that_do_not_end_are_found_without_a_search(name, body):
+    """A search that goes on from each of them would run into the time limit for one call."""
+    field = choose_format(name, None, MARKS, [], "").template.fields["tool_calls"]
+    with pytest.raises(ValueError, match="between the tags"):
+        tool_calls._tags(field, body, {"name": "now"}, TOOLS)
 
 
 def test_ids_of_calls_are_as_the_model_knows_them():
