@@ -55,6 +55,7 @@ class Text:
             ChatTemplate(template, tokenizer.special_tokens_map, now, self._controls.mark) for template in texts
         ]
         self._format: ResponseFormat | None = None
+        self._hashed: tuple[list[int], str] = ([], "")  # a prompt, and its digest
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
     @classmethod
@@ -127,9 +128,15 @@ class Text:
             return None
         tools = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in conversation.tools}
         prompt = self._decode(prompt_ids[-_MAX_PREFIX:], skip_special_tokens=False)
-        salt = f"{hashlib.sha256(array('q', prompt_ids).tobytes()).hexdigest()} {index}"
+        salt = f"{self._digest(prompt_ids)} {index}" if tools else ""
         call_ids = CallIds(self._format.call_ids, salt, conversation.num_calls)
         return ResponseReader(self._format, self._format.prefix(prompt), tools, call_ids, conversation.is_single_call)
+
+    def _digest(self, prompt_ids: list[int]) -> str:
+        """A digest of the prompt; hashed once for all answers to it, which follow each other."""
+        if self._hashed[0] is not prompt_ids:
+            self._hashed = prompt_ids, _hashed(prompt_ids)
+        return self._hashed[1]
 
     def _choose_format(self, tool_format: str) -> None:
         tokenizer, template = self._tokenizer, self._templates[0]
@@ -182,6 +189,10 @@ class Text:
         decoder = self._backend.decoder
         is_byte_level = decoder is not None and b'"ByteLevel"' in decoder.__getstate__()  # its JSON
         return TokenTexts(decode, self._backend.id_to_token, is_byte_level, before)
+
+
+def _hashed(token_ids: list[int]) -> str:
+    return hashlib.sha256(array("q", token_ids).tobytes()).hexdigest()
 
 
 def _chat_templates(tokenizer: Any) -> list[str]:

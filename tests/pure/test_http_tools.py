@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from deployments.text import tokenizer
 from deployments.text.response_format import choose_format
 from deployments.text.tokenizer import Text
 
@@ -203,6 +204,15 @@ def test_one_call_only_where_parallel_ones_are_not_wanted(says, thinker):
     assert [call["function"]["name"] for call in answer["message"]["tool_calls"]] == ["get_weather"]
     assert answer["finish_reason"] == "tool_calls"
     assert response.json()["usage"]["completion_tokens"] == len(ids_of(thinker, TWO_CALLS.removesuffix("\n" + NOW)))
+
+
+def test_a_prompt_is_hashed_once_for_all_answers_and_only_where_calls_need_ids(says, thinker, monkeypatch):
+    world, prompts = says(thinker, TWO_CALLS), []
+    monkeypatch.setattr(tokenizer, "_hashed", lambda prompt_ids: prompts.append(prompt_ids) or "digest")
+    world.post(CHATS, {**CHAT, "tools": [], "n": 3})
+    assert not prompts
+    assert len(world.post(CHATS, {**CHAT, "n": 3}).json()["choices"]) == 3
+    assert len(prompts) == 1
 
 
 def test_without_tools_or_with_none_wanted_calls_are_text_and_thinking_is_not(says, thinker):
