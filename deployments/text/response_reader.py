@@ -50,6 +50,7 @@ class ResponseReader:
         self._suspended: tuple[list[tuple[str, str]], list[str]] = ([], [])  # calls in a thought, and their text
         self._content, self._reasoning, self._new_calls = TextFlow(), TextFlow(), list[ToolCall]()
         self._text, self._pos, self._at = "", 0, 0  # unsettled text after one settled character; where it begins
+        self._ahead: list[str] = []  # what comes behind it, in slices, the last one first
         self._hidden: deque[tuple[int, int]] = deque([(0, len(prefix))])
         self._num_second_looks = 0
         self.is_done = False  # what follows is ignored
@@ -95,13 +96,17 @@ class ResponseReader:
         return Delta(self._content.take(), self._reasoning.take(), calls)
 
     def _read(self, text: str, is_end: bool = False) -> None:
-        self._text += text
-        while not self.is_done and (
-            self._read_candidate(self._candidate, is_end) if self._candidate else self._read_text(is_end)
-        ):
-            pass
-        if self._pos > 1:
-            self._text, self._at, self._pos = self._text[self._pos - 1 :], self._at + self._pos - 1, 1
+        self._ahead.append(text)
+        while self._ahead and not self.is_done:
+            self._text += self._ahead.pop()
+            while not self.is_done and self._read_on(is_end and not self._ahead):
+                pass
+            if self._pos > 1:
+                self._text, self._at, self._pos = self._text[self._pos - 1 :], self._at + self._pos - 1, 1
+
+    def _read_on(self, is_end: bool) -> bool:
+        """Read up to the next mark, or the end of the candidate; whether there was one."""
+        return self._read_candidate(self._candidate, is_end) if self._candidate else self._read_text(is_end)
 
     def _read_text(self, is_end: bool) -> bool:
         """Show text up to the next mark; whether there was one."""
@@ -227,7 +232,9 @@ class ResponseReader:
         else:
             rest = ""  # it is in the body, behind its end
         shown = self._visible(raw, candidate.start)
-        self._text, self._at, self._pos = raw[-1:] + again + rest, candidate.start + len(raw) - 1, 1
+        rest = again + rest
+        self._ahead += [rest[at : at + _SLICE] for at in range(_SLICE, len(rest), _SLICE)][::-1]
+        self._text, self._at, self._pos = raw[-1:] + rest[:_SLICE], candidate.start + len(raw) - 1, 1
         if calls is None:
             self._add_text(shown)
         elif self.is_thinking:

@@ -265,7 +265,7 @@ def test_names_with_colons_can_be_called():
 
 @pytest.mark.parametrize(
     ("name", "body"),
-    [("glm4", "<arg_key>a</arg_key><arg_value>" * 500), ("qwen3_coder", "<parameter=a>" * 20_000)],
+    [("glm4", "<arg_key>a</arg_key><arg_value>" * 2000), ("qwen3_coder", "<parameter=a>" * 20_000)],
 )
 def test_tags_that_do_not_end_are_found_without_a_search(name, body):
     """A search that goes on from each of them would run into the time limit for one call."""
@@ -280,6 +280,27 @@ def test_ids_of_calls_are_as_the_model_knows_them():
     ids = [nine.next("now"), nine.next("now"), other.next("now")]
     assert len(set(ids)) == 3
     assert all(len(one) == 9 and one.isalnum() for one in ids)
+
+
+def test_the_second_look_at_swallowed_calls_is_linear(monkeypatch):
+    search, scanned = ResponseReader._search, []
+
+    def counted(reader, *arguments):
+        scanned.append(len(reader._text) - reader._pos)
+        return search(reader, *arguments)
+
+    monkeypatch.setattr(ResponseReader, "_search", counted)
+
+    def work(count):
+        scanned.clear()
+        opening = '<tool_call>{"a": "'
+        whole = read("hermes", [opening + CALL * count])
+        assert whole == (opening + CALL, "", NOW * (count - 1))
+        num_whole = sum(scanned)
+        assert read("hermes", opening + CALL * count) == whole
+        return num_whole
+
+    assert work(400) < 5 * work(100)
 
 
 HOSTILE = {
