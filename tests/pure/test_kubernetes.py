@@ -264,9 +264,11 @@ def test_volumes_can_be_mounted_by_as_many_pods_as_there_are(name: str) -> None:
 
 @ALL
 def test_no_eviction_while_there_are_no_pods_to_spare(name: str) -> None:
-    (budget,) = of_kind(name, "PodDisruptionBudget")
-    assert budget["spec"]["minAvailable"] == 1 + workers(name)["minReplicas"]
-    assert budget["spec"]["unhealthyPodEvictionPolicy"] == "IfHealthyBudget"
+    """The head is counted apart: more workers than are needed do not make up for it."""
+    budgets = [budget["spec"] for budget in of_kind(name, "PodDisruptionBudget")]
+    needed = {budget["selector"]["matchLabels"]["ray.io/node-type"]: budget["minAvailable"] for budget in budgets}
+    assert needed == {"head": 1, "worker": workers(name)["minReplicas"]}
+    assert {budget["unhealthyPodEvictionPolicy"] for budget in budgets} == {"IfHealthyBudget"}
 
 
 @ALL
@@ -275,8 +277,8 @@ def test_labels_are_those_that_everything_selects_by(name: str) -> None:
     assert head(name)["template"]["metadata"]["labels"] == workers(name)["template"]["metadata"]["labels"] == labels
     for policy in of_kind(name, "NetworkPolicy"):
         assert policy["spec"]["podSelector"]["matchLabels"].items() <= (labels | {"ray.io/node-type": "head"}).items()
-    (budget,) = of_kind(name, "PodDisruptionBudget")
-    assert budget["spec"]["selector"]["matchLabels"] == labels
+    for budget, kind in zip(of_kind(name, "PodDisruptionBudget"), ("head", "worker"), strict=True):
+        assert budget["spec"]["selector"]["matchLabels"] == labels | {"ray.io/node-type": kind}
 
 
 # Ports
