@@ -18,6 +18,7 @@ from deployments.text.response_reader import Delta, ResponseReader
 from deployments.text.transcript import Transcript
 
 NOT_READY_RETRY_AFTER_S = 5
+_INLINE_TOKENS = 64  # of one event whose text is read for calls and thinking: more are read in another thread
 PING_S = 5.0  # between two pings of a stream while the gang recovers: proxies drop what is silent for 30 s or more
 
 
@@ -56,10 +57,9 @@ class Answer:
         """Whether nothing more will come."""
         return self.transcript.finish_reason is not None or (self._reader is not None and self._reader.is_done)
 
-    @property
-    def is_slow(self) -> bool:
-        """Whether the next event may take milliseconds to read."""
-        return self._reader is not None and self._reader.is_slow
+    def is_slow(self, event: Event) -> bool:
+        """Whether the event may take milliseconds to read."""
+        return self._reader is not None and (self._reader.is_slow or len(event.token_ids) > _INLINE_TOKENS)
 
     def push(self, event: Event) -> Piece | None:
         """The piece that an event adds; None while the prompt is being computed."""
@@ -159,8 +159,8 @@ class Generation:
     def start(self, at_end: bool = False) -> None:
         """Hand all requests to the engine. Raises ApiError (503) when it does not serve.
 
-        `at_end`: `take` waits until a sequence has ended, and nothing wakes up before; not for stop strings, which the
-        engine does not know of.
+        `at_end`: `take` waits until a sequence has ended, and nothing wakes up before; not for stop strings, nor where
+        the first call ends the answer: the engine does not know of them.
         """
         self._mailbox = self._outbox.open(list(self._answers), at_end)
         try:
@@ -214,7 +214,7 @@ class Generation:
             raise too_late()
         if event.finish_reason in ("error", "abort"):
             raise _failed(event)
-        if answer.is_slow:
+        if answer.is_slow(event):
             piece = await asyncio.get_running_loop().run_in_executor(None, answer.push, event)
         else:
             piece = answer.push(event)

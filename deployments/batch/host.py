@@ -171,7 +171,8 @@ class RowAnswerer:
 
     async def _answer(self, row: Row, generation: Generation, ticket: int) -> None:
         try:
-            generation.start(at_end=not row.body.stop)
+            is_single_call = getattr(row.body, "parallel_tool_calls", None) is False  # the engine knows of neither
+            generation.start(at_end=not (row.body.stop or is_single_call))
             answers = await generation.whole()
             self._end(row, 200, self._reply(row).whole(answers, generation.usage))
             limit = sum(request.max_tokens for request in generation.requests)

@@ -165,13 +165,16 @@ def test_rows_that_a_lost_gang_had_have_no_outcome(make_world):
 
 
 def test_nothing_wakes_up_before_an_answer_has_ended(make_world, monkeypatch):
-    """A step of 64 sequences would cost as many wake-ups; rows with stop strings are looked at all the same."""
+    """A step of 64 sequences would cost as many wake-ups; rows are looked at that may end sooner than the engine knows."""
     world = make_world()
     wake_ups = []
     hand_over = world.outbox._hand_over
     monkeypatch.setattr(world.outbox, "_hand_over", lambda events: (wake_ups.append(events), hand_over(events)))
     answer(world, [row(number, prompt="one", max_tokens=50, ignore_eos=True) for number in range(6)])
     assert len(wake_ups) <= 6
+    wake_ups.clear()
+    answer(world, [row(6, **CHAT, max_tokens=50, ignore_eos=True, parallel_tool_calls=False)])
+    assert len(wake_ups) > 6
     assert not world.outbox._held and not world.outbox._at_end
 
 
