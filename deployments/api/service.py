@@ -141,7 +141,7 @@ class Service:
                 return await self.text.encode(prompts, add_special_tokens)
         except ConversationError as error:
             code = "context_length_exceeded" if error.is_too_long else None
-            raise ApiError(400, str(error), param="messages", code=code) from None
+            raise ApiError(400, str(error), param=error.field, code=code) from None
         except TimeoutError:
             raise too_late() from None
 

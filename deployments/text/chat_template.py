@@ -38,9 +38,11 @@ class ChatTemplate:
         that clients wrote, before the template reads it.
         """
         self._mark = mark
+        own = {name: token for name, token in special_tokens.items() if isinstance(token, str | list)}
+        self._own_variables = own.keys()
         self._setup = {
             "template": template,
-            "special_tokens": {name: token for name, token in special_tokens.items() if isinstance(token, str | list)},
+            "special_tokens": own,
             "now": None if now is None else now.isoformat(),
             "cpu_s": CPU_S,
             "memory_bytes": MEMORY_BYTES,
@@ -71,6 +73,9 @@ class ChatTemplate:
 
     def render(self, conversation: Conversation) -> str:
         """The text that the model reads. Raises ConversationError where there is none, or it takes too long."""
+        for name in sorted(self._own_variables & conversation.variables.keys()):
+            field = "chat_template_kwargs"
+            raise ConversationError(f"{field}: {name} is the tokenizer's own; leave it out", field=field)
         if not self.knows_tools:
             conversation = without_tools(conversation)
         messages = [self._as_known(message) for message in conversation.messages]

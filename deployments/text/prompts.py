@@ -28,9 +28,10 @@ Prompt = str | list[int] | Conversation
 class ConversationError(ValueError):
     """The messages cannot become a text; the message says why, and may be shown to the client (as 400)."""
 
-    def __init__(self, message: str, *, is_too_long: bool = False) -> None:
-        """`is_too_long`: fewer messages would do."""
+    def __init__(self, message: str, *, is_too_long: bool = False, field: str = "messages") -> None:
+        """`is_too_long`: fewer messages would do. `field`: of the request, that is at fault."""
         super().__init__(message)
+        self.field = field
         self.is_too_long = is_too_long
 
 

@@ -165,7 +165,7 @@ def test_rows_that_a_lost_gang_had_have_no_outcome(make_world):
 
 
 def test_nothing_wakes_up_before_an_answer_has_ended(make_world, monkeypatch):
-    """A step of 64 sequences would cost as many wake-ups; rows are looked at that may end sooner than the engine knows."""
+    """A step of 64 sequences would cost as many wake-ups; rows that may end sooner are looked at."""
     world = make_world()
     wake_ups = []
     hand_over = world.outbox._hand_over

@@ -8,7 +8,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from actors.words.messages import Event
+from deployments.api.generation import Answer
 from deployments.text import tokenizer
+from deployments.text.prompts import Conversation
 from deployments.text.response_format import choose_format
 from deployments.text.tokenizer import Text
 
@@ -246,6 +249,12 @@ def test_what_cannot_be_done_is_refused(world, error_of, fields, param):
     assert error_of(world.post(CHATS, {**CHAT, **fields}), 400)["param"] == param
 
 
+def test_a_tokenizers_own_tokens_are_no_variables(says, thinker, error_of):
+    error = error_of(says(thinker, "x").post(CHATS, {**CHAT, "chat_template_kwargs": {"bos_token": ""}}), 400)
+    assert error["param"] == "chat_template_kwargs"
+    assert "bos_token" in error["message"]
+
+
 def test_tools_are_refused_where_the_format_is_not_known(world, error_of, monkeypatch):
     for found in (None, choose_format("mistral", None, "", [], "")):  # its template asks for calls as Hermes' only
         monkeypatch.setattr(world.text, "_format", found)
@@ -387,6 +396,11 @@ def test_what_takes_long_to_read_is_read_beside_the_event_loop(says, thinker, mo
     plain = choice(says(thinker, TWO_CALLS).post(CHATS, CHAT))
     monkeypatch.setattr("deployments.text.response_reader._SLOW_CHARS", 5)
     assert choice(says(thinker, TWO_CALLS).post(CHATS, CHAT)) == plain
+
+
+def test_a_whole_answer_in_one_event_is_read_beside_the_event_loop(thinker):
+    answer = Answer(0, None, None, None, reader=thinker.reader(Conversation([]), [], 0))
+    assert [answer.is_slow(Event("x", [5] * count)) for count in (64, 65)] == [False, True]
 
 
 def test_a_template_without_tools_is_told_of_them_in_the_messages(says, text):
