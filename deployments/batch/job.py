@@ -83,12 +83,22 @@ class Job:
     def publish(self, output: str, errors: str) -> Done:
         """Write the files that the job ends with. Raises ValueError where another file is in the way."""
         self._lease.check()
-        self._store.publish(errors, lambda: (read_part(self._store, part)[1] for part in range(self._source.num_parts)))
-        self._store.publish(output, lambda: (read_part(self._store, part)[0] for part in range(self._source.num_parts)))
+        self._store.publish(errors, lambda: self._lines(1))
+        self._store.publish(output, lambda: self._lines(0))
         heads = self._heads.values()
         done = Done(self._source.num_rows, sum(one.completed for one in heads), sum(one.failed for one in heads))
         write_done(self._store, done)
         return done
+
+    def _lines(self, at: int) -> Iterator[bytes]:
+        """What OUT (0) or ERR (1) holds. Raises ValueError, before its end, where another driver has taken over."""
+        try:
+            for part in range(self._source.num_parts):
+                yield read_part(self._store, part)[at]
+        except ValueError:
+            self._lease.check()  # who has taken over removes parts: that is then what has happened
+            raise
+        self._lease.check()
 
     def _read_heads(self) -> dict[int, PartHead]:
         """The heads of the parts that are there. One that is torn, by a store that shows such, is removed."""

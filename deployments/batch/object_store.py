@@ -83,11 +83,7 @@ class ObjectStore:
         """See Store. It takes the place of what is there: an earlier try of the same job, with the same bytes."""
 
         def work() -> None:
-            size = 0
-            with self._filesystem.open(self._plain(path), "wb") as file:
-                for chunk in chunks():
-                    file.write(chunk)
-                    size += len(chunk)
+            size = self._upload(path, chunks)
             there = self._info(path)
             if there is None or there["size"] != size:
                 raise ConnectionError(f"only {there['size'] if there else 0} of {size} bytes were written")
@@ -108,6 +104,23 @@ class ObjectStore:
             f"{self.folder}: this store overwrites what should be created only if absent, so two drivers could undo "
             "each other's work; write to a local path, and copy the result"
         )
+
+    def _upload(self, path: str, chunks: Chunks) -> int:
+        """Write an object → its bytes. An exception leaves what was there: closing alone would commit a beginning."""
+        size, file = 0, self._filesystem.open(self._plain(path), "wb", autocommit=False)
+        try:
+            for chunk in chunks():
+                file.write(chunk)
+                size += len(chunk)
+            file.close()
+        except BaseException:
+            with contextlib.suppress(Exception):  # what is left of the upload is the store's own to forget
+                file.discard()
+            with contextlib.suppress(Exception):  # it has nothing to send any more
+                file.close()
+            raise
+        file.commit()
+        return size
 
     def _look(self, path: str, num_bytes: int | None = None) -> bytes | None:
         with contextlib.suppress(FileNotFoundError):

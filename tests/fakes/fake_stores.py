@@ -70,7 +70,7 @@ class Bucket(AbstractFileSystem):
 
     def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
         assert mode == "wb"
-        return _Upload(self, path)
+        return _Upload(self, path, kwargs.get("autocommit", True))
 
     def _info(self, path: str) -> dict[str, Any]:
         return {"name": path, "size": len(self.objects[path]), "type": "file"}
@@ -86,15 +86,25 @@ class Bucket(AbstractFileSystem):
 
 
 class _Upload(io.BytesIO):
-    """A multipart upload: nothing is there before it is completed."""
+    """A multipart upload, as fsspec has them: closing completes it, after an exception too, unless autocommit=False."""
 
-    def __init__(self, bucket: Bucket, path: str) -> None:
+    def __init__(self, bucket: Bucket, path: str, autocommit: bool) -> None:
         super().__init__()
-        self._bucket, self._path = bucket, path
+        self._bucket, self._path, self._autocommit = bucket, path, autocommit
+        self._data = b""
 
-    def __exit__(self, kind: Any, *error: Any) -> None:
-        if kind is None:
-            self._bucket.pipe_file(self._path, self.getvalue())
+    def close(self) -> None:
+        if not self.closed:
+            self._data = self.getvalue()
+            super().close()
+            if self._autocommit:
+                self.commit()
+
+    def commit(self) -> None:
+        self._bucket.pipe_file(self._path, self._data)
+
+    def discard(self) -> None:
+        self._data = b""
 
 
 def now_and_then(seed: int, share: float) -> Callable[[str, str], str | None]:

@@ -1,11 +1,13 @@
 """Batch jobs: every row once and in order, whatever dies or fails; two drivers, other inputs, files in the way."""
 
 import contextlib
+import gc
 import json
 import threading
 from datetime import date
 from pathlib import Path
 
+import fsspec
 import msgspec
 import pytest
 
@@ -358,6 +360,54 @@ def test_what_is_torn_while_it_is_created_is_written_again_and_what_another_wrot
     assert store.create("x", b"one two three") and bucket.objects["b/out.jsonl.parts/x"] == b"one two three"
     assert store.create("x", b"one two three") and not store.create("x", b"something else")
     assert bucket.objects["b/out.jsonl.parts/x"] == b"one two three"
+
+
+@pytest.mark.parametrize("raised", [ValueError, Killed])
+def test_an_upload_that_is_broken_off_leaves_what_was_there(raised):
+    bucket = Bucket()
+    bucket.objects["b/out.jsonl"] = b"the whole of it"
+
+    def broken():
+        yield b"the wh"
+        raise raised("no more")
+
+    with pytest.raises(raised):
+        without_waiting(bucket).publish("bucket://b/out.jsonl", broken)
+    gc.collect()
+    assert bucket.objects["b/out.jsonl"] == b"the whole of it"
+
+
+def test_plain_filesystems_take_an_upload_too(tmp_path):
+    local = fsspec.filesystem("file", auto_mkdir=True)
+    path = tmp_path / "out.jsonl"
+    store = ObjectStore(local, str(tmp_path / "parts"), pause=lambda seconds: None)
+    store.publish(str(path), lambda: [b"one ", b"two"])
+    with pytest.raises(ZeroDivisionError):
+        store._upload(str(path), lambda: (bytes([1 // at]) for at in (1, 0)))
+    assert path.read_bytes() == b"one two"
+    memory = fsspec.filesystem("memory", skip_instance_cache=True)
+    assert ObjectStore(memory, "memory://b/parts")._upload("memory://b/out", lambda: [b"one"]) == 3
+    assert memory.cat("/b/out") == b"one"
+
+
+def test_a_driver_that_was_taken_over_while_it_publishes_leaves_what_the_other_one_wrote(desk, lives):
+    desk.run("plain.jsonl", day=DAY)
+    bucket, others = Bucket(), []
+
+    def run(answerer=None):
+        return desk.run("bucket://b/out.jsonl", answerer, without_waiting(bucket), errors="bucket://b/e", day=DAY)
+
+    def stall(call, path):
+        uploads = [one for one in bucket.calls if one == ("put", "b/e")]
+        if call == "get" and path.endswith("part-00003.jsonl") and uploads and not others:
+            others.append(None)
+            others.append(run())
+
+    bucket.fault = stall
+    with pytest.raises(ValueError, match="has taken this job over"):
+        run()
+    assert others[1].completed == 35
+    assert (bucket.objects["b/out.jsonl"], bucket.objects["b/e"]) == desk.results("plain.jsonl")
 
 
 def test_a_torn_part_is_made_again(desk, lives):
