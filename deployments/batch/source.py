@@ -1,4 +1,4 @@
-"""The input read twice: once whole, for its fingerprint and where each part begins, then part by part, never held."""
+"""The input read twice: once whole, for its fingerprint and a digest of each row, then part by part, never held."""
 
 import hashlib
 from array import array
@@ -9,7 +9,7 @@ from deployments.batch.lines import Line, Mark, Reader
 from deployments.batch.parquet import ParquetRows
 from deployments.batch.places import open_input
 
-_DIGEST_BYTES = 8  # of a part of the input: whether it has changed since the first reading
+_DIGEST_BYTES = 8  # of a row of the input: whether it has changed since the first reading
 _FOREIGN = {  # how files begin that are no rows
     b"\x1f\x8b": "is compressed (gzip); unpack it first",
     b"\x28\xb5\x2f\xfd": "is compressed (zstd); unpack it first",
@@ -28,24 +28,23 @@ class Source:
         self._place, self.part_rows = place, part_rows
         self._reader = _reader(place, max_row_bytes)
         self._offsets, self._lines = array("Q"), array("Q")  # of each part's mark
-        self._digests = bytearray()
+        self._digests = array("Q")  # of each row
+        self._reading: Iterator[tuple[Mark, Line]] = iter(())  # of the parts that follow each other
+        self._at = -1  # the row that comes next there
         self.num_rows = 0
         self.sha256 = ""  # of all rows; how lines end, and empty ones, are no part of it
 
     def survey(self) -> Iterator[Line]:
         """Every row, once; after that `num_rows` and `sha256` are known, and `part` may be called."""
-        whole, part = hashlib.sha256(), _PartDigest()
+        whole = hashlib.sha256()
         for mark, line in self._reader.rows(Mark()):
             if mark.number % self.part_rows == 0:
-                self._digests += part.value if mark.number else b""
-                part = _PartDigest()
                 self._offsets.append(mark.offset)
                 self._lines.append(mark.line)
             whole.update(_framed(line))
-            part.add(line)
+            self._digests.append(_digest(line))
             self.num_rows += 1
             yield line
-        self._digests += part.value if self.num_rows else b""
         self.sha256 = whole.hexdigest()
 
     def again(self) -> Iterator[Line]:
@@ -63,25 +62,23 @@ class Source:
         return range(first, min(first + self.part_rows, self.num_rows))
 
     def part(self, part: int) -> Iterator[Line]:
-        """The rows of one part. Raises ValueError, before the last one, when they are not those of the survey."""
-        rows, digest = self.rows_of(part), _PartDigest()
-        held: Line | None = None
-        for mark, line in self._reader.rows(Mark(rows.start, self._offsets[part], self._lines[part])):
-            if held is not None:
-                yield held
-            held = line
-            digest.add(line)
-            if mark.number == rows.stop - 1:
-                break
-        if held is None or held.number != rows.stop - 1 or digest.value != self._digest(part):
-            raise ValueError(
-                f"--input: {self._place} has changed since the job began (rows {rows.start + 1} to {rows.stop}); "
-                "put the file back as it was, or start another job with another --output"
-            )
-        yield held
+        """The rows of one part, each as it was in the survey. Raises ValueError in place of one that has changed.
 
-    def _digest(self, part: int) -> bytes:
-        return bytes(self._digests[part * _DIGEST_BYTES : (part + 1) * _DIGEST_BYTES])
+        One at a time: a part that follows the last one is read on; before any other the file is opened anew.
+        """
+        rows = self.rows_of(part)
+        if self._at != rows.start:
+            self._reading = self._reader.rows(Mark(rows.start, self._offsets[part], self._lines[part]))
+        for number in rows:
+            self._at = -1
+            _, line = next(self._reading, (None, None))
+            if line is None or _digest(line) != self._digests[number]:
+                raise ValueError(
+                    f"--input: {self._place} has changed since the job began (row {number + 1}); "
+                    "put the file back as it was, or start another job with another --output"
+                )
+            self._at = number + 1
+            yield line
 
 
 def _reader(place: str, max_row_bytes: int) -> Reader:
@@ -96,18 +93,8 @@ def _reader(place: str, max_row_bytes: int) -> Reader:
     return JsonLines(place, max_row_bytes)
 
 
-class _PartDigest:
-    """A short digest of a part's rows."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-
-    def add(self, line: Line) -> None:
-        self._digest.update(_framed(line))
-
-    @property
-    def value(self) -> bytes:
-        return self._digest.digest()
+def _digest(line: Line) -> int:
+    return int.from_bytes(hashlib.blake2b(_framed(line), digest_size=_DIGEST_BYTES).digest(), "big")
 
 
 def _framed(line: Line) -> bytes:

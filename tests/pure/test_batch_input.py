@@ -11,7 +11,10 @@ import pyarrow.parquet
 import pytest
 
 from deployments.batch import jsonl
+from deployments.batch.jsonl import JsonLines
+from deployments.batch.parquet import ParquetRows
 from deployments.batch.places import InputFile, normalized
+from deployments.batch.source import Source
 from tests.fakes.batch_jobs import Desk, chat
 from tests.fakes.fake_answerer import FakeAnswerer
 from tests.fakes.fake_stores import Bucket, now_and_then
@@ -234,6 +237,25 @@ def test_ids_that_stand_twice_in_parquet(desk):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([chat(1), chat(2), chat(1)]), path)
     with pytest.raises(ValueError, match="custom_id 'c1' stands in row 1 and in row 3"):
         desk.run(input=path)
+
+
+@pytest.mark.parametrize("reader", [ParquetRows, JsonLines])
+def test_the_input_is_read_on_from_part_to_part(desk, monkeypatch, reader):
+    path = desk.input
+    desk.write(rows := [chat(at) for at in range(100)])
+    if reader is ParquetRows:
+        path = desk.folder / "in.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    begun, rows_of = [], reader.rows
+    monkeypatch.setattr(reader, "rows", lambda self, mark: (begun.append(mark.number), rows_of(self, mark))[1])
+    assert desk.run(input=path, part_rows=10).completed == 100
+    assert begun == [0, 0]  # the survey, and all parts
+    source = Source(str(path), 10, 1 << 20)
+    assert len(list(source.survey())) == 100
+    begun.clear()
+    next(source.part(3))
+    assert [line.number for part in (4, 5, 8) for line in source.part(part)] == [*range(40, 60), *range(80, 90)]
+    assert begun == [30, 40, 80]
 
 
 # Places

@@ -16,7 +16,7 @@ from deployments.batch.lease import Holder, Lease
 from deployments.batch.object_store import ObjectStore
 from deployments.batch.places import default_errors
 from deployments.batch.store import LocalStore
-from tests.fakes.batch_jobs import Desk, some_rows
+from tests.fakes.batch_jobs import Desk, chat, some_rows
 from tests.fakes.fake_answerer import FakeAnswerer
 from tests.fakes.fake_stores import Bucket, DyingStore, Killed, now_and_then
 
@@ -158,11 +158,21 @@ def test_the_same_file_for_both_and_a_folder_are_refused(desk):
 
 
 def test_the_input_may_not_change_while_the_job_runs(desk):
-    def change(row):
-        desk.input.write_bytes(desk.input.read_bytes().replace(b"question 40", b"question 99"))
+    """No row that has changed is answered: its answer would stay when the file is put back."""
+    desk.write([chat(at, user="x" * 20_000) for at in range(43)])  # more than is read at once
+    desk.run("plain.jsonl", day=DAY)
+    plain = desk.input.read_bytes()
+    seen = []
 
-    with pytest.raises(ValueError, match=r"has changed since the job began \(rows 41 to 43\)"):
-        desk.run(answerer=FakeAnswerer(window=3, before=change))
+    def change(row):
+        seen.append(row.number)
+        desk.input.write_bytes(plain.replace(b"question 35", b"question 99"))
+
+    with pytest.raises(ValueError, match=r"has changed since the job began \(row 36\)"):
+        desk.run(answerer=FakeAnswerer(window=1, before=change), day=DAY)
+    assert seen == list(range(35))
+    desk.input.write_bytes(plain)
+    assert desk.run(day=DAY).skipped == 35 and desk.results() == desk.results("plain.jsonl")
 
 
 # Two drivers
