@@ -52,6 +52,8 @@ def open_store(output: str, errors: str) -> Store:
             raise ValueError(f"{option}: {path} is a folder; name a file")
         if not Path(path).parent.is_dir():
             raise ValueError(f"{option}: {Path(path).parent} is no folder; make it first")
+    if Path(output).parent.stat().st_dev != Path(errors).parent.stat().st_dev:  # both are linked to at the end
+        raise ValueError("--errors: must be on the same file system as --output; leave it out to have it beside that")
     return LocalStore(folder)
 
 

@@ -157,6 +157,15 @@ def test_the_same_file_for_both_and_a_folder_are_refused(desk):
         desk.run("not/there.jsonl")
 
 
+def test_errors_on_another_file_system_are_refused_at_the_start(desk):
+    elsewhere = Path("/dev/shm")
+    if elsewhere.stat().st_dev == desk.folder.stat().st_dev:
+        elsewhere = Path("/proc/self")  # the only other one that is there for sure
+    with pytest.raises(ValueError, match="--errors: must be on the same file system as --output; leave it out"):
+        desk.run(errors=str(elsewhere / "errors.jsonl"))
+    assert not (desk.folder / "out.jsonl.parts").exists()
+
+
 def test_the_input_may_not_change_while_the_job_runs(desk):
     """No row that has changed is answered: its answer would stay when the file is put back."""
     desk.write([chat(at, user="x" * 20_000) for at in range(43)])  # more than is read at once
