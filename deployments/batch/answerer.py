@@ -129,7 +129,7 @@ class GangAnswerer:
             gang.num_vain = 0
         for outcome in turn.outcomes:
             del gang.rows[outcome.number]
-            window.answered(outcome.number)
+            window.answered(outcome.number, len(outcome.body))
             yield outcome
 
     def _start(self, gang: _Gang) -> None:

@@ -129,6 +129,12 @@ class Order:
             taken.append(shape.number)
         return taken
 
+    def pull(self, number: int) -> None:
+        """Take one row that waits, out of turn."""
+        left = [shape for shape in self._waiting() if shape.number != number]
+        self._groups, self._tail = {}, None
+        self.add(left)
+
     def forget(self, gang: int) -> None:
         """The gang's cache is lost: no group is tied to it."""
         self._owner = {name: owner for name, owner in self._owner.items() if owner != gang}

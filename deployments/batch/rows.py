@@ -10,6 +10,7 @@ from deployments.api.responses import Stamp
 # What an Answerer may hold of rows that it has pulled and not answered: order is restored behind it, in memory.
 WINDOW_ROWS = 4096  # also how far past the oldest unanswered row it may pull
 WINDOW_BYTES = 32 * 1024 * 1024  # of input; one row is always let in
+ANSWER_BYTES = 256 * 1024 * 1024  # of answers behind the oldest unanswered row; then gangs get no other row
 
 
 class Row(NamedTuple):

@@ -1,9 +1,10 @@
 """The rows that a job has read and not answered: bounded in number and bytes, in the order in which gangs take them."""
 
+import heapq
 from collections.abc import Iterable, Iterator
 
 from deployments.batch.order import Order, shape_of
-from deployments.batch.rows import WINDOW_BYTES, WINDOW_ROWS, Row
+from deployments.batch.rows import ANSWER_BYTES, WINDOW_BYTES, WINDOW_ROWS, Row
 
 
 class Window:
@@ -16,13 +17,16 @@ class Window:
         self._order = Order(num_slots)
         self._unanswered: dict[int, Row] = {}  # by number, in the order of the input
         self._num_bytes = 0
+        self._sent: set[int] = set()  # those of them that a gang has
+        self._behind: list[tuple[int, int]] = []  # a heap: answered rows behind the oldest unanswered one, with bytes
+        self._num_answer_bytes = 0  # of them
         self._next: Row | None = None  # read, but not yet let in
         self._is_end = False
 
     @property
     def num_waiting(self) -> int:
-        """Rows that no gang has."""
-        return len(self._order)
+        """Rows that a gang may have."""
+        return len(self._order) if not self._is_full else int(self._oldest not in self._sent)
 
     def fill(self) -> bool:
         """Read rows, if it is time to → whether any row is left to answer.
@@ -36,22 +40,49 @@ class Window:
         return bool(self._unanswered)
 
     def take(self, gang: int, count: int) -> list[Row]:
-        """Up to `count` rows for a gang, in the order in which it is to compute them."""
-        return [self._unanswered[number] for number in self._order.take(gang, count)]
+        """Up to `count` rows for a gang, in the order in which it is to compute them.
 
-    def answered(self, number: int) -> None:
-        """A row has its outcome."""
+        While too many answers wait for the oldest row without one, there is only that.
+        """
+        if not self._is_full:
+            numbers = self._order.take(gang, count)
+        elif count and (oldest := self._oldest) not in self._sent:
+            self._order.pull(oldest)
+            numbers = [oldest]
+        else:
+            numbers = []
+        self._sent.update(numbers)
+        return [self._unanswered[number] for number in numbers]
+
+    def answered(self, number: int, num_bytes: int) -> None:
+        """A row has its outcome, of so many bytes."""
         self._num_bytes -= self._unanswered.pop(number).num_bytes
+        self._sent.discard(number)
+        heapq.heappush(self._behind, (number, num_bytes))
+        self._num_answer_bytes += num_bytes
+        while self._behind and (not self._unanswered or self._behind[0][0] < self._oldest):
+            self._num_answer_bytes -= heapq.heappop(self._behind)[1]
 
     def give_back(self, gang: int, rows: Iterable[Row]) -> None:
         """A gang has lost its cache, and these rows with it: they wait again."""
         self._order.forget(gang)
+        rows = list(rows)
+        self._sent.difference_update(row.number for row in rows)
         self._order.add(shape_of(row.number, row.body, self._longest) for row in rows)
+
+    @property
+    def _oldest(self) -> int:
+        """The first row without an answer, where there is one: what is answered behind it cannot be written yet."""
+        return next(iter(self._unanswered))
+
+    @property
+    def _is_full(self) -> bool:
+        return self._num_answer_bytes >= ANSWER_BYTES
 
     @property
     def _num_free(self) -> int:
         """Rows that may be read: none is to be far ahead of one that has no answer, since answers are put in order."""
-        if self._num_bytes >= WINDOW_BYTES:
+        if self._num_bytes >= WINDOW_BYTES or self._is_full:
             return 0
         oldest, newest = next(iter(self._unanswered), 0), next(reversed(self._unanswered), -1)
         return WINDOW_ROWS - (newest - oldest + 1)
@@ -71,5 +102,5 @@ class Window:
             yield row
 
     def _has_room_for(self, row: Row) -> bool:
-        oldest = next(iter(self._unanswered))
-        return row.number - oldest < WINDOW_ROWS and self._num_bytes + row.num_bytes <= WINDOW_BYTES
+        is_near = row.number - self._oldest < WINDOW_ROWS
+        return is_near and self._num_bytes + row.num_bytes <= WINDOW_BYTES and not self._is_full

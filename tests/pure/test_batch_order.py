@@ -104,7 +104,7 @@ def ordered(job: Job) -> list[int]:
         rows = window.take(0, 4)
         taken += [row.number for row in rows]
         for row in rows:
-            window.answered(row.number)
+            window.answered(row.number, 100)
     assert sorted(taken) == list(range(len(job)))
     return taken
 
@@ -219,7 +219,7 @@ def test_gangs_share_the_rows_and_not_the_prefixes() -> None:
             taken += [row.number for row in rows]
             seen[gang] |= {row.number % 6 for row in rows if len(taken) < 200}  # at the end each takes what is left
             for row in rows:
-                window.answered(row.number)
+                window.answered(row.number, 100)
     assert sorted(taken) == list(range(320))
     assert not seen[0] & seen[1] and seen[0] and seen[1]
 
@@ -235,7 +235,7 @@ def test_rows_of_a_lost_gang_come_back_and_none_twice() -> None:
             window.give_back(0, held.values())
             held = {}
         for number in world.sample(sorted(held), len(held) // 2 or len(held)):
-            window.answered(number)
+            window.answered(number, 100)
             answered.append(number)
             del held[number]
     assert sorted(answered) == list(range(320))
@@ -257,7 +257,7 @@ def test_rows_are_read_only_as_they_can_be_used(monkeypatch: pytest.MonkeyPatch)
         assert read[-1] <= oldest + 40 + 1  # one row is looked at before there is room for it
         newest = max(unanswered, key=lambda row: row.number)  # the oldest is answered last, whenever there is another
         unanswered.remove(newest)
-        window.answered(newest.number)
+        window.answered(newest.number, 100)
     assert read == list(range(320))
 
 
@@ -267,3 +267,30 @@ def test_a_window_is_bounded_in_bytes_too(monkeypatch: pytest.MonkeyPatch) -> No
     window = Window(map(job.row, range(320)), SLOTS, 1000)
     window.fill()
     assert window.num_waiting == 10
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_answers_that_wait_for_an_older_row_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Then a gang gets the oldest row and no other: it ends, with gangs that are lost too, and answers wait no longer."""
+    monkeypatch.setattr(window_module, "ANSWER_BYTES", 1000)
+    job, world = prefixes_in_turn(random.Random(seed)), random.Random(seed)
+    window, held, waiting = Window(map(job.row, range(320)), SLOTS, 1000), dict[int, Row](), set[int]()
+    left, num_held = set(range(320)), 0
+    while window.fill():
+        is_full = len(waiting) * 100 >= 1000
+        assert window.num_waiting <= 1 or not is_full
+        rows = window.take(0, 4)
+        assert not is_full or [row.number for row in rows] in ([], [min(left)])
+        held |= {row.number: row for row in rows}
+        if world.random() < 0.1:
+            window.give_back(0, held.values())
+            held = {}
+            continue
+        num_held = max(num_held, len(held))
+        number = max(held)  # the oldest is answered last
+        window.answered(number, 100)
+        del held[number]
+        left.remove(number)
+        waiting = {one for one in {*waiting, number} if left and one > min(left)}
+        assert len(waiting) <= 10 + num_held
+    assert not left
