@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from deployments.batch.rows import Answerer, Tally
 
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
 class _Stopped(BaseException):
     """A signal has come, and what has ended is written down."""
 
@@ -73,6 +76,10 @@ def run(options: argparse.Namespace) -> int:
             return _run(job, answering, options.json)
     except _Stopped as stopped:
         return 128 + stopped.signum
+    except SystemExit as ended:
+        if ended.code != signal.SIGTERM:
+            raise
+        return 128 + signal.SIGTERM  # it came while Ray's own handler was set
 
 
 def _prepared(options: argparse.Namespace) -> "tuple[Prepared, Answering]":
@@ -95,8 +102,13 @@ def _prepared(options: argparse.Namespace) -> "tuple[Prepared, Answering]":
         from deployments.batch.answerer import GangAnswerer
         from deployments.batch.progress import Progress
 
-        with connected_to_ray("batch"), _stopping_at_signals(run):  # Ray has handlers of its own
-            yield GangAnswerer(config, identity.now, Progress(tally, sys.stderr, "json" if options.json else "auto"))
+        ours = {one: signal.getsignal(one) for one in _SIGNALS}
+        with connected_to_ray("batch"):
+            for one, handler in ours.items():  # Ray has set its own
+                signal.signal(one, handler)
+            with _stopping_at_signals(run):
+                progress = Progress(tally, sys.stderr, "json" if options.json else "auto")
+                yield GangAnswerer(config, identity.now, progress)
 
     return job, answering
 
@@ -138,7 +150,7 @@ def _stopping_at_signals(job: "Job | None" = None) -> Iterator[None]:
         os.write(2, b"\nstopping; what is done is kept: start the same command again to go on\n")  # not a buffer's lock
         raise _Stopped(signum)
 
-    before = {one: signal.signal(one, stop) for one in (signal.SIGINT, signal.SIGTERM)}
+    before = {one: signal.signal(one, stop) for one in _SIGNALS}
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ import yaml
 
 from deployments import cli
 from deployments.batch import answerer, journal
+from deployments.batch.store import LocalStore
 from tests.fakes.batch_jobs import MODEL, Desk, some_rows
 from tests.fakes.fake_answerer import FakeAnswerer
 from tests.serving import ROOT
@@ -103,6 +104,27 @@ def test_a_signal_writes_down_what_has_ended_before_anything_is_torn_down(batch,
     second = FakeAnswerer()
     assert batch(fake=second) == 0
     assert len(second.answered) == 16 - 9
+
+
+@pytest.mark.parametrize("when", ["init", "publish", "shutdown"])
+def test_sigterm_is_143_beside_the_handler_that_ray_sets(batch, monkeypatch, when):
+    def stop(moment):
+        if moment == when:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    @contextlib.contextmanager
+    def connected(namespace):
+        signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(signum))
+        stop("init")
+        yield
+        stop("shutdown")
+
+    publish = LocalStore.publish
+    monkeypatch.setattr("deployments.gangs.connected_to_ray", connected)
+    monkeypatch.setattr(LocalStore, "publish", lambda *args: (stop("publish"), publish(*args)))
+    before = signal.getsignal(signal.SIGTERM)
+    assert batch() == 143
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_module_is_the_same_command():

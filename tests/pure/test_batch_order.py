@@ -271,7 +271,7 @@ def test_a_window_is_bounded_in_bytes_too(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("seed", range(3))
 def test_answers_that_wait_for_an_older_row_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Then a gang gets the oldest row and no other: it ends, with gangs that are lost too, and answers wait no longer."""
+    """Then a gang gets the oldest row and no other: it ends, with gangs that are lost too."""
     monkeypatch.setattr(window_module, "ANSWER_BYTES", 1000)
     job, world = prefixes_in_turn(random.Random(seed)), random.Random(seed)
     window, held, waiting = Window(map(job.row, range(320)), SLOTS, 1000), dict[int, Row](), set[int]()
