@@ -54,7 +54,7 @@ def read_row(line: Line, custom_id: str, model: str, identity: Identity, max_row
 
     Raises ApiError, as the routes of HTTP would.
     """
-    if line.raw is None:
+    if line.raw is None or len(line.raw) > max_row_bytes:  # Parquet's readers hold rows of any size
         message = f"the row is larger than {max_row_bytes} bytes; send less, or raise admission.max_body_bytes"
         raise ApiError(413, message)
     body = _body(line.raw, model)
@@ -73,6 +73,7 @@ def original(line: Line) -> dict[str, Any]:
     if line.raw is None:
         return {}
     try:
+        line.raw.decode()  # msgspec does not look into what it keeps raw
         fields = msgspec.json.decode(line.raw, type=dict[str, msgspec.Raw])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return {"row": line.raw.decode("utf-8", "replace")}

@@ -174,6 +174,12 @@ def test_what_cannot_be_answered_is_an_error_row_with_field_and_remedy(desk, row
     assert error["response"]["status_code"] == 400 and said["param"] == param and words in said["message"]
 
 
+def test_an_error_row_of_what_is_no_utf8_can_be_read(desk):
+    error = the_error(desk, b'{"custom_id": "x", "prompt": "caf\xe9", "temperature": 1}')
+    assert error["response"]["status_code"] == 400
+    assert error["row"] == '{"custom_id": "x", "prompt": "caf\ufffd", "temperature": 1}'
+
+
 def test_an_error_row_repeats_the_row_as_it_was(desk):
     row = chat(1, temperature=3, logit_bias={"5": 1.50})
     error = the_error(desk, row)
@@ -230,6 +236,15 @@ def test_parquet_in_openai_form(desk, is_text):
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ValueError, match="cannot be read as Parquet"):
         desk.run("other.jsonl", input=path)
+
+
+def test_a_row_of_parquet_is_not_larger_than_a_line_may_be(desk):
+    path = desk.folder / "in.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([chat(0), chat(1, user="x" * 1_100_000)]), path)
+    summary = desk.run(input=path)
+    assert (summary.completed, summary.failed) == (1, 1)
+    [error] = desk.lines()[1]
+    assert error["custom_id"] == "c1" and error["response"]["status_code"] == 413
 
 
 def test_ids_that_stand_twice_in_parquet(desk):
