@@ -66,7 +66,9 @@ class Job:
                 for outcome in outcomes:
                     with self._lock:
                         self._end(outcome.number, outcome.status, outcome.body)
-                        self._journal.save_if_due()
+                        if self._journal.is_due:
+                            self._lease.check()
+                            self._journal.save()
             finally:
                 self.save()
         assert self.is_computed, "every row that was pulled has had an outcome"

@@ -57,10 +57,10 @@ class Journal:
                 self._store.remove(name)
                 del self._files[name]
 
-    def save_if_due(self) -> None:
-        """Save, if the last time is long enough ago."""
-        if self._clock() >= self._saved_at + _SAVE_S:
-            self.save()
+    @property
+    def is_due(self) -> bool:
+        """Whether the last time that it was saved is long enough ago."""
+        return self._clock() >= self._saved_at + _SAVE_S
 
     def save(self) -> None:
         """Write what has ended since the last time, if anything."""
@@ -76,7 +76,7 @@ class Journal:
 def _entries(data: bytes) -> list[Ended]:
     """The entries of a file; the last one of a file that was torn off is left out."""
     entries = []
-    for line in data.splitlines():
+    for line in data.split(b"\n")[:-1]:  # a bare \r may stand within
         try:
             entries.append(msgspec.json.decode(line, type=Ended))
         except msgspec.MsgspecError:

@@ -89,10 +89,8 @@ class Lease:
     def _beat_on(self) -> None:
         while not self._end.wait(BEAT_S if self._num_beats else 0.0):
             self._num_beats += 1
-            try:
+            with contextlib.suppress(ValueError, OSError):  # the driver's own writes say so; while it works, it beats
                 self._store.replace(_beat_name(self._number), str(self._num_beats).encode())
-            except (ValueError, OSError):  # the store fails for long; the driver's own writes say so
-                return
 
     def _is_alive(self, holder: Holder, number: int) -> bool:
         """Whether the driver lives: by its process where that can be seen, else by whether its signs go on."""

@@ -195,7 +195,8 @@ def test_a_second_driver_is_refused_by_name(desk):
     assert desk.run(answerer=FakeAnswerer(before=second)).completed == 35
 
 
-def test_a_driver_that_was_taken_over_stops_by_name_and_every_row_is_there_once(desk, lives):
+def test_a_driver_that_was_taken_over_stops_by_name_and_every_row_is_there_once(desk, lives, monkeypatch):
+    monkeypatch.setattr(journal, "_SAVE_S", -1.0)  # each row is due, the one too that ends after the take-over
     desk.run("plain.jsonl", day=DAY)
     taken = []
 
@@ -246,6 +247,29 @@ def test_on_another_machine_a_silent_driver_has_ended_and_one_that_beats_has_not
         assert len(looks) == 3 + lease.EXPIRES_S and taken.number == 2
     with pytest.raises(ValueError, match="has taken this job over"):
         first.check()
+
+
+@pytest.mark.timeout(20)
+def test_a_driver_whose_sign_of_life_failed_goes_on_giving_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT_S", 0.01)
+    store, written, failures = LocalStore(str(tmp_path / "parts")), threading.Event(), [OSError("full"), ValueError()]
+    replace = store.replace
+
+    def failing(name, data):
+        if failures:
+            raise failures.pop()
+        replace(name, data)
+        written.set()
+
+    monkeypatch.setattr(store, "replace", failing)
+    with Lease(store):
+        assert written.wait(15)
+        assert store.read("beat-00001") != b"ended"
+
+
+def test_entries_of_a_journal_may_hold_a_carriage_return():
+    data = b'{"number":3,"is_error":true,"line":{"row":\r1}}\n{"number":4,"is_error":false,"line":{}}\n{"number":5,"is'
+    assert [entry.number for entry in journal._entries(data)] == [3, 4]
 
 
 def test_of_drivers_that_start_together_one_works(tmp_path):
