@@ -84,8 +84,11 @@ class _Gang:
         threading.Thread(target=self._pass_on, name="batch", daemon=True).start()
 
     def answer(self, requests: list[dict[str, Any]]) -> list[Outcome]:
-        """The outcomes, in the order of the requests. Any thread may call it."""
-        futures, rows = [], dict[int, Row]()
+        """The outcomes, in the order of the requests. Any thread may call it.
+
+        Raises TypeError, before anything is sent, for a field that is not made of JSON's types (such as NumPy's).
+        """
+        futures, rows, waiting = [], dict[int, Row](), dict[int, tuple[Row, Future[Outcome]]]()
         for fields in requests:
             number, future = next(self._numbers), Future[Outcome]()
             futures.append(future)
@@ -94,11 +97,12 @@ class _Gang:
             except ApiError as error:
                 future.set_result(Outcome(number, error.status, error.body()))
                 continue
-            self._waiting[number] = rows[number], future
+            waiting[number] = rows[number], future
         order = Order(self._config.scheduler.max_num_seqs)
         longest = self._config.model.max_model_len or UNLIMITED
         order.add(shape_of(row.number, row.body, longest) for row in rows.values())
         with self._lock:
+            self._waiting.update(waiting)
             self._host.add.remote([rows[number] for number in order.take(0, len(rows))])
         self._has_rows.set()
         return [future.result() for future in futures]
@@ -141,7 +145,7 @@ class _Gang:
             with self._lock:
                 ray.kill(self._host)
                 self._host = self._start()
-                self._host.add.remote([row for row, _ in self._waiting.values()])
+                self._host.add.remote([row for row, _ in list(self._waiting.values())])
         except RayError as failure:
             for number in list(self._waiting):
                 self._waiting.pop(number)[1].set_exception(failure)
