@@ -243,9 +243,20 @@ class HostActor:
         self._host = await asyncio.to_thread(GangHost, config, device, placement, f"gang {number}", now)
         self._answerer = answerer_on(self._host)
         if config.batch.metrics_port is not None:
-            address = ray.util.get_node_ip_address()
-            self._host.service.metrics.listen(address, config.batch.metrics_port + number)
-            logger.info("gang %d: http://%s:%d/metrics", number, address, config.batch.metrics_port + number)
+            self._listen(config.batch.metrics_port + number, number)
+
+    def _listen(self, port: int, number: int) -> None:
+        """Answer /metrics; where the port is taken, the gang works without."""
+        assert self._host is not None, "listen before start"
+        address = ray.util.get_node_ip_address()
+        try:
+            self._host.service.metrics.listen(address, port)
+        except OSError as error:
+            logger.warning(
+                "batch.metrics_port: gang %d has no /metrics on port %d: %s; set another", number, port, error
+            )
+            return
+        logger.info("gang %d: http://%s:%d/metrics", number, address, port)
 
     async def add(self, rows: list[Row]) -> None:
         """See RowAnswerer."""

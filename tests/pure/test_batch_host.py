@@ -4,7 +4,9 @@ import asyncio
 import io
 import json
 import random
+import socket
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +14,7 @@ from actors.decisions.schedule.kv_admission import KVAdmission
 from actors.words.errors import GangFailure
 from deployments.api.bodies import ChatBody, CompletionBody
 from deployments.api.responses import Stamp
+from deployments.batch import host as host_module
 from deployments.batch.host import Figures, RowAnswerer
 from deployments.batch.progress import Progress
 from deployments.batch.rows import Row, Tally
@@ -208,6 +211,16 @@ def test_it_asks_for_rows_before_it_has_none(slow_world):
 class Terminal(io.StringIO):
     def isatty(self):
         return True
+
+
+def test_a_metrics_port_that_is_taken_ends_no_gang(make_world, monkeypatch, caplog):
+    monkeypatch.setattr(host_module.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    actor = host_module.HostActor()
+    actor._host = SimpleNamespace(service=make_world().service)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        actor._listen(port, 1)
+    assert f"batch.metrics_port: gang 1 has no /metrics on port {port}" in caplog.text and "set another" in caplog.text
 
 
 def test_one_line_on_a_terminal_and_json_lines_elsewhere():

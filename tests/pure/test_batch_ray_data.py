@@ -45,7 +45,7 @@ def test_a_value_that_is_no_json_leaves_nothing_waiting(gang):
 
 
 def test_rows_that_come_while_a_host_is_replaced_are_sent_once_to_the_new_one(gang, monkeypatch):
-    """Its start takes long: a call that comes meanwhile waits for the lock before its rows are among those that wait."""
+    """Its start takes long: a call that comes meanwhile waits for the lock first."""
     old, new = gang._host, Host()
     first = threading.Thread(target=gang.answer, args=([{"prompt": "one"}],), daemon=True)
     second = threading.Thread(target=gang.answer, args=([{"prompt": "two"}, {"prompt": "three"}],), daemon=True)
