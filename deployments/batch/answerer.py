@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -49,11 +49,16 @@ class _Gang:
 class GangAnswerer:
     """The Answerer of a batch job. Needs a connection to Ray."""
 
-    def __init__(self, config: Config, now: datetime, progress: Progress) -> None:
-        """`now`: the time that chat templates are told, the same in every run of a job."""
+    def __init__(self, config: Config, now: datetime, progress: Progress, agree: Callable[[int], int]) -> None:
+        """`now`: the time that chat templates are told, the same in every run of a job.
+
+        `agree`: from the tokens that a gang's longest request may have to those that it is to have, the same in every
+        gang and run. Raises ValueError where the gang has too few.
+        """
         self._config = config
         self._now = now
         self._progress = progress
+        self._agree = agree
         self._topology = Topology(config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size)
         self._device: Device = "cpu"
         self._gangs: list[_Gang] = []
@@ -113,7 +118,7 @@ class GangAnswerer:
     def _take(self, gang: _Gang, ref: Any, window: Window) -> Iterator[Outcome]:
         """What a start or a turn has brought. A host that is gone is replaced, and its rows wait again."""
         try:
-            turn: Turn | None = ray.get(ref)
+            turn: Turn | int = ray.get(ref)
         except RayError as error:
             cause = getattr(error, "cause", None)
             if isinstance(cause, ValueError) and not any(one.is_ready for one in self._gangs):
@@ -121,7 +126,10 @@ class GangAnswerer:
             self._lose(gang, window, str(cause or error).strip().partition("\n")[0])
             return
         gang.pending = None
-        if turn is None:  # it has started
+        if isinstance(turn, int):  # it has started
+            if (longest := self._agree(turn)) < turn:
+                gang.pending = gang.host.limit.remote(longest)
+                return
             gang.is_ready, gang.num_wanted = True, self._config.scheduler.max_num_seqs
             return
         gang.num_wanted, gang.figures = turn.num_wanted, turn.figures

@@ -108,7 +108,7 @@ def _prepared(options: argparse.Namespace) -> "tuple[Prepared, Answering]":
                 signal.signal(one, handler)
             with _stopping_at_signals(run):
                 progress = Progress(tally, sys.stderr, "json" if options.json else "auto")
-                yield GangAnswerer(config, identity.now, progress)
+                yield GangAnswerer(config, identity.now, progress, run.agree_on_length)
 
     return job, answering
 

@@ -5,6 +5,7 @@ that nobody waits for a token: nothing wakes up before an answer has ended.
 """
 
 import asyncio
+import dataclasses
 import logging
 import sys
 import time
@@ -235,8 +236,8 @@ class HostActor:
 
     async def start(
         self, config: Config, device: str, placement: PlacementGroup, number: int, now: datetime | None
-    ) -> None:
-        """Start the gang. Raises what a GangHost raises.
+    ) -> int:
+        """Start the gang → the tokens that its longest request may have. Raises what a GangHost raises.
 
         `number`: of the gang, from 0; `now`: the time that chat templates are told; None: that of each conversation.
         """
@@ -244,6 +245,14 @@ class HostActor:
         self._answerer = answerer_on(self._host)
         if config.batch.metrics_port is not None:
             self._listen(config.batch.metrics_port + number, number)
+        return self._host.service.limits.max_model_len
+
+    async def limit(self, max_model_len: int) -> int:
+        """Take no longer requests than other gangs do → the limit, in tokens."""
+        assert self._host is not None, "limit before start"
+        service = self._host.service
+        service.limits = dataclasses.replace(service.limits, max_model_len=max_model_len)
+        return max_model_len
 
     def _listen(self, port: int, number: int) -> None:
         """Answer /metrics; where the port is taken, the gang works without."""

@@ -15,7 +15,7 @@ from deployments.batch.identity import Identity
 from deployments.batch.journal import Ended, Journal
 from deployments.batch.lease import Lease
 from deployments.batch.lines import Line
-from deployments.batch.manifest import Done, write_done
+from deployments.batch.manifest import Done, agree_on_length, write_done
 from deployments.batch.parts import PartHead, encode_part, part_name, read_head, read_part
 from deployments.batch.row_forms import custom_id_of, original, read_row
 from deployments.batch.rows import Answerer, Row, Tally
@@ -81,6 +81,10 @@ class Job:
                 self._journal.save()
         except (ValueError, OSError) as error:
             logger.warning("what ended last is computed again: %s", error)
+
+    def agree_on_length(self, max_model_len: int) -> int:
+        """See manifest."""
+        return agree_on_length(self._store, max_model_len)
 
     def publish(self, output: str, errors: str) -> Done:
         """Write the files that the job ends with. Raises ValueError where another file is in the way."""

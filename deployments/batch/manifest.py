@@ -7,7 +7,7 @@ import msgspec
 from deployments.batch.identity import Identity
 from deployments.batch.store import Store
 
-_MANIFEST, _DONE = "manifest.json", "done.json"
+_MANIFEST, _LENGTH, _DONE = "manifest.json", "length.json", "done.json"
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -20,6 +20,12 @@ class Manifest(msgspec.Struct, frozen=True):
     rows: int
     errors: str  # where the error rows go
     format: int = 1
+
+
+class _Length(msgspec.Struct, frozen=True):
+    """The file length.json."""
+
+    max_model_len: int
 
 
 class Done(msgspec.Struct, frozen=True):
@@ -68,6 +74,20 @@ def check_manifest(store: Store, there: Manifest | None, asked: Manifest) -> Non
 def identity_of(manifest: Manifest) -> Identity:
     """What ids, seeds and dates of the job's rows follow from."""
     return Identity(manifest.input_sha256, manifest.config_sha256, manifest.day)
+
+
+def agree_on_length(store: Store, max_model_len: int) -> int:
+    """Tokens of the job's longest request: what its first gang held. Raises ValueError where a gang holds less."""
+    if store.create(_LENGTH, msgspec.json.encode(_Length(max_model_len))):
+        return max_model_len
+    longest = msgspec.json.decode(store.read(_LENGTH) or b"", type=_Length).max_model_len
+    if max_model_len < longest:
+        raise ValueError(
+            f"{store.folder}: was begun by a gang with memory for requests of {longest} tokens, but another one has it "
+            f"for {max_model_len}, and would answer otherwise; go on where there is as much, or set "
+            f"model.max_model_len to {max_model_len} and name another --output"
+        )
+    return longest
 
 
 def read_done(store: Store) -> Done | None:

@@ -82,7 +82,9 @@ def processes(name: str) -> list[psutil.Process]:
 def test_two_gangs_lose_a_host_and_a_rank_and_every_row_is_answered_once(cluster: None, config_file: Path) -> None:
     config: Config = read_config(config_file)
     count, tally, stream = 240, Tally(240), StringIO()
-    answerer = GangAnswerer(config, datetime(2026, 1, 1, tzinfo=UTC), Progress(tally, stream, "json"))
+    answerer = GangAnswerer(
+        config, datetime(2026, 1, 1, tzinfo=UTC), Progress(tally, stream, "json"), lambda length: min(length, 500)
+    )
     seen: set[int] = set()
     killed: list[int] = []
     for outcome in answerer.run(rows(count)):

@@ -50,7 +50,7 @@ def test_a_lost_node_is_waited_for(cluster: Any) -> None:
     )
     node = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
-    answerer = GangAnswerer(config, datetime(2026, 1, 1, tzinfo=UTC), Progress(Tally(COUNT), StringIO()))
+    answerer = GangAnswerer(config, datetime(2026, 1, 1, tzinfo=UTC), Progress(Tally(COUNT), StringIO()), int)
     found: dict[int, bytes] = {}
     for outcome in answerer.run(rows()):
         assert outcome.status == 200 and outcome.number not in found

@@ -34,7 +34,7 @@ def batch(desk, monkeypatch):
     monkeypatch.setattr("deployments.gangs.connected_to_ray", lambda namespace: contextlib.nullcontext())
 
     def run(*more, fake=None, config="config.yaml", name="in.jsonl"):
-        monkeypatch.setattr(answerer, "GangAnswerer", lambda config, now, progress: fake or FakeAnswerer())
+        monkeypatch.setattr(answerer, "GangAnswerer", lambda config, now, progress, agree: fake or FakeAnswerer())
         folder = desk.folder
         where = ["--input", str(folder / name), "--output", str(folder / "out.jsonl")]
         return cli.main(["batch", str(folder / config), *where, *more])

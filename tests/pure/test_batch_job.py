@@ -6,13 +6,16 @@ import json
 import threading
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import msgspec
 import pytest
 
-from deployments.batch import journal, lease
+from configs.config import Config
+from deployments.batch import answerer, journal, lease
 from deployments.batch.lease import Holder, Lease
+from deployments.batch.manifest import agree_on_length
 from deployments.batch.object_store import ObjectStore
 from deployments.batch.places import default_errors
 from deployments.batch.store import LocalStore
@@ -295,6 +298,30 @@ def test_of_drivers_that_start_together_one_works(tmp_path):
     for thread in threads:
         thread.join()
     assert sorted(outcomes) == ["refused"] * 5 + ["works"]
+
+
+# Lengths
+
+
+def test_every_gang_and_run_takes_requests_of_the_length_that_the_first_one_took(tmp_path):
+    store = LocalStore(str(tmp_path / "parts"))
+    assert [agree_on_length(store, length) for length in (4096, 4096, 5000)] == [4096] * 3
+    with pytest.raises(ValueError, match=r"memory for requests of 4096 tokens, .* for 409, .*set model.max_model_len"):
+        agree_on_length(store, 409)
+    bucket = without_waiting(Bucket())
+    assert [agree_on_length(bucket, length) for length in (40, 4096)] == [40, 40]
+
+
+def test_a_gang_that_may_take_longer_requests_is_told_before_it_gets_rows(monkeypatch):
+    monkeypatch.setattr(answerer.ray, "get", lambda ref: ref)
+    config = Config.model_validate({"model": {"source": "/nowhere", "name": "tiny"}})
+    gangs, told = answerer.GangAnswerer(config, None, None, lambda length: min(length, 400)), []
+    gang = answerer._Gang(0, None, pending=512)
+    gang.host = SimpleNamespace(limit=SimpleNamespace(remote=lambda length: told.append(length) or length))
+    assert not list(gangs._take(gang, 512, None))
+    assert told == [400] and not gang.is_ready and gang.pending == 400
+    assert not list(gangs._take(gang, 400, None))
+    assert told == [400] and gang.is_ready and gang.pending is None
 
 
 # Deaths
