@@ -68,7 +68,7 @@ def job(config_file: Path, prompts: list[list[int]], output_len: int) -> dict[st
             yield Row(number, str(number), body, Stamp(f"{number:032x}", 0), 8 * len(ids))
 
     progress = Progress(Tally(len(prompts)), StringIO())
-    answerer = Timed(config, datetime(2026, 1, 1, tzinfo=UTC), progress)
+    answerer = Timed(config, datetime(2026, 1, 1, tzinfo=UTC), progress, int)
     with connected_to_ray("batch"):
         for outcome in answerer.run(rows()):
             if outcome.status != 200:
