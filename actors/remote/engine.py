@@ -75,7 +75,8 @@ class Engine:
         self._captures.begin_epoch(self._executor.shapes, is_to_blame=False)
         self._state = "ready"
         self._thread.start()
-        self._executor.wake()  # the first turn may have something to capture
+        if self._captures.num_shapes:
+            self._executor.wake()  # the first turn has something to capture
 
     def add(self, request: Request) -> None:
         """Queue a request; its events follow, the last one with a finish reason. Raises EngineStopped."""
