@@ -45,7 +45,6 @@ class Engine:
         revive: Revive | None = None,
     ) -> None:
         """`deliver` is called in the engine's thread with all events of a step, and must not block.
-
         It is called with no events when the engine's state has changed.
 
         `num_blocks`: of the KV cache of every rank. `revive` makes an executor for another epoch when one failed;
