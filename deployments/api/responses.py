@@ -4,6 +4,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple, Protocol
 
 import msgspec
@@ -219,16 +220,10 @@ class ChatReply(_OpenAIReply):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(
-        self,
-        model: str,
-        include_usage: bool = False,
-        token_texts: TokenTexts | None = None,
-        stamp: Stamp | None = None,
-    ) -> None:
-        """See _OpenAIReply."""
-        super().__init__(model, include_usage, token_texts, stamp)
-        self._num_calls: dict[int, int] = {}  # of each answer, in the chunks so far
+    @cached_property
+    def _num_calls(self) -> dict[int, int]:
+        """Calls of each answer, in the chunks so far."""
+        return {}
 
     def whole(self, answers: list[Piece], usage: Usage) -> bytes:
         """See Reply."""

@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -43,6 +43,7 @@ from actors.tensors.runner import Runner
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
 from configs.config import Config
 from tests.fakes.held_bytes import HeldBytes
+from tests.families.launches import Launches
 
 pytestmark = pytest.mark.timeout(900)  # an interpreter is slow, and slower beside others
 CPU = torch.device("cpu")
@@ -350,50 +351,10 @@ def test_shards_and_stages_of_fused_models_bring_the_same_ids(
     assert answers[0] == answers[1]
 
 
-class Launches(TorchDispatchMode):
-    """Counts what a GPU would be given to do: operators that are neither views nor allocations, and kernels."""
-
-    NONE = (
-        "empty",
-        "new_empty",
-        "empty_like",
-        "empty_strided",
-        "_unsafe_view",
-        "_reshape_alias",
-        "detach",
-        "lift_fresh",
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = operator._schema.name.removeprefix("aten::")
-        if not operator.is_view and name not in self.NONE:
-            self.counts[name] += 1
-        return operator(*args, **(kwargs or {}))
-
-
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], Counter[str]]:
+def launches() -> Callable[[Callable[[], Any]], Counter[str]]:
     """launches(work): what a piece of work launches."""
-    run, counting = KERNEL.run, Launches()
-
-    def count(self: Any, *args: Any, **kwargs: Any) -> Any:
-        counting.counts[self.fn.__name__] += 1
-        with _disable_current_modes():  # what the interpreter itself does
-            return run(self, *args, **kwargs)
-
-    monkeypatch.setattr(KERNEL, "run", count)
-
-    def launched(work: Callable[[], Any]) -> Counter[str]:
-        counting.counts.clear()
-        with counting, torch.inference_mode():
-            work()
-        return Counter(counting.counts)
-
-    return launched
+    return Launches().of
 
 
 TEN = ["gemma2"]

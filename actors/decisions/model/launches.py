@@ -1,7 +1,7 @@
 """How many launches a decode step takes on CUDA, by family, and what one costs: kernels, and operators that start one.
 
-Counted on the real step by tests/cpu/interpreted_layers.py, which holds the families that it builds to these numbers;
-docs/gpu.md says what makes the difference. All-reduces are counted apart.
+Counted on the real step: tests/cpu/interpreted_layers.py holds the families that it builds to these numbers, and
+tests/data/launches.json, the table of docs/gpu.md, has all. All-reduces are counted apart.
 """
 
 from actors.decisions.model.spec import ModelSpec
@@ -11,13 +11,15 @@ LAUNCH_S = 1.9e-6
 OF_A_STEP = 80  # outside the layers: inputs, the last norm, the head, and half of them sampling at a temperature
 
 _OF_A_LAYER = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite"), 10),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), 10),
     **dict.fromkeys(("gemma2", "gemma3_text", "phi3", "glm4", "olmo2"), 10),
-    "qwen3_moe": 25,
+    "smollm3": 12,
+    "granite": 16,
     "mixtral": 27,
+    "qwen3_moe": 28,
     "gpt_neox": 29,
-    "cohere": 30,
     "gpt_oss": 35,
+    "cohere": 49,
 }
 _OTHERS = 30  # where nothing but norms is fused
 
