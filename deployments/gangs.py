@@ -32,7 +32,7 @@ from cluster.placement.placement import (
 from cluster.topology import Topology
 from configs.config import Config
 from deployments.api.sampling_defaults import SamplingDefaults
-from deployments.serve.command import ENVIRONMENT
+from deployments.serve.environment import ENVIRONMENT
 
 _SILENCE_S = 600.0  # without any event; then the gang counts as broken
 

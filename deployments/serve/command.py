@@ -27,6 +27,7 @@ from configs.config import Config
 from configs.files import read_application, read_config, read_document
 from deployments.serve.descendants import adopt_orphans, children, end_children
 from deployments.serve.endpoint import Endpoint
+from deployments.serve.environment import ENVIRONMENT
 from deployments.serve.reasons import for_people, is_final
 from deployments.serve.schema import check_schema
 
@@ -35,18 +36,6 @@ WATCH_S = 5.0  # between two looks once it is ready
 QUIET_S = 10.0  # at most this long without a line while waiting
 ENDING_S = 10.0  # for replicas to say that they have drained; on top of timeouts.drain_s
 SHUTDOWN_S = 45.0  # for the whole shutdown, on top of timeouts.drain_s; then the processes left are killed
-
-ENVIRONMENT = {  # defaults only: what the user has set wins
-    "RAY_USAGE_STATS_ENABLED": "0",  # no usage report leaves this machine
-    "RAY_DEDUP_LOGS": "0",  # equal lines of different ranks are all shown
-    "RAY_SERVE_LOG_TO_STDERR": "0",  # Serve's own log stays in its files; the ranks' lines are shown
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # Ray's 0.1 takes 5 % of the tokens/s on two cores
-    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",  # a dead proxy starts again within seconds, not 33 s
-    "RAY_worker_niceness": "0",  # with Ray's 15 other processes run before a rank, and all ranks wait for it
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # a change of threads would double a token's CPU time
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # in HAProxy mode Ctrl-C would take 30 s
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.edge:middlewares",  # removes headers that mislead Serve
-}
 
 
 class CannotServe(Exception):

@@ -1,13 +1,18 @@
 """One replica: the HTTP app over a gang that is hosted in its process."""
 
 import logging
+import os
 import sys
+from collections.abc import Mapping
 
 from ray import serve
 from ray.util.placement_group import PlacementGroup
 
 from configs.config import Config
 from deployments.hosting import GangHost
+from deployments.serve.environment import ENVIRONMENT, lacking
+
+logger = logging.getLogger(__name__)
 
 
 class Replica:
@@ -16,6 +21,7 @@ class Replica:
     def __init__(self, config: Config, device: str, placement: PlacementGroup) -> None:
         """`device` is cpu or cuda. Raises an error that says what is wrong with the model or the gang."""
         _log_to_stdout()
+        say_what_is_lacking(os.environ)
         self._host = GangHost(config, device, placement, serve.get_replica_context().replica_id.unique_id)
         from deployments.api.routes import build_app  # with Transformers, which the host has imported meanwhile
 
@@ -28,6 +34,12 @@ class Replica:
     def close(self) -> None:
         """End requests, engine and gang. May be called twice."""
         self._host.close()
+
+
+def say_what_is_lacking(environment: Mapping[str, str]) -> None:
+    """Log each variable that `make serve` would have set and this cluster lacks, with what that costs."""
+    for name, cost in lacking(environment).items():
+        logger.warning("this node lacks %s=%s in its environment before `ray start`: %s", name, ENVIRONMENT[name], cost)
 
 
 def _log_to_stdout() -> None:

@@ -20,7 +20,7 @@ from actors.decisions.model.plan import make_plan
 from actors.remote.gang import Gang
 from cluster.topology import Topology
 from configs.config import Config
-from deployments.serve.command import ENVIRONMENT
+from deployments.serve.environment import ENVIRONMENT
 from tests.chaos.faults import haunted_actor
 from tests.serving import ROOT, Served, free_port, until
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from deployments.serve.command import ENVIRONMENT
+from deployments.serve.environment import ENVIRONMENT
 from tests.chaos.faults import TwoNodes
 from tests.chaos.scenes import Say
 from tests.chaos.serving import parameter

@@ -21,7 +21,7 @@ from deployments.api.bodies import ChatBody, CompletionBody, GenerationBody
 from deployments.api.prompt_fields import Message
 from deployments.api.strict_body import Body
 from deployments.api.token_pages import DetokenizeBody, TokenizeBody
-from deployments.serve.command import ENVIRONMENT
+from deployments.serve.environment import ENVIRONMENT
 from tests.docs_pages import FLOORS, PAGES, as_it_should_be, bounds_of, file_map, keys, kind_of
 
 ROOT = Path(__file__).resolve().parents[2]

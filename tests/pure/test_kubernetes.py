@@ -28,7 +28,7 @@ from configs.config import Config
 from configs.files import read_config
 from deployments import app, cli
 from deployments.batch.command import add_options
-from deployments.serve.command import ENVIRONMENT
+from deployments.serve.environment import ENVIRONMENT
 from deployments.serve.schema import check_schema
 from k8s.embed import OVERLAYS, WAIT_S, embedded
 from k8s.embed import main as embed
