@@ -50,6 +50,7 @@ class Request(msgspec.Struct, frozen=True):
     sampling: SamplingParams
     stop_token_ids: frozenset[int] = frozenset()  # end of sequence among them, unless ignore_eos
     deadline: float | None = None  # monotonic seconds of the engine's process; then it ends, whatever state it is in
+    key: str = ""  # the name of the API key that it came with: keys share the engine fairly, and no cached prefixes
 
 
 class Event(msgspec.Struct, frozen=True):

@@ -71,7 +71,8 @@ class World:
             logprobs=rng.choice([None, None, 0, 3]),
             prompt_logprobs=rng.choice([None, None, 0, 2]),
         )
-        request = Request(f"r{len(self.requests)}", prompt, max_tokens, sampling, frozenset(stop_ids))
+        key = rng.choice(["", "", "a", "b"])
+        request = Request(f"r{len(self.requests)}", prompt, max_tokens, sampling, frozenset(stop_ids), key=key)
         self.requests[request.request_id] = request
         for heard in (self.generated, self.logprobs, self.prompt_logprobs):
             heard[request.request_id] = []

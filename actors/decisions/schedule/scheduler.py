@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import msgspec
 
 from actors.decisions.schedule.blocks import BlockCounts, BlockPool
+from actors.decisions.schedule.fair_shares import FairShares
 from actors.decisions.schedule.kv_cache_manager import KVCacheManager
 from actors.decisions.schedule.lanes import Flights, Lane, Lanes, age
 from actors.decisions.schedule.sequence import Sequence
@@ -40,6 +41,7 @@ class Scheduler:
         self.stats = stats or Stats()
         self._live: dict[str, Sequence] = {}
         self._suspects: list[Sequence] = []  # oldest first; nearly always none
+        self._shares = FairShares()
         self._next_seq = 0
         self._next_step = 0
         self._step_times = StepTimeModel(settings.num_lanes)
@@ -49,7 +51,7 @@ class Scheduler:
         settings = self.settings
         self._kv_cache = KVCacheManager(BlockPool(self.num_blocks, settings.block_size), settings.prefix_cache)
         self._lanes = Lanes(settings.num_lanes)
-        self._waiting = Waiting()
+        self._waiting = Waiting(self._shares)
         self._closing: list[int] = []  # numbers of sequences whose rows the ranks can drop
         self._flights = Flights(settings.num_lanes * settings.depth)
         self._seen = -1
@@ -82,12 +84,12 @@ class Scheduler:
         """End a live request with an error."""
         return self._retire(self._live[request_id], "error", error, code)
 
-    def add(self, request: Request, salt: str = "") -> None:
+    def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError where it can never run: its id is taken, or the cache is too small."""
         if request.request_id in self._live:
             raise ValueError(f"request id {request.request_id} is already running")
         self._kv_cache.check_length(len(request.prompt_ids) + request.max_tokens)
-        sequence = Sequence(self._next_seq, request, salt, waiting_since=self.stats.clock())
+        sequence = Sequence(self._next_seq, request, request.key, waiting_since=self.stats.clock())
         self._next_seq += 1
         self._live[request.request_id] = sequence
         self._waiting.add(sequence)
@@ -219,6 +221,7 @@ class Scheduler:
             sequence.is_open = True
             request = sequence.request
             step.opened.append(NewSequence(sequence.seq, request.sampling, known_ids, len(request.prompt_ids)))
+            self._shares.charge(request.key, 0 if sequence.has_begun else -len(known_ids))
             self.stats.opened(sequence, len(known_ids))
             held = 0  # the ranks' table starts with the shared blocks
         sample = start + count >= len(sequence.ids) + sequence.num_pending and sequence.wants_token
@@ -262,7 +265,8 @@ class Scheduler:
             self._kv_cache.never_share(sequence)
             return self._retire(sequence, "error", "the model's logits are not finite", "numerical_error")
         accepted, reason = sequence.accept(entry, ids)
-        self.stats.num_generated += len(accepted)
+        self._shares.charge(sequence.request.key, len(accepted))
+        self.stats.generated(sequence, len(accepted))
         if reason is not None:
             self._retire(sequence, reason)
         return Event(sequence.request.request_id, accepted, reason)

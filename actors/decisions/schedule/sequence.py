@@ -28,6 +28,7 @@ class Sequence:
     waiting_since: float | None = None  # monotonic seconds; None once a step with it was submitted
     finish_reason: FinishReason | None = None
     suspect_until: int = -1  # it must run alone until it has more ids than this; see Quarantine
+    is_charged: bool = False  # its prompt counts against its key
 
     def __post_init__(self) -> None:
         self.ids = list(self.request.prompt_ids)
@@ -36,6 +37,11 @@ class Sequence:
     def num_generated(self) -> int:
         """Ids generated and known."""
         return len(self.ids) - len(self.request.prompt_ids)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a step with it was ever submitted."""
+        return self.waiting_since is None
 
     @property
     def is_suspect(self) -> bool:

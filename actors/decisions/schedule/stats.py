@@ -7,6 +7,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable
 from collections.abc import Sequence as Numbers
+from dataclasses import dataclass
 from typing import get_args
 
 from actors.decisions.schedule.sequence import Sequence
@@ -45,6 +46,15 @@ class Histogram:
         self.sum += value * times
 
 
+@dataclass
+class KeyUsage:
+    """Tokens of one API key's requests; see Stats for what each counts."""
+
+    num_prompt: int = 0
+    num_prompt_cached: int = 0
+    num_generated: int = 0
+
+
 class Stats:
     """The counters of one engine, over all its epochs."""
 
@@ -54,6 +64,7 @@ class Stats:
         self.num_prompt = 0  # prompt tokens of requests that have begun to run; each was looked up in the prefix cache
         self.num_prompt_cached = 0  # those of them that were found there
         self.num_generated = 0  # tokens
+        self.by_key: dict[str, KeyUsage] = {}  # by the key's name; "" where none is asked for
         self.num_preemptions = 0
         self.num_steps = 0
         self.num_replayed = 0  # requests that ran and were computed again in another epoch; one may count several times
@@ -70,8 +81,19 @@ class Stats:
             return  # computed again: it was preempted, or a gang was lost
         self.queue_s.observe(self.clock() - sequence.waiting_since)
         sequence.waiting_since = None
-        self.num_prompt += len(sequence.request.prompt_ids)
+        num_prompt, usage = len(sequence.request.prompt_ids), self._usage(sequence)
+        self.num_prompt += num_prompt
         self.num_prompt_cached += num_reused
+        usage.num_prompt += num_prompt
+        usage.num_prompt_cached += num_reused
+
+    def generated(self, sequence: Sequence, count: int) -> None:
+        """Count generated tokens of a sequence."""
+        self.num_generated += count
+        self._usage(sequence).num_generated += count
+
+    def _usage(self, sequence: Sequence) -> KeyUsage:
+        return self.by_key.setdefault(sequence.request.key, KeyUsage())
 
     def launched(self, step: StepBatch) -> None:
         """Count a step that goes to the ranks and will have a result."""
