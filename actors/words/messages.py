@@ -15,7 +15,8 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
     """How a sequence's next id is drawn, in OpenAI's terms and vLLM's; the defaults change nothing.
 
     Order: repetition, presence and frequency penalties and logit_bias change the logits; temperature divides them (0 is
-    greedy and ends here); then top_k, top_p and min_p cut, each over what the one before left.
+    greedy and ends here); then top_k, top_p and min_p cut, each over what the one before left. Before all of them a
+    grammar takes out the ids with which the text could not go on.
     """
 
     temperature: float = 1.0
@@ -27,10 +28,13 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
     presence_penalty: float = 0.0  # over generated ids, as OpenAI defines it
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = {}
-    min_tokens: int = 0  # before so many generated ids, none of `banned_ids` is drawn
-    banned_ids: list[int] = []  # the request's stop ids where min_tokens is set; the engine fills it in
+    min_tokens: int = 0  # before so many generated ids, none of `stop_ids` is drawn; not with a grammar
+    stop_ids: list[int] = []  # the request's, where min_tokens or a grammar is set; the engine fills it in
     logprobs: int | None = None  # of each generated id, and of so many most likely ones; None: not asked
     prompt_logprobs: int | None = None  # the same of each prompt id after the first
+    # A grammar of llguidance (its JSON or Lark form) that the generated text fulfils; None: any text. `stop_ids` are
+    # drawn only where the text may end, and must be where it can only end.
+    grammar: str | None = None
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

@@ -29,7 +29,7 @@ KINDS = {
     "min_p": SamplingParams(0.9, seed=6, min_p=0.1),
     "repetition": SamplingParams(temperature=0, repetition_penalty=1.5),
     "presence": SamplingParams(0.9, seed=7, presence_penalty=1.0, frequency_penalty=0.5),
-    "bias": SamplingParams(temperature=0, logit_bias={3: 2.0}, min_tokens=2, banned_ids=[1, 2]),
+    "bias": SamplingParams(temperature=0, logit_bias={3: 2.0}, min_tokens=2, stop_ids=[1, 2]),
     "logprobs": SamplingParams(temperature=0, logprobs=3),
     "prompt logprobs": SamplingParams(temperature=0, logprobs=1, prompt_logprobs=2),
 }

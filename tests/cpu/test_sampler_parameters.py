@@ -232,14 +232,14 @@ def test_penalties_are_transformers_and_openais() -> None:
     assert torch.equal(logits, before), "log-probabilities are read from these"
 
 
-def test_banned_ids_are_never_drawn_before_min_tokens() -> None:
+def test_stop_ids_are_never_drawn_before_min_tokens() -> None:
     logits = torch.zeros(1, 6)
     logits[0, [2, 4]] = 50.0
-    sampling = SamplingParams(0, min_tokens=3, banned_ids=[2, 4, 900], logit_bias={2: 100.0})
+    sampling = SamplingParams(0, min_tokens=3, stop_ids=[2, 4, 900], logit_bias={2: 100.0})
     drawn = [sample_alone(logits, [SamplingRow(sampling, position, [], 10)])[0] for position in range(10, 16)]
     assert drawn == [0, 0, 0, 2, 2, 2]
     assert (
-        LogitsProcessors.of([SamplingRow(SamplingParams(0, min_tokens=3, banned_ids=[2]), 13, [], 10)], BACKEND.upload)
+        LogitsProcessors.of([SamplingRow(SamplingParams(0, min_tokens=3, stop_ids=[2]), 13, [], 10)], BACKEND.upload)
         is None
     )
 
@@ -255,7 +255,7 @@ def mixed_rows(num: int, vocab: int) -> list[SamplingRow]:
         {"min_p": 0.2, "frequency_penalty": 1.1},
         {"top_k": 300, "top_p": 0.9, "logit_bias": {1: 3.0, vocab - 1: 2.0}},
         {"temperature": 0.0},
-        {"temperature": 1.7, "min_tokens": 9, "banned_ids": [0, 5], "repetition_penalty": 0.8, "top_p": 0.97},
+        {"temperature": 1.7, "min_tokens": 9, "stop_ids": [0, 5], "repetition_penalty": 0.8, "top_p": 0.97},
     ]
     rows = []
     for row in range(num):

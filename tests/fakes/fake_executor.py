@@ -155,7 +155,7 @@ class FakeExecutor:
 
     def _draw(self, row: _Row, ids: list[int]) -> int:
         is_short = len(ids) - row.num_prompt < row.sampling.min_tokens
-        return next_id(ids, self.vocab_size, row.sampling.seed or 0, row.sampling.banned_ids if is_short else ())
+        return next_id(ids, self.vocab_size, row.sampling.seed or 0, row.sampling.stop_ids if is_short else ())
 
     def _told(self, num_top: int | None, ids: list[int], following: list[int]) -> list[TokenLogprobs]:
         """Of each id that follows `ids`, one after the other."""

@@ -168,3 +168,12 @@ def test_close_ends_every_request(make_engine):
     assert executor.is_closed
     with pytest.raises(EngineStopped):
         engine.add(Request("b", [1], 5, GREEDY))
+
+
+@pytest.mark.parametrize(
+    ("stop_ids", "min_tokens", "named"), [(frozenset(), 0, "ignore_eos"), (frozenset([7]), 2, "min_tokens")]
+)
+def test_what_contradicts_a_grammar_is_refused(make_engine, stop_ids, min_tokens, named):
+    engine, listener = make_engine()
+    engine.add(Request("a", [1], 5, SamplingParams(0.0, grammar="start: /a+/", min_tokens=min_tokens), stop_ids))
+    assert named in listener.end("a")[-1].error

@@ -46,7 +46,7 @@ def test_every_field_reaches_the_ranks(world, path, body):
         frequency_penalty=1.5,
         logit_bias={17: -100, 399: 2.5},
         min_tokens=3,
-        banned_ids=[7, 399],
+        stop_ids=[7, 399],
     )
 
 
@@ -83,7 +83,7 @@ def test_min_tokens_forbid_end_of_sequence_too(make_world):
     world = make_world(script=[40, 41, 2])
     world.post(COMPLETIONS, {**COMPLETION, "ignore_eos": False, "min_tokens": 2, "stop_token_ids": [50]})
     world.post(COMPLETIONS, {**COMPLETION, "ignore_eos": True, "min_tokens": 2, "stop_token_ids": [50]})
-    assert [new.sampling.banned_ids for new in opened(world)] == [[1, 2, 50], [50]]
+    assert [new.sampling.stop_ids for new in opened(world)] == [[1, 2, 50], [50]]
 
 
 def test_min_tokens_must_fit(world, error_of):

@@ -16,7 +16,7 @@ def brute_force(request: Request) -> tuple[list[int], str]:
     """All ids that a request yields, alone, without paging, and why it ends."""
     ids, generated, sampling = list(request.prompt_ids), [], request.sampling
     while len(generated) < request.max_tokens:
-        banned = sampling.banned_ids if len(generated) < sampling.min_tokens else []
+        banned = sampling.stop_ids if len(generated) < sampling.min_tokens else []
         generated.append(next_id(ids + generated, VOCAB_SIZE, sampling.seed or 0, banned))
         if generated[-1] in request.stop_token_ids and len(generated) > sampling.min_tokens:
             return generated, "stop"
@@ -67,7 +67,7 @@ class World:
             0.0,
             rng.choice([None, 5]),
             min_tokens=rng.choice([0, 0, max_tokens // 2]),
-            banned_ids=sorted(stop_ids),
+            stop_ids=sorted(stop_ids),
             logprobs=rng.choice([None, None, 0, 3]),
             prompt_logprobs=rng.choice([None, None, 0, 2]),
         )

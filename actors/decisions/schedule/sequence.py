@@ -11,7 +11,10 @@ from actors.words.messages import Entry, FinishReason, Request, TokenLogprobs
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """The state of a request in the scheduler. A replay after a lost gang needs `ids` and the request only."""
+    """The state of a request in the scheduler. A replay after a lost gang needs `ids` and the request only.
+
+    Raises ValueError for a request with a grammar and what contradicts it.
+    """
 
     seq: int  # its number in the ranks' tables
     request: Request
@@ -31,6 +34,7 @@ class Sequence:
     is_charged: bool = False  # its prompt counts against its key
 
     def __post_init__(self) -> None:
+        _check_grammar(self.request)
         self.ids = list(self.request.prompt_ids)
 
     @property
@@ -109,11 +113,22 @@ class Sequence:
         return ids[:accepted], "length" if is_prompt_done and self.num_generated >= request.max_tokens else None
 
 
+def _check_grammar(request: Request) -> None:
+    """Refuse what contradicts a grammar, with ValueError: its text ends where the grammar says, and only there."""
+    if request.sampling.grammar is None:
+        return
+    if not request.stop_token_ids:
+        raise ValueError("grammar: the text must be able to end; leave ignore_eos out, or give stop_token_ids")
+    if request.sampling.min_tokens > 0:
+        raise ValueError("grammar: says itself how long the text is; leave min_tokens out")
+    raise ValueError("grammar: ranks cannot follow one yet; leave it out")
+
+
 def completed(request: Request) -> Request:
-    """The request with what a replay needs: a seed where it samples, and the ids that min_tokens forbids."""
+    """The request with what a replay needs: a seed where it samples, and its stop ids where ranks must know them."""
     sampling = request.sampling
     if sampling.temperature > 0 and sampling.seed is None:
         sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(63))
-    if sampling.min_tokens > 0:
-        sampling = msgspec.structs.replace(sampling, banned_ids=sorted(request.stop_token_ids))
+    if sampling.min_tokens > 0 or sampling.grammar is not None:
+        sampling = msgspec.structs.replace(sampling, stop_ids=sorted(request.stop_token_ids))
     return msgspec.structs.replace(request, sampling=sampling)

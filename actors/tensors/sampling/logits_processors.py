@@ -36,7 +36,7 @@ class SamplingRow:
         sampling = self.sampling
         if self.position - self.num_prompt >= sampling.min_tokens:
             return sampling.logit_bias
-        return sampling.logit_bias | dict.fromkeys(sampling.banned_ids, float("-inf"))
+        return sampling.logit_bias | dict.fromkeys(sampling.stop_ids, float("-inf"))
 
 
 @dataclass(frozen=True)
