@@ -14,9 +14,9 @@ NOT_A_NUMBER = -1  # in place of an id: the logits that it would be drawn from a
 class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
     """How a sequence's next id is drawn, in OpenAI's terms and vLLM's; the defaults change nothing.
 
-    Order: repetition, presence and frequency penalties and logit_bias change the logits; temperature divides them (0 is
-    greedy and ends here); then top_k, top_p and min_p cut, each over what the one before left. Before all of them a
-    grammar takes out the ids with which the text could not go on.
+    Order: repetition, presence and frequency penalties, logit_bias and bad_words change the logits, and allowed_ids
+    leaves only these; temperature divides them (0 is greedy and ends here); then top_k, top_p and min_p cut, each over
+    what the one before left. Before all of them a grammar takes out the ids with which the text could not go on.
     """
 
     temperature: float = 1.0
@@ -35,6 +35,8 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
     # A grammar of llguidance (its JSON or Lark form) that the generated text fulfils; None: any text. `stop_ids` are
     # drawn only where the text may end, and must be where it can only end.
     grammar: str | None = None
+    allowed_ids: list[int] = []  # only these are drawn; none: all
+    bad_words: list[list[int]] = []  # ids that may not follow each other; see bad_words.py
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -55,6 +57,8 @@ class Request(msgspec.Struct, frozen=True):
     stop_token_ids: frozenset[int] = frozenset()  # end of sequence among them, unless ignore_eos
     deadline: float | None = None  # monotonic seconds of the engine's process; then it ends, whatever state it is in
     key: str = ""  # the name of the API key that it came with: keys share the engine fairly, and no cached prefixes
+    priority: int = 0  # of those that wait, the lowest begins first; it takes nothing from those that run
+    cache_salt: str = ""  # shares the prefix cache with requests of the same salt only
 
 
 class Event(msgspec.Struct, frozen=True):

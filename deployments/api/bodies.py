@@ -16,7 +16,7 @@ from deployments.text.prompts import Prompt
 
 MAX_STOPS = 16  # OpenAI takes 4
 MAX_STOP_CHARS = 1024
-MAX_CHOICES = 16
+MAX_CHOICES = 128
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
@@ -44,6 +44,7 @@ class GenerationBody(SamplingBody):
     model: str
     max_tokens: int | None = Field(default=None, ge=1)
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)  # answers to each prompt
+    best_of: int | None = Field(default=None, ge=1)  # as many as are shown
     stop: Annotated[list[StopString], FailFast(), Field(max_length=MAX_STOPS), BeforeValidator(_one_or_many)] = Field(
         default_factory=list
     )
@@ -62,10 +63,7 @@ class GenerationBody(SamplingBody):
     prompt_cache_retention: object = None
 
     # refused where they would mean something: sampling
-    best_of: Annotated[object, only(1)] = None
     length_penalty: Annotated[object, only(1)] = None
-    bad_words: Annotated[object, only([])] = None
-    allowed_token_ids: Annotated[object, only([])] = None
     use_beam_search: Annotated[object, only(False)] = None
     response_format: Annotated[object, only({"type": "text"})] = None
     structured_outputs: Annotated[object, only()] = None
@@ -83,10 +81,8 @@ class GenerationBody(SamplingBody):
     # how the prompt is read
     truncate_prompt_tokens: Annotated[object, only()] = None
     truncation_side: Annotated[object, only()] = None
-    # scheduling and caching
-    priority: Annotated[object, only(0)] = None
+    # the server's own affairs
     request_id: Annotated[object, only()] = None
-    cache_salt: Annotated[object, only()] = None
     kv_transfer_params: Annotated[object, only()] = None
 
     @property
@@ -113,6 +109,12 @@ class GenerationBody(SamplingBody):
     def include_usage(self) -> bool:
         """Whether a stream ends with the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @model_validator(mode="after")
+    def _all_answers_are_shown(self) -> Self:
+        if self.best_of not in (None, self.n):
+            raise wrong("unsupported_parameter", "must be as n: all answers are shown; send n alone", field="best_of")
+        return self
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> Self:

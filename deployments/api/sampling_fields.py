@@ -1,7 +1,8 @@
-"""Sampling fields: how the next token is drawn, from the request's fields to the engine's SamplingParams."""
+"""Sampling fields: how the next token is drawn, and when, from the request's fields to the engine's SamplingParams."""
 
 import hashlib
 import re
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import BeforeValidator, FailFast, Field
@@ -12,6 +13,10 @@ from deployments.api.strict_body import Body, wrong
 MAX_STOP_TOKEN_IDS = 128
 MAX_BIASES = 1024
 MAX_LOGPROBS = 20
+MAX_ALLOWED_IDS = 4096
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_CHARS = 256
+MAX_SALT_CHARS = 256
 GREEDY_BELOW = 1e-5  # lower temperatures count as 0: dividing logits by them would overflow
 
 _SEED_MASK = 2**63 - 1  # clients may send negative seeds; the engine's have 63 bits
@@ -19,6 +24,7 @@ _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]  # whether it is in the vocabulary is checked in service.py
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+BadWord = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARS)]
 
 
 def _ids_for_keys(value: object) -> object:
@@ -31,7 +37,7 @@ def _ids_for_keys(value: object) -> object:
 
 
 class SamplingBody(Body):
-    """The fields that become SamplingParams; see there for what each does and in which order."""
+    """The fields that become SamplingParams, where each has its meaning and order, and two of the engine's queue."""
 
     temperature: float = Field(default=1.0, ge=0, le=2)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
@@ -50,6 +56,12 @@ class SamplingBody(Body):
     stop_token_ids: Annotated[list[TokenId], FailFast(), Field(max_length=MAX_STOP_TOKEN_IDS)] = Field(
         default_factory=list
     )
+    allowed_token_ids: Annotated[list[TokenId], FailFast(), Field(max_length=MAX_ALLOWED_IDS)] = Field(
+        default_factory=list
+    )
+    bad_words: Annotated[list[BadWord], FailFast(), Field(max_length=MAX_BAD_WORDS)] = Field(default_factory=list)
+    priority: int = Field(default=0, ge=-(2**31), lt=2**31)  # the lowest begins first
+    cache_salt: str = Field(default="", max_length=MAX_SALT_CHARS)
 
     @property
     def num_logprobs(self) -> int | None:
@@ -61,8 +73,8 @@ class SamplingBody(Body):
         """The same for the prompt's tokens."""
         return None
 
-    def sampling(self, choice: int, vocab_size: int) -> SamplingParams:
-        """The parameters of the sequence that is this choice (from 0) of a prompt."""
+    def sampling(self, choice: int, vocab_size: int, bad_words: Sequence[list[int]] = ()) -> SamplingParams:
+        """The parameters of the sequence that is this choice (from 0) of a prompt. `bad_words`: as token ids."""
         return SamplingParams(
             temperature=self.temperature if self.temperature >= GREEDY_BELOW else 0.0,
             seed=None if self.seed is None else choice_seed(self.seed, choice),
@@ -76,6 +88,8 @@ class SamplingBody(Body):
             min_tokens=self.min_tokens,
             logprobs=self.num_logprobs,
             prompt_logprobs=self.num_prompt_logprobs,
+            allowed_ids=sorted(set(self.allowed_token_ids)),
+            bad_words=list(bad_words),
         )
 
 

@@ -102,13 +102,14 @@ class Service:
         body = self.defaults.fill(body)
         prompts = body.prompts
         self._check_tools(prompts)
+        bad_words = await self._bad_words(body, deadline)
         answers: list[Answer] = []
         num_prompt_tokens = 0
         for prompt, prompt_ids in zip(prompts, await self.encode(prompts, deadline=deadline), strict=True):
             self._check_prompt(body, prompt_ids)
             num_prompt_tokens += len(prompt_ids)
             for choice in range(body.n):
-                request = self._request(body, prompt_ids, choice, deadline)
+                request = self._request(body, prompt_ids, choice, bad_words, deadline)
                 answers.append(self._answer(body, prompt, request, len(answers), began))
         return Generation(self.engine, self._outbox, answers, num_prompt_tokens, deadline)
 
@@ -117,6 +118,7 @@ class Service:
         self.check_model(body.model)
         self.check_ids("logit_bias", list(body.logit_bias))
         self.check_ids("stop_token_ids", body.stop_token_ids)
+        self.check_ids("allowed_token_ids", body.allowed_token_ids)
 
     def check_model(self, model: str) -> None:
         """Raises ApiError (404) when another model is asked for than the one served."""
@@ -145,15 +147,34 @@ class Service:
         except TimeoutError:
             raise too_late() from None
 
-    def _request(self, body: GenerationBody, prompt_ids: list[int], choice: int, deadline: float | None) -> Request:
+    async def _bad_words(self, body: GenerationBody, deadline: float | None) -> list[list[int]]:
+        """The ids of bad words, as they are at the beginning of a text and behind a space."""
+        words = [space + word.lstrip(" ") for word in body.bad_words for space in ("", " ")]
+        encoded = await self.encode(list(words), add_special_tokens=False, deadline=deadline) if words else []
+        return [list(ids) for ids in dict.fromkeys(map(tuple, encoded)) if ids]
+
+    def _request(
+        self,
+        body: GenerationBody,
+        prompt_ids: list[int],
+        choice: int,
+        bad_words: list[list[int]],
+        deadline: float | None,
+    ) -> Request:
         eos_ids = frozenset() if body.ignore_eos else self.text.eos_token_ids
+        stop_ids = eos_ids.union(body.stop_token_ids)
+        if body.min_tokens and body.allowed_token_ids and stop_ids.issuperset(body.allowed_token_ids):
+            message = "min_tokens: all of allowed_token_ids end the answer; allow others too, or leave it out"
+            raise ApiError(400, message, param="min_tokens")
         return Request(
             request_id=uuid.uuid4().hex,
             prompt_ids=prompt_ids,
             max_tokens=self._max_tokens(body, len(prompt_ids)),
-            sampling=body.sampling(choice, self.limits.vocab_size),
-            stop_token_ids=eos_ids.union(body.stop_token_ids),
+            sampling=body.sampling(choice, self.limits.vocab_size, bad_words),
+            stop_token_ids=stop_ids,
             deadline=deadline,
+            priority=body.priority,
+            cache_salt=body.cache_salt,
         )
 
     def _answer(self, body: GenerationBody, prompt: Prompt, request: Request, index: int, began: float) -> Answer:

@@ -77,6 +77,9 @@ def _num_openers(raw: bytes) -> int:
     return raw.count(b"[") + raw.count(b"{")
 
 
+_LISTS = ("stop", "prompt", "logit_bias", "stop_token_ids", "tokens", "allowed_token_ids", "bad_words")
+
+
 _OWN_WORDS: dict[str, Callable[[ErrorDetails], str]] = {
     "missing": lambda error: "is required",
     "dict_type": lambda error: "must be a JSON object",
@@ -94,6 +97,6 @@ def as_api_error(error: ErrorDetails) -> ApiError:
     words = _OWN_WORDS.get(error["type"])
     message = words(error) if words else error["msg"].replace("Input should be", "must be")
     code = error["type"] if error["type"] in ("unsupported_parameter", "unknown_parameter") else None
-    if error["loc"] and error["loc"][0] in ("stop", "prompt", "logit_bias", "stop_token_ids", "tokens"):
+    if error["loc"] and error["loc"][0] in _LISTS:
         param = str(error["loc"][0])  # clients look for the field's own name
     return ApiError(400, f"{param or 'the body'}: {message}", param=param, code=code)

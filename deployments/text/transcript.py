@@ -83,7 +83,9 @@ class StopStrings:
     def push(self, text: str, is_exempt: bool = False) -> str:
         """The text that may be shown now; empty once a stop string was found.
 
-        A stop string that ends in exempt text does not count; one that ends after it does, though it began there.
+        Of several the one that is complete first counts, and of those that end together the longest: however the text
+        is cut into pieces. One that ends in exempt text does not count; one that ends after it does, though it began
+        there.
         """
         if self.is_found or not self._stops:
             return "" if self.is_found else text
@@ -91,13 +93,13 @@ class StopStrings:
         if is_exempt:
             self._num_exempt = len(self._held)
         found = [
-            index
+            (index + len(stop), index)
             for stop in self._stops
             if (index := self._held.find(stop, max(0, self._num_exempt - len(stop) + 1))) >= 0
         ]
         if found:
             self.is_found = True
-            return self._release(min(found))
+            return self._release(min(found)[1])
         return self._release(self._first_beginning())
 
     def flush(self) -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import (
     MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -17,6 +18,7 @@ from transformers import (
 
 from actors.decisions.model.shard_plan import split_evenly
 from actors.tensors.backends.cpu.backend import CPUBackend
+from actors.tensors.sampled_ids import UNKNOWN_ID, SampledIds
 from actors.tensors.sampling.logits_processors import LogitsProcessors, SamplingRow
 from actors.tensors.sampling.ranking import NO_TOKEN, best_of_shard, ids_of, scores_of, sort_keys_of
 from actors.tensors.sampling.sampler import Sampler, SamplingBatch
@@ -244,6 +246,64 @@ def test_stop_ids_are_never_drawn_before_min_tokens() -> None:
     )
 
 
+def test_only_allowed_ids_are_drawn_on_any_number_of_shards() -> None:
+    logits = torch.randn(4, 60, generator=torch.Generator().manual_seed(4))
+    allowed_ids = [3, 17, 58, 900]
+    rows = [
+        SamplingRow(SamplingParams(0, allowed_ids=allowed_ids), 5),
+        SamplingRow(SamplingParams(1.0, 7, top_p=0.9, allowed_ids=allowed_ids), 5),
+        SamplingRow(SamplingParams(1.0, 7), 5),
+        SamplingRow(SamplingParams(0, logit_bias={5: 99.0}, allowed_ids=[41]), 5),
+    ]
+    expected = logits.clone()
+    expected[[0, 1]] = float("-inf")
+    expected[:2, allowed_ids[:3]] = logits[:2, allowed_ids[:3]]
+    expected[3, :41] = expected[3, 42:] = float("-inf")
+    processors = LogitsProcessors.of(rows, BACKEND.upload)
+    assert processors is not None
+    for num_shards in (1, 3):
+        parts = on_shards(num_shards, logits, lambda _, mine, vocab_rows: processors.apply(mine, vocab_rows[0]))
+        assert torch.equal(torch.cat(parts, 1), expected)
+        drawn = sample_on(num_shards, logits, rows)
+        assert drawn == [drawn[0]] * num_shards
+        assert drawn[0][0] == int(expected[0].argmax()) and drawn[0][1] in allowed_ids and drawn[0][3] == 41
+
+
+BAD_WORDS = [[7], [3, 9], [3, 3, 12], [8, 3, 9, 14], [30, 31]]
+
+
+@pytest.mark.parametrize("num_unknown", [0, 1, 2])
+def test_bad_words_are_transformers_though_the_host_does_not_know_the_last_ids(num_unknown: int) -> None:
+    """Random ends of few ids, so that words are begun often; each beside Transformers' own processor."""
+    generator = torch.Generator().manual_seed(6)
+    sampled_ids = SampledIds(40, 4, torch.device("cpu"))
+    logits = torch.randn(40, 50, generator=generator)
+    rows, expected, num_hits = [], logits.clone(), 0
+    for index in range(40):
+        ids = [8, 3, 3, 9, 30][index % 5 :][: 1 + index % 3] + torch.tensor([3, 9, 8, 30])[
+            torch.randint(4, (index % 4,), generator=generator)
+        ].tolist()
+        known = ids[: max(1, len(ids) - num_unknown)] + [UNKNOWN_ID] * min(num_unknown, len(ids) - 1)
+        for position in range(len(ids)):
+            sampled_ids.put(torch.tensor([index]), torch.tensor([position]), torch.tensor([ids[position]]))
+        rows.append(SamplingRow(SamplingParams(0, bad_words=BAD_WORDS), len(ids), known, 1, index))
+        processor = NoBadWordsLogitsProcessor(BAD_WORDS)
+        expected[index] = processor(torch.tensor([ids]), logits[index : index + 1].clone())[0]
+        num_hits += int(expected[index].isinf().sum()) > 1
+    assert num_hits > 10
+    processors = LogitsProcessors.of(rows, BACKEND.upload, sampled_ids)
+    assert processors is not None
+    for num_shards in (1, 3):
+        parts = on_shards(num_shards, logits, lambda _, mine, vocab_rows: processors.apply(mine, vocab_rows[0]))
+        found = torch.cat(parts, 1)
+        assert torch.equal(found.masked_fill(found < -1e29, float("-inf")), expected)
+
+
+def test_a_bad_word_is_written_where_nothing_else_is_allowed() -> None:
+    row = SamplingRow(SamplingParams(1.0, 3, top_p=0.5, allowed_ids=[5], bad_words=[[5], [5, 5]]), 3, [5, 5, 5], 1)
+    assert sample_alone(torch.zeros(1, 9), [row]) == [5]
+
+
 def mixed_rows(num: int, vocab: int) -> list[SamplingRow]:
     """Every parameter alone and with others, over random histories."""
     generator = torch.Generator().manual_seed(8)
@@ -256,6 +316,8 @@ def mixed_rows(num: int, vocab: int) -> list[SamplingRow]:
         {"top_k": 300, "top_p": 0.9, "logit_bias": {1: 3.0, vocab - 1: 2.0}},
         {"temperature": 0.0},
         {"temperature": 1.7, "min_tokens": 9, "stop_ids": [0, 5], "repetition_penalty": 0.8, "top_p": 0.97},
+        {"bad_words": [[token] for token in range(vocab // 2)], "top_k": 9},
+        {"allowed_ids": list(range(5, 60, 3)), "presence_penalty": 0.4},
     ]
     rows = []
     for row in range(num):

@@ -19,6 +19,7 @@ OURS = {
     "model", "prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "seed", "stop", "ignore_eos",
     "stream", "stream_options", "n", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
     "frequency_penalty", "logit_bias", "min_tokens", "stop_token_ids", "logprobs", "top_logprobs", "timeout",
+    "allowed_token_ids", "bad_words", "best_of", "priority", "cache_salt",
 }  # fmt: skip
 OURS_OF_COMPLETIONS = OURS | {"echo"}
 OURS_OF_CHATS = OURS | {"tools", "tool_choice", "parallel_tool_calls", "reasoning_effort", "chat_template_kwargs"}
@@ -95,7 +96,11 @@ LOW_AND_HIGH = [
     ("presence_penalty", -2, 2, [-2.1, 2.1]),
     ("frequency_penalty", -2, 2, [-2.1, 2.1]),
     ("min_tokens", 0, 10**9, [-1, 1.5, True]),
-    ("n", 1, 16, [0, 17, 1.0, True]),
+    ("n", 1, 128, [0, 129, 1.0, True]),
+    ("priority", -(2**31), 2**31 - 1, [1.5, "1", True, 2**31]),
+    ("allowed_token_ids", [], list(range(4096)), [list(range(4097)), [-1], [1.5], ["1"], [True], 5, [2**31]]),
+    ("bad_words", [], ["x" * 256] * 128, [["x"] * 129, [""], ["x" * 257], [5], "x"]),
+    ("cache_salt", "", "x" * 256, [5, "x" * 257]),
     ("logit_bias", {"0": -100}, {"4294967295": 100}, [{"5": 101}, {"5": True}, {"5": None}, {"x": 1}, {"05": 1}]),
     ("logit_bias", {}, {str(token): 1 for token in range(1024)}, [{str(token): 1 for token in range(1025)}, [5], "5"]),
     ("logit_bias", {}, {"7": 0.5}, [{"-1": 1}, {" 5": 1}, {"5.0": 1}, {"": 1}, {"٥": 1}, {"9" * 5000: 1}]),
@@ -147,8 +152,8 @@ def test_seeds_of_choices_are_fixed_and_apart():
         976897894264387852,
     ]  # as sha256sum says
     assert choice_seed(-1, 0) == 2**63 - 1
-    seeds = {choice_seed(seed, choice) for seed in range(-50, 50) for choice in range(16)}
-    assert len(seeds) == 1600
+    seeds = {choice_seed(seed, choice) for seed in range(-50, 50) for choice in range(128)}
+    assert len(seeds) == 12800
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 

@@ -23,6 +23,7 @@ FIELDS = {
     "logit_bias": {"17": -100, "399": 2.5},
     "min_tokens": 3,
     "stop_token_ids": [399, 7],
+    "allowed_token_ids": [17, 5, 17],
 }
 
 
@@ -47,6 +48,7 @@ def test_every_field_reaches_the_ranks(world, path, body):
         logit_bias={17: -100, 399: 2.5},
         min_tokens=3,
         stop_ids=[7, 399],
+        allowed_ids=[5, 17],
     )
 
 
@@ -54,6 +56,44 @@ def test_neutral_values_reach_the_ranks_as_nothing(world):
     neutral = {"top_p": 1, "top_k": -1, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0, "logit_bias": {}}
     world.post(COMPLETIONS, {**COMPLETION, **neutral, "min_tokens": 0, "stop_token_ids": []})
     assert opened(world)[0].sampling == SamplingParams(temperature=0.0)
+
+
+def test_bad_words_reach_the_ranks_as_the_tokenizer_writes_them(world):
+    world.post(COMPLETIONS, {**COMPLETION, "bad_words": ["fox", " lazy dog", "fox"]})
+    expected = [world.ids(words) for words in ("fox", " fox", "lazy dog", " lazy dog")]
+    assert opened(world)[0].sampling.bad_words == expected
+
+
+def test_allowed_ids_must_exist_and_leave_something_before_min_tokens(world, error_of):
+    for fields, param in (
+        ({"allowed_token_ids": [400]}, "allowed_token_ids"),
+        ({"allowed_token_ids": [7], "stop_token_ids": [7, 8], "min_tokens": 1}, "min_tokens"),
+    ):
+        assert error_of(world.post(COMPLETIONS, {**COMPLETION, **fields}), 400)["param"] == param
+
+
+def test_best_of_is_n_or_refused(world, error_of):
+    assert len(world.post(COMPLETIONS, {**COMPLETION, "n": 2, "best_of": 2}).json()["choices"]) == 2
+    for fields in ({"best_of": 2}, {"n": 2, "best_of": 1}):
+        assert error_of(world.post(COMPLETIONS, {**COMPLETION, **fields}), 400)["param"] == "best_of"
+
+
+def test_priority_and_salt_reach_the_queue_and_the_cache(world, monkeypatch):
+    requests = []
+    add = world.engine.add
+    monkeypatch.setattr(world.engine, "add", lambda request: (requests.append(request), add(request)))
+    prompt = list(range(10, 74))
+    for salt in ("", "a", "a"):
+        world.post(COMPLETIONS, {**COMPLETION, "prompt": prompt, "priority": -3, "cache_salt": salt})
+    assert [(request.priority, request.cache_salt) for request in requests] == [(-3, ""), (-3, "a"), (-3, "a")]
+    assert world.engine.stats.num_prompt_cached == 48  # the third has the second's blocks
+
+
+def test_as_many_answers_as_openai_documents(make_world):
+    world = make_world(max_requests=128)
+    answer = world.post(COMPLETIONS, {**COMPLETION, "n": 128, "temperature": 1, "max_tokens": 1}).json()
+    assert [choice["index"] for choice in answer["choices"]] == list(range(128))
+    world.wait_until_idle()
 
 
 # --- where it ends --------------------------------------------------------------------------------------------------

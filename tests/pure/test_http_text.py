@@ -331,13 +331,15 @@ def test_stop_strings_against_searching_the_whole_text(seed):
             assert seen.startswith(shown)
             assert len(held) == longest
     shown += "" if watcher.is_found else watcher.flush()
-    found = [text.find(stop) for stop in stops if stop in text]
-    if not found:
-        assert shown == text
-    else:
-        assert text.startswith(shown)
-        assert not any(stop in shown for stop in stops)
-        assert any(text[len(shown) :].startswith(stop) for stop in stops)
+    found = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    assert shown == (text[: min(found)[1]] if found else text)
+
+
+@pytest.mark.parametrize(("stops", "shown"), [(["abcd", "c"], "xab"), (["bc", "c"], "xa"), (["c", "abc"], "x")])
+@pytest.mark.parametrize("size", [1, 2, 3, 9])
+def test_of_several_stop_strings_the_one_completed_first_wins_however_the_text_is_cut(stops, shown, size):
+    watcher, text = StopStrings(stops), "xabcde"
+    assert "".join(watcher.push(text[at : at + size]) for at in range(0, len(text), size)) == shown
 
 
 def test_transcript_counts_up_to_the_id_that_completed_the_stop_string(text):

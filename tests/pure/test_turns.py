@@ -95,3 +95,19 @@ def test_a_prompt_goes_with_the_steps_of_both_lanes() -> None:
     assert chunks[:18] == [16] * 18
     assert sum(chunks) == 300
     assert {len(step.entries) for step in pipeline.steps[-4:]} == {4, 5}
+
+
+def test_of_those_that_wait_the_lowest_priority_begins_first_and_nothing_is_taken_from_those_that_run() -> None:
+    scheduler = Scheduler(SchedulerSettings(16, 1, 64, 1, 1), num_blocks=256, stats=Stats(lambda: 0.0))
+    numbers = {"running": 0, "late": 5, "first": 0, "urgent": -2, "second": 0}
+    for name, priority in numbers.items():
+        scheduler.add(Request(name, [1, 2, 3], 3, SamplingParams(temperature=0), priority=priority))
+        if name == "running":
+            step = scheduler.next_step()
+    ended = []
+    while step is not None:
+        results = [[7] for entry in step.entries if entry.sample]
+        events = scheduler.complete(StepResult(step.epoch, step.step, results)) if step.entries else []
+        ended += [event.request_id for event in events if event.finish_reason]
+        step = scheduler.next_step()
+    assert ended == ["running", "urgent", "first", "second", "late"]

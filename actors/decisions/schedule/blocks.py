@@ -129,9 +129,9 @@ def num_blocks_for(num_tokens: int, block_size: int) -> int:
     return -(-num_tokens // block_size)
 
 
-def root_hash(salt: str) -> BlockHash:
-    """What a chain of hashes starts from. Requests with different salts (adapter, API key) never share blocks."""
-    return hashlib.sha256(salt.encode()).digest()
+def root_hash(*salts: str) -> BlockHash:
+    """What a chain of hashes starts from. Requests with different salts never share blocks."""
+    return hashlib.sha256(repr(salts).encode()).digest()
 
 
 def next_hash(previous: BlockHash, ids: list[int]) -> BlockHash:

@@ -68,7 +68,7 @@ class KVAdmission:
         prefixes: list[int] = []
         num_own, share = 0, self.forecast.share
         for request in requests:
-            own_prefixes = self._hashes(request.prompt_ids)
+            own_prefixes = self._hashes(request)
             prefixes += own_prefixes
             length = len(request.prompt_ids) + math.ceil(round(request.max_tokens * share, 3))
             num_own += num_blocks_for(length, self._block_size) - len(own_prefixes)
@@ -93,9 +93,10 @@ class KVAdmission:
         self._num_own -= num_own
         self._num_seqs -= num_seqs
 
-    def _hashes(self, ids: list[int]) -> list[int]:
+    def _hashes(self, request: Request) -> list[int]:
         """A hash for each full block. Within one process, and a clash only counts a block too few."""
-        last, hashes = 0, []
+        ids = request.prompt_ids
+        last, hashes = hash(request.cache_salt), []
         for end in range(self._block_size, len(ids) + 1, self._block_size):
             last = hash((last, *ids[end - self._block_size : end]))
             hashes.append(last)

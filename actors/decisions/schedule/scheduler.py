@@ -89,7 +89,7 @@ class Scheduler:
         if request.request_id in self._live:
             raise ValueError(f"request id {request.request_id} is already running")
         self._kv_cache.check_length(len(request.prompt_ids) + request.max_tokens)
-        sequence = Sequence(self._next_seq, request, request.key, waiting_since=self.stats.clock())
+        sequence = Sequence(self._next_seq, request, waiting_since=self.stats.clock())
         self._next_seq += 1
         self._live[request.request_id] = sequence
         self._waiting.add(sequence)

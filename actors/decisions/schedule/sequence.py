@@ -18,7 +18,6 @@ class Sequence:
 
     seq: int  # its number in the ranks' tables
     request: Request
-    salt: str = ""
     ids: list[int] = field(default_factory=list)  # prompt, then generated
     lane: int | None = None  # None while it waits
     num_scheduled: int = 0  # positions submitted to the ranks since the row was opened
@@ -82,7 +81,8 @@ class Sequence:
         """The hashes of all full blocks of the known ids, each computed once."""
         while (len(self.hashes) + 1) * block_size <= len(self.ids):
             first = len(self.hashes) * block_size
-            previous = self.hashes[-1] if self.hashes else root_hash(self.salt)
+            request = self.request
+            previous = self.hashes[-1] if self.hashes else root_hash(request.key, request.cache_salt)
             self.hashes.append(next_hash(previous, self.ids[first : first + block_size]))
         return self.hashes
 
@@ -121,6 +121,8 @@ def _check_grammar(request: Request) -> None:
         raise ValueError("grammar: the text must be able to end; leave ignore_eos out, or give stop_token_ids")
     if request.sampling.min_tokens > 0:
         raise ValueError("grammar: says itself how long the text is; leave min_tokens out")
+    if request.sampling.allowed_ids:
+        raise ValueError("grammar: says itself which ids are allowed; leave allowed_token_ids out")
     raise ValueError("grammar: ranks cannot follow one yet; leave it out")
 
 

@@ -1,7 +1,8 @@
 """The sequences that wait for a lane, and which is dealt next while the cache has room.
 
 Suspects first: they run alone, so all others wait for them. Then what has run before, oldest first: its client is in
-the middle of an answer. Then what is new: of the key that was served least, its oldest.
+the middle of an answer. Then what is new: of the key that was served least the one of the lowest priority number, and
+of these the oldest.
 """
 
 from bisect import insort
@@ -34,7 +35,7 @@ class Waiting:
         key = sequence.request.key
         if key not in self._new:
             self._shares.arrive(key, self._new)
-        insort(self._new.setdefault(key, []), sequence, key=age)
+        insort(self._new.setdefault(key, []), sequence, key=_place)
 
     def remove(self, sequence: Sequence) -> None:
         """Take out a sequence that has ended, or is dealt."""
@@ -74,3 +75,8 @@ class Waiting:
 
     def _turn(self, sequence: Sequence) -> tuple[int, int]:
         return self._shares.served(sequence.request.key), age(sequence)
+
+
+def _place(sequence: Sequence) -> tuple[int, int]:
+    """Sort key among the new ones of a key."""
+    return sequence.request.priority, age(sequence)

@@ -1,6 +1,7 @@
-"""The logits processors: penalties over a sequence's own ids, logit_bias, and stop ids banned by min_tokens.
+"""The logits processors: penalties over a sequence's own ids, logit_bias, bad words, allowed ids, min_tokens.
 
-R rows to sample · E of them that are changed · V vocabulary rows of this shard · N ids of all histories · M biases.
+R rows to sample · E of them that are changed · V vocabulary rows of this shard · N ids of all histories · M biases ·
+A allowed ids.
 """
 
 from array import array
@@ -11,6 +12,7 @@ import torch
 
 from actors.tensors.backend import Upload
 from actors.tensors.sampled_ids import UNKNOWN_ID, SampledIds
+from actors.tensors.sampling.bad_words import BAD_WORD, biases_of_open_words, completed_by
 from actors.words.messages import SamplingParams
 
 
@@ -32,11 +34,24 @@ class SamplingRow:
 
     @property
     def biases(self) -> dict[int, float]:
-        """What is added to the logits, by id; ids may lie outside the vocabulary."""
+        """What is added to the logits, by id; ids may lie outside the vocabulary. Without what `open_words` may add."""
         sampling = self.sampling
-        if self.position - self.num_prompt >= sampling.min_tokens:
-            return sampling.logit_bias
-        return sampling.logit_bias | dict.fromkeys(sampling.stop_ids, float("-inf"))
+        biases = sampling.logit_bias
+        if sampling.bad_words:
+            biases = biases | dict.fromkeys(completed_by(sampling.bad_words, self.ids)[0], BAD_WORD)
+        if self.position - self.num_prompt < sampling.min_tokens:
+            biases = biases | dict.fromkeys(sampling.stop_ids, float("-inf"))
+        return biases
+
+    @property
+    def open_words(self) -> list[Sequence[int]]:
+        """The bad words that the next id may complete, if ids that only the device knows are their beginning."""
+        return completed_by(self.sampling.bad_words, self.ids)[1]
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether its logits are not the model's own."""
+        return bool(self.has_penalties or self.sampling.allowed_ids or self.biases or self.open_words)
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,15 @@ class History:
 
 
 @dataclass(frozen=True)
+class AllowedIds:
+    """The only ids that may be drawn, of all rows that have such a list, on the device."""
+
+    is_free_E1: torch.Tensor  # bool: the row has none
+    rows_A: torch.Tensor  # int64, among the E
+    ids_A: torch.Tensor  # int64
+
+
+@dataclass(frozen=True)
 class LogitsProcessors:
     """How E of the R rows are changed, on the device."""
 
@@ -57,6 +81,7 @@ class LogitsProcessors:
     presence_E1: torch.Tensor
     frequency_E1: torch.Tensor
     history: History | None
+    allowed: AllowedIds | None
     bias_rows_M: torch.Tensor  # int64, among the E
     bias_ids_M: torch.Tensor  # int64
     biases_M: torch.Tensor  # float32
@@ -66,23 +91,21 @@ class LogitsProcessors:
         cls, rows: Sequence[SamplingRow], upload: Upload, sampled_ids: SampledIds | None = None
     ) -> "LogitsProcessors | None":
         """None where no row is changed."""
-        indices = [index for index, row in enumerate(rows) if row.has_penalties or row.biases]
+        indices = [index for index, row in enumerate(rows) if row.is_changed]
         if not indices:
             return None
         changed = [rows[index] for index in indices]
         sampling = [row.sampling for row in changed]
-        biases = [(index, *bias) for index, row in enumerate(changed) for bias in row.biases.items()]
         on_host = (
             torch.tensor(indices),
             torch.tensor([[params.repetition_penalty] for params in sampling], dtype=torch.float32),
             torch.tensor([[params.presence_penalty] for params in sampling], dtype=torch.float32),
             torch.tensor([[params.frequency_penalty] for params in sampling], dtype=torch.float32),
-            torch.tensor([index for index, _, _ in biases], dtype=torch.int64),
-            torch.tensor([token_id for _, token_id, _ in biases], dtype=torch.int64),
-            torch.tensor([bias for _, _, bias in biases], dtype=torch.float32),
         )
-        rows_E, repetition, presence, frequency, *of_biases = (upload(tensor) for tensor in on_host)
-        return cls(rows_E, repetition, presence, frequency, _history(changed, upload, sampled_ids), *of_biases)
+        rows_E, repetition, presence, frequency = map(upload, on_host)
+        history, allowed = _history(changed, upload, sampled_ids), _allowed(changed, upload)
+        biases = _biases(changed, upload, sampled_ids)
+        return cls(rows_E, repetition, presence, frequency, history, allowed, *biases)
 
     def apply(self, logits_RV: torch.Tensor, first_id: int) -> torch.Tensor:
         """Float32 logits [R, V] of the vocabulary from `first_id` on → a changed copy."""
@@ -102,7 +125,43 @@ class LogitsProcessors:
             logits_EV += _scatter_add(
                 self.bias_rows_M, self.bias_ids_M, self.biases_M, len(self.rows_E), first_id, num_ids
             )
+        if self.allowed is not None:
+            rows_A, ids_A = self.allowed.rows_A, self.allowed.ids_A
+            ones_A = torch.ones_like(ids_A, dtype=torch.float32)
+            num_allowed_EV = _scatter_add(rows_A, ids_A, ones_A, len(self.rows_E), first_id, num_ids)
+            logits_EV = logits_EV.masked_fill((num_allowed_EV == 0) & ~self.allowed.is_free_E1, float("-inf"))
         return logits_RV.index_copy(0, self.rows_E, logits_EV)
+
+
+def _allowed(changed: list[SamplingRow], upload: Upload) -> AllowedIds | None:
+    flat = array("q")
+    for row in changed:
+        flat.extend(row.sampling.allowed_ids)
+    if not flat:
+        return None
+    lengths = torch.tensor([len(row.sampling.allowed_ids) for row in changed])
+    rows_A = torch.repeat_interleave(torch.arange(len(changed)), lengths)
+    ids_A = torch.frombuffer(flat, dtype=torch.int64).clone()
+    return AllowedIds(upload((lengths == 0)[:, None]), upload(rows_A), upload(ids_A))
+
+
+def _biases(
+    changed: list[SamplingRow], upload: Upload, sampled_ids: SampledIds | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What is added to the logits: rows among the E, ids and biases, on the device."""
+    biases = [(index, *bias) for index, row in enumerate(changed) for bias in row.biases.items()]
+    tensors = (
+        upload(torch.tensor([index for index, _, _ in biases], dtype=torch.int64)),
+        upload(torch.tensor([token_id for _, token_id, _ in biases], dtype=torch.int64)),
+        upload(torch.tensor([bias for _, _, bias in biases], dtype=torch.float32)),
+    )
+    found = [(index, row.table_row, word, row.ids) for index, row in enumerate(changed) for word in row.open_words]
+    if not found:
+        return tensors
+    assert sampled_ids is not None, "an id is not known on the host"
+    of_words = biases_of_open_words(found, upload, sampled_ids)
+    rows_M, ids_M, biases_M = (torch.cat(pair) for pair in zip(tensors, of_words, strict=True))
+    return rows_M, ids_M, biases_M
 
 
 def _history(changed: list[SamplingRow], upload: Upload, sampled_ids: SampledIds | None) -> History | None:
