@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, Strict
 
+from configs.api import ApiConfig
 from configs.group import Group
 from configs.running import BatchConfig, RecoveryConfig, TimeoutConfig
 from configs.units import Bytes, CPUs, Seconds, Sequences, Tokens, Unit
@@ -228,6 +229,7 @@ class Config(Group):
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     admission: AdmissionConfig = AdmissionConfig()
+    api: ApiConfig = ApiConfig()
     placement: PlacementConfig = PlacementConfig()
     timeouts: TimeoutConfig = TimeoutConfig()
     recovery: RecoveryConfig = RecoveryConfig()

@@ -9,6 +9,7 @@ import msgspec
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_CHARS = 500  # six bytes each at worst in JSON: a body stays below 4 KB
+_UNREAD = (408, 413, 431)  # the rest of what the client sends is not waited for
 _PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 
 
@@ -34,7 +35,8 @@ class ApiError(Exception):
 
     def body(self) -> bytes:
         """`{"error": {"message", "type", "param", "code"}}`, as OpenAI's clients read it."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = "rate_limit_error" if self.status == 429 else "invalid_request_error"
+        kind = kind if self.status < 500 else "server_error"
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return msgspec.json.encode({"error": error})
 
@@ -43,6 +45,10 @@ class ApiError(Exception):
         headers = [(b"content-type", b"application/json")]
         if self.retry_after_s is not None:
             headers.append((b"retry-after", str(self.retry_after_s).encode()))
+        if self.status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
+        if self.status in _UNREAD:
+            headers.append((b"connection", b"close"))
         if self.status == 504:
             headers.append((b"x-should-retry", b"false"))  # OpenAI's clients would send the same twice more
         return headers

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import msgspec
+
 from actors.remote.engine import Engine
 from actors.words.errors import EngineStopped
 from actors.words.messages import Event, Request, TokenLogprobs
@@ -156,8 +158,10 @@ class Generation:
         """What the engine is asked for, one a sequence."""
         return [answer.request for answer in self._answers.values()]
 
-    def start(self, at_end: bool = False) -> None:
+    def start(self, at_end: bool = False, key: str = "") -> None:
         """Hand all requests to the engine. Raises ApiError (503) when it does not serve.
+
+        `key`: the name of the API key whose turn it takes.
 
         `at_end`: `take` waits until a sequence has ended, and nothing wakes up before; not for stop strings, nor where
         the first call ends the answer: the engine does not know of them.
@@ -165,7 +169,7 @@ class Generation:
         self._mailbox = self._outbox.open(list(self._answers), at_end)
         try:
             for answer in self._answers.values():
-                self._engine.add(answer.request)
+                self._engine.add(msgspec.structs.replace(answer.request, key=key))
         except EngineStopped:
             raise not_ready() from None
 

@@ -2,10 +2,13 @@
 
 import logging
 import time
+from collections.abc import Sequence
 
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -13,8 +16,11 @@ from starlette.types import Receive, Scope, Send
 
 from deployments.api.bodies import ChatBody, CompletionBody, GenerationBody
 from deployments.api.connection import ClientGoneError, Connection, Headers, read_body
+from deployments.api.door import Door
 from deployments.api.errors import ApiError, internal_error, log_unexpected
 from deployments.api.generation import Generation, draining, not_ready
+from deployments.api.key_limits import LIMIT_HEADERS, KeyAccount
+from deployments.api.key_ring import KeyRing
 from deployments.api.metrics import CONTENT_TYPE
 from deployments.api.responses import DONE, ChatReply, CompletionReply, Reply
 from deployments.api.service import Service
@@ -32,8 +38,8 @@ STREAM_HEADERS: Headers = [
 PING = b": ping\n\n"  # a comment of server-sent events: clients skip it, and see that the connection lives
 
 
-def build_app(service: Service) -> Starlette:
-    """The ASGI app of one replica."""
+def build_app(service: Service, ring: KeyRing | None = None, cors_origins: Sequence[str] = ()) -> Starlette:
+    """The ASGI app of one replica. `ring`: the API keys, where there are any; `cors_origins`: of web pages."""
     pages, token_pages = Pages(service), TokenPages(service)
     app = Starlette(
         routes=[
@@ -50,10 +56,20 @@ def build_app(service: Service) -> Starlette:
             Route("/metrics", pages.metrics),
         ],
         exception_handlers={HTTPException: _http_error, ApiError: _api_error, Exception: _internal_error},
+        middleware=[*_cors(cors_origins), Middleware(Door, ring, service.accounts)],
     )
     app.router.redirect_slashes = False  # a redirect would be no OpenAI object
     app.state.service = service
     return app
+
+
+def _cors(origins: Sequence[str]) -> list[Middleware]:
+    """Before the door: browsers ask without a key whether a page may call at all, and read errors only so."""
+    if not origins:
+        return []
+    shown = ["x-request-id", "retry-after", "warning", *(name.decode() for name in LIMIT_HEADERS)]
+    methods = ("GET", "POST")
+    return [Middleware(CORSMiddleware, origins, methods, allow_headers=("*",), expose_headers=shown, max_age=3600)]
 
 
 class GenerationRoute:
@@ -73,7 +89,8 @@ class GenerationRoute:
             raw = await read_body(Request(scope, receive), self._service.limits.admission.max_body_bytes)
             body = parse_body(raw, self._kind)
             deadline = self._service.deadline(body, arrived)
-            await connection.run(self._answer(body, connection, deadline), deadline)
+            account = scope["state"]["account"]
+            await connection.run(self._answer(body, connection, deadline, account), deadline)
         except (ClientGoneError, ClientDisconnect):
             pass
         except ApiError as error:
@@ -82,10 +99,10 @@ class GenerationRoute:
             log_unexpected(error)
             await connection.fail(internal_error())
 
-    async def _answer(self, body: GenerationBody, connection: Connection, deadline: float) -> None:
+    async def _answer(self, body: GenerationBody, connection: Connection, deadline: float, account: KeyAccount) -> None:
         token_texts = None if body.num_logprobs is None else self._service.text.token_texts
         reply = self._reply(body.model, body.include_usage, token_texts)
-        async with self._service.generate(body, deadline) as generation:
+        async with self._service.generate(body, deadline, account) as generation:
             if body.stream:
                 await _stream(generation, reply, connection, body.include_usage)
             else:

@@ -16,6 +16,7 @@ from deployments.api.admission import Admission
 from deployments.api.bodies import GenerationBody
 from deployments.api.errors import ApiError
 from deployments.api.generation import Answer, Echo, Generation, draining, too_late
+from deployments.api.key_limits import KeyAccount, KeyAccounts
 from deployments.api.metrics import Latencies, Metrics, Stopwatch
 from deployments.api.outbox import Outbox
 from deployments.api.sampling_defaults import SamplingDefaults
@@ -68,10 +69,11 @@ class Service:
         self.defaults = defaults
         self.admission = Admission(limits.admission.max_requests)
         self.text = text
+        self.accounts = KeyAccounts()
         self.is_draining = False  # new requests are refused, running ones finish; may be set from any thread
         self._outbox = outbox
         self._latencies = Latencies()
-        self.metrics = Metrics(engine, self._latencies, identity.model, ranks)
+        self.metrics = Metrics(engine, self._latencies, identity.model, ranks, self.accounts)
 
     @property
     def is_ready(self) -> bool:
@@ -79,7 +81,7 @@ class Service:
         return self.engine.state == "ready" and not self.is_draining
 
     @asynccontextmanager
-    async def generate(self, body: GenerationBody, deadline: float) -> AsyncIterator[Generation]:
+    async def generate(self, body: GenerationBody, deadline: float, account: KeyAccount) -> AsyncIterator[Generation]:
         """Admit a request and start it; when the block is left, end what still runs and release the admission.
 
         Raises ApiError: 404 for another model, 400 for a prompt that cannot be served, 503 when full or not serving,
@@ -91,10 +93,12 @@ class Service:
         with self.admission.reserve(len(body.prompts) * body.n):
             generation = await self.prepare(body, deadline)
             try:
-                generation.start()
+                account.spend(generation.usage.prompt_tokens)
+                generation.start(key=account.name)
                 yield generation
             finally:
                 generation.end()
+                account.spend(generation.usage.completion_tokens)
 
     async def prepare(self, body: GenerationBody, deadline: float | None) -> Generation:
         """What a checked body asks for, in token ids; nothing has started. Raises ApiError as `generate` does."""

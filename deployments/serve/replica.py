@@ -9,6 +9,7 @@ from ray import serve
 from ray.util.placement_group import PlacementGroup
 
 from configs.config import Config
+from deployments.api.key_ring import KeyRing
 from deployments.hosting import GangHost
 from deployments.serve.environment import ENVIRONMENT, lacking
 
@@ -22,10 +23,13 @@ class Replica:
         """`device` is cpu or cuda. Raises an error that says what is wrong with the model or the gang."""
         _log_to_stdout()
         say_what_is_lacking(os.environ)
+        ring = (
+            KeyRing(config.api.keys) if config.api.keys else None
+        )  # what is wrong with it is said before a gang starts
         self._host = GangHost(config, device, placement, serve.get_replica_context().replica_id.unique_id)
         from deployments.api.routes import build_app  # with Transformers, which the host has imported meanwhile
 
-        self.app = build_app(self._host.service)
+        self.app = build_app(self._host.service, ring, config.api.cors_origins)
 
     def check_health(self) -> None:
         """Raises RuntimeError when the gang cannot come back."""

@@ -82,7 +82,9 @@ class ScriptedExecutor(FakeExecutor):
 class World:
     """One replica without Ray: engine, service and app over an executor."""
 
-    def __init__(self, text, executor=None, ranks=list, defaults=SamplingDefaults(), **limits):
+    def __init__(
+        self, text, executor=None, ranks=list, defaults=SamplingDefaults(), ring=None, cors_origins=(), **limits
+    ):
         self.text = text
         self.executor = executor or FakeExecutor(vocab_size=VOCAB_SIZE)
         self.outbox = Outbox()
@@ -93,7 +95,7 @@ class World:
         values = {"max_model_len": 128, "vocab_size": VOCAB_SIZE, "admission": admission, "request_s": 600.0} | limits
         identity = Identity(MODEL, "replica-1", "0.1.0", 1, Topology(2, 2))
         self.service = Service(self.engine, self.outbox, text, identity, Limits(**values), ranks, defaults)
-        self.app = build_app(self.service)
+        self.app = build_app(self.service, ring, cors_origins)
         self.engine.start()
 
     def close(self):
@@ -127,10 +129,10 @@ class World:
 
         return asyncio.run(go())
 
-    def get(self, path, method="GET"):
+    def get(self, path, method="GET", headers=None):
         async def go():
             async with self.http() as client:
-                return await client.request(method, path)
+                return await client.request(method, path, headers=headers)
 
         return asyncio.run(go())
 
@@ -207,7 +209,8 @@ def error_of():
         assert set(body) == {"error"}
         assert set(body["error"]) == {"message", "type", "param", "code"}
         assert body["error"]["message"]
-        assert body["error"]["type"] == ("invalid_request_error" if status < 500 else "server_error")
+        kind = "rate_limit_error" if status == 429 else "invalid_request_error"
+        assert body["error"]["type"] == (kind if status < 500 else "server_error")
         for secret in ("Traceback", "0x", "/etc", "site-packages"):
             assert secret not in response.text
         return body["error"]

@@ -112,6 +112,6 @@ def test_cached_tokens_of_a_prompt_do_not_count_and_keys_share_no_prefixes() -> 
             for result in executor.wait(0):
                 scheduler.complete(result)
     usage = scheduler.stats.by_key
-    assert (usage["a"].num_prompt, usage["a"].num_prompt_cached, usage["a"].num_generated) == (34, 16, 2)
-    assert (usage["b"].num_prompt, usage["b"].num_prompt_cached, usage["b"].num_generated) == (17, 0, 1)
+    assert (usage["a"].num_prompt, usage["a"].num_cached, usage["a"].num_generated) == (34, 16, 2)
+    assert (usage["b"].num_prompt, usage["b"].num_cached, usage["b"].num_generated) == (17, 0, 1)
     assert scheduler._shares.served("a") == 34 - 16 + 2

@@ -569,3 +569,15 @@ def test_the_image_is_what_kuberay_and_the_pods_expect() -> None:
     assert workdir == "/app"
     tags = re.findall(r"stagemesh:(\S+)-(?:cpu|cuda)", DOCKERFILE)
     assert set(tags) == {PROJECT["version"]}
+
+
+@ALL_SERVED
+def test_api_keys_are_mounted_where_replicas_run_and_may_be_missing(name: str) -> None:
+    at_worker = pods(name)[1]
+    (volume,) = [volume for volume in at_worker["volumes"] if volume["name"] == "api-keys"]
+    assert volume["secret"] == {"secretName": "stagemesh-api-keys", "optional": True}
+    (mount,) = [mount for mount in containers(name)[1]["volumeMounts"] if mount["name"] == "api-keys"]
+    path = f"{mount['mountPath']}/keys.yaml"
+    assert mount["readOnly"] and f"file:{path}" in (ROOT / "docs/kubernetes.md").read_text(encoding="utf-8")
+    Config.model_validate({"model": {"source": "x"}, "api": {"keys": f"file:{path}"}})
+    assert "--from-file=keys.yaml" in (ROOT / "docs/kubernetes.md").read_text(encoding="utf-8")

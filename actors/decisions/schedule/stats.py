@@ -51,7 +51,7 @@ class KeyUsage:
     """Tokens of one API key's requests; see Stats for what each counts."""
 
     num_prompt: int = 0
-    num_prompt_cached: int = 0
+    num_cached: int = 0
     num_generated: int = 0
 
 
@@ -85,7 +85,7 @@ class Stats:
         self.num_prompt += num_prompt
         self.num_prompt_cached += num_reused
         usage.num_prompt += num_prompt
-        usage.num_prompt_cached += num_reused
+        usage.num_cached += num_reused
 
     def generated(self, sequence: Sequence, count: int) -> None:
         """Count generated tokens of a sequence."""

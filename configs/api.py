@@ -1,0 +1,40 @@
+"""The group of keys about the HTTP API: who may use it, and from which web pages."""
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+from configs.group import Group
+
+_ORIGIN = re.compile(r"\*|https?://[A-Za-z0-9.\-\[\]:]+")
+
+
+def _origin(asked: str) -> str:
+    if _ORIGIN.fullmatch(asked):
+        return asked
+    raise ValueError("should be `*`, or a scheme and a host without a path, such as https://chat.example.org")
+
+
+def _place(asked: str) -> str:
+    kind, _, name = asked.partition(":")
+    if kind in ("file", "env") and name:
+        return asked
+    raise ValueError("should be file:PATH or env:NAME; keys themselves do not belong into a config")
+
+
+class ApiConfig(Group):
+    """Who may use the HTTP API, and from where."""
+
+    keys: Annotated[str, AfterValidator(_place)] | None = Field(
+        default=None,
+        description="Where the API keys are: `file:PATH`, read again when it changes, or `env:NAME`, a variable of the "
+        "replica's node that holds the same text; none: whoever reaches the port may use everything. "
+        "Set it wherever others can reach the port; see docs/security.md.",
+    )
+    cors_origins: tuple[Annotated[str, AfterValidator(_origin)], ...] = Field(
+        default=(),
+        strict=False,  # YAML has lists, no tuples
+        description="Web pages that may call the API from a browser, as `https://HOST`; `*`: all. "
+        "Set it for pages that are not served from the same host and port.",
+    )
