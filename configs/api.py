@@ -1,7 +1,7 @@
-"""The group of keys about the HTTP API: who may use it, and from which web pages."""
+"""The group of keys about the HTTP API: who may use it, from which web pages, and what is done with unknown fields."""
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -37,4 +37,9 @@ class ApiConfig(Group):
         strict=False,  # YAML has lists, no tuples
         description="Web pages that may call the API from a browser, as `https://HOST`; `*`: all. "
         "Set it for pages that are not served from the same host and port.",
+    )
+    unknown_fields: Literal["ignore", "refuse"] = Field(
+        default="ignore",
+        description="What is done with fields of a request that nothing is known of: `ignore`, with a `Warning` header "
+        "that names them; `refuse`: 400. Set `refuse` to find out what clients send.",
     )

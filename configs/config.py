@@ -164,6 +164,10 @@ class SchedulerConfig(Group):
     )
 
 
+_BODY_BYTES = 1024 * 1024
+_BYTES_PER_TOKEN = 16  # an id in JSON has up to 8, and a token of text that is written in escapes 12
+
+
 class AdmissionConfig(Group):
     """What is let in; what is above is refused before it costs anything."""
 
@@ -173,12 +177,17 @@ class AdmissionConfig(Group):
         description="Answers running and waiting together (`n` and lists of prompts count each); more get 503. "
         "Raise it for longer queues, lower it to let a load balancer go elsewhere sooner.",
     )
-    max_body_bytes: Bytes = Field(
-        default=1024 * 1024,  # a MiB of ids takes 20 ms to read, of the one event loop
+    max_body_bytes: Bytes | None = Field(
+        default=None,
         ge=1024,
-        description="Size of one request's body; a larger one gets 413. "
-        "Raise it for prompts that are longer; reading 1 MiB of token ids holds up other requests for 20 ms.",
+        description="Size of one request's body; a larger one gets 413. None: 1 MiB, and 16 bytes for each token of "
+        "the context. Set it where bodies are larger than their prompts, as with many tools; reading 1 MiB of token "
+        "ids holds up other requests for 20 ms.",
     )
+
+    def body_bytes(self, max_model_len: int) -> int:
+        """The size that a body has at most, beside a context of so many tokens."""
+        return self.max_body_bytes or _BODY_BYTES + max_model_len * _BYTES_PER_TOKEN
 
 
 class PlacementConfig(Group):

@@ -108,6 +108,7 @@ def _read_model(config: Config, device: str, name: str, now: datetime | None) ->
             max_model_len=max_model_len,
             vocab_size=plan.spec.vocab_size,
             admission=config.admission,
+            unknown_fields=config.api.unknown_fields,
             request_s=config.timeouts.request_s,
         )
         return Service(engine, outbox, text, identity, limits, ranks, defaults)

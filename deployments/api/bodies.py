@@ -4,10 +4,12 @@ A field that is not supported yet is an entry `name: only(neutral values)`; to s
 The fields of sampling are in sampling_fields.py, prompts and messages in prompt_fields.py.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, FailFast, Field, model_validator
 
+from deployments.api.foreign_fields import OF_CHATS, OF_COMPLETIONS
 from deployments.api.prompt_fields import Messages, Prompts, Variables, conversation
 from deployments.api.sampling_fields import NumLogprobs, SamplingBody
 from deployments.api.strict_body import Body, only, wrong
@@ -23,6 +25,7 @@ ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "
 class StreamOptions(Body):
     """`stream_options`: what a stream contains beside its text."""
 
+    place: ClassVar[str] = "stream_options."
     include_usage: bool = False
     continuous_usage_stats: Annotated[object, only(False)] = None
     include_obfuscation: Annotated[object, only(False)] = None
@@ -126,6 +129,7 @@ class GenerationBody(SamplingBody):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
+    foreign: ClassVar[Mapping[str, str]] = OF_COMPLETIONS
     default_max_tokens: ClassVar[int | None] = 16
     continues_prompt: ClassVar[bool] = True
 
@@ -173,6 +177,7 @@ class CompletionBody(GenerationBody):
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
+    foreign: ClassVar[Mapping[str, str]] = OF_CHATS
     default_max_tokens: ClassVar[int | None] = None
     continues_prompt: ClassVar[bool] = False
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 
 from starlette.requests import Request
 from starlette.types import Receive, Send
@@ -26,10 +26,12 @@ class Connection:
         self._receive = receive
         self._send = send
         self.has_started = False
+        self.more_headers: Headers = []  # of every response
 
     async def start(self, status: int, headers: Headers) -> None:
         """Send status and headers. Raises ClientGoneError."""
         self.has_started = True
+        headers = [*headers, *self.more_headers]
         await self._emit({"type": "http.response.start", "status": status, "headers": headers})
 
     async def write(self, body: bytes, is_last: bool = False) -> None:
@@ -75,24 +77,31 @@ class Connection:
             raise ClientGoneError from error
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
+def _too_large(max_bytes: int) -> ApiError:
+    return ApiError(413, f"the body is larger than {max_bytes} bytes; send less, or raise admission.max_body_bytes")
+
+
+def warning(ignored: list[str]) -> Headers:
+    """A header that names fields which were ignored; none where there are none."""
+    if not ignored:
+        return []
+    return [(b"warning", f'299 - "ignored unknown fields: {", ".join(ignored)}"'.encode())]
+
+
+async def read_body(request: Request, max_bytes: int, too_large: Callable[[int], ApiError] = _too_large) -> bytes:
     """The raw body. Raises ApiError (415: no JSON, 413: above the limit, 408: too slow) and ClientDisconnect."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "the body must be JSON; send the header Content-Type: application/json")
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced[:20]) > max_bytes:
-        raise _too_large(max_bytes)
+        raise too_large(max_bytes)
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_S):
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > max_bytes:
-                    raise _too_large(max_bytes)
+                    raise too_large(max_bytes)
     except TimeoutError:
         raise ApiError(408, f"the body was not complete after {BODY_S:g} s; send it faster") from None
     return bytes(body)
-
-
-def _too_large(max_bytes: int) -> ApiError:
-    return ApiError(413, f"the body is larger than {max_bytes} bytes; send less, or raise admission.max_body_bytes")

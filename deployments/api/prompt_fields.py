@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, FailFast, Field, PlainValidator, model_validator
 
@@ -35,6 +35,7 @@ Prompts = Annotated[list[Prompt], PlainValidator(_prompts)]
 class Part(Body):
     """A part of a message's content: text, or of an assistant's the thinking, as some clients keep it."""
 
+    place: ClassVar[str] = "messages.content."
     type: Literal["text", "thinking"]
     text: str | None = None
     thinking: str | None = None
@@ -66,6 +67,7 @@ def _parts(value: object) -> object:
 class Message(Body):
     """One message. The other fields of OpenAI's answers pass when empty, so that an answer can be sent back whole."""
 
+    place: ClassVar[str] = "messages."
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[list[Part] | None, FailFast(), BeforeValidator(_parts)] = None
     name: str | None = None  # handed to the chat template
@@ -79,6 +81,8 @@ class Message(Body):
     audio: Annotated[object, only()] = None
     annotations: Annotated[object, only([])] = None
     function_call: Annotated[object, only()] = None
+    prefix: Annotated[object, only(False)] = None  # Mistral's and DeepSeek's name for a message to go on from
+    partial: Annotated[object, only(False)] = None  # Qwen's and Kimi's
 
     def for_template(self) -> dict[str, Any]:
         """The message as chat templates read it; several parts are joined by line breaks."""

@@ -15,7 +15,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from deployments.api.bodies import ChatBody, CompletionBody, GenerationBody
-from deployments.api.connection import ClientGoneError, Connection, Headers, read_body
+from deployments.api.connection import ClientGoneError, Connection, Headers, read_body, warning
 from deployments.api.door import Door
 from deployments.api.errors import ApiError, internal_error, log_unexpected
 from deployments.api.generation import Generation, draining, not_ready
@@ -86,8 +86,10 @@ class GenerationRoute:
         """Answer one request. However it ends, its sequences end in the engine and its admission is released."""
         connection, arrived = Connection(receive, send), time.monotonic()
         try:
-            raw = await read_body(Request(scope, receive), self._service.limits.admission.max_body_bytes)
-            body = parse_body(raw, self._kind)
+            limits, ignored = self._service.limits, self._service.limits.noting_ignored()
+            raw = await read_body(Request(scope, receive), limits.max_body_bytes, limits.body_too_long)
+            body = parse_body(raw, self._kind, ignored)
+            connection.more_headers += warning(ignored or [])
             deadline = self._service.deadline(body, arrived)
             account = scope["state"]["account"]
             await connection.run(self._answer(body, connection, deadline, account), deadline)

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 from actors.remote.engine import Engine
 from actors.remote.meeting import RankInfo
@@ -14,6 +15,7 @@ from cluster.topology import Topology
 from configs.config import AdmissionConfig
 from deployments.api.admission import Admission
 from deployments.api.bodies import GenerationBody
+from deployments.api.context_length import body_too_long, conversation_too_long, too_long
 from deployments.api.errors import ApiError
 from deployments.api.generation import Answer, Echo, Generation, draining, too_late
 from deployments.api.key_limits import KeyAccount, KeyAccounts
@@ -32,6 +34,20 @@ class Limits:
     vocab_size: int  # width of the logits: ids below it exist
     admission: AdmissionConfig
     request_s: float  # from a request's arrival to the end of its answer
+    unknown_fields: Literal["ignore", "refuse"] = "ignore"
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Of one request."""
+        return self.admission.body_bytes(self.max_model_len)
+
+    def noting_ignored(self) -> list[str] | None:
+        """A list for the names of unknown fields; None where they are refused."""
+        return [] if self.unknown_fields == "ignore" else None
+
+    def body_too_long(self, max_bytes: int) -> ApiError:
+        """413, in the words of a context that is too short."""
+        return body_too_long(self.max_model_len, max_bytes)
 
 
 @dataclass(frozen=True)
@@ -146,8 +162,9 @@ class Service:
             async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
                 return await self.text.encode(prompts, add_special_tokens)
         except ConversationError as error:
-            code = "context_length_exceeded" if error.is_too_long else None
-            raise ApiError(400, str(error), param=error.field, code=code) from None
+            if error.is_too_long:
+                raise conversation_too_long(self.limits.max_model_len, str(error), error.field) from None
+            raise ApiError(400, str(error), param=error.field) from None
         except TimeoutError:
             raise too_late() from None
 
@@ -205,14 +222,10 @@ class Service:
         field = body.prompt_field
         if not prompt_ids:
             raise ApiError(400, f"{field}: has no tokens; send at least one", param=field)
-        if len(prompt_ids) + (body.token_limit[1] != 0) > self.limits.max_model_len:
-            raise ApiError(
-                400,
-                f"{field}: {len(prompt_ids)} tokens, but the context has {self.limits.max_model_len} for prompt and "
-                "answer together; shorten it",
-                param=field,
-                code="context_length_exceeded",
-            )
+        asked = body.token_limit[1]
+        if len(prompt_ids) + (asked != 0) > self.limits.max_model_len:
+            num_asked = 1 if asked is None else asked
+            raise too_long(self.limits.max_model_len, len(prompt_ids), num_asked, field, field)
         self.check_ids(field, prompt_ids)
 
     def check_ids(self, field: str, token_ids: list[int]) -> None:
@@ -226,13 +239,7 @@ class Service:
         if max_tokens is None:
             max_tokens = min(rest, self.defaults.max_tokens or body.default_max_tokens or rest)
         if max_tokens > rest:
-            raise ApiError(
-                400,
-                f"{field}: {max_tokens} and a prompt of {num_prompt_tokens} tokens are more than the context of "
-                f"{self.limits.max_model_len}; send at most {rest}",
-                param=field,
-                code="context_length_exceeded",
-            )
+            raise too_long(self.limits.max_model_len, num_prompt_tokens, max_tokens, body.prompt_field, field)
         if body.min_tokens > max_tokens:
             raise ApiError(
                 400,

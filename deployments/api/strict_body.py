@@ -2,14 +2,18 @@
 
 import json
 import re
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from types import MappingProxyType
+from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError, ValidationInfo, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
 from deployments.api.errors import ApiError, shown
 
+MAX_IGNORED = 32  # unknown fields of one body: the header that names them has a bounded size
+_ALIKE = 0.85  # as difflib measures it: temprature is temperature
 MAX_CONTAINERS = 10_000  # lists and objects of one body: reading each takes microseconds of the event loop
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)  # possessive, and takes unterminated ones: linear
 
@@ -32,27 +36,60 @@ def only(*neutral: object) -> PlainValidator:
 
 
 class Body(BaseModel):
-    """A JSON object with strict types: null means absent, and unknown fields are refused."""
+    """A JSON object with strict types: null means absent, and unknown fields are refused, or noted and ignored.
+
+    Never ignored is what would change the answer: a name in `foreign`, and in a request one that is nearly a field's.
+    """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+    place: ClassVar[str] = ""  # what stands before the names of its unknown fields
+    foreign: ClassVar[Mapping[str, str]] = MappingProxyType({})  # names of other servers, and what to do instead
 
     @model_validator(mode="before")
     @classmethod
-    def _known_fields(cls, data: object) -> object:
+    def _known_fields(cls, data: object, info: ValidationInfo) -> object:
+        """`info.context`: a list for the names of ignored fields; None: unknown fields are refused."""
         if not isinstance(data, dict):
             raise wrong("invalid_type", "must be a JSON object")
         for name in data:
             if name not in cls.model_fields:
-                raise wrong("unknown_parameter", "is not a field of this request; leave it out", field=shown(name))
-        return {name: value for name, value in data.items() if value is not None}
+                cls._unknown(name, data[name], info.context)
+        return {name: value for name, value in data.items() if value is not None and name in cls.model_fields}
+
+    @classmethod
+    def _unknown(cls, name: str, value: object, ignored: list[str] | None) -> None:
+        if name in cls.foreign and value is not None:
+            instead = cls.foreign[name]
+            raise wrong("unsupported_parameter", "is no field of this server; {instead}", field=name, instead=instead)
+        if ignored is None:
+            raise wrong("unknown_parameter", "is not a field of this request; leave it out", field=shown(name))
+        if value is None:
+            return
+        alike = get_close_matches(name[:64], cls._meaningful(), 1, _ALIKE) if cls.foreign else []
+        if alike:
+            raise wrong("unknown_parameter", "is not a field; send {alike}", field=shown(name), alike=alike[0])
+        known_as = cls.place + shown(name)
+        if known_as not in ignored:
+            ignored.append(known_as)
+        if len(ignored) > MAX_IGNORED:
+            raise wrong("unknown_parameter", "is one unknown field too many; leave them out", field=shown(name))
+
+    @classmethod
+    def _meaningful(cls) -> list[str]:
+        """The fields that may change an answer."""
+        fields = cls.model_fields.items()
+        return [name for name, one in fields if len(name) > 3 and (one.annotation is not object or one.metadata)]
 
 
 AnyBody = TypeVar("AnyBody", bound=Body)
 
 
-def parse_body(raw: bytes, kind: type[AnyBody]) -> AnyBody:
-    """The body in `raw`. Raises ApiError (400) that names the first wrong field and the remedy."""
-    return check_body(read_json(raw), kind)
+def parse_body(raw: bytes, kind: type[AnyBody], ignored: list[str] | None = None) -> AnyBody:
+    """The body in `raw`. Raises ApiError (400) that names the first wrong field and the remedy.
+
+    `ignored` gets the names of unknown fields; None: they are refused.
+    """
+    return check_body(read_json(raw), kind, ignored)
 
 
 def read_json(raw: bytes) -> Any:
@@ -65,10 +102,10 @@ def read_json(raw: bytes) -> Any:
         raise ApiError(400, f"the body is not valid JSON: {error}") from None
 
 
-def check_body(data: Any, kind: type[AnyBody]) -> AnyBody:
-    """Plain data as a body. Raises ApiError (400) that names the first wrong field and the remedy."""
+def check_body(data: Any, kind: type[AnyBody], ignored: list[str] | None = None) -> AnyBody:
+    """Plain data as a body, as `parse_body` has it. Raises ApiError (400)."""
     try:
-        return kind.model_validate(data)
+        return kind.model_validate(data, context=ignored)
     except ValidationError as error:
         raise as_api_error(error.errors(include_url=False, include_input=False)[0]) from None
 

@@ -7,11 +7,11 @@ from pydantic import FailFast, Field, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
-from deployments.api.connection import read_body
+from deployments.api.connection import Headers, read_body, warning
 from deployments.api.prompt_fields import Messages, Variables, conversation
 from deployments.api.sampling_fields import TokenId
 from deployments.api.service import Service
-from deployments.api.strict_body import Body, only, parse_body, wrong
+from deployments.api.strict_body import AnyBody, Body, only, parse_body, wrong
 from deployments.api.tool_fields import Tools
 from deployments.text.prompts import Prompt
 
@@ -69,21 +69,26 @@ class TokenPages:
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize: the ids that a completion or a chat would start from."""
-        body = parse_body(await self._read(request), TokenizeBody)
+        body, headers = await self._read(request, TokenizeBody)
         self._service.check_model(body.model or self._service.identity.model)
         (ids,) = await self._service.encode([body.text_or_messages], body.add_special_tokens is not False)
-        return _json(Tokens(ids, len(ids), self._service.limits.max_model_len))
+        return _json(Tokens(ids, len(ids), self._service.limits.max_model_len), headers)
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize: the text of ids, special tokens included."""
-        body = parse_body(await self._read(request), DetokenizeBody)
+        body, headers = await self._read(request, DetokenizeBody)
         self._service.check_model(body.model or self._service.identity.model)
         self._service.check_ids("tokens", body.tokens)
-        return _json({"prompt": await self._service.text.decode(body.tokens)})
+        return _json({"prompt": await self._service.text.decode(body.tokens)}, headers)
 
-    async def _read(self, request: Request) -> bytes:
-        return await read_body(request, self._service.limits.admission.max_body_bytes)
+    async def _read(self, request: Request, kind: type[AnyBody]) -> tuple[AnyBody, Headers]:
+        """The body, and headers of the answer."""
+        ignored = self._service.limits.noting_ignored()
+        body = parse_body(await read_body(request, self._service.limits.max_body_bytes), kind, ignored)
+        return body, warning(ignored or [])
 
 
-def _json(value: object) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")
+def _json(value: object, headers: Headers) -> Response:
+    response = Response(msgspec.json.encode(value), media_type="application/json")
+    response.raw_headers += headers
+    return response

@@ -1,7 +1,7 @@
 """Tool fields: `tools`, `tool_choice` and the calls of a history, parsed into what chat templates read."""
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, FailFast, Field, PlainValidator, model_validator
 from pydantic_core import from_json
@@ -26,6 +26,7 @@ Name = Annotated[str, AfterValidator(_name)]
 class Function(Body):
     """What a tool does: its name, what it is for, and the JSON Schema of its arguments."""
 
+    place: ClassVar[str] = "tools.function."
     name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -36,6 +37,7 @@ class Function(Body):
 class Tool(Body):
     """One of `tools`: a function."""
 
+    place: ClassVar[str] = "tools."
     type: Literal["function"] = "function"
     function: Function
 
@@ -92,6 +94,7 @@ def _arguments(value: object) -> object:
 class CalledFunction(Body):
     """The function of a call in the history, which need be none of the tools."""
 
+    place: ClassVar[str] = "messages.tool_calls.function."
     name: str = Field(min_length=1, max_length=256)
     arguments: Annotated[dict[str, Any], BeforeValidator(_arguments)] = Field(default_factory=dict)
 
@@ -99,6 +102,7 @@ class CalledFunction(Body):
 class Call(Body):
     """A tool call in the history."""
 
+    place: ClassVar[str] = "messages.tool_calls."
     id: str = Field(default="", max_length=256)
     type: Literal["function"] = "function"
     function: CalledFunction

@@ -73,7 +73,7 @@ def prepare(asked: Asked, config: Config, folder: Path, store: Store) -> Prepare
     there = read_manifest(store)
     part_rows = asked.part_rows or (there.part_rows if there else PART_ROWS)
     day = asked.day or (there.day if there else datetime.now(UTC).date())
-    max_row_bytes = config.admission.max_body_bytes
+    max_row_bytes = config.admission.body_bytes(config.model.max_model_len or 0)
     source = Source(asked.input, part_rows, max_row_bytes)
     survey_with_ids(source)
     if not source.num_rows:

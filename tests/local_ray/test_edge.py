@@ -30,7 +30,7 @@ pytest.importorskip("ray")
 
 pytestmark = pytest.mark.timeout(400)
 
-TARGET = Target("stagemesh-demo", 1024, 512, 64, 1024 * 1024, 60.0)
+TARGET = Target("stagemesh-demo", 1024, 512, 64, 1024 * 1024 + 512 * 16, 60.0)
 LONG = {"model": TARGET.model, "prompt": "A stage", "max_tokens": 480, "temperature": 0, "ignore_eos": True}
 EDGE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 WAYS = [

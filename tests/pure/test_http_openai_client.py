@@ -114,13 +114,10 @@ def test_neutral_values_of_real_clients_pass(served):
 @pytest.mark.parametrize(
     "field",
     [
-        "best_of",
         "suffix",
-        "prompt_logprobs",
-        "skip_special_tokens",
-        "include_stop_str_in_output",
-        "response_format",
-        "nonsense",
+        "use_beam_search",
+        "prompt_embeds",
+        "max_new_tokens",
         "tools",
     ],
 )

@@ -155,7 +155,7 @@ BOTH = [
     ({"seed": 2**63}, "seed"),
     ({"seed": -(2**63) - 1}, "seed"),
     ({"n": True}, "n"),
-    ({"n": 17}, "n"),
+    ({"n": 129}, "n"),
     ({"stop": [""]}, "stop"),
     ({"stop": ""}, "stop"),
     ({"stop": ["x"] * 17}, "stop"),
@@ -176,8 +176,7 @@ BOTH = [
     ({"stream": 1}, "stream"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
-    ({"stream": True, "stream_options": {"what": 1}}, "stream_options.what"),
-    ({"no_such_field": 1}, "no_such_field"),
+    ({"max_new_tokens": 4}, "max_new_tokens"),
     ({"ignore_eos": "yes"}, "ignore_eos"),
 ]
 
@@ -216,7 +215,6 @@ def test_wrong_prompts_are_refused(world, error_of, prompt):
         ([{"role": "user", "content": "x", "tool_call_id": "y"}], "messages.0.tool_call_id"),
         ([{"role": "assistant"}], "messages.0.content"),
         ([{"role": "user", "content": [{"type": "thinking", "thinking": "x"}]}], "messages.0.content"),
-        ([{"role": "user", "content": "x", "what": 1}], "messages.0.what"),
         ([{"role": "user", "content": "fail"}], "messages"),
     ],
 )  # fmt: skip
@@ -231,8 +229,6 @@ def test_refused_parts_and_fields_are_named(world, error_of):
     assert "169.254" not in error["message"]
     error = error_of(world.post(CHATS, {**CHAT, "chat_template": "{% for i in range(9**9) %}{% endfor %}"}), 400)
     assert (error["param"], error["code"]) == ("chat_template", "unsupported_parameter")
-    error = error_of(world.post(CHATS, {**CHAT, "/etc/passwd\n" + "x" * 10_000: 1}), 400)
-    assert error["code"] == "unknown_parameter"
 
 
 @pytest.mark.parametrize(("path", "body"), [(CHATS, CHAT), ("/tokenize", {})])
@@ -275,7 +271,8 @@ def test_what_does_not_fit_the_context_is_refused_with_numbers(world, error_of, 
     body = COMPLETION if path == COMPLETIONS else CHAT
     error = error_of(world.post(path, {**body, **changes}), 400)
     assert (error["code"], error["param"]) == ("context_length_exceeded", param)
-    assert "128" in error["message"]
+    assert error["message"].startswith("This model's maximum context length is 128 tokens. However, you requested ")
+    assert error["message"].endswith(("reduce the length of the prompt.", "the messages.", f" as {param}."))
 
 
 def test_the_longest_that_fits_is_served(world):

@@ -45,7 +45,6 @@ def test_special_tokens_are_a_choice(make_world, tokenizer_folder):
         ("/tokenize", {"prompt": ["x"]}, "prompt"),
         ("/tokenize", {"messages": MESSAGES, "add_special_tokens": True}, "add_special_tokens"),
         ("/tokenize", {"messages": MESSAGES, "add_generation_prompt": False}, "add_generation_prompt"),
-        ("/tokenize", {"prompt": "x", "what": 1}, "what"),
         ("/detokenize", {}, "tokens"),
         ("/detokenize", {"tokens": [400]}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens"),

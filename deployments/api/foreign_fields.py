@@ -1,0 +1,48 @@
+"""Foreign fields: what other servers and libraries call what a request may ask for, and what to send here instead.
+
+They would change the answer, so they are refused by name and never ignored like other unknown fields.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+_NOT_BUILT = "it is not built; leave it out"
+_CONSTRAINED = "send response_format or structured_outputs"
+_GRAMMARS = "json_schema, grammar, regex, ebnf, format, guided_json, guided_regex, guided_choice, guided_grammar"
+_INSTEAD = {
+    "max_tokens": "max_new_tokens, max_output_tokens, max_tokens_to_sample, max_length, n_predict, num_predict",
+    "min_tokens": "min_new_tokens, min_length",
+    "repetition_penalty": "repeat_penalty, rep_pen",
+    "stop": "stop_sequences",
+    "seed": "random_seed",
+    "reasoning_effort": "reasoning",
+    "reasoning_effort or chat_template_kwargs": "thinking, enable_thinking",
+    "temperature": "do_sample, temp",
+    "include_stop_str_in_output": "no_stop_trim",
+    "a message of the role system": "system, instructions",
+    "its fields by themselves": "options",
+}
+_NOT_HERE = (
+    "num_beams, typical_p, tfs_z, top_a, mirostat, mirostat_mode, mirostat_tau, mirostat_eta, dry_multiplier, "
+    "xtc_probability, xtc_threshold, epsilon_cutoff, eta_cutoff, no_repeat_ngram_size, penalty_alpha, guidance_scale, "
+    "negative_prompt, dynatemp_range, smoothing_factor, safe_prompt, lora_request, lora_path, adapter_id, stop_regex, "
+    "custom_logit_processor, images, input"
+)
+
+_FOREIGN = (
+    {name: f"send {instead}" for instead, names in _INSTEAD.items() for name in names.split(", ")}
+    | dict.fromkeys(_NOT_HERE.split(", "), _NOT_BUILT)
+    | dict.fromkeys(_GRAMMARS.split(", "), _CONSTRAINED)
+)
+OF_CHATS: Mapping[str, str] = MappingProxyType(_FOREIGN | {"prompt": "send messages, or use /v1/completions"})
+OF_COMPLETIONS: Mapping[str, str] = MappingProxyType(
+    _FOREIGN
+    | {
+        "messages": "send prompt, or use /v1/chat/completions",
+        "max_completion_tokens": "send max_tokens",
+        "top_logprobs": "send logprobs with a number",
+        "tools": "use /v1/chat/completions",
+        "reasoning_effort": "use /v1/chat/completions",
+        "chat_template_kwargs": "use /v1/chat/completions",
+    }
+)
