@@ -219,6 +219,18 @@ class PlacementConfig(Group):
     )
 
 
+class NetworkConfig(Group):
+    """How ranks on different nodes reach each other."""
+
+    interface: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Network interface on which ranks and engine listen: a name, the beginning of one with `*`, or "
+        "several with commas, of which the first that a node has is taken; none: the one with the address that Ray has "
+        "for the node. Set it where nodes have several networks, as in `ens*,bond0`.",
+    )
+
+
 class Config(Group):
     """What was asked: the `args` of a Serve config file."""
 
@@ -240,6 +252,7 @@ class Config(Group):
     admission: AdmissionConfig = AdmissionConfig()
     api: ApiConfig = ApiConfig()
     placement: PlacementConfig = PlacementConfig()
+    network: NetworkConfig = NetworkConfig()
     timeouts: TimeoutConfig = TimeoutConfig()
     recovery: RecoveryConfig = RecoveryConfig()
     batch: BatchConfig = BatchConfig()

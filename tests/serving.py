@@ -116,6 +116,10 @@ class Served:
         state: dict[str, Any] = self.get("/cluster").json()
         return state
 
+    def is_idle(self) -> bool:
+        state = self.cluster()
+        return state["requests"] == {"running": 0, "waiting": 0} and state["kv_blocks"]["used"] == 0
+
     def pids(self) -> list[int]:
         """By rank."""
         return [rank["pid"] for rank in self.cluster()["ranks"]]
@@ -198,10 +202,6 @@ class Run(Served):
         )
         assert found
         return int(found[1])
-
-    def is_idle(self) -> bool:
-        state = self.cluster()
-        return state["requests"] == {"running": 0, "waiting": 0} and state["kv_blocks"]["used"] == 0
 
     def processes(self) -> list[psutil.Process]:
         """Those that carry the mark."""

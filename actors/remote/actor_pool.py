@@ -2,11 +2,15 @@
 
 import logging
 import os
+import socket
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+
+# Not public, but the only way to ask without Ray's dashboard where an actor listens; nor is an actor's id
+from ray._private.state import actors as actor_table
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -15,6 +19,7 @@ from actors.decisions.model.plan import Plan
 from actors.remote.black_box import BlackBox, CrashFile, collect_crash_report
 from actors.remote.imports import collector_paused, compiler_left_out
 from actors.remote.meeting import Assignment
+from cluster.collectives.network import Place, find_place, knock, open_door, pin_interface
 from cluster.placement.devices import own_cuda_index
 from cluster.topology import Topology
 from configs.config import Config
@@ -25,7 +30,7 @@ class WorkerInfo:
     """What a rank's process reports once it is up."""
 
     pid: int
-    address: str  # of its node
+    place: Place
     device: str  # cpu, or cuda:<index>
     crash_file: CrashFile
 
@@ -45,12 +50,31 @@ class RankActor:
         self._rank: Any = None
         self._rank_number = -1
         self._black_box = BlackBox()
-        device = f"cuda:{own_cuda_index(gpus[0])}" if gpus else "cpu"
-        self._info = WorkerInfo(os.getpid(), ray.util.get_node_ip_address(), device, self._black_box.crash_file)
+        self._device = f"cuda:{own_cuda_index(gpus[0])}" if gpus else "cpu"
+        self._door: socket.socket | None = None
 
     def info(self) -> WorkerInfo:
-        """Who this process is; a reference to the result resolves once the process is up."""
-        return self._info
+        """Who this process is; a reference to the result resolves once the process is up.
+
+        Raises ValueError where the node lacks the interface that `network.interface` names.
+        """
+        node, address = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
+        self._place = find_place(self._config.network.interface, node, address)
+        return WorkerInfo(os.getpid(), self._place, self._device, self._black_box.crash_file)
+
+    def open_door(self) -> int:
+        """Listen, so that other nodes can try to connect → the port."""
+        self._door, port = open_door(self._place.address)
+        return port
+
+    def knock(self, doors: list[tuple[str, int]], timeout_s: float) -> list[str | None]:
+        """Try the doors of other nodes → why each failed."""
+        return knock(doors, timeout_s)
+
+    def close_door(self) -> None:
+        """Nobody will try any more."""
+        if self._door is not None:
+            self._door.close()
 
     def collect_crash_report(self, crash_file: CrashFile) -> CrashReport | None:
         """End another process of this node, and read what it left; None when there is nothing."""
@@ -62,7 +86,8 @@ class RankActor:
 
         self._rank_number = rank
         if self._rank is None:
-            assignment = Assignment(self._config, plan, rank, self._info.address, device)
+            pin_interface(self._place.interface)
+            assignment = Assignment(self._config, plan, rank, self._place.address, device)
             self._rank = Rank(assignment, self._black_box.enter, self.make_runner)
         key: bytes = self._rank.new_key()
         return key
@@ -112,15 +137,22 @@ class ActorPool:
         """References to each WorkerInfo, in rank order."""
         return [member.info_ref for member in self._members]
 
+    def listening(self, ranks: list[int]) -> list[tuple[Place, int]]:
+        """Where those of these ranks listen whose processes live, as Ray says, and on which port of Ray's."""
+        hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
+        found = [actor_table(self._members[rank].actor._actor_id.hex()) for rank in ranks]  # noqa: SLF001 - as above
+        lives = [one["Address"] for one in found if one.get("State") == "ALIVE"]
+        return [(Place(at["NodeID"], hosts[at["NodeID"]], "", at["IPAddress"]), at["Port"]) for at in lives]
+
     def settle_devices(self, infos: list[WorkerInfo]) -> list[str]:
         """Once all processes are up: the device of each rank. A successor on the same node gets its predecessor's."""
         devices = []
         for rank, (member, info) in enumerate(zip(self._members, infos, strict=True)):
             if member.info is None:
                 before = self._predecessors.get(rank)
-                is_successor = before is not None and before.address == info.address
+                is_successor = before is not None and before.place.node == info.place.node
                 device = before.device if before is not None and is_successor else info.device
-                member.info = WorkerInfo(info.pid, info.address, device, info.crash_file)
+                member.info = replace(info, device=device)
             devices.append(member.info.device)
         return devices
 

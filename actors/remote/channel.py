@@ -70,6 +70,11 @@ class ChannelAddress:
     endpoint: str  # tcp://address:port
     public_key: bytes
 
+    @property
+    def port(self) -> int:
+        """Of the endpoint."""
+        return int(self.endpoint.rpartition(":")[2])
+
 
 class _Allowlist:
     """The ranks that may connect, by public key (z85). The authenticator's thread asks it."""

@@ -18,8 +18,11 @@ from actors.decisions.model.plan import Plan
 from actors.remote.actor_pool import ActorPool, RankActor, WorkerInfo
 from actors.remote.channel import EngineChannel
 from actors.remote.meeting import Loaded, Meeting, RankInfo, check_substitutions
+from actors.remote.reach import check_ranks_reach, check_ray_reaches
+from actors.remote.results import end_of_loop, in_words, result_of
 from actors.words.errors import GangFailure, GangLost, Verdict
 from actors.words.executor import Revival
+from cluster.collectives.network import find_place
 from cluster.topology import Topology
 from configs.config import Config
 
@@ -29,6 +32,7 @@ _LOOK_S = 1.0  # how often a wait for ranks checks their heartbeats
 _PROGRESS_S = 10.0  # how often it logs what it waits for
 _FOLLOW_S = 0.5  # so soon after the errors that it causes, a death is known; other errors the rank reports itself
 _DRAIN_S = 1.0  # for what a rank has launched to end, where it cannot be aborted
+_REACH_S = 6.0  # at a start, nodes try this long to reach each other, and then once more
 _STOP_S = 5.0  # ranks get this long to leave by themselves
 
 
@@ -53,6 +57,8 @@ class Gang:
         self._serving: list[Any] = []  # one reference a rank: resolved when its loop ends
         self._phase_s: dict[str, float] = {}
         self._crash_reports: dict[int, Any] = {}  # by rank, references to what lost processes left
+        context = ray.get_runtime_context()
+        self._place = find_place(config.network.interface, context.get_node_id(), ray.util.get_node_ip_address())
         self._pool = ActorPool(config, topology, placement, device, self.actor_class)
         self.executor = self._open_channel(StepClock(config.timeouts.collective_s))
 
@@ -64,7 +70,7 @@ class Gang:
         """
         self._plan = plan
         try:
-            self._assemble(plan, num_blocks, self._config.timeouts.start_s)
+            self._assemble(plan, num_blocks, self._config.timeouts.start_s, _REACH_S)
         except BaseException:
             self.close()
             raise
@@ -85,7 +91,8 @@ class Gang:
         self.executor = self._open_channel(self.executor.clock)
         self._phase_s["fence"] = time.monotonic() - began - self._phase_s["drain"]
         try:
-            self._assemble(self._plan, self.num_blocks, self._config.recovery.wait_s)
+            wait_s = self._config.recovery.wait_s
+            self._assemble(self._plan, self.num_blocks, wait_s, wait_s)
         except ValueError as error:
             raise GangFailure(str(error)) from error
         verdict = self._inquire(verdict, dead)
@@ -129,8 +136,7 @@ class Gang:
         self._pool.close()
 
     def _open_channel(self, clock: StepClock) -> EngineChannel:
-        address = ray.util.get_node_ip_address()
-        return EngineChannel(address, self.epoch, clock, self._topology.tensor_parallel_size)
+        return EngineChannel(self._place.address, self.epoch, clock, self._topology.tensor_parallel_size)
 
     def _end_epoch(self, verdict: Verdict, is_fresh: bool) -> dict[int, str]:
         """Replace ranks that are gone or do not leave the old epoch cleanly in time → how each dead one died."""
@@ -160,17 +166,20 @@ class Gang:
                 try:
                     ray.get(ref, timeout=0)
                 except (RayError, TimeoutError) as error:
-                    lost[rank] = _in_words(error, rank) if isinstance(error, RayActorError) else None
+                    lost[rank] = in_words(error, rank) if isinstance(error, RayActorError) else None
                     logger.warning("rank %d does not stay: %s", rank, lost[rank] or repr(error).splitlines()[0])
                     self._pool.replace(rank)
         return lost
 
-    def _assemble(self, plan: Plan, num_blocks: int | None, start_s: float) -> None:
-        """Start, join, load and warm up all ranks. Those that survived an epoch have weights and cache already."""
+    def _assemble(self, plan: Plan, num_blocks: int | None, start_s: float, reach_s: float) -> None:
+        """Start, join, load and warm up all ranks. Those that survived an epoch have weights and cache already.
+
+        Processes may take `start_s` to start, and nodes that do not reach each other are waited for for `reach_s`.
+        """
         config, pool = self._config, self._pool
         infos: list[WorkerInfo] = self._phase("start", lambda: self._gather(pool.infos, "started", start_s))
         devices, self._crash_reports = pool.settle_devices(infos), pool.collect_crash_report()
-        self._phase("join", lambda: self._join(plan, infos, devices))
+        self._phase("join", lambda: self._join(plan, infos, devices, reach_s))
         bundle_nodes = placement_group_table(self._placement)["bundles_to_node_id"]
         nodes = [bundle_nodes[self._topology.stage(rank)] for rank in range(len(infos))]
         loaded: list[Loaded] = self._phase("load", lambda: self._gather(self._call_all("load"), "loaded the weights"))
@@ -192,12 +201,13 @@ class Gang:
         self._monitor.start()
         pool.fill_spares()
 
-    def _join(self, plan: Plan, infos: list[WorkerInfo], devices: list[str]) -> None:
-        actors = self._pool.actors
+    def _join(self, plan: Plan, infos: list[WorkerInfo], devices: list[str], reach_s: float) -> None:
+        actors, places = self._pool.actors, [info.place for info in infos]
+        check_ranks_reach(self._gather, actors, places, self._place, self.executor.address.port, reach_s)
         parts = [actor.assign.remote(plan, rank, devices[rank]) for rank, actor in enumerate(actors)]
         self.executor.admit(self._gather(parts, "received the plan"))
         port = self._gather([actors[0].call.remote("host_store")], "opened the store")[0]
-        meeting = Meeting(self.epoch, infos[0].address, port, self.executor.address)
+        meeting = Meeting(self.epoch, places[0].address, port, self.executor.address)
         self._can_abort = self._gather(self._call_all("join", meeting), "joined all groups")
         self.executor.wait_for_ranks(self._config.timeouts.collective_s)
 
@@ -214,7 +224,7 @@ class Gang:
         """Revise the verdict by what lost processes left, which says more than what their neighbors noticed."""
         left: dict[int, CrashReport] = {}
         for rank, ref in self._crash_reports.items():
-            if report := _result(ref, rank):
+            if report := result_of(ref, rank):
                 left[rank] = report
                 if report.text:
                     logger.error("rank %d ended itself in step %d:\n%s", rank, report.step, report.text)
@@ -249,13 +259,15 @@ class Gang:
                 )
             done, pending = ray.wait(pending, num_returns=1, timeout=min(_LOOK_S, left_s))
             for ref in done:
-                _result(ref, refs.index(ref))
+                result_of(ref, refs.index(ref))
             self.executor.check_loading()
             if not done and time.monotonic() - logged_at > _PROGRESS_S:
+                if not self._ranks:  # later, a node that is lost or cut off may come back
+                    check_ray_reaches(self._pool.listening([refs.index(ref) for ref in pending]), self._place)
                 logged_at = time.monotonic()
                 logger.info("%d of %d ranks have %s", len(refs) - len(pending), len(refs), what)
         logger.info("%s %s (%.1f s)", "all ranks have" if refs[1:] else "rank 0 has", what, time.monotonic() - started)
-        return [_result(ref, rank) for rank, ref in enumerate(refs)]
+        return [result_of(ref, rank) for rank, ref in enumerate(refs)]
 
     def _watch(self, executor: EngineChannel, serving: list[Any]) -> None:
         """End the epoch when a rank's loop ends: after a death at once, after an error when no death came with it."""
@@ -265,35 +277,9 @@ class Gang:
             if not done:
                 break
             rank = serving.index(done[0])
-            is_death, reason = _end_of_loop(done[0], rank)
+            is_death, reason = end_of_loop(done[0], rank)
             ends.insert(0 if is_death else len(ends), (reason, rank))
         if not is_death and not self._is_closing:
             time.sleep(_FOLLOW_S)  # the rank reports it itself, with its step
         if not self._is_closing:
             executor.fail(*ends[0], is_death)
-
-
-def _result(ref: Any, rank: int) -> Any:
-    try:
-        return ray.get(ref)
-    except RayError as error:
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, ValueError):
-            raise cause from None  # the user can fix it: raise the rank's own error
-        raise GangFailure(_in_words(error, rank)) from error
-
-
-def _end_of_loop(ref: Any, rank: int) -> tuple[bool, str]:
-    """(Whether the rank's process died, how its loop ended in words)."""
-    try:
-        said: str | None = ray.get(ref)
-    except RayError as error:
-        return isinstance(error, RayActorError), _in_words(error, rank)
-    return False, f"rank {rank} failed: {said}" if said else f"rank {rank} left its loop"
-
-
-def _in_words(error: RayError, rank: int) -> str:
-    if isinstance(error, RayActorError):
-        return f"rank {rank} died: {str(error).partition(chr(10))[0]}"
-    cause = getattr(error, "cause", None)
-    return f"rank {rank} failed: {type(cause).__name__}: {cause}" if cause else f"rank {rank} failed: {error}"

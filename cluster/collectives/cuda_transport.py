@@ -7,7 +7,6 @@ import torch
 
 from cluster.collectives.interface import StageGroup
 from cluster.collectives.process_group import NcclGroup, TorchStage
-from cluster.collectives.rendezvous import pin_nccl
 from cluster.collectives.symmetric_memory import with_symmetric_memory
 from cluster.collectives.transport import Member
 
@@ -18,7 +17,6 @@ class CUDATransport:
     def __init__(self, member: Member) -> None:
         self._member = member
         torch.cuda.set_device(member.device)
-        pin_nccl(member.address)
 
     def join_stage(self) -> StageGroup:
         """See Transport."""

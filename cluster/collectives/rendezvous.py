@@ -1,11 +1,8 @@
 """The rendezvous of an epoch's ranks: a key-value store on a socket bound beforehand; the epoch prefixes its keys."""
 
-import fcntl
 import json
 import logging
-import os
 import socket
-import struct
 import threading
 import time
 from collections.abc import Iterable
@@ -16,7 +13,6 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 logger = logging.getLogger(__name__)
 
-_SIOCGIFADDR = 0x8915  # ioctl: the IPv4 address of an interface (Linux, netdevice(7))
 _POLL_S = 0.05  # longest pause between two checks of a key
 _REQUEST_TIMEOUT_S = 30.0  # for one answer of the store's server, which answers at once while its process lives
 
@@ -114,27 +110,3 @@ def join_store(
         raise TimeoutError(f"no rendezvous at {address} port {port} within {timeout_s:g} s: {error}") from error
     store.set_timeout(timedelta(seconds=_REQUEST_TIMEOUT_S))
     return EpochStore(store, epoch, timeout_s, cancelled)
-
-
-def interface_of(address: str) -> str | None:
-    """The network interface that carries an IPv4 address; None when no interface does."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:15])
-            try:
-                answer = fcntl.ioctl(probe, _SIOCGIFADDR, request)
-            except OSError:
-                continue  # an interface without an IPv4 address
-            if socket.inet_ntoa(answer[20:24]) == address:
-                return name
-    return None
-
-
-def pin_nccl(address: str) -> None:
-    """Make NCCL connect over the interface of the node's address, which it reads from its environment only.
-
-    A value that the environment already has stays.
-    """
-    name = interface_of(address)
-    if name is not None:
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")

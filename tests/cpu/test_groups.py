@@ -16,7 +16,7 @@ import cluster.collectives.cpu_transport as cpu_transport
 import cluster.collectives.shared_memory as shared_memory
 from cluster.collectives.groups import join
 from cluster.collectives.process_group import TorchStage
-from cluster.collectives.rendezvous import host_store, interface_of, join_store
+from cluster.collectives.rendezvous import host_store, join_store
 from cluster.collectives.shared_memory import SharedMemoryStage
 from cluster.collectives.socket_link import connect_links
 from cluster.topology import Topology
@@ -364,8 +364,3 @@ def test_epochs_do_not_see_each_other():
         join_store(ADDRESS, port, 2, 0.3).take("word")
     assert join_store(ADDRESS, port, 1, 0.3).take("word") == 1
     del store
-
-
-def test_interface_of_an_address():
-    assert interface_of("127.0.0.1") == "lo"
-    assert interface_of("203.0.113.7") is None

@@ -1,0 +1,147 @@
+"""The interface that ranks listen on, and the one error where nodes do not reach each other."""
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+
+from actors.remote import reach
+from actors.remote.reach import check_ranks_reach
+from cluster.collectives.network import (
+    REFUSED,
+    Failure,
+    Place,
+    check_distinct,
+    find_place,
+    knock,
+    open_door,
+    pin_interface,
+    told,
+)
+
+
+def test_without_a_name_it_is_the_interface_of_the_nodes_address() -> None:
+    assert find_place(None, "id", "127.0.0.1") == Place("id", socket.gethostname(), "lo", "127.0.0.1")
+    assert find_place(None, "id", "203.0.113.7").interface == "", "an address that is translated on the way"
+    assert str(Place("id", "one", "", "203.0.113.7")) == "one (203.0.113.7)"
+
+
+@pytest.mark.parametrize("asked", ["lo", "l*", "none0,lo", "none*, lo"])
+def test_names_and_beginnings_of_names(asked: str) -> None:
+    assert find_place(asked, "id", "203.0.113.7").address == "127.0.0.1"
+
+
+def test_a_name_is_no_beginning() -> None:
+    with pytest.raises(ValueError, match=r"network\.interface: l: node .* has no such interface(.|\n)*lo 127\.0\.0\.1"):
+        find_place("l", "id", "127.0.0.1")
+
+
+def test_what_the_environment_says_stays_and_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth9")
+    pin_interface("")
+    assert "NCCL_SOCKET_IFNAME" not in os.environ
+    pin_interface("eth0")
+    pin_interface("eth0")
+    assert (os.environ["NCCL_SOCKET_IFNAME"], os.environ["GLOO_SOCKET_IFNAME"]) == ("=eth0", "eth9")
+    assert "GLOO_SOCKET_IFNAME=eth9 is set and stays" in caplog.text and "NCCL" not in caplog.text
+
+
+def test_doors_answer_until_they_are_closed() -> None:
+    door, port = open_door("127.0.0.1")
+    open_reason, gone = knock([("127.0.0.1", port), ("127.0.0.1", 1)], timeout_s=5)
+    assert (open_reason, gone) == (None, REFUSED)
+    door.close()
+    assert knock([("127.0.0.1", port)], timeout_s=5) == [REFUSED]
+    assert knock([], timeout_s=5) == []
+
+
+def test_who_does_not_answer_is_late() -> None:
+    door = socket.create_server(("127.0.0.1", 0), backlog=0)
+    address = door.getsockname()
+    fillers = [socket.socket() for _ in range(4)]
+    for filler in fillers:  # once the queue is full, the kernel drops what comes, as a firewall does
+        filler.setblocking(False)
+        filler.connect_ex(address)
+    assert knock([address], timeout_s=0.3) == ["no answer within 0.3 s"]
+    for one in (door, *fillers):
+        one.close()
+
+
+def test_the_error_names_both_nodes_the_port_and_the_remedy() -> None:
+    one, two = Place("a", "one", "eth0", "10.0.0.1"), Place("b", "two", "eth1", "10.0.0.2")
+    said = told([Failure(one, two, 41234, "no answer within 4 s")])
+    assert "one (eth0, 10.0.0.1) does not reach two (eth1, 10.0.0.2), port 41234: no answer within 4 s" in said
+    assert "firewalls" in said and "network.interface" in said
+
+
+def test_two_nodes_with_one_address_are_refused() -> None:
+    one = Place("a", "one", "docker0", "172.17.0.1")
+    check_distinct([one, one, Place("b", "two", "docker0", "172.17.0.2")])
+    with pytest.raises(ValueError, match=r"one \(docker0, 172\.17\.0\.1\) and two .* one address"):
+        check_distinct([one, Place("b", "two", "docker0", "172.17.0.1")])
+
+
+# What ranks on nodes say, without ranks
+
+
+class Call(NamedTuple):
+    """A method that is called as Ray's are, and gives its result instead of a reference."""
+
+    remote: Callable[..., Any]
+
+
+class Actor:
+    """A rank's process, as far as reaching others goes."""
+
+    def __init__(self, shut_for: int) -> None:
+        """`shut_for`: in so many first tries it reaches nobody."""
+        self.num_tries, self.num_closed = 0, 0
+        self.shut_for = shut_for
+        self.open_door, self.knock, self.close_door = Call(lambda: 40_000), Call(self._knock), Call(self._close)
+
+    def _knock(self, doors: list[tuple[str, int]], timeout_s: float) -> list[str | None]:
+        self.num_tries += 1
+        self.tried = doors
+        return [REFUSED if self.num_tries <= self.shut_for else None for _ in doors]
+
+    def _close(self) -> None:
+        self.num_closed += 1
+
+
+ONE, TWO = (Place(name, name, "eth0", f"10.0.0.{number}") for number, name in enumerate(("one", "two"), 1))
+
+
+def check(actors: list[Actor], places: list[Place], patience_s: float) -> None:
+    check_ranks_reach(lambda refs, what: refs, actors, places, ONE, 50_000, patience_s)
+
+
+def test_every_rank_tries_each_other_node_once_and_the_step_channel() -> None:
+    actors = [Actor(0) for _ in range(4)]
+    check(actors, [ONE, ONE, TWO, TWO], patience_s=0)
+    there, back = [("10.0.0.2", 40_000)], [("10.0.0.1", 40_000), ("10.0.0.1", 50_000)]
+    assert [actor.tried for actor in actors] == [there, there, back, back]
+    assert [actor.num_closed for actor in actors] == [1] * 4
+
+
+def test_on_one_node_nobody_tries() -> None:
+    actors = [Actor(9), Actor(9)]
+    check(actors, [ONE, ONE], patience_s=0)
+    assert [actor.num_tries for actor in actors] == [0, 0]
+
+
+def test_each_two_nodes_are_named_once() -> None:
+    with pytest.raises(ValueError, match=r"one .* does not reach two .* port 40000: connection refused") as caught:
+        check([Actor(9) for _ in range(4)], [ONE, ONE, TWO, TWO], patience_s=0)
+    assert str(caught.value).count("does not reach") == 2
+
+
+def test_in_a_recovery_they_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reach, "_PAUSE_S", 0.01)
+    actors = [Actor(0), Actor(3)]
+    check(actors, [ONE, TWO], patience_s=60)
+    assert [actor.num_tries for actor in actors] == [4, 4]
