@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, Strict
 
 from configs.api import ApiConfig
 from configs.group import Group
+from configs.monitoring import MonitoringConfig
 from configs.running import BatchConfig, RecoveryConfig, TimeoutConfig
 from configs.units import Bytes, CPUs, Seconds, Sequences, Tokens, Unit
 
@@ -256,6 +257,7 @@ class Config(Group):
     timeouts: TimeoutConfig = TimeoutConfig()
     recovery: RecoveryConfig = RecoveryConfig()
     batch: BatchConfig = BatchConfig()
+    monitoring: MonitoringConfig = MonitoringConfig()
 
     @property
     def served_name(self) -> str:

@@ -56,6 +56,10 @@ class LLMReplica:
         if self._drain.reason:
             raise RuntimeError(self._drain.reason)
 
+    async def metrics_page(self) -> bytes:
+        """The metrics of this replica alone, for the other ones."""
+        return self._replica.metrics_page()
+
     async def drain(self) -> None:
         """Refuse new requests; returns when the running ones have ended. (Serve's own stop waits, but refuses none.)"""
         await self._drain.finish()

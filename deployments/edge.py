@@ -8,6 +8,8 @@ end with their client and deadline, but a header that is not UTF-8 is answered b
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from deployments.api.request_log import is_sane_id
+
 # Serve obeys these headers of any client (ray/serve/_private/http_util.py). They make it ignore that the client leaves,
 # set another timeout than ours, or make it look for a second for a replica that has a multiplexed model.
 COMMANDS = {b"x-request-disconnect-disabled", b"x-request-timeout-seconds", b"serve-multiplexed-model-id"}
@@ -36,4 +38,7 @@ def _may_pass(name: bytes, value: bytes) -> bool:
         (name + value).decode()  # Serve decodes some headers, and does not expect an error
     except UnicodeDecodeError:
         return False
-    return name.lower().replace(b"_", b"-") not in COMMANDS
+    name = name.lower().replace(b"_", b"-")
+    if name == b"x-request-id":
+        return is_sane_id(value.decode())  # Serve gives the request another one, and answers with it
+    return name not in COMMANDS

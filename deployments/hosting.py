@@ -14,7 +14,6 @@ from actors.decisions.model.plan import Plan, make_plan
 from actors.remote.engine import Engine
 from actors.remote.gang import Gang
 from actors.remote.imports import collector_paused
-from actors.remote.meeting import RankInfo
 from cluster.topology import Topology
 from configs.config import Config
 from deployments.api.outbox import Outbox
@@ -24,7 +23,7 @@ if TYPE_CHECKING:  # it imports Transformers, which is to happen while the ranks
 
 logger = logging.getLogger(__name__)
 
-_ServiceOf = Callable[[Engine, Outbox, Callable[[], list[RankInfo]], int], "Service"]
+_ServiceOf = Callable[[Engine, Outbox, Gang, int], "Service"]
 
 
 class GangHost:
@@ -53,7 +52,7 @@ class GangHost:
         outbox = Outbox()
         self._engine = Engine(gang.executor, plan.scheduler, gang.num_blocks, outbox.deliver, gang.revive)
         self.plan, self.num_blocks = plan, gang.num_blocks
-        self.service = service_of(self._engine, outbox, gang.ranks, max_model_len)
+        self.service = service_of(self._engine, outbox, gang, max_model_len)
         calm_collector()
         self._engine.start()
         logger.info("serving %s; ranks: %d", config.served_name, topology.num_ranks)
@@ -96,7 +95,7 @@ def _read_model(config: Config, device: str, name: str, now: datetime | None) ->
     )
     logger.info("sampling defaults of generation_config.json: %s", defaults)
 
-    def service_of(engine: Engine, outbox: Outbox, ranks: Callable[[], list[RankInfo]], max_model_len: int) -> Service:
+    def service_of(engine: Engine, outbox: Outbox, gang: Gang, max_model_len: int) -> Service:
         identity = Identity(
             model=config.served_name,
             replica=name,
@@ -111,7 +110,9 @@ def _read_model(config: Config, device: str, name: str, now: datetime | None) ->
             unknown_fields=config.api.unknown_fields,
             request_s=config.timeouts.request_s,
         )
-        return Service(engine, outbox, text, identity, limits, ranks, defaults)
+        return Service(
+            engine, outbox, text, identity, limits, gang.ranks, defaults, config.monitoring, num_spares=gang.num_spares
+        )
 
     return plan, service_of
 

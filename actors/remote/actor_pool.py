@@ -144,6 +144,10 @@ class ActorPool:
         lives = [one["Address"] for one in found if one.get("State") == "ALIVE"]
         return [(Place(at["NodeID"], hosts[at["NodeID"]], "", at["IPAddress"]), at["Port"]) for at in lives]
 
+    def num_spares(self) -> list[int]:
+        """Processes that wait to take a rank over, by stage. Any thread may ask."""
+        return [len(spares) for spares in self._spares]
+
     def settle_devices(self, infos: list[WorkerInfo]) -> list[str]:
         """Once all processes are up: the device of each rank. A successor on the same node gets its predecessor's."""
         devices = []

@@ -214,7 +214,7 @@ class Engine:
         if self._to_replay:
             self._to_replay -= {event.request_id for event in events if event.token_ids or event.finish_reason}
             if not self._to_replay:
-                self.stats.recovery_s["replay"] += time.monotonic() - self._replay_began
+                self.stats.recovery_s["replay"].observe(time.monotonic() - self._replay_began)
         is_odd = any(event.code == "numerical_error" for event in events)
         if is_odd and time.monotonic() - self._checked_at > _CHECK_EVERY_S:
             self._checked_at = time.monotonic()
@@ -236,7 +236,7 @@ class Engine:
         events = self._judge(revival.verdict, num_ids_after)
         self.stats.num_rebuilds[revival.verdict.cause] += 1
         for phase, seconds in revival.seconds.items():
-            self.stats.recovery_s[phase] += seconds
+            self.stats.recovery_s[phase].observe(seconds)
         self._captures.begin_epoch(revival.executor.shapes, revival.verdict.is_from_within)
         self._replay_began = time.monotonic()
         with self._lock:

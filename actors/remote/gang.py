@@ -60,6 +60,7 @@ class Gang:
         context = ray.get_runtime_context()
         self._place = find_place(config.network.interface, context.get_node_id(), ray.util.get_node_ip_address())
         self._pool = ActorPool(config, topology, placement, device, self.actor_class)
+        self.num_spares = self._pool.num_spares
         self.executor = self._open_channel(StepClock(config.timeouts.collective_s))
 
     def start(self, plan: Plan, num_blocks: int | None = None) -> None:

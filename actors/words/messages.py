@@ -74,6 +74,7 @@ class Event(msgspec.Struct, frozen=True):
     code: ErrorCode | None = None  # with an error that is not a refusal
     logprobs: list[TokenLogprobs] = []  # one an id, where asked
     prompt_logprobs: list[TokenLogprobs] = []  # of the next prompt ids, from the second on, where asked
+    num_cached: int = 0  # prompt ids that were found in the prefix cache; told with new ids
 
 
 class NewSequence(msgspec.Struct, frozen=True, array_like=True):

@@ -33,11 +33,19 @@ class ApiError(Exception):
         self.code = code
         self.retry_after_s = retry_after_s
 
+    @property
+    def label(self) -> str:
+        """What logs call it: the code, else the type."""
+        return self.code or self._kind
+
+    @property
+    def _kind(self) -> str:
+        kind = "rate_limit_error" if self.status == 429 else "invalid_request_error"
+        return kind if self.status < 500 else "server_error"
+
     def body(self) -> bytes:
         """`{"error": {"message", "type", "param", "code"}}`, as OpenAI's clients read it."""
-        kind = "rate_limit_error" if self.status == 429 else "invalid_request_error"
-        kind = kind if self.status < 500 else "server_error"
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        error = {"message": self.message, "type": self._kind, "param": self.param, "code": self.code}
         return msgspec.json.encode({"error": error})
 
     def headers(self) -> list[tuple[bytes, bytes]]:

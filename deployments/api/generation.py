@@ -14,6 +14,7 @@ from actors.words.messages import Event, Request, TokenLogprobs
 from deployments.api.errors import ApiError
 from deployments.api.metrics import Stopwatch
 from deployments.api.outbox import Mailbox, Outbox
+from deployments.api.request_log import RequestRecord
 from deployments.api.responses import AnswerEnd, CompletionDetails, Piece, Usage
 from deployments.text.prompts import public_text
 from deployments.text.response_reader import Delta, ResponseReader
@@ -47,11 +48,12 @@ class Answer:
         self.index = index
         self.request = request
         self.transcript = transcript
-        self._stopwatch = stopwatch
+        self.stopwatch = stopwatch
         self._echo = echo
         self._prompt_logprobs: list[TokenLogprobs] = []
         self._reader = reader
         self._has_calls = False
+        self.num_cached = 0  # prompt tokens that were found in the prefix cache
         self.num_reasoning_tokens: int | None = None if reader is None else 0
 
     @property
@@ -66,17 +68,19 @@ class Answer:
     def push(self, event: Event) -> Piece | None:
         """The piece that an event adds; None while the prompt is being computed."""
         self._prompt_logprobs += event.prompt_logprobs
+        self.num_cached = max(self.num_cached, event.num_cached)
         if not event.token_ids and not event.finish_reason:
             return None
         delta = self._read(event) if self._reader else Delta(self._take_echo() + self._text(event))
-        self._stopwatch.tokens(len(event.token_ids))
+        self.stopwatch.tokens(len(event.token_ids))
         if self.is_finished:
-            self._stopwatch.end()
+            self.stopwatch.end()
         scored = self.transcript.take_scored()
-        return Piece(self.index, delta.content, self._finish_reason, scored, delta.reasoning, delta.calls)
+        return Piece(self.index, delta.content, self.finish_reason, scored, delta.reasoning, delta.calls)
 
     @property
-    def _finish_reason(self) -> AnswerEnd | None:
+    def finish_reason(self) -> AnswerEnd | None:
+        """Why it is finished; None while it is not."""
         if self.is_finished and self._has_calls and self.transcript.finish_reason in (None, "stop"):
             return "tool_calls"
         return self.transcript.finish_reason
@@ -179,6 +183,19 @@ class Generation:
             self._outbox.close(request_id)
             if not answer.is_finished:
                 self._engine.finish(request_id)
+
+    def tell(self, record: RequestRecord) -> None:
+        """Fill in what the log says of this request."""
+        usage, answers = self.usage, list(self._answers.values())
+        record.prompt_tokens, record.completion_tokens = usage.prompt_tokens, usage.completion_tokens
+        # Each prompt once: its first answer may fill the cache for the others
+        cached = {id(answer.request.prompt_ids): answer.num_cached for answer in reversed(answers)}
+        record.cached_tokens = sum(cached.values())
+        details = usage.completion_tokens_details
+        record.reasoning_tokens = None if details is None else details.reasoning_tokens
+        record.finish_reasons = [answer.finish_reason for answer in answers]
+        waits = [wait for answer in answers if (wait := answer.stopwatch.first_token_s) is not None]
+        record.ttft_s = round(min(waits), 6) if waits else None
 
     async def take(self) -> list[Piece]:
         """Wait for events and return what they add, at most one piece an answer; an empty list when a ping is due.

@@ -1,8 +1,10 @@
 """Metrics: what the engine counts and how long clients wait, in Prometheus' format. Names begin with stagemesh_."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -11,8 +13,8 @@ from actors.decisions.schedule.phase_clock import PHASES
 from actors.decisions.schedule.stats import RECOVERY_PHASES, REQUEST_SECONDS, Histogram, KeyUsage
 from actors.remote.engine import Engine
 from actors.remote.meeting import RankInfo
-from actors.remote.snapshot import EngineState
 from deployments.api.key_limits import KeyAccounts
+from deployments.api.metric_aliases import vllm_twin
 
 # Seconds; the same bounds as other engines have, so that dashboards can show them side by side.
 FIRST_TOKEN_SECONDS = (
@@ -24,16 +26,23 @@ INTER_TOKEN_SECONDS = (
     *(1, 2.5, 5, 7.5, 10, 20, 40, 80),
 )
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-STATES: tuple[EngineState, ...] = ("starting", "ready", "recovering", "failed", "stopped")
+STATES = ("starting", "ready", "recovering", "draining", "failed", "stopped")
+_OF_ALL = ("model_name", "replica")  # labels of every series
+_RANK = ("rank", "stage", "shard")
+_Of = TypeVar("_Of")
+_Values = Mapping[Any, _Of]  # by the values of the labels beside those of all, a tuple
 
 
 class Latencies:
-    """How long clients wait. Written in the event loop's thread."""
+    """How long clients wait, and what they were answered. Written in the event loop's thread."""
 
     def __init__(self) -> None:
         self.first_token_s = Histogram(FIRST_TOKEN_SECONDS)
         self.inter_token_s = Histogram(INTER_TOKEN_SECONDS)
+        self.per_token_s = Histogram(INTER_TOKEN_SECONDS)
+        self.decode_s = Histogram(REQUEST_SECONDS)
         self.request_s = Histogram(REQUEST_SECONDS)
+        self.num_answered: Counter[tuple[str, int]] = Counter()  # HTTP requests by route and status
 
 
 class Stopwatch:
@@ -44,15 +53,19 @@ class Stopwatch:
         self._latencies = latencies
         self._began = began
         self._clock = clock
+        self._num_tokens = 0
         self._last_token: float | None = None
+        self.first_token_s: float | None = None  # how long it was waited for
 
     def tokens(self, count: int) -> None:
         """Count tokens that arrive now; those that arrive together share the time since the ones before."""
         if not count:
             return
         now = self._clock()
+        self._num_tokens += count
         if self._last_token is None:
-            self._latencies.first_token_s.observe(now - self._began)
+            self.first_token_s = now - self._began
+            self._latencies.first_token_s.observe(self.first_token_s)
             if count > 1:
                 self._latencies.inter_token_s.observe(0.0, count - 1)
         else:
@@ -61,7 +74,22 @@ class Stopwatch:
 
     def end(self) -> None:
         """The answer is complete. To be called for complete answers only, not for cancelled or failed ones."""
-        self._latencies.request_s.observe(self._clock() - self._began)
+        request_s = self._clock() - self._began
+        self._latencies.request_s.observe(request_s)
+        if self.first_token_s is not None:
+            decode_s = request_s - self.first_token_s
+            self._latencies.decode_s.observe(decode_s)
+            if self._num_tokens > 1:
+                self._latencies.per_token_s.observe(decode_s / (self._num_tokens - 1))
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What tells the series of one replica from those of others: every series has these labels."""
+
+    model: str
+    replica: str
+    version: str
 
 
 class Metrics:
@@ -71,15 +99,22 @@ class Metrics:
         self,
         engine: Engine,
         latencies: Latencies,
-        model: str,
+        labels: Labels,
         ranks: Callable[[], Sequence[RankInfo]],
         accounts: KeyAccounts,
+        state: Callable[[], str],
+        num_spares: Callable[[], Sequence[int]],
+        aliases: Literal["none", "vllm"],
     ) -> None:
+        """`state` is one of STATES; `num_spares` gives the processes of each stage that can take a rank over."""
         self._accounts = accounts
-        self._ranks = ranks
         self._engine = engine
         self._latencies = latencies
-        self._model = model
+        self._labels = labels
+        self._ranks = ranks
+        self._state = state
+        self._num_spares = num_spares
+        self._aliases = aliases
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -93,16 +128,20 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """All metrics, as prometheus_client asks a collector for them."""
-        yield from self._gauges()
-        yield from self._counters()
-        yield from self._histograms()
+        for family in (*self._gauges(), *self._of_ranks(), *self._counters(), *self._histograms()):
+            yield family
+            if self._aliases == "vllm" and (twin := vllm_twin(family)):
+                yield twin
 
     def _gauges(self) -> Iterator[Metric]:
         engine = self._engine.snapshot()
         share = engine.blocks_used / engine.blocks_total
+        is_busy = engine.running or engine.waiting
+        age_s = max(0.0, self._engine.stats.clock() - self._engine.stats.progress_at) if is_busy else 0.0
         gauges: list[tuple[str, str, float]] = [
             ("requests_running", "Sequences that are being computed", engine.running),
             ("requests_waiting", "Sequences that wait for a lane or for KV blocks", engine.waiting),
+            ("step_age_seconds", "Since the ranks' last result while sequences run or wait; 0 without any", age_s),
             ("kv_blocks", "KV blocks of the gang", engine.blocks_total),
             ("kv_blocks_used", "KV blocks held by live sequences", engine.blocks_used),
             ("kv_blocks_cached", "KV blocks kept only for reuse", engine.blocks_cached),
@@ -112,18 +151,27 @@ class Metrics:
             ("engine_epoch", "Generation of the gang", engine.epoch),
         ]
         for name, words, value in gauges:
-            gauge = GaugeMetricFamily(f"stagemesh_{name}", words, labels=["model_name"])
-            gauge.add_metric([self._model], value)
-            yield gauge
-        states = GaugeMetricFamily(
-            "stagemesh_engine_state", "1 for the state that the engine is in", labels=["model_name", "state"]
-        )
-        for state in STATES:
-            states.add_metric([self._model, state], state == engine.state)
-        yield states
+            yield self._gauge(name, words, (), {(): value})
+        state = self._state()
+        words = "1 for the state that the replica is in"
+        yield self._gauge("engine_state", words, ("state",), {(one,): one == state for one in STATES})
+        spares = {(str(stage),): count for stage, count in enumerate(self._num_spares())}
+        yield self._gauge("spare_ranks", "Processes that wait to take a rank over", ("stage",), spares)
+        yield self._gauge("build_info", "1, by version", ("version",), {(self._labels.version,): 1})
+
+    def _of_ranks(self) -> Iterator[Metric]:
+        ranks = {(str(info.rank), str(info.stage), str(info.shard)): info for info in self._ranks()}
+        where = {(*rank, info.node, info.device): 1 for rank, info in ranks.items()}
+        yield self._gauge("rank_info", "1, by where a rank runs", (*_RANK, "node", "device"), where)
+        ages = {rank: info.heartbeat_age_s for rank, info in ranks.items() if info.heartbeat_age_s is not None}
+        yield self._gauge("rank_heartbeat_age_seconds", "Since a rank was heard", _RANK, ages)
+        words = "Where the time of a rank goes, since it joined its gang: " + "; ".join(map(": ".join, PHASES.items()))
+        seconds = {(*rank, phase): value for rank, info in ranks.items() for phase, value in info.seconds.items()}
+        yield self._counter("rank_seconds", words, (*_RANK, "phase"), seconds)
 
     def _counters(self) -> Iterator[Metric]:
         stats = self._engine.stats
+        replayed = "Times that a running sequence was computed again in another epoch"
         counters = [
             ("prompt_tokens", "Prompt tokens of requests that have begun to run", stats.num_prompt),
             ("generation_tokens", "Tokens generated", stats.num_generated),
@@ -131,71 +179,74 @@ class Metrics:
             ("prefix_cache_hits", "Prompt tokens found in the prefix cache", stats.num_prompt_cached),
             ("preemptions", "Times that a sequence gave up its KV blocks to an older one", stats.num_preemptions),
             ("steps", "Steps given to the gang", stats.num_steps),
-            (
-                "requests_replayed",
-                "Times that a running sequence was computed again in another epoch",
-                stats.num_replayed,
-            ),
+            ("requests_replayed", replayed, stats.num_replayed),
             ("tokens_replayed", "Tokens of replayed sequences that were computed again", stats.num_replayed_tokens),
         ]
         for name, words, value in counters:
-            counter = CounterMetricFamily(f"stagemesh_{name}", words, labels=["model_name"])
-            counter.add_metric([self._model], value)
-            yield counter
-        words = "Sequences that ended, by reason"
-        yield self._labelled("requests_finished", words, "finished_reason", stats.num_finished)
-        phases = "; ".join(map(": ".join, RECOVERY_PHASES.items()))
-        yield self._labelled("gang_rebuilds", "Epochs that ended with a failure, by cause", "cause", stats.num_rebuilds)
-        yield self._labelled("recovery_seconds", f"Seconds that recoveries took: {phases}", "phase", stats.recovery_s)
-        yield self._rank_seconds()
+            yield self._counter(name, words, (), {(): value})
+        finished = {(str(reason),): count for reason, count in stats.num_finished.items()}
+        yield self._counter("requests_finished", "Sequences that ended, by reason", ("finished_reason",), finished)
+        causes = {(str(cause),): count for cause, count in stats.num_rebuilds.items()}
+        yield self._counter("gang_rebuilds", "Epochs that ended with a failure, by cause", ("cause",), causes)
+        answered = {(route, str(status)): count for (route, status), count in self._latencies.num_answered.items()}
+        words = "HTTP requests, by route and status; 499: the client left"
+        yield self._counter("http_requests", words, ("route", "status"), answered)
         yield from self._of_keys()
 
     def _of_keys(self) -> Iterator[Metric]:
         """What each API key has used: as many series as there are keys in the file, and none without keys."""
-        accounts = {account.name: account for account in self._accounts.all()}
-        usage = {name: self._engine.stats.by_key.get(name, KeyUsage()) for name in accounts}
-        counters: list[tuple[str, str, dict[str, float]]] = [
-            ("requests", "Requests with an API key", {name: one.num_requests for name, one in accounts.items()}),
-            (
-                "refused",
-                "Requests above a limit of their key",
-                {name: one.num_refused for name, one in accounts.items()},
-            ),
-            ("prompt_tokens", "Prompt tokens by key", {name: one.num_prompt for name, one in usage.items()}),
-            ("cached_tokens", "Those of them that were cached", {name: one.num_cached for name, one in usage.items()}),
-            ("generation_tokens", "Tokens generated by key", {name: one.num_generated for name, one in usage.items()}),
+        accounts = {(account.name,): account for account in self._accounts.all()}
+        usage = {key: self._engine.stats.by_key.get(*key, KeyUsage()) for key in accounts}
+        counters: list[tuple[str, str, _Values[float]]] = [
+            ("requests", "Requests with an API key", {key: one.num_requests for key, one in accounts.items()}),
+            ("refused", "Requests above a limit of their key", {key: one.num_refused for key, one in accounts.items()}),
+            ("prompt_tokens", "Prompt tokens by key", {key: one.num_prompt for key, one in usage.items()}),
+            ("cached_tokens", "Those of them that were cached", {key: one.num_cached for key, one in usage.items()}),
+            ("generation_tokens", "Tokens generated by key", {key: one.num_generated for key, one in usage.items()}),
         ]
         for name, words, values in counters:
-            yield self._labelled(f"key_{name}", words, "key", values)
-
-    def _labelled(self, name: str, words: str, label: str, values: Mapping[Any, float]) -> Metric:
-        counter = CounterMetricFamily(f"stagemesh_{name}", words, labels=["model_name", label])
-        for value, count in values.items():
-            counter.add_metric([self._model, value], count)
-        return counter
-
-    def _rank_seconds(self) -> Metric:
-        labels = ["model_name", "rank", "stage", "shard", "phase"]
-        words = "Where the time of a rank goes, since it joined its gang: " + "; ".join(map(": ".join, PHASES.items()))
-        counter = CounterMetricFamily("stagemesh_rank_seconds", words, labels=labels)
-        for info in self._ranks():
-            for phase, seconds in info.seconds.items():
-                counter.add_metric([self._model, str(info.rank), str(info.stage), str(info.shard), phase], seconds)
-        return counter
+            yield self._counter(f"key_{name}", words, ("key",), values)
 
     def _histograms(self) -> Iterator[Metric]:
         stats, latencies = self._engine.stats, self._latencies
         histograms = [
             ("time_to_first_token_seconds", "From a request to its first token", latencies.first_token_s),
             ("inter_token_latency_seconds", "From one token to the next", latencies.inter_token_s),
+            (
+                "request_time_per_output_token_seconds",
+                "From one token to the next, an answer's mean",
+                latencies.per_token_s,
+            ),
             ("e2e_request_latency_seconds", "From a request to the end of its answer", latencies.request_s),
+            ("request_decode_time_seconds", "From an answer's first token to its end", latencies.decode_s),
             ("request_queue_time_seconds", "From a request to its first step", stats.queue_s),
+            ("request_prompt_tokens", "Prompt tokens of a sequence", stats.prompt_tokens),
+            ("request_generation_tokens", "Tokens generated of a sequence that has ended", stats.generated_tokens),
             ("step_tokens", "Tokens of a step, those of prompts included", stats.step_tokens),
         ]
         for name, words, histogram in histograms:
-            family = HistogramMetricFamily(f"stagemesh_{name}", words, labels=["model_name"])
-            family.add_metric([self._model], _buckets(histogram), histogram.sum)
-            yield family
+            yield self._histogram(name, words, (), {(): histogram})
+        phases = "; ".join(map(": ".join, RECOVERY_PHASES.items()))
+        by_phase = {(phase,): histogram for phase, histogram in stats.recovery_s.items()}
+        yield self._histogram("recovery_seconds", f"Seconds that a recovery took: {phases}", ("phase",), by_phase)
+
+    def _gauge(self, name: str, words: str, labels: tuple[str, ...], values: _Values[float]) -> Metric:
+        family = GaugeMetricFamily(f"stagemesh_{name}", words, labels=(*_OF_ALL, *labels))
+        for of_series, value in values.items():
+            family.add_metric([self._labels.model, self._labels.replica, *of_series], value)
+        return family
+
+    def _counter(self, name: str, words: str, labels: tuple[str, ...], values: _Values[float]) -> Metric:
+        family = CounterMetricFamily(f"stagemesh_{name}", words, labels=(*_OF_ALL, *labels))
+        for of_series, value in values.items():
+            family.add_metric([self._labels.model, self._labels.replica, *of_series], value)
+        return family
+
+    def _histogram(self, name: str, words: str, labels: tuple[str, ...], values: _Values[Histogram]) -> Metric:
+        family = HistogramMetricFamily(f"stagemesh_{name}", words, labels=(*_OF_ALL, *labels))
+        for of_series, value in values.items():
+            family.add_metric([self._labels.model, self._labels.replica, *of_series], _buckets(value), value.sum)
+        return family
 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:

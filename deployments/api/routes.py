@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 from starlette.applications import Starlette
@@ -17,11 +17,12 @@ from starlette.types import Receive, Scope, Send
 from deployments.api.bodies import ChatBody, CompletionBody, GenerationBody
 from deployments.api.connection import ClientGoneError, Connection, Headers, read_body, warning
 from deployments.api.door import Door
-from deployments.api.errors import ApiError, internal_error, log_unexpected
+from deployments.api.errors import ApiError, internal_error, log_unexpected, shown
 from deployments.api.generation import Generation, draining, not_ready
 from deployments.api.key_limits import LIMIT_HEADERS, KeyAccount
 from deployments.api.key_ring import KeyRing
 from deployments.api.metrics import CONTENT_TYPE
+from deployments.api.request_log import RequestLog, current_request
 from deployments.api.responses import DONE, ChatReply, CompletionReply, Reply
 from deployments.api.service import Service
 from deployments.api.strict_body import parse_body
@@ -38,9 +39,17 @@ STREAM_HEADERS: Headers = [
 PING = b": ping\n\n"  # a comment of server-sent events: clients skip it, and see that the connection lives
 
 
-def build_app(service: Service, ring: KeyRing | None = None, cors_origins: Sequence[str] = ()) -> Starlette:
-    """The ASGI app of one replica. `ring`: the API keys, where there are any; `cors_origins`: of web pages."""
-    pages, token_pages = Pages(service), TokenPages(service)
+def build_app(
+    service: Service,
+    ring: KeyRing | None = None,
+    cors_origins: Sequence[str] = (),
+    metrics_of_all: Callable[[], Awaitable[bytes]] | None = None,
+) -> Starlette:
+    """The ASGI app of one replica. `ring`: the API keys, where there are any; `cors_origins`: of web pages.
+
+    `metrics_of_all`: the page of all replicas; None: there is no other.
+    """
+    pages, token_pages = Pages(service, metrics_of_all), TokenPages(service)
     app = Starlette(
         routes=[
             Route("/v1/models", pages.models),
@@ -54,9 +63,14 @@ def build_app(service: Service, ring: KeyRing | None = None, cors_origins: Seque
             Route("/version", pages.version),
             Route("/cluster", pages.cluster),
             Route("/metrics", pages.metrics),
+            Route("/metrics/replica", pages.own_metrics),
         ],
         exception_handlers={HTTPException: _http_error, ApiError: _api_error, Exception: _internal_error},
-        middleware=[*_cors(cors_origins), Middleware(Door, ring, service.accounts)],
+        middleware=[
+            Middleware(RequestLog, service.access_log, _counter(service)),
+            *_cors(cors_origins),
+            Middleware(Door, ring, service.accounts),
+        ],
     )
     app.router.redirect_slashes = False  # a redirect would be no OpenAI object
     app.state.service = service
@@ -90,6 +104,8 @@ class GenerationRoute:
             raw = await read_body(Request(scope, receive), limits.max_body_bytes, limits.body_too_long)
             body = parse_body(raw, self._kind, ignored)
             connection.more_headers += warning(ignored or [])
+            if record := current_request():
+                record.model = shown(body.model)
             deadline = self._service.deadline(body, arrived)
             account = scope["state"]["account"]
             await connection.run(self._answer(body, connection, deadline, account), deadline)
@@ -143,8 +159,9 @@ async def _respond(generation: Generation, reply: Reply, connection: Connection)
 class Pages:
     """The routes that only read the replica's state."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, metrics_of_all: Callable[[], Awaitable[bytes]] | None) -> None:
         self._service = service
+        self._metrics_of_all = metrics_of_all
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models."""
@@ -179,7 +196,7 @@ class Pages:
             {
                 "model": identity.model,
                 "replica": identity.replica,
-                "state": "draining" if self._service.is_draining else engine.state,
+                "state": self._service.state,
                 "epoch": engine.epoch,
                 "topology": {
                     "tensor_parallel_size": topology.tensor_parallel_size,
@@ -205,7 +222,13 @@ class Pages:
         )
 
     async def metrics(self, request: Request) -> Response:
-        """GET /metrics: for Prometheus."""
+        """GET /metrics: of all replicas, whichever of them is reached."""
+        if self._metrics_of_all is None:
+            return await self.own_metrics(request)
+        return Response(await self._metrics_of_all(), media_type=CONTENT_TYPE)
+
+    async def own_metrics(self, request: Request) -> Response:
+        """GET /metrics/replica: of this replica alone."""
         return Response(self._service.metrics.page(), media_type=CONTENT_TYPE)
 
     def _card(self) -> dict[str, object]:
@@ -218,6 +241,17 @@ class Pages:
             "max_model_len": self._service.limits.max_model_len,
             "sampling_defaults": self._service.defaults.in_force(),
         }
+
+
+def _counter(service: Service) -> Callable[[Scope, int], None]:
+    """Counts requests for the metrics, by the route's path as it is declared."""
+    num_answered = service.latencies.num_answered
+
+    def count(scope: Scope, status: int) -> None:
+        route = scope.get("route")
+        num_answered[route.path if isinstance(route, Route) else "none", status] += 1
+
+    return count
 
 
 def _json(value: object) -> Response:

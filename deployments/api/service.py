@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -13,14 +12,16 @@ from actors.remote.meeting import RankInfo
 from actors.words.messages import Request
 from cluster.topology import Topology
 from configs.config import AdmissionConfig
+from configs.monitoring import MonitoringConfig
 from deployments.api.admission import Admission
 from deployments.api.bodies import GenerationBody
 from deployments.api.context_length import body_too_long, conversation_too_long, too_long
 from deployments.api.errors import ApiError
 from deployments.api.generation import Answer, Echo, Generation, draining, too_late
 from deployments.api.key_limits import KeyAccount, KeyAccounts
-from deployments.api.metrics import Latencies, Metrics, Stopwatch
+from deployments.api.metrics import Labels, Latencies, Metrics, Stopwatch
 from deployments.api.outbox import Outbox
+from deployments.api.request_log import current_request, new_sequence_id
 from deployments.api.sampling_defaults import SamplingDefaults
 from deployments.text.prompts import Conversation, ConversationError, Prompt
 from deployments.text.tokenizer import Text
@@ -73,10 +74,13 @@ class Service:
         limits: Limits,
         ranks: Callable[[], Sequence[RankInfo]],
         defaults: SamplingDefaults = SamplingDefaults(),
+        monitoring: MonitoringConfig = MonitoringConfig(),
+        num_spares: Callable[[], Sequence[int]] = list,
     ) -> None:
         """The engine delivers to `outbox`; `ranks` gives what `/cluster` shows of each.
 
-        `defaults`: what the checkpoint sets for fields that requests leave out.
+        `defaults`: what the checkpoint sets for fields that requests leave out. `num_spares`: processes of each stage
+        that can take a rank over.
         """
         self.engine = engine
         self.identity = identity
@@ -88,8 +92,18 @@ class Service:
         self.accounts = KeyAccounts()
         self.is_draining = False  # new requests are refused, running ones finish; may be set from any thread
         self._outbox = outbox
-        self._latencies = Latencies()
-        self.metrics = Metrics(engine, self._latencies, identity.model, ranks, self.accounts)
+        self.access_log = monitoring.access_log
+        self.latencies = Latencies()
+        labels = Labels(identity.model, identity.replica, identity.version)
+        aliases = monitoring.metric_aliases
+        self.metrics = Metrics(
+            engine, self.latencies, labels, ranks, self.accounts, lambda: self.state, num_spares, aliases
+        )
+
+    @property
+    def state(self) -> str:
+        """The engine's state, or "draining"."""
+        return "draining" if self.is_draining else self.engine.state
 
     @property
     def is_ready(self) -> bool:
@@ -115,6 +129,8 @@ class Service:
             finally:
                 generation.end()
                 account.spend(generation.usage.completion_tokens)
+                if record := current_request():
+                    generation.tell(record)
 
     async def prepare(self, body: GenerationBody, deadline: float | None) -> Generation:
         """What a checked body asks for, in token ids; nothing has started. Raises ApiError as `generate` does."""
@@ -188,7 +204,7 @@ class Service:
             message = "min_tokens: all of allowed_token_ids end the answer; allow others too, or leave it out"
             raise ApiError(400, message, param="min_tokens")
         return Request(
-            request_id=uuid.uuid4().hex,
+            request_id=new_sequence_id(),
             prompt_ids=prompt_ids,
             max_tokens=self._max_tokens(body, len(prompt_ids)),
             sampling=body.sampling(choice, self.limits.vocab_size, bad_words),
@@ -200,7 +216,7 @@ class Service:
 
     def _answer(self, body: GenerationBody, prompt: Prompt, request: Request, index: int, began: float) -> Answer:
         transcript = self.text.transcript(body.stop, body.min_tokens)
-        stopwatch = Stopwatch(self._latencies, began)
+        stopwatch = Stopwatch(self.latencies, began)
         if body.echoes:
             echo = Echo(prompt if isinstance(prompt, str) else None)
             return Answer(index, request, transcript, stopwatch, echo)

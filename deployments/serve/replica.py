@@ -10,8 +10,10 @@ from ray.util.placement_group import PlacementGroup
 
 from configs.config import Config
 from deployments.api.key_ring import KeyRing
+from deployments.api.request_log import ACCESS, RequestIdFilter
 from deployments.hosting import GangHost
 from deployments.serve.environment import ENVIRONMENT, lacking
+from deployments.serve.peers import Peers
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +31,16 @@ class Replica:
         self._host = GangHost(config, device, placement, serve.get_replica_context().replica_id.unique_id)
         from deployments.api.routes import build_app  # with Transformers, which the host has imported meanwhile
 
-        self.app = build_app(self._host.service, ring, config.api.cors_origins)
+        metrics_of_all = Peers("metrics_page", self.metrics_page).metrics
+        self.app = build_app(self._host.service, ring, config.api.cors_origins, metrics_of_all)
 
     def check_health(self) -> None:
         """Raises RuntimeError when the gang cannot come back."""
         self._host.check_health()
+
+    def metrics_page(self) -> bytes:
+        """What /metrics/replica answers."""
+        return self._host.service.metrics.page()
 
     def close(self) -> None:
         """End requests, engine and gang. May be called twice."""
@@ -49,7 +56,10 @@ def say_what_is_lacking(environment: Mapping[str, str]) -> None:
 def _log_to_stdout() -> None:
     """Show our progress lines to whoever started the server; Serve's own lines go into its files."""
     handler = logging.StreamHandler(sys.__stdout__)  # Serve sends sys.stdout into its file
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(request)s%(message)s", datefmt="%H:%M:%S"))
+    handler.addFilter(RequestIdFilter())
+    ACCESS.addHandler(logging.StreamHandler(sys.__stdout__))  # lines of JSON, and nothing else on them
+    ACCESS.propagate = False
     for package in ("cluster", "actors", "deployments"):
         logging.getLogger(package).addHandler(handler)
         logging.getLogger(package).setLevel(logging.INFO)

@@ -235,7 +235,7 @@ def test_every_metric_is_on_the_page(world: Any) -> None:
     there = {}
     for family in text_string_to_metric_families(page):
         name = family.name + ("_total" if family.type == "counter" else "")
-        labels = {label for sample in family.samples for label in sample.labels} - {"model_name", "le"}
+        labels = {label for sample in family.samples for label in sample.labels} - {"model_name", "replica", "le"}
         there[name] = (family.type, labels)
     assert set(shown) == set(there)
     for name, (kind, labels) in there.items():

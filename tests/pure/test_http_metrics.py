@@ -19,9 +19,9 @@ COMPLETION = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 6, "temperatur
 COMPLETIONS = "/v1/completions"
 
 
-def scrape(world):
-    """Every sample of the page by name and labels beside the model's."""
-    response = world.get("/metrics")
+def scrape(world, path="/metrics"):
+    """Every sample of the page by name and labels beside the model's and the replica's."""
+    response = world.get(path)
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/plain; version=")
     samples = {}
@@ -30,7 +30,7 @@ def scrape(world):
         assert family.documentation
         for sample in family.samples:
             labels = dict(sample.labels)
-            assert labels.pop("model_name") == "tiny"
+            assert (labels.pop("model_name"), labels.pop("replica")) == ("tiny", "replica-1")
             key = (sample.name.removeprefix("stagemesh_"), *labels.values())
             assert key not in samples
             samples[key] = sample.value
@@ -42,7 +42,7 @@ def test_a_fresh_replica_shows_zeros(world):
     assert samples["kv_blocks",] == 256
     assert samples["engine_state", "ready"] == 1
     busy = {key for key, value in samples.items() if value}
-    assert busy == {("kv_blocks",), ("engine_state", "ready")}
+    assert busy == {("kv_blocks",), ("engine_state", "ready"), ("build_info", "0.1.0")}
 
 
 def test_numbers_are_those_counted_by_hand(make_world):

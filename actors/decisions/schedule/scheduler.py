@@ -89,6 +89,8 @@ class Scheduler:
         if request.request_id in self._live:
             raise ValueError(f"request id {request.request_id} is already running")
         self._kv_cache.check_length(len(request.prompt_ids) + request.max_tokens)
+        if not self._live:
+            self.stats.progressed()  # before it, nothing was due
         sequence = Sequence(self._next_seq, request, waiting_since=self.stats.clock())
         self._next_seq += 1
         self._live[request.request_id] = sequence
@@ -123,7 +125,7 @@ class Scheduler:
         flight = self._flights.land()
         assert flight.step == result.step, f"result of step {result.step} while step {flight.step} was due"
         self._seen = result.step
-        self._step_times.completed(self.stats.clock())
+        self._step_times.completed(self.stats.progressed())
         events = []
         sampled = zip(result.token_ids, result.logprobs or [[]] * len(result.token_ids), strict=True)
         prompt_logprobs = iter(result.prompt_logprobs)
@@ -269,7 +271,7 @@ class Scheduler:
         self.stats.generated(sequence, len(accepted))
         if reason is not None:
             self._retire(sequence, reason)
-        return Event(sequence.request.request_id, accepted, reason)
+        return Event(sequence.request.request_id, accepted, reason, num_cached=sequence.num_cached)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take its blocks and let it wait; it keeps its ids, and is computed again from them (as after a lost gang)."""
@@ -281,7 +283,7 @@ class Scheduler:
         self, sequence: Sequence, reason: FinishReason, error: str | None = None, code: ErrorCode | None = None
     ) -> Event:
         sequence.finish_reason = reason
-        self.stats.num_finished[reason] += 1
+        self.stats.ended(sequence, reason)
         del self._live[sequence.request.request_id]
         if sequence.lane is None:
             self._waiting.remove(sequence)

@@ -28,6 +28,7 @@ class Sequence:
     is_open: bool = False  # the ranks have a row for it
     num_prompt_logprobs: int = 0  # already reported; what is computed again brings them again
     waiting_since: float | None = None  # monotonic seconds; None once a step with it was submitted
+    num_cached: int = 0  # prompt ids whose KV blocks were found when it first began to run
     finish_reason: FinishReason | None = None
     suspect_until: int = -1  # it must run alone until it has more ids than this; see Quarantine
     is_charged: bool = False  # its prompt counts against its key

@@ -29,6 +29,8 @@ RECOVERY_PHASES = {
 # Seconds; the buckets that dashboards of other engines use for requests as a whole.
 REQUEST_SECONDS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 STEP_TOKENS = tuple(2**power for power in range(15))
+REQUEST_TOKENS = tuple(step * 10**power for power in range(7) for step in (1, 2, 5))
+RECOVERY_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 
 
 class Histogram:
@@ -70,19 +72,23 @@ class Stats:
         self.num_replayed = 0  # requests that ran and were computed again in another epoch; one may count several times
         self.num_replayed_tokens = 0
         self.num_rebuilds: dict[Cause, int] = dict.fromkeys(get_args(Cause), 0)
-        self.recovery_s = dict.fromkeys(RECOVERY_PHASES, 0.0)
+        self.recovery_s = {phase: Histogram(RECOVERY_SECONDS) for phase in RECOVERY_PHASES}
         self.num_finished: dict[FinishReason, int] = dict.fromkeys(get_args(FinishReason), 0)
         self.queue_s = Histogram(REQUEST_SECONDS)  # from the engine taking a request to its first step
         self.step_tokens = Histogram(STEP_TOKENS)
+        self.prompt_tokens = Histogram(REQUEST_TOKENS)  # of a sequence that begins to run
+        self.generated_tokens = Histogram(REQUEST_TOKENS)  # of a sequence that has ended
+        self.progress_at = clock()  # when the last result came, or the first request after a time without any
 
     def opened(self, sequence: Sequence, num_reused: int) -> None:
         """Count a sequence that begins to run for the first time, `num_reused` of its ids from the cache."""
         if sequence.waiting_since is None:
             return  # computed again: it was preempted, or a gang was lost
         self.queue_s.observe(self.clock() - sequence.waiting_since)
-        sequence.waiting_since = None
+        sequence.waiting_since, sequence.num_cached = None, num_reused
         num_prompt, usage = len(sequence.request.prompt_ids), self._usage(sequence)
         self.num_prompt += num_prompt
+        self.prompt_tokens.observe(num_prompt)
         self.num_prompt_cached += num_reused
         usage.num_prompt += num_prompt
         usage.num_cached += num_reused
@@ -99,3 +105,13 @@ class Stats:
         """Count a step that goes to the ranks and will have a result."""
         self.num_steps += 1
         self.step_tokens.observe(sum(len(entry.ids) or 1 for entry in step.entries))
+
+    def ended(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Count a sequence that has ended."""
+        self.num_finished[reason] += 1
+        self.generated_tokens.observe(sequence.num_generated)
+
+    def progressed(self) -> float:
+        """Note that the ranks go on → now, in seconds of the clock."""
+        self.progress_at = self.clock()
+        return self.progress_at
