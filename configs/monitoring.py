@@ -12,11 +12,11 @@ class MonitoringConfig(Group):
 
     metric_aliases: Literal["none", "vllm"] = Field(
         default="none",
-        description="`vllm`: /metrics shows what vLLM counts too under vLLM's names (`vllm:num_requests_waiting` and so "
-        "on). Set it for boards, autoscalers and gateways that ask for those.",
+        description="`vllm`: /metrics shows what vLLM counts too under vLLM's names (`vllm:num_requests_waiting` and "
+        "so on). Set it for boards, autoscalers and gateways that ask for those.",
     )
     access_log: Literal["requests", "all", "none"] = Field(
         default="requests",
-        description="A line of JSON in the replica's log for each request: `requests`, but for probes (/health, /ready, "
-        "/metrics); `all`, with probes; `none`. Set `none` where a gateway writes one already.",
+        description="A line of JSON in the replica's log for each request: `requests`, but for probes (/health, "
+        "/ready, /metrics); `all`, with probes; `none`. Set `none` where a gateway writes one already.",
     )

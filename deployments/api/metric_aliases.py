@@ -2,7 +2,7 @@
 
 from prometheus_client.core import Metric
 
-# By our name without stagemesh_ (vllm/v1/metrics/loggers.py). Bounds of the histograms of seconds are the same as vLLM's.
+# By our name without stagemesh_; see vllm/v1/metrics/loggers.py. Histograms of seconds have the same bounds there.
 VLLM = {
     "requests_running": "num_requests_running",
     "requests_waiting": "num_requests_waiting",

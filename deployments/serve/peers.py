@@ -23,7 +23,7 @@ class Peers:
         self._handle: Any = None  # made at the first scrape: most replicas that are alone are never asked
 
     async def metrics(self) -> bytes:
-        """One page of all replicas that Serve counts as running; this one's where one of them does not answer in time."""
+        """One page of all replicas that Serve counts as running; this one's own where one of them does not answer."""
         try:
             if self._handle is None:
                 context = serve.get_replica_context()
