@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.types import Receive, Send
 
 from deployments.api.errors import ApiError
-from deployments.api.request_log import current_request
+from deployments.api.request_log import note_error
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -41,8 +41,7 @@ class Connection:
 
     async def fail(self, error: ApiError) -> None:
         """Send an error: as the response, or as the last event of a stream that has begun (without `[DONE]`)."""
-        if record := current_request():
-            record.error = error.label
+        note_error(error.label)
         try:
             if self.has_started:
                 await self.write(b"data: " + error.body() + b"\n\n", is_last=True)

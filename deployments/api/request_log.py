@@ -49,6 +49,12 @@ def current_request() -> RequestRecord | None:
     return _current.get()
 
 
+def note_error(label: str) -> None:
+    """Say in the line of the current request, if there is one, what went wrong."""
+    if record := _current.get():
+        record.error = label
+
+
 def is_sane_id(request_id: str) -> bool:
     """Whether a client's x-request-id may stand in logs: 1 to 128 letters, digits and ._:/+=@- ."""
     return _SANE_ID.fullmatch(request_id) is not None

@@ -22,7 +22,7 @@ from deployments.api.generation import Generation, draining, not_ready
 from deployments.api.key_limits import LIMIT_HEADERS, KeyAccount
 from deployments.api.key_ring import KeyRing
 from deployments.api.metrics import CONTENT_TYPE
-from deployments.api.request_log import RequestLog, current_request
+from deployments.api.request_log import RequestLog, current_request, note_error
 from deployments.api.responses import DONE, ChatReply, CompletionReply, Reply
 from deployments.api.service import Service
 from deployments.api.strict_body import parse_body
@@ -259,6 +259,7 @@ def _json(value: object) -> Response:
 
 
 def _error_response(error: ApiError, more_headers: dict[str, str] | None = None) -> Response:
+    note_error(error.label)
     headers = {name.decode(): value.decode() for name, value in error.headers()}
     return Response(error.body(), error.status, headers={**headers, **(more_headers or {})})
 

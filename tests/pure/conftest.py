@@ -16,6 +16,7 @@ from actors.decisions.schedule.settings import SchedulerSettings
 from actors.remote.engine import Engine
 from cluster.topology import Topology
 from configs.config import AdmissionConfig
+from configs.monitoring import MonitoringConfig
 from deployments.api.outbox import Outbox
 from deployments.api.routes import build_app
 from deployments.api.sampling_defaults import SamplingDefaults
@@ -83,7 +84,16 @@ class World:
     """One replica without Ray: engine, service and app over an executor."""
 
     def __init__(
-        self, text, executor=None, ranks=list, defaults=SamplingDefaults(), ring=None, cors_origins=(), **limits
+        self,
+        text,
+        executor=None,
+        ranks=list,
+        defaults=SamplingDefaults(),
+        ring=None,
+        cors_origins=(),
+        monitoring=MonitoringConfig(),
+        num_spares=list,
+        **limits,
     ):
         self.text = text
         self.executor = executor or FakeExecutor(vocab_size=VOCAB_SIZE)
@@ -94,7 +104,9 @@ class World:
         admission = AdmissionConfig(**{name: limits.pop(name, value) for name, value in admission.items()})
         values = {"max_model_len": 128, "vocab_size": VOCAB_SIZE, "admission": admission, "request_s": 600.0} | limits
         identity = Identity(MODEL, "replica-1", "0.1.0", 1, Topology(2, 2))
-        self.service = Service(self.engine, self.outbox, text, identity, Limits(**values), ranks, defaults)
+        self.service = Service(
+            self.engine, self.outbox, text, identity, Limits(**values), ranks, defaults, monitoring, num_spares
+        )
         self.app = build_app(self.service, ring, cors_origins)
         self.engine.start()
 

@@ -12,26 +12,30 @@ from actors.decisions.schedule.stats import Histogram, Stats
 from actors.remote.meeting import RankInfo
 from actors.words.errors import GangFailure
 from actors.words.messages import Request, SamplingParams
-from deployments.api.metrics import FIRST_TOKEN_SECONDS, INTER_TOKEN_SECONDS, Latencies, Stopwatch
+from configs.monitoring import MonitoringConfig
+from deployments.api.metric_aliases import VLLM
+from deployments.api.metric_pages import merged
+from deployments.api.metrics import FIRST_TOKEN_SECONDS, INTER_TOKEN_SECONDS, STATES, Latencies, Stopwatch
 from tests.fakes.fake_executor import FakeExecutor
 
 COMPLETION = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 6, "temperature": 0, "ignore_eos": True}
 COMPLETIONS = "/v1/completions"
 
 
-def scrape(world, path="/metrics"):
-    """Every sample of the page by name and labels beside the model's and the replica's."""
-    response = world.get(path)
+def scrape(world, prefix="stagemesh_"):
+    """Every sample with this prefix by name and labels beside the model's and the replica's."""
+    response = world.get("/metrics")
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/plain; version=")
     samples = {}
     for family in text_string_to_metric_families(response.text):
-        assert family.name.startswith("stagemesh_")
         assert family.documentation
+        if not family.name.startswith(prefix):
+            continue
         for sample in family.samples:
             labels = dict(sample.labels)
             assert (labels.pop("model_name"), labels.pop("replica")) == ("tiny", "replica-1")
-            key = (sample.name.removeprefix("stagemesh_"), *labels.values())
+            key = (sample.name.removeprefix(prefix), *labels.values())
             assert key not in samples
             samples[key] = sample.value
     return samples
@@ -61,6 +65,10 @@ def test_numbers_are_those_counted_by_hand(make_world):
     assert samples["time_to_first_token_seconds_count",] == 5
     assert samples["inter_token_latency_seconds_count",] == 5 + 5 + 2 + 2
     assert samples["e2e_request_latency_seconds_count",] == samples["request_queue_time_seconds_count",] == 5
+    assert samples["request_prompt_tokens_sum",] == samples["prompt_tokens_total",]
+    assert samples["request_generation_tokens_sum",] == samples["generation_tokens_total",]
+    assert samples["request_prompt_tokens_count",] == samples["request_generation_tokens_count",] == 5
+    assert samples["http_requests_total", "/v1/completions", "200"] == 4
     assert (
         samples["steps_total",]
         == samples["step_tokens_count",]
@@ -153,6 +161,9 @@ def test_a_stopwatch_measures_what_a_client_waits_for():
     assert latencies.inter_token_s.sum == 1.25
     assert sum(latencies.inter_token_s.counts) == 3
     assert latencies.request_s.sum == 3.25
+    assert latencies.decode_s.sum == 1.25
+    assert latencies.per_token_s.sum == pytest.approx(1.25 / 3)
+    assert stopwatch.first_token_s == 2.0
 
 
 @pytest.mark.parametrize("bounds", [FIRST_TOKEN_SECONDS, INTER_TOKEN_SECONDS])
@@ -165,3 +176,77 @@ def test_the_seconds_of_the_ranks_are_told_by_phase(make_world):
     samples = scrape(make_world(ranks=lambda: [info]))
     assert samples["rank_seconds_total", "compute", "3", "1", "1"] == 2.0
     assert samples["rank_seconds_total", "idle", "3", "1", "1"] == 1.5
+    assert samples["rank_info", "cpu", "node", "3", "1", "1"] == 1
+    assert samples["rank_heartbeat_age_seconds", "3", "1", "1"] == 0.5
+
+
+def test_a_replica_that_drains_says_so_and_its_spares_are_told_by_stage(make_world):
+    world = make_world(num_spares=lambda: [1, 0])
+    world.service.is_draining = True
+    samples = scrape(world)
+    assert [state for state in STATES if samples["engine_state", state]] == ["draining"]
+    assert world.get("/cluster").json()["state"] == "draining"
+    assert (samples["spare_ranks", "0"], samples["spare_ranks", "1"]) == (1, 0)
+
+
+def test_the_age_of_the_last_step_grows_while_something_waits_for_it_and_only_then(make_world, scripted_executor):
+    executor = scripted_executor(vocab_size=400, is_manual=True)
+    world = make_world(executor=executor)
+    now = [1000.0]
+    world.engine.stats.clock = lambda: now[0]
+    now[0] += 500
+    assert scrape(world)["step_age_seconds",] == 0
+    world.engine.add(Request("r", [5] * 20, 9, SamplingParams(0.0)))
+    while not executor.steps:
+        time.sleep(0.001)
+    now[0] += 30
+    assert scrape(world)["step_age_seconds",] == 30  # since the request came, not since the replica was idle
+    executor.release(1)
+    while world.engine.stats.progress_at < now[0]:
+        time.sleep(0.001)
+    assert scrape(world)["step_age_seconds",] == 0
+    now[0] += 7
+    assert scrape(world)["step_age_seconds",] == 7
+    world.engine.finish("r")
+    executor.release(100)
+    world.wait_until_idle()
+    assert scrape(world)["step_age_seconds",] == 0
+    assert world.engine.stats.progress_at == now[0]
+
+
+def test_vllms_names_show_the_same_numbers(make_world):
+    world = make_world(monitoring=MonitoringConfig(metric_aliases="vllm"))
+    world.post(COMPLETIONS, COMPLETION)
+    world.wait_until_idle()
+    own, twins = scrape(world), scrape(world, "vllm:")
+    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):  # what endpoint pickers read
+        assert twins[name, "0"] == 0
+    assert twins["generation_tokens_total", "0"] == own["generation_tokens_total",] == 6
+    assert twins["request_success_total", "0", "length"] == 1
+    assert twins["iteration_tokens_total_count", "0"] == own["steps_total",]
+    assert twins["time_to_first_token_seconds_bucket", "0", "+Inf"] == 1
+    families = {name for name, *_ in twins}
+    assert all(any(name.startswith(theirs) for name in families) for theirs in VLLM.values())
+    assert scrape(make_world(), "vllm:") == {}
+
+
+def test_pages_of_two_replicas_are_one_page_in_which_each_series_is_there_once(make_world):
+    first, second = make_world(), make_world()
+    first.post(COMPLETIONS, COMPLETION)
+    first.wait_until_idle()
+    pages = [world.service.metrics.page() for world in (first, second)]
+    page = merged([pages[0], pages[1].replace(b'"replica-1"', b'"replica-2"')]).decode()
+    found = {}
+    for family in text_string_to_metric_families(page):
+        assert f"# TYPE {family.name}" not in found
+        found[f"# TYPE {family.name}"] = family
+        for sample in family.samples:
+            key = (sample.name, *sorted(sample.labels.items()))
+            assert key not in found
+            found[key] = sample.value
+    series = [key for key in found if isinstance(key, tuple)]
+    assert len(series) == sum(1 for page in pages for line in page.splitlines() if not line.startswith(b"#"))
+    name = "stagemesh_generation_tokens_total"
+    values = [found[name, ("model_name", "tiny"), ("replica", f"replica-{number}")] for number in (1, 2)]
+    assert values == [6, 0]
+    assert merged(pages[:1]) == pages[0]
