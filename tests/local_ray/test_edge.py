@@ -61,6 +61,16 @@ def run(way: tuple[bool, bool], tmp_path_factory: pytest.TempPathFactory) -> Ite
         yield run
 
 
+def test_a_request_is_found_in_the_log_by_the_id_that_its_answer_has(run: Run, way: tuple[bool, bool]) -> None:
+    body = {**LONG, "max_tokens": 2}
+    for given in ("mine-1", None, *(["not sane: two words"] if way[1] else [])):
+        headers = {} if given is None else {"x-request-id": given}
+        answer = httpx.post(f"{run.url}/v1/completions", json=body, headers=headers, timeout=60)
+        (name,) = answer.headers.get_list("x-request-id")
+        assert (name == given) is (given == "mine-1")
+        until(lambda name=name: f'"request_id":"{name}","method":"POST"' in run.printed())
+
+
 def commands() -> list[Case]:
     return [case for case in corpus(TARGET) if case.id.startswith("header: ")]
 
