@@ -131,6 +131,7 @@ def _write(record: RequestRecord, began: float) -> None:
 def _id_of(scope: Scope) -> str:
     """The x-request-id of the request (Serve gives one to each that has none), where it is sane; else a new one."""
     for name, value in scope["headers"]:
-        if name.lower() == b"x-request-id" and is_sane_id(shown := value.decode("latin-1")):
-            return shown
+        request_id: str = value.decode("latin-1")
+        if name.lower() == b"x-request-id" and is_sane_id(request_id):
+            return request_id
     return uuid.uuid4().hex

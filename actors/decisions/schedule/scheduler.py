@@ -89,9 +89,7 @@ class Scheduler:
         if request.request_id in self._live:
             raise ValueError(f"request id {request.request_id} is already running")
         self._kv_cache.check_length(len(request.prompt_ids) + request.max_tokens)
-        if not self._live:
-            self.stats.progressed()  # before it, nothing was due
-        sequence = Sequence(self._next_seq, request, waiting_since=self.stats.clock())
+        sequence = Sequence(self._next_seq, request, waiting_since=self.stats.queued(is_alone=not self._live))
         self._next_seq += 1
         self._live[request.request_id] = sequence
         self._waiting.add(sequence)

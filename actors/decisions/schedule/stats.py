@@ -111,6 +111,10 @@ class Stats:
         self.num_finished[reason] += 1
         self.generated_tokens.observe(sequence.num_generated)
 
+    def queued(self, is_alone: bool) -> float:
+        """When a request is queued: now, in seconds of the clock. Where it `is_alone`, nothing was due before it."""
+        return self.progressed() if is_alone else self.clock()
+
     def progressed(self) -> float:
         """Note that the ranks go on → now, in seconds of the clock."""
         self.progress_at = self.clock()
