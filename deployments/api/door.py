@@ -9,8 +9,9 @@ from deployments.api.connection import Connection
 from deployments.api.errors import ApiError
 from deployments.api.key_limits import KeyAccount, KeyAccounts
 from deployments.api.key_ring import KeyRing
+from deployments.api.request_log import PROBES, current_request, route_of
 
-OPEN = frozenset({"/health", "/ready", "/version", "/metrics"})  # what probes and Prometheus ask; all else wants a key
+OPEN = PROBES | {"/version"}  # all else wants a key
 MAX_HEADER_BYTES = 32 * 1024
 
 
@@ -32,6 +33,8 @@ class Door:
             try:
                 _check_size(scope)
                 account = await self._account(scope)
+                if record := current_request():
+                    record.key = account.name or None
                 send = partial(_send_with_limits, send, account)
                 if scope["method"] == "POST":
                     held.enter_context(account.request())
@@ -42,7 +45,7 @@ class Door:
             await self._app(scope, receive, send)
 
     async def _account(self, scope: Scope) -> KeyAccount:
-        if self._ring is None or _route(scope) in OPEN:
+        if self._ring is None or route_of(scope) in OPEN:
             return self._accounts.of_nobody
         await self._ring.look()
         key = self._ring.find(_sent(scope))
@@ -58,11 +61,6 @@ def _check_size(scope: Scope) -> None:
     num_bytes = sum(len(name) + len(value) + 4 for name, value in scope["headers"])  # with ": " and the line's end
     if num_bytes > MAX_HEADER_BYTES:
         raise ApiError(431, f"the headers have {num_bytes} bytes; at most {MAX_HEADER_BYTES} are taken")
-
-
-def _route(scope: Scope) -> str:
-    """The path below the prefix that Serve gives the application."""
-    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
 
 
 def _sent(scope: Scope) -> str:

@@ -16,7 +16,7 @@ import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 ACCESS = logging.getLogger("deployments.access")  # its messages are lines of JSON
-PROBES = frozenset({"/health", "/ready", "/metrics", "/metrics/replica"})
+PROBES = frozenset({"/health", "/ready", "/metrics", "/metrics/replica"})  # what Kubernetes and Prometheus ask
 CLIENT_LEFT = 499  # what proxies call it; a status that nobody was sent
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
@@ -47,6 +47,11 @@ _current: ContextVar[RequestRecord | None] = ContextVar("request", default=None)
 def current_request() -> RequestRecord | None:
     """The record of the HTTP request that is being answered here; None outside of one."""
     return _current.get()
+
+
+def route_of(scope: Scope) -> str:
+    """The path below the prefix that Serve gives the application."""
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
 
 
 def note_error(label: str) -> None:
@@ -93,7 +98,7 @@ class RequestLog:
             await self._app(scope, receive, send)
             return
         began = time.monotonic()
-        record = RequestRecord(_id_of(scope), scope["method"], scope["path"])
+        record = RequestRecord(_id_of(scope), scope["method"], route_of(scope))
         _current.set(record)
         is_complete = False
 

@@ -345,7 +345,8 @@ def monitored(name: str) -> list[tuple[list[dict[str, Any]], dict[str, Any]]]:
 def test_monitors_scrape_ports_that_are_there() -> None:
     for endpoints, container in monitored("autoscaling"):
         assert {endpoint["port"] for endpoint in endpoints} <= set(ports(container))
-    assert "replica" in {endpoint["port"] for endpoint in monitored("autoscaling")[1][0]}
+    paths = {endpoint["port"]: endpoint.get("path", "/metrics") for endpoint in monitored("autoscaling")[1][0]}
+    assert paths["replica"] == "/metrics/replica", "all pods would give the series of all replicas"
     low = environment("autoscaling").get("RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "30000")
     assert ports(containers("autoscaling")[1])["replica"] == int(low)
     assert environment("autoscaling")["RAY_SERVE_PORT_QUARANTINE_S"] == "0"
