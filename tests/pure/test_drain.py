@@ -116,8 +116,8 @@ def test_a_leaving_node_ends_readiness_and_health_though_looking_failed_before(w
 
 HEADERS = [
     (b"content-type", b"application/json"),
-    (b"x-request-id", "ñ".encode()),
-    (b"x-title", b"one"),
+    (b"x-request-id", b"one"),
+    (b"x-title", "ñ".encode()),
 ]
 COMMANDS = [
     (b"x-request-disconnect-disabled", b"?1"),
