@@ -194,6 +194,15 @@ class Backend(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The Gumbel arg-max of each row: scores (float32) and ids (int64) [R]; see sampling.gumbel.gumbel_argmax."""
 
+    def forbid_tokens(
+        self, logits_RV: torch.Tensor, rows: Sequence[int], allowed_GB: torch.Tensor, first_bit: int
+    ) -> None:
+        """Set logits to -inf, in place, in G of the R rows; without waiting for the device.
+
+        `allowed_GB` (uint8, on the host) has a bit for each token: bit i % 8 of byte i // 8, those of this shard from
+        `first_bit` on. 1: the logit stays.
+        """
+
     def lowest_kept(
         self,
         scores_UV: torch.Tensor,

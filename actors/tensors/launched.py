@@ -1,12 +1,13 @@
 """Steps that were launched, and their results: available now, or once they have reached the host."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple, Protocol
 
 from actors.tensors.backend import Download
 from actors.tensors.sampled_ids import UNKNOWN_ID
+from actors.tensors.sampling.grammar_masks import NO_MASK_YET
 from actors.tensors.sampling.logprobs import LogprobDownload
 from actors.tensors.sequence_table import Row
 from actors.words.messages import TokenLogprobs
@@ -49,9 +50,10 @@ class Done:
 class PendingIds:
     """Sampled ids on their way to the host; their rows hold UNKNOWN_ID meanwhile."""
 
-    def __init__(self, rows: Sequence[Row], ids: Download) -> None:
+    def __init__(self, rows: Sequence[Row], ids: Download, when_known: Callable[[Sequence[Row]], None]) -> None:
+        """`when_known` gets the rows that have gained an id, once the host knows it."""
         self._rows = [(row, len(row.ids)) for row in rows]
-        self._download = ids
+        self._download, self._when_known = ids, when_known
         self._ids: list[int] | None = None
         for row in rows:
             row.ids.append(UNKNOWN_ID)
@@ -67,6 +69,7 @@ class PendingIds:
             for (row, index), token_id in zip(self._rows, self._ids, strict=True):
                 if index < len(row.ids):  # else a later step has cut the row back, to compute it anew
                     row.ids[index] = max(0, token_id)
+            self._when_known([row for (row, _), token_id in zip(self._rows, self._ids, strict=True) if token_id >= 0])
         return self._ids
 
 
@@ -107,7 +110,7 @@ class PendingStep:
     def take(self) -> Sampled:
         """Wait → the results of the step."""
         if self._result is None:
-            ids = [[token_id] for token_id in self._ids.take()]
+            ids = [[] if token_id == NO_MASK_YET else [token_id] for token_id in self._ids.take()]
             logprobs, of_prompt = (
                 [] if part is None else part.take() for part in (self._logprobs, self._prompt_logprobs)
             )

@@ -15,6 +15,7 @@ from actors.tensors.feedback import FeedbackReceiver, FeedbackSender
 from actors.tensors.launched import Done, Launched, Sampled
 from actors.tensors.model.stage_model import StageModel, build
 from actors.tensors.sampled_ids import SampledIds
+from actors.tensors.sampling.grammar_masks import Grammars
 from actors.tensors.sampling.logprobs import LogprobReader
 from actors.tensors.sampling.sampler import Sampler
 from actors.tensors.sequence_table import PromptChunk, Row, SequenceTable, StepTensors, max_table_rows
@@ -72,6 +73,7 @@ class Runner:
         scheduler = plan.scheduler
         num_positions = scheduler.num_lanes * scheduler.depth + 1  # ids that may be on their way at a time
         self._sampled_ids = SampledIds(max_table_rows(scheduler.max_num_seqs), num_positions, backend.device)
+        self._grammars = Grammars(self.shard.vocab_rows, plan.spec.vocab_size) if neighbors.next is None else None
         self.num_blocks = 0  # of the cache, those for padding not counted
         self.join(neighbors)
 
@@ -83,7 +85,7 @@ class Runner:
         backend = self.backend
         self.sampler = Sampler(*vocabulary, backend.best_tokens, backend.runs_ahead, backend.lowest_kept)
         logprobs = LogprobReader(*vocabulary, self.backend.download)
-        self._sampling = StepSampler(self.backend, self.sampler, logprobs, self._sampled_ids)
+        self._sampling = StepSampler(self.backend, self.sampler, logprobs, self._sampled_ids, self._grammars)
         self._receiver = self._sender = None
         if self.plan.scheduler.depth > 1 and neighbors.feedback is not None:
             if self.is_first_stage:
@@ -119,6 +121,8 @@ class Runner:
         `substitutes`: whether the backend may substitute modules of the model, and pack the weights.
         """
         group, device = self.neighbors.stage, self.backend.device
+        if self._grammars is not None:
+            self._grammars.load(folder)
         self.attention.choose_kernels()
         self.model = build(self.plan, self.shard.rank, folder, group, device, self.attention)
         report = load_weights(self.model.sources, self.model.tensors(), progress)
@@ -215,6 +219,7 @@ class Runner:
                 feedback.catch_up(step)
                 self.clock.lap("receive")
         fresh_blocks = self.table.apply(step)
+        self._sampling.follow_grammars(step, self.table.rows)
         if fresh_blocks and self.attention.reads_unwritten:
             self.cache.clear(self.backend.upload(torch.tensor(fresh_blocks)))
 

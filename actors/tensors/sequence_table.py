@@ -14,6 +14,7 @@ from actors.decisions.schedule.blocks import num_blocks_for
 from actors.tensors.attention.metadata import AttentionMetadata, Chunk, StepLayout, positions_of
 from actors.tensors.backend import AttentionBackend, StaleBlocks, StepInputs, Upload
 from actors.tensors.sampled_ids import UNKNOWN_ID, SampledIds
+from actors.tensors.sampling.grammar_masks import RowGrammar
 from actors.tensors.sampling.logits_processors import SamplingRow
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
 
@@ -40,6 +41,7 @@ class Row:
     num_prompt: int
     num_blocks: int = 0
     num_blocks_on_device: int = 0  # that StepInputs have brought there
+    grammar: RowGrammar | None = None  # on the last stage, where the sequence has one
 
 
 @dataclass(frozen=True)

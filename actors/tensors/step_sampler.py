@@ -1,24 +1,34 @@
 """Draws the ids of a step on the last stage, and keeps account of ids that are on their way to the host."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from actors.tensors.backend import Backend
 from actors.tensors.launched import PendingIds, PendingLogprobs, PendingStep
-from actors.tensors.sampled_ids import SampledIds
+from actors.tensors.sampled_ids import UNKNOWN_ID, SampledIds
+from actors.tensors.sampling.grammar_masks import Grammars, StepMasks
 from actors.tensors.sampling.logits_processors import SamplingRow
 from actors.tensors.sampling.logprobs import LogprobReader
 from actors.tensors.sampling.sampler import Sampler, SamplingBatch
 from actors.tensors.sequence_table import PromptChunk, Row
+from actors.words.messages import StepBatch
 
 
 class StepSampler:
     """Owns the ids that the device has sampled and the host does not know; nothing here waits for the device."""
 
-    def __init__(self, backend: Backend, sampler: Sampler, logprobs: LogprobReader, sampled_ids: SampledIds) -> None:
-        self._backend = backend
+    def __init__(
+        self,
+        backend: Backend,
+        sampler: Sampler,
+        logprobs: LogprobReader,
+        sampled_ids: SampledIds,
+        grammars: Grammars | None,
+    ) -> None:
+        """`grammars`: on the last stage."""
+        self._backend, self._grammars = backend, grammars
         self._sampler, self._logprobs = sampler, logprobs
         self._sampled_ids = sampled_ids
         self._pending: deque[PendingIds] = deque()
@@ -35,10 +45,25 @@ class StepSampler:
         while self._pending:
             self._pending.popleft().take()
 
+    def follow_grammars(self, step: StepBatch, rows: Mapping[int, Row]) -> None:
+        """Begin what a step needs of grammars, before its forward: compile those of new rows, and make masks."""
+        if self._grammars is None:
+            return
+        for new in step.opened:
+            if new.sampling.grammar is not None:
+                rows[new.seq].grammar = self._grammars.open(new.sampling.grammar, new.sampling.stop_ids)
+        self._advance([rows[entry.seq] for entry in step.entries if entry.sample])
+
+    def _advance(self, rows: Sequence[Row]) -> None:
+        """Begin to make the masks of rows whose ids the host knows."""
+        if self._grammars is not None:
+            known = [row for row in rows if row.grammar is not None and row.ids[-1] != UNKNOWN_ID]
+            self._grammars.advance((row.grammar, row.ids[row.num_prompt :]) for row in known if row.grammar is not None)
+
     def keep(self, rows: Sequence[Row], ids_R: torch.Tensor) -> PendingIds:
         """Append sampled ids (int64 [R], on the device) to their rows; the device knows them until they are here."""
         table_rows, positions = [row.index for row in rows], [len(row.ids) for row in rows]
-        pending = PendingIds(rows, self._backend.download(ids_R))
+        pending = PendingIds(rows, self._backend.download(ids_R), self._advance)
         if pending.is_ready():
             pending.take()
         else:
@@ -59,13 +84,29 @@ class StepSampler:
 
         The other logits rows are of `prompts`. `when_sampled` gets the ids [R] before they are on the host.
         """
-        logits_RV = logits_QV[: len(rows)]
-        batch = SamplingBatch.of(sampling, self._backend.upload, self._sampled_ids)
-        sampled_ids_R = self._sampler.sample(logits_RV, batch)
+        logits_RV = allowed_RV = logits_QV[: len(rows)]
+        outcomes: Mapping[int, int] = {}
+        if (masks := self._masks(rows)) is not None:
+            outcomes = masks.outcomes
+            if any(row.sampling.logprobs is not None for row in rows):
+                allowed_RV = logits_RV.clone()  # log-probabilities are the model's own
+            self._backend.forbid_tokens(allowed_RV, masks.rows, masks.allowed_GB, masks.first_bit)
+        batch = SamplingBatch.of(sampling, self._backend.upload, self._sampled_ids, outcomes)
+        sampled_ids_R = self._sampler.sample(allowed_RV, batch)
         when_sampled(sampled_ids_R.clamp(min=0))  # after NOT_A_NUMBER too, the next step may already be on its way
         logprobs = self._of_sampled(rows, logits_RV, sampled_ids_R.clamp(min=0))
         of_prompts = self._of_prompts(prompts, logits_QV[len(rows) :])
         return PendingStep(self.keep(rows, sampled_ids_R), logprobs, of_prompts)
+
+    def _masks(self, rows: Sequence[Row]) -> StepMasks | None:
+        """The masks of rows with a grammar, after the ids that are on their way; None where there are none."""
+        of_rows = [(index, row.grammar) for index, row in enumerate(rows) if row.grammar is not None]
+        if self._grammars is None or not of_rows:
+            return None
+        while self._pending and any(rows[index].ids[-1] == UNKNOWN_ID for index, _ in of_rows):
+            self._pending.popleft().take()
+        self._advance(rows)
+        return self._grammars.masks(of_rows)
 
     def _of_sampled(self, rows: Sequence[Row], logits_RV: torch.Tensor, ids_R: torch.Tensor) -> PendingLogprobs | None:
         num_top = {i: row.sampling.logprobs for i, row in enumerate(rows) if row.sampling.logprobs is not None}

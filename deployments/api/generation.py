@@ -252,6 +252,8 @@ def _failed(event: Event) -> ApiError:
     message = f"the engine could not finish this request: {reason}"
     if event.code == "numerical_error":
         return ApiError(500, message, code="numerical_error")
+    if event.code == "grammar_error":
+        return ApiError(400, message, code="grammar_error")
     if event.code == "ends_ranks":
         return ApiError(500, message, code="engine_failure")
     return ApiError(503, message, code="engine_failure", retry_after_s=NOT_READY_RETRY_AFTER_S)

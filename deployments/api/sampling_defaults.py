@@ -7,9 +7,9 @@ from typing import Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
+from actors.decisions.model.generation_config import GENERATION_CONFIG, read_generation_config
 from deployments.api.sampling_fields import SamplingBody
 from deployments.api.strict_body import as_api_error
-from deployments.text.generation_config import GENERATION_CONFIG, read_generation_config
 
 # Of a request's fields, those that the file may set; max_tokens too, by the name max_new_tokens
 FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")

@@ -12,9 +12,9 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from actors.decisions.model.generation_config import eos_token_ids
 from deployments.text.chat_template import ChatTemplate
 from deployments.text.control_tokens import ControlTokens
-from deployments.text.generation_config import eos_token_ids
 from deployments.text.prompts import Conversation, ConversationError, Prompt
 from deployments.text.response_format import DEFAULT, ResponseFormat, choose_format
 from deployments.text.response_reader import ResponseReader

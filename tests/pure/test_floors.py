@@ -21,11 +21,12 @@ HOUSE = [
     (0, "configs", {"pydantic", "pydantic_core", "yaml"}),
     (1, "cluster", {"ray", "torch", "psutil", "pynvml", "numpy", "numba", "llvmlite"}),
     (2, "actors/words", {"msgspec"}),
-    (3, "actors/decisions", {"msgspec", "numpy"}),
+    (3, "actors/decisions", {"msgspec", "numpy", "llguidance"}),
     (
         4,
         "actors/tensors",
-        {"torch", "numpy", "transformers", "safetensors", "huggingface_hub", "msgspec", "numba", "llvmlite", "triton"},
+        {"torch", "numpy", "transformers", "safetensors", "huggingface_hub", "msgspec", "numba", "llvmlite", "triton"}
+        | {"llguidance"},
     ),
     (5, "actors/remote", {"ray", "zmq", "msgspec", "torch", "transformers"}),
     (

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
+from actors.decisions.model.generation_config import eos_token_ids
 from actors.words.messages import SamplingParams
 from cluster.topology import Topology
 from configs.files import parse_args
 from deployments.api.sampling_defaults import FIELDS, SamplingDefaults
 from deployments.gangs import check_model
-from deployments.text.generation_config import eos_token_ids
 
 COMPLETION = {"model": "tiny", "prompt": [5, 6, 7], "ignore_eos": True}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "ignore_eos": True}

@@ -12,13 +12,12 @@ from actors.decisions.schedule.blocks import BlockCounts, BlockPool
 from actors.decisions.schedule.fair_shares import FairShares
 from actors.decisions.schedule.kv_cache_manager import KVCacheManager
 from actors.decisions.schedule.lanes import Flights, Lane, Lanes, age
-from actors.decisions.schedule.sequence import Sequence
+from actors.decisions.schedule.sequence import FAILURES, Sequence
 from actors.decisions.schedule.settings import PROMPT_LOGPROBS_CHUNK, SchedulerSettings
 from actors.decisions.schedule.stats import Stats
 from actors.decisions.schedule.step_time import StepTimeModel
 from actors.decisions.schedule.waiting import Waiting
 from actors.words.messages import (
-    NOT_A_NUMBER,
     Entry,
     ErrorCode,
     Event,
@@ -218,7 +217,7 @@ class Scheduler:
         if not self._reserve(sequence, start + count):
             return 0
         if not sequence.is_open:
-            sequence.is_open = True
+            sequence.open_row()
             request = sequence.request
             step.opened.append(NewSequence(sequence.seq, request.sampling, known_ids, len(request.prompt_ids)))
             self._shares.charge(request.key, 0 if sequence.has_begun else -len(known_ids))
@@ -261,9 +260,9 @@ class Scheduler:
 
     def _append(self, sequence: Sequence, entry: Entry, ids: list[int]) -> Event:
         """Take what an entry sampled, up to a stop id, and end the request where it is done."""
-        if NOT_A_NUMBER in ids:
+        if failure := next((FAILURES[token_id] for token_id in ids if token_id in FAILURES), None):
             self._kv_cache.never_share(sequence)
-            return self._retire(sequence, "error", "the model's logits are not finite", "numerical_error")
+            return self._retire(sequence, "error", *failure)
         accepted, reason = sequence.accept(entry, ids)
         self._shares.charge(sequence.request.key, len(accepted))
         self.stats.generated(sequence, len(accepted))

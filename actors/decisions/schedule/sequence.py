@@ -6,7 +6,20 @@ from dataclasses import dataclass, field
 import msgspec
 
 from actors.decisions.schedule.blocks import BlockHash, next_hash, root_hash
-from actors.words.messages import Entry, FinishReason, Request, TokenLogprobs
+from actors.words.messages import (
+    GRAMMAR_FAILED,
+    NOT_A_NUMBER,
+    Entry,
+    ErrorCode,
+    FinishReason,
+    Request,
+    TokenLogprobs,
+)  # fmt: skip
+
+FAILURES: dict[int, tuple[str, ErrorCode]] = {  # what stands in place of an id: the error, and its kind
+    NOT_A_NUMBER: ("the model's logits are not finite", "numerical_error"),
+    GRAMMAR_FAILED: ("its grammar or schema is too complex to be followed; make it simpler", "grammar_error"),
+}
 
 
 @dataclass(eq=False, slots=True)
@@ -26,6 +39,7 @@ class Sequence:
     hashes: list[BlockHash] = field(default_factory=list)  # of the full blocks of known ids
     num_hashed: int = 0  # of its blocks: the pool knows the hash of their contents
     is_open: bool = False  # the ranks have a row for it
+    may_run_ahead: bool = True  # not before the first id of its row, if that may fail to come; see `accept`
     num_prompt_logprobs: int = 0  # already reported; what is computed again brings them again
     waiting_since: float | None = None  # monotonic seconds; None once a step with it was submitted
     num_cached: int = 0  # prompt ids whose KV blocks were found when it first began to run
@@ -76,6 +90,7 @@ class Sequence:
 
     def can_decode(self, depth: int) -> bool:
         """Whether a step may take its next token, or the one after those pending, of which `depth` are allowed."""
+        depth = depth if self.may_run_ahead else 1
         return self.wants_token and (self.num_unscheduled == 1 or 0 < self.num_pending < depth)
 
     def full_hashes(self, block_size: int) -> list[BlockHash]:
@@ -91,6 +106,10 @@ class Sequence:
         """How many ids it has once it is past an entry: at least its prompt, before which it gains none."""
         return max(len(self.request.prompt_ids), entry.start + (len(entry.ids) or 1))
 
+    def open_row(self) -> None:
+        """Note that the ranks get a row for it, and begin to compile its grammar if it has one."""
+        self.is_open, self.may_run_ahead = True, self.request.sampling.grammar is None
+
     def start_over(self) -> None:
         """Forget what the ranks held of it. Its ids stay, and how many prompt logprobs were reported."""
         self.lane, self.is_open = None, False
@@ -103,8 +122,15 @@ class Sequence:
         return unreported
 
     def accept(self, entry: Entry, ids: list[int]) -> tuple[list[int], FinishReason | None]:
-        """Append what an entry sampled, up to a stop id → (what was appended, why the sequence ends, if it does)."""
+        """Append what an entry sampled, up to a stop id → (what was appended, why the sequence ends, if it does).
+
+        No ids of an entry that samples: its grammar is not compiled yet, and its last token is computed once more.
+        """
         request, accepted = self.request, 0
+        if ids:
+            self.may_run_ahead = True
+        elif entry.sample and self.is_open:
+            self.num_scheduled -= 1
         for token in ids:
             accepted += 1
             self.ids.append(token)
@@ -124,7 +150,6 @@ def _check_grammar(request: Request) -> None:
         raise ValueError("grammar: says itself how long the text is; leave min_tokens out")
     if request.sampling.allowed_ids:
         raise ValueError("grammar: says itself which ids are allowed; leave allowed_token_ids out")
-    raise ValueError("grammar: ranks cannot follow one yet; leave it out")
 
 
 def completed(request: Request) -> Request:

@@ -128,6 +128,22 @@ class ReferenceBackend:
         """See Backend."""
         return gumbel_argmax(logits_RV, first_id, temperatures_R1, keys_R1)
 
+    def forbid_tokens(
+        self, logits_RV: torch.Tensor, rows: Sequence[int], allowed_GB: torch.Tensor, first_bit: int
+    ) -> None:
+        """See Backend."""
+        bits_8 = torch.arange(8, dtype=torch.uint8, device=self.device)
+        allowed_GV = (self.upload(allowed_GB).unsqueeze(2) >> bits_8 & 1).flatten(1)
+        self.forbid(logits_RV, rows, allowed_GV[:, first_bit : first_bit + logits_RV.shape[1]] == 0)
+
+    def forbid(self, logits_RV: torch.Tensor, rows: Sequence[int], forbidden_GV: torch.Tensor) -> None:
+        """Set logits to -inf, in place, where `forbidden_GV` (bool) says so; its rows are some of the R."""
+        if len(rows) == len(logits_RV):
+            logits_RV.masked_fill_(forbidden_GV, float("-inf"))
+            return
+        rows_G = self.upload(torch.tensor(rows))
+        logits_RV.index_copy_(0, rows_G, logits_RV.index_select(0, rows_G).masked_fill_(forbidden_GV, float("-inf")))
+
     def lowest_kept(
         self,
         scores_UV: torch.Tensor,

@@ -6,8 +6,9 @@ is distributed as softmax(logit / temperature). Truncated tokens get the score -
 logits, parameters and history.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -21,6 +22,7 @@ from actors.tensors.sampling.truncation import Truncation, VocabularySearch, tru
 from actors.words.messages import NOT_A_NUMBER
 from cluster.collectives.interface import StageGroup
 
+_OUTCOMES = 1 << 31  # above all ids: where an id is exchanged, this less an outcome stands for the outcome
 _MIN_TEMPERATURE = 1e-6  # below, finite logits could become infinite scores; this is as good as greedy
 
 BestTokens = Callable[
@@ -36,21 +38,33 @@ class SamplingBatch:
     keys_R1: torch.Tensor | None  # int64, of (seed, position)
     logits_processors: LogitsProcessors | None
     truncation: Truncation | None
+    outcomes_R: torch.Tensor | None = None  # int64, negative where a row gets this in place of an id
 
     @classmethod
-    def of(cls, rows: Sequence[SamplingRow], upload: Upload, sampled_ids: SampledIds | None = None) -> "SamplingBatch":
-        """Bring rows into this form. `sampled_ids` knows the ids that the rows do not know yet."""
+    def of(
+        cls,
+        rows: Sequence[SamplingRow],
+        upload: Upload,
+        sampled_ids: SampledIds | None = None,
+        outcomes: Mapping[int, int] = MappingProxyType({}),
+    ) -> "SamplingBatch":
+        """Bring rows into this form. `sampled_ids` knows the ids that the rows do not know yet.
+
+        `outcomes`: by row, the negative number that it gets in place of an id.
+        """
         processors = LogitsProcessors.of(rows, upload, sampled_ids)
+        codes = [outcomes.get(index, 0) for index in range(len(rows))]
+        outcomes_R = upload(torch.tensor(codes)) if outcomes else None
         sampling = [row.sampling for row in rows]
         if all(params.temperature == 0 for params in sampling):
-            return cls(None, None, processors, None)
+            return cls(None, None, processors, None, outcomes_R)
         assert all(params.temperature == 0 or params.seed is not None for params in sampling), "the engine draws a seed"
         temperatures = torch.tensor(
             [[max(params.temperature, _MIN_TEMPERATURE) if params.temperature else 0.0] for params in sampling],
             dtype=torch.float32,
         )
         keys = torch.tensor([[noise_key(row.sampling.seed or 0, row.position)] for row in rows])
-        return cls(upload(temperatures), upload(keys), processors, Truncation.of(rows, upload))
+        return cls(upload(temperatures), upload(keys), processors, Truncation.of(rows, upload), outcomes_R)
 
 
 class Sampler:
@@ -79,13 +93,19 @@ class Sampler:
     def sample(self, logits_RV: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
         """Logits of this shard's vocabulary rows → ids [R], int64, the same on every shard.
 
-        NOT_A_NUMBER where the best score is NaN or infinite: there is no distribution to sample from.
+        NOT_A_NUMBER where the best score is NaN or infinite: there is no distribution to sample from. An outcome of the
+        batch where this shard or another one has one for the row.
         """
         if not logits_RV.shape[0]:
             return torch.empty(0, dtype=torch.int64, device=logits_RV.device)
         if batch.logits_processors is not None:
             logits_RV = batch.logits_processors.apply(logits_RV.float(), self.vocab_rows[0])
-        return self._best_of_all_shards(*self._best_of_shard(logits_RV, batch))
+        scores_R, ids_R = self._best_of_shard(logits_RV, batch)
+        if batch.outcomes_R is not None:
+            has_outcome_R = batch.outcomes_R < 0
+            scores_R = scores_R.masked_fill(has_outcome_R, float("inf"))
+            ids_R = torch.where(has_outcome_R, _OUTCOMES - batch.outcomes_R, ids_R)
+        return self._best_of_all_shards(scores_R, ids_R)
 
     def _best_of_shard(self, logits_RV: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """The best of this shard's tokens in each row: scores, float32 [R], and ids, int64 [R]."""
@@ -114,4 +134,6 @@ class Sampler:
         scores_R = scores_R.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
         sort_keys_PR = self.group.all_gather(sort_keys_of(scores_R, ids_R))
         sort_keys_R = sort_keys_PR.amax(dim=0)
-        return torch.where(scores_of(sort_keys_R).isfinite(), ids_of(sort_keys_R), NOT_A_NUMBER)
+        ids_R = ids_of(sort_keys_R)
+        instead_R = torch.where(ids_R > _OUTCOMES, _OUTCOMES - ids_R, NOT_A_NUMBER)
+        return torch.where(scores_of(sort_keys_R).isfinite(), ids_R, instead_R)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from actors.decisions.model.spec import AttentionSpec
@@ -53,6 +54,14 @@ class CPUBackend(ReferenceBackend):
         if logits_RV.dtype not in DTYPE_TAGS:
             return super().best_tokens(logits_RV, first_id, temperatures_R1, keys_R1)
         return gumbel_argmax(logits_RV, first_id, temperatures_R1, keys_R1)
+
+    def forbid_tokens(
+        self, logits_RV: torch.Tensor, rows: Sequence[int], allowed_GB: torch.Tensor, first_bit: int
+    ) -> None:
+        """See Backend. NumPy takes bits apart some twenty times as fast as torch does."""
+        allowed_GV = np.unpackbits(allowed_GB.numpy(), axis=1, bitorder="little")
+        forbidden_GV = torch.from_numpy(allowed_GV[:, first_bit : first_bit + logits_RV.shape[1]] == 0)
+        self.forbid(logits_RV, rows, forbidden_GV)
 
 
 def _substitute_modules(model: RankModel, trials: dict[str, TrialSteps], account: Account) -> None:
