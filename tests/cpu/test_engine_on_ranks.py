@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from llguidance import LLMatcher, LLTokenizer
+from llguidance.numpy import allocate_token_bitmask, apply_token_bitmask_inplace, fill_next_token_bitmask
 from transformers import AutoModelForCausalLM
 
 from actors.decisions.failure.patience import StepClock
@@ -19,6 +21,7 @@ from actors.remote.engine import Engine
 from actors.remote.meeting import Assignment, Meeting
 from actors.words.messages import Bucket, Captured, Event, Request, SamplingParams, StepBatch, StepResult
 from configs.config import Config
+from tests.fakes.tiny_tokenizer import END_ID, save_tiny_tokenizer
 
 ADDRESS = "127.0.0.1"
 PATIENCE_S = 60.0
@@ -142,7 +145,7 @@ class Events:
         expected = {request.request_id for request in requests}
         with self.changed:
             assert self.changed.wait_for(lambda: expected <= set(self.ends), ANSWER_S), "requests did not end"
-        errors = [event.error for event in self.ends.values() if event.finish_reason != "length"]
+        errors = [event.error for event in self.ends.values() if event.finish_reason not in ("length", "stop")]
         assert not errors, errors
 
 
@@ -158,6 +161,7 @@ def gang_of(
             for gang in [now.pop(layout) for layout in list(now)]:
                 gang.close()
             plan = plan_of("llama", tp, pp, model={"max_model_len": MAX_MODEL_LEN}, scheduler={"depth": 2})
+            save_tiny_tokenizer(checkpoints("llama"))
             now[tp, pp] = LocalGang(pool, plan, checkpoints("llama"))
         return now[tp, pp]
 
@@ -243,6 +247,21 @@ def test_concurrent_streams_equal_the_same_requests_one_by_one(gang_of: Any) -> 
         assert max(len(step.entries) for step in gang.steps) >= 8
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "a": {"enum": ["tru", "b"]},
+        "n": {"type": "integer"},
+        "f": {"type": "array", "items": {"enum": [0]}},
+    },
+    "required": ["a", "n", "f"],
+    "additionalProperties": False,
+}
+GRAMMARS = [
+    LLMatcher.grammar_from_json_schema(SCHEMA, {"whitespace_flexible": False}),
+    LLMatcher.grammar_from_regex(r"(ab|true|[0-9]{2,4}){1,9}!"),
+]
+
 # Every parameter alone and with others.
 MIXED: list[dict[str, Any]] = [
     {},
@@ -254,17 +273,20 @@ MIXED: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {"min_tokens": 9, "repetition_penalty": 0.8, "top_p": 0.97},
     {"temperature": 0.0, "logprobs": 2, "prompt_logprobs": 1, "frequency_penalty": 0.7},
+    {"grammar": GRAMMARS[0], "temperature": 0.0, "logprobs": 3},
+    {"grammar": GRAMMARS[1], "top_p": 0.8, "presence_penalty": 0.9},
+    {"grammar": GRAMMARS[0], "top_k": 4, "logit_bias": {END_ID: 4.0}},
 ]
 
 
 def mixed_requests() -> list[Request]:
     generator = torch.Generator().manual_seed(4)
     requests = []
-    for number in range(17):
+    for number in range(20):
         prompt = torch.randint(103, (2 + 2 * number,), generator=generator).tolist()
-        params = SamplingParams(**{"temperature": 0.9 + 0.1 * (number % 3), "seed": number, **MIXED[number % 9]})
-        # Ids that stop are banned below min_tokens; where it is not set, none stops
-        stops = frozenset(range(40, 60)) if params.min_tokens else frozenset()
+        params = SamplingParams(**{"temperature": 0.9 + 0.1 * (number % 3), "seed": number, **MIXED[number % 12]})
+        # Ids that stop are banned below min_tokens; where neither it nor a grammar is set, none stops
+        stops = frozenset(range(40, 60)) if params.min_tokens else frozenset([END_ID] if params.grammar else [])
         requests.append(Request(str(number), prompt, 9 if params.min_tokens else 24, params, stops))
     return requests
 
@@ -288,6 +310,43 @@ def test_seeded_draws_depend_on_the_request_alone(gang_of: Any, drawn_alone: lis
     assert engine.stats.num_preemptions > 0
     banned = [set(range(40, 60)) & set(drawn) for request, drawn in zip(requests, ids[::-1], strict=True)]
     assert not any(found for found, request in zip(banned, requests, strict=True) if request.sampling.min_tokens)
+
+
+@torch.inference_mode()
+def constrained(model: Any, prompt: list[int], grammar: str, tokenizer: LLTokenizer) -> list[int] | None:
+    """Greedy ids of a plain loop of Transformers and llguidance, with the end; None near a tie, or where none comes."""
+    matcher, ids = LLMatcher(tokenizer, grammar, log_level=0), list(prompt)
+    bits = allocate_token_bitmask(1, tokenizer.vocab_size)
+    while len(ids) < len(prompt) + 30:
+        logits = model(torch.tensor([ids])).logits[0, -1:]
+        fill_next_token_bitmask(matcher, bits, 0)
+        apply_token_bitmask_inplace(logits.numpy(), bits)
+        best = logits[0].topk(2)
+        if best.values[0] - best.values[1] < NEAR_TIE:
+            return None
+        ids.append(int(best.indices[0]))
+        if ids[-1] == END_ID:
+            return ids[len(prompt) :]
+        assert matcher.consume_token(ids[-1]), matcher.get_error()
+    return None
+
+
+def test_greedy_with_a_grammar_is_a_plain_loop_of_transformers_and_llguidance(
+    gang_of: Any, model: Any, checkpoints: Callable[[str], Path]
+) -> None:
+    gang = gang_of(2, 2)
+    text = (checkpoints("llama") / "tokenizer.json").read_text()
+    tokenizer = LLTokenizer(text, n_vocab=103, eos_token=END_ID)
+    requests, expected = [], []
+    for seed in range(6):
+        prompt = torch.randint(103, (3 + seed,), generator=torch.Generator().manual_seed(seed)).tolist()
+        sampling = SamplingParams(0, grammar=GRAMMARS[seed % 2])
+        if (ids := constrained(model, prompt, GRAMMARS[seed % 2], tokenizer)) is not None:
+            requests.append(Request(str(seed), prompt, NUM_NEW, sampling, frozenset([END_ID])))
+            expected.append(ids)
+    assert len({request.sampling.grammar for request in requests}) == 2
+    ids, _ = gang.generate(requests)
+    assert ids == expected
 
 
 def test_served_draws_follow_the_exact_probabilities(gang_of: Any, model: Any) -> None:
