@@ -2,8 +2,9 @@
 
 next id = (sum of all ids of the sequence + its length + its seed) modulo vocab_size, or the next one above it that is
 not banned. It reads the ids back through the block tables, as attention would, so that a lost, doubled or overwritten
-block shows as a wrong id. An id's log-probability falls by 1/8 with each step that it lies above the id that the model
-says without a seed, modulo vocab_size.
+block shows as a wrong id. A grammar changes no id; it is late or fails, as `grammars_are_late` and `failing_grammar`
+say. An id's log-probability falls by 1/8 with each step that it lies above the id that the model says without a seed,
+modulo vocab_size.
 """
 
 import threading
@@ -11,7 +12,16 @@ from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from actors.words.messages import Bucket, Captured, Entry, SamplingParams, StepBatch, StepResult, TokenLogprobs
+from actors.words.messages import (
+    GRAMMAR_FAILED,
+    Bucket,
+    Captured,
+    Entry,
+    SamplingParams,
+    StepBatch,
+    StepResult,
+    TokenLogprobs,
+)  # fmt: skip
 
 
 def next_id(ids: list[int], vocab_size: int, seed: int = 0, banned: Collection[int] = ()) -> int:
@@ -36,6 +46,7 @@ class _Row:
     blocks: list[int] = field(default_factory=list)
     last_ids: list[int] = field(default_factory=list)
     lane: int = -1  # whose step drew the last of them
+    num_late: int = 0  # samples that will still bring no id
 
 
 class FakeExecutor:
@@ -49,6 +60,8 @@ class FakeExecutor:
         self.failure: Exception | None = None
         self.is_closed = False
         self.num_checks = 0
+        self.grammars_are_late = 0  # so many samples of a new row with a grammar bring no id
+        self.failing_grammar = ""
         self.shapes: list[Bucket] = []
         self.ordered: list[Bucket] = []  # captures
         self._captured: list[Captured] = []
@@ -133,10 +146,12 @@ class FakeExecutor:
         for seq in step.closed:
             del self._rows[seq]
         for opened in step.opened:
-            self._rows[opened.seq] = _Row(opened.sampling, opened.num_prompt)
+            num_late = self.grammars_are_late if opened.sampling.grammar else 0
+            self._rows[opened.seq] = _Row(opened.sampling, opened.num_prompt, num_late=num_late)
         for entry in step.entries:  # all keys and values of a step are written before any is read, as in a layer
             row = self._rows[entry.seq]
             row.blocks += entry.new_blocks
+            assert entry.ids or row.last_ids, f"sequence {entry.seq}: it has no last token"
             assert entry.ids or row.lane == step.lane, f"sequence {entry.seq}: its last token is of lane {row.lane}"
             for offset, token in enumerate(entry.ids or row.last_ids[-1:]):
                 self._cache[self._slot(row, entry.start + offset)] = token
@@ -144,7 +159,11 @@ class FakeExecutor:
         for entry in step.entries:
             row = self._rows[entry.seq]
             ids = [self._cache[self._slot(row, at)] for at in range(entry.start + (len(entry.ids) or 1))]
-            if entry.sample:
+            if entry.sample and row.num_late:
+                row.num_late -= 1
+                result.token_ids.append([])
+                result.logprobs.append([])
+            elif entry.sample:
                 row.last_ids.append(self._draw(row, ids))
                 row.lane = step.lane
                 result.token_ids.append(row.last_ids[-1:])
@@ -154,6 +173,8 @@ class FakeExecutor:
         return result if step.entries else None
 
     def _draw(self, row: _Row, ids: list[int]) -> int:
+        if self.failing_grammar and row.sampling.grammar == self.failing_grammar:
+            return GRAMMAR_FAILED
         is_short = len(ids) - row.num_prompt < row.sampling.min_tokens
         return next_id(ids, self.vocab_size, row.sampling.seed or 0, row.sampling.stop_ids if is_short else ())
 

@@ -177,3 +177,45 @@ def test_what_contradicts_a_grammar_is_refused(make_engine, stop_ids, min_tokens
     engine, listener = make_engine()
     engine.add(Request("a", [1], 5, SamplingParams(0.0, grammar="start: /a+/", min_tokens=min_tokens), stop_ids))
     assert named in listener.end("a")[-1].error
+
+
+GRAMMAR = SamplingParams(0.0, grammar="start: /a+/")
+END = frozenset([999])
+
+
+@pytest.mark.parametrize(("depth", "num_lanes"), [(1, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize("prompt", [[5], list(range(40))])
+def test_a_sample_that_waits_for_its_grammar_is_drawn_again(make_engine, depth, num_lanes, prompt):
+    executor = FakeExecutor()
+    executor.grammars_are_late = 3
+    engine, listener = make_engine(executor, depth=depth, num_lanes=num_lanes)
+    engine.add(Request("late", prompt, 9, GRAMMAR, END))
+    engine.add(Request("other", [7, 8], 9, GREEDY))
+    for name, ids in (("late", prompt), ("other", [7, 8])):
+        assert listener.end(name)[-1].finish_reason == "length"
+        assert listener.ids(name) == expected(ids, 9)
+
+
+def test_sequences_that_wait_for_grammars_are_preempted_like_others(make_engine):
+    executor = FakeExecutor()
+    executor.grammars_are_late = 2
+    engine, listener = make_engine(executor, num_blocks=5, depth=2)
+    prompts = [[number] * 20 for number in range(4)]
+    for number, prompt in enumerate(prompts):
+        engine.add(Request(str(number), prompt, 40, GRAMMAR, END))
+    for number, prompt in enumerate(prompts):
+        assert listener.end(str(number))[-1].finish_reason == "length"
+        assert listener.ids(str(number)) == expected(prompt, 40)
+    assert engine.stats.num_preemptions > 0
+
+
+def test_a_grammar_that_cannot_be_followed_ends_its_request_alone(make_engine):
+    executor = FakeExecutor()
+    executor.failing_grammar = "start: /a+/"
+    engine, listener = make_engine(executor, depth=2)
+    engine.add(Request("bad", [1, 2], 5, GRAMMAR, END))
+    engine.add(Request("good", [3, 4], 5, GREEDY))
+    assert listener.end("bad")[-1].code == "grammar_error"
+    assert listener.ids("bad") == []
+    assert listener.end("good")[-1].finish_reason == "length"
+    assert executor.num_checks == 0
