@@ -212,6 +212,11 @@ class PlacementConfig(Group):
         default_factory=dict,
         description="Labels of every node used, as in `{ray.io/accelerator-type: H100}`. Set it where nodes differ.",
     )
+    require_nvlink: bool = Field(
+        default=False,
+        description="Refuse a stage whose GPUs are not all joined by NVLink, before weights load; else a start warns, "
+        "with the speed that it measures. Set it on machines with NVLink, so that no broken link goes unnoticed.",
+    )
     wait_s: Seconds = Field(
         default=0.0,
         ge=0,

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.file_download import repo_folder_name
 
 from configs.files import PROJECT_ROOT
 
@@ -61,6 +63,14 @@ def architecture_folder(source: str, revision: str | None = None) -> tuple[Path,
         f"architectures that are shipped ({', '.join(shipped_architectures())}); download its config.json into a "
         "folder, and name that"
     )
+
+
+def cache_folder(source: str, revision: str | None = None) -> Path:
+    """Where the local cache of the hub has a hub id, or would put it."""
+    cached = try_to_load_from_cache(source, "config.json", revision=revision)
+    if isinstance(cached, str):
+        return Path(cached).parent
+    return Path(HF_HUB_CACHE) / repo_folder_name(repo_id=source, repo_type="model")
 
 
 def shipped_architectures() -> list[str]:

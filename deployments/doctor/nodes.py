@@ -1,0 +1,178 @@
+"""Looks at every node of the cluster: an actor on each, without CPUs, whose silence hides no other node."""
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.placement.resources import NodeFree
+from deployments.doctor.cluster_findings import Way
+from deployments.doctor.facts import Asked, NodeFacts
+from deployments.doctor.probe import run_probe
+
+_START_S = 25.0  # for an actor's process
+_READ_S = 15.0  # for the sections of a node
+_REACH_S = 3.0  # for one connection
+_SPARE_S = 15.0  # for a call to come back, beyond what it does
+_REPLICA_PORTS = (30000, 31000)  # of Serve's replicas behind HAProxy: the first and the last one
+
+
+class NodeProbe:
+    """What runs on one node."""
+
+    def __init__(self) -> None:
+        self._listeners: list[socket.socket] = []
+
+    def now(self) -> float:
+        """Seconds since 1970 by this node's clock."""
+        return time.time()
+
+    def read(self, asked: Asked, within_s: float) -> bytes:
+        """What a probe writes: see NodeFacts.take."""
+        return run_probe(asked, within_s)
+
+    def listen(self, address: str, ports: Sequence[int]) -> list[int]:
+        """Listen at this node's own address → the ports, where each was free. 0: one that the kernel chooses."""
+        for port in ports:
+            listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+            try:
+                listener.bind((address, port))
+                listener.listen(64)
+            except OSError:  # a replica has it: then that one answers
+                listener.close()
+            else:
+                self._listeners.append(listener)
+        return [int(listener.getsockname()[1]) for listener in self._listeners]
+
+    def reach(self, targets: Sequence[tuple[str, int]], within_s: float) -> list[str | None]:
+        """Connect to all targets at once → None, or what went wrong, by target."""
+        found: list[str | None] = [f"no answer within {within_s:g} s"] * len(targets)
+
+        def connect(number: int) -> None:
+            try:
+                socket.create_connection(targets[number], timeout=within_s).close()
+                found[number] = None
+            except TimeoutError:
+                pass
+            except OSError as error:
+                found[number] = error.strerror or str(error)
+
+        threads = [threading.Thread(target=connect, args=(number,), daemon=True) for number in range(len(targets))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(within_s)
+        return found
+
+
+class Nodes:
+    """The actors on all living nodes, and what they have found."""
+
+    def __init__(self, alive: Sequence[NodeFree], addresses: dict[str, str], hosts: set[str]) -> None:
+        """`addresses` by node id; `hosts`: ids of nodes that would host ranks."""
+        self.facts = {
+            node.node_id: NodeFacts(node.name, addresses[node.node_id], node.node_id in hosts, free_gpus=node.free_gpus)
+            for node in alive
+        }
+        self._actors = {
+            node.node_id: ray.remote(NodeProbe)
+            .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False))
+            .remote()
+            for node in alive
+        }
+
+    def look(self, asked: Asked) -> None:
+        """Read clocks and all sections of all nodes."""
+        self._each(lambda actor: actor.now.remote(), _START_S)
+        for node_id, actor in self._actors.items():
+            self._read_clock(self.facts[node_id], actor)
+        for node_id, lines in self._each(lambda actor: actor.read.remote(asked, _READ_S), _READ_S + _SPARE_S).items():
+            self.facts[node_id].take(lines, _READ_S)
+
+    def try_ways(self, head: tuple[str, int]) -> list[Way]:
+        """Connect every node to ports of every other one, and to Ray's own on the head."""
+        addresses = {node_id: facts.address or "" for node_id, facts in self.facts.items()}
+        ports = (0, *_REPLICA_PORTS)
+        opened: dict[str, list[int]] = {}
+        for node_id, actor in self._actors.items():
+            with contextlib.suppress(RayError, TimeoutError):
+                opened[node_id] = ray.get(actor.listen.remote(addresses[node_id], ports), timeout=_SPARE_S)
+        ways = []
+        calls = {}
+        for node_id, actor in self._actors.items():
+            targets = [(addresses[other], port) for other in opened if other != node_id for port in opened[other]]
+            targets += [head] if addresses[node_id] != head[0] else []
+            calls[node_id] = (targets, actor.reach.remote(targets, _REACH_S))
+        for node_id, (targets, call) in calls.items():
+            try:
+                errors = ray.get(call, timeout=_REACH_S + _SPARE_S)
+            except (RayError, TimeoutError):
+                errors = ["the node did not answer"] * len(targets)
+            ways += [
+                Way(addresses[node_id], address, port, _meaning(port, (address, port) == head), error)
+                for (address, port), error in zip(targets, errors, strict=True)
+            ]
+        return ways
+
+    def close(self) -> None:
+        """End the actors."""
+        for actor in self._actors.values():
+            ray.kill(actor)
+
+    def _each(self, call: Callable[[Any], Any], within_s: float) -> dict[str, Any]:
+        """One call a node, all at once → results by node id; who does not answer is silent from then on."""
+        calls = {node_id: call(actor) for node_id, actor in self._actors.items()}
+        deadline, results = time.monotonic() + within_s, {}
+        for node_id, reference in calls.items():
+            try:
+                results[node_id] = ray.get(reference, timeout=max(0.0, deadline - time.monotonic()))
+            except (RayError, TimeoutError) as error:
+                late = isinstance(error, TimeoutError)
+                why = f"no answer within {within_s:g} s" if late else f"a process cannot start there: {_last(error)}"
+                self.facts[node_id].is_silent = why
+                ray.kill(self._actors.pop(node_id))
+        return results
+
+    def _read_clock(self, facts: NodeFacts, actor: Any) -> None:
+        """By the quickest of three questions: the answer was made between asking and hearing."""
+        tries = []
+        for _ in range(3):
+            asked = time.time()
+            with contextlib.suppress(RayError, TimeoutError):
+                told = ray.get(actor.now.remote(), timeout=_REACH_S)
+                heard = time.time()
+                tries.append(((heard - asked) / 2, told - (asked + heard) / 2))
+        if tries:
+            facts.skew_error_s, facts.skew_s = min(tries)
+
+
+@contextlib.contextmanager
+def looked_at(alive: Sequence[NodeFree], hosts: set[str]) -> Iterator[Nodes]:
+    """The nodes with an actor each, which are ended afterwards."""
+    nodes = Nodes(alive, {entry["NodeID"]: entry["NodeManagerAddress"] for entry in ray.nodes()}, hosts)
+    try:
+        yield nodes
+    finally:
+        nodes.close()
+
+
+def head_address() -> tuple[str, int]:
+    """Where Ray's own server of the cluster listens."""
+    address, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    return address, int(port)
+
+
+def _meaning(port: int, is_head: bool) -> str:
+    if is_head:
+        return "Ray's server on the head"
+    return "a replica behind HAProxy" if port in _REPLICA_PORTS else "workers and ranks: a port of the kernel's choice"
+
+
+def _last(error: BaseException) -> str:
+    return str(error).strip().splitlines()[-1]
