@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
-from actors.tensors.weights.source import HF_HUB_OFFLINE, local_folder
+from actors.tensors.weights.source import local_folder
 from deployments.doctor.facts import Asked, Hub
 
 _PATIENCE_S = 5.0
@@ -17,7 +17,7 @@ def read_hub(asked: Asked) -> Hub | None:
     if asked.source is None or local_folder(asked.source, asked.revision) is not None:
         return None
     endpoint, token = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"), _token()
-    if HF_HUB_OFFLINE:
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):  # as its own client reads it
         return Hub(endpoint, None, "HF_HUB_OFFLINE is set", bool(token), None)
     revision = quote(asked.revision or "main", safe="")
     try:
