@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,10 +20,15 @@ from actors.decisions.model.plan import Plan
 from actors.remote.black_box import BlackBox, CrashFile, collect_crash_report
 from actors.remote.imports import collector_paused, compiler_left_out
 from actors.remote.meeting import Assignment
+from actors.remote.stage_links import along_links, slow_pairs
 from cluster.collectives.network import Place, find_place, knock, open_door, pin_interface
 from cluster.placement.devices import own_cuda_index
+from cluster.placement.nvlink import Joined
+from cluster.placement.nvml import links_between
 from cluster.topology import Topology
 from configs.config import Config
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class WorkerInfo:
     place: Place
     device: str  # cpu, or cuda:<index>
     crash_file: CrashFile
+    gpu: str | None = None  # as Ray calls it
 
 
 class RankActor:
@@ -51,6 +58,7 @@ class RankActor:
         self._rank_number = -1
         self._black_box = BlackBox()
         self._device = f"cuda:{own_cuda_index(gpus[0])}" if gpus else "cpu"
+        self._gpu = str(gpus[0]) if gpus else None
         self._door: socket.socket | None = None
 
     def info(self) -> WorkerInfo:
@@ -60,7 +68,7 @@ class RankActor:
         """
         node, address = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
         self._place = find_place(self._config.network.interface, node, address)
-        return WorkerInfo(os.getpid(), self._place, self._device, self._black_box.crash_file)
+        return WorkerInfo(os.getpid(), self._place, self._device, self._black_box.crash_file, self._gpu)
 
     def open_door(self) -> int:
         """Listen, so that other nodes can try to connect → the port."""
@@ -75,6 +83,10 @@ class RankActor:
         """Nobody will try any more."""
         if self._door is not None:
             self._door.close()
+
+    def gpu_links(self, gpus: list[str]) -> Joined | None:
+        """NVLinks between each two of this node's GPUs, by Ray's names of them; None: NVML is not there."""
+        return links_between(gpus)
 
     def collect_crash_report(self, crash_file: CrashFile) -> CrashReport | None:
         """End another process of this node, and read what it left; None when there is nothing."""
@@ -123,6 +135,7 @@ class ActorPool:
         self._device = device
         self._actor_class = actor_class
         self._predecessors: dict[int, WorkerInfo] = {}  # by rank; their crash reports are not collected yet
+        self._slow_stages: dict[int, str] = {}  # what is to be said of GPUs that no NVLink joins
         self._spares: list[list[_Member]] = [[] for _ in range(topology.pipeline_parallel_size)]
         stages = map(topology.stage, range(topology.num_ranks))
         self._members = [self._create(stage, takes_share=True) for stage in stages]
@@ -149,16 +162,50 @@ class ActorPool:
         return [len(spares) for spares in self._spares]
 
     def settle_devices(self, infos: list[WorkerInfo]) -> list[str]:
-        """Once all processes are up: the device of each rank. A successor on the same node gets its predecessor's."""
+        """Once all processes are up: the device of each rank. A successor on the same node gets its predecessor's.
+
+        New stages are numbered along their NVLinks. Raises ValueError where placement.require_nvlink refuses one.
+        """
+        new_devices = self._along_links(infos)
         devices = []
         for rank, (member, info) in enumerate(zip(self._members, infos, strict=True)):
             if member.info is None:
                 before = self._predecessors.get(rank)
                 is_successor = before is not None and before.place.node == info.place.node
-                device = before.device if before is not None and is_successor else info.device
+                device = before.device if before is not None and is_successor else new_devices[rank]
                 member.info = replace(info, device=device)
             devices.append(member.info.device)
         return devices
+
+    def _along_links(self, infos: list[WorkerInfo]) -> list[str]:
+        devices = [info.device for info in infos]
+        for stage in range(self._topology.pipeline_parallel_size):
+            ranks = self._topology.stage_ranks(stage)
+            own, gpus = [infos[rank] for rank in ranks], [infos[rank].gpu for rank in ranks]
+            if len(ranks) == 1 or None in gpus or any(self._is_settled(rank, infos[rank]) for rank in ranks):
+                continue
+            joined: Joined | None = ray.get(self._members[ranks[0]].actor.gpu_links.remote(gpus))
+            if joined is not None:
+                names, is_required = [info.device for info in own], self._config.placement.require_nvlink
+                if words := slow_pairs(stage, names, str(own[0].place), joined, is_required):
+                    self._slow_stages[stage] = words
+                devices[ranks[0] : ranks[-1] + 1] = along_links(names, joined)
+        return devices
+
+    def _is_settled(self, rank: int, info: WorkerInfo) -> bool:
+        before = self._members[rank].info or self._predecessors.get(rank)
+        return before is not None and before.place.node == info.place.node
+
+    def tell_slow_links(self, gather: Callable[[list[Any], str], list[Any]]) -> None:
+        """Once groups have joined: warn of stages that no NVLink joins, with the speed that is measured now.
+
+        `gather` waits for the results of calls.
+        """
+        for stage, words in self._slow_stages.items():
+            calls = [self.actors[rank].call.remote("exchange_rate") for rank in self._topology.stage_ranks(stage)]
+            rate = min(gather(calls, "measured their all-reduces"))
+            logger.warning("%s (measured now: all-reduces at %.1f GB/s of bus bandwidth)", words, rate / 1e9)
+        self._slow_stages = {}
 
     def replace(self, rank: int) -> None:
         """End a rank's process, if it still lives, and put a spare in its place, else a new process."""

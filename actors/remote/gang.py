@@ -211,6 +211,7 @@ class Gang:
         meeting = Meeting(self.epoch, places[0].address, port, self.executor.address)
         self._can_abort = self._gather(self._call_all("join", meeting), "joined all groups")
         self.executor.wait_for_ranks(self._config.timeouts.collective_s)
+        self._pool.tell_slow_links(self._gather)
 
     def _measured_blocks(self, nodes: list[str]) -> int:
         """The KV blocks for which every rank has room; `nodes` are those of the ranks."""

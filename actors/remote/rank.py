@@ -27,6 +27,7 @@ from actors.tensors.weights.source import resolve_source
 from actors.words.messages import Bucket, Capture, Captured, Check, Shutdown, StepBatch, StepResult, ToRank
 from cluster.collectives.groups import Groups, join
 from cluster.collectives.rendezvous import JoinCancelled, host_store, join_store
+from cluster.collectives.speed import exchange_rate
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,11 @@ class Rank:
             self._runner.join(self._groups)
         self._say("joined its groups in %.1f s", time.monotonic() - started)
         return self._groups.stage.can_abort
+
+    def exchange_rate(self) -> float:
+        """Bus bandwidth of its stage in bytes a second; all shards measure together."""
+        assert self._groups is not None, "measure after join"
+        return exchange_rate(self._groups.stage, self._device)
 
     def drain(self) -> None:
         """Return once the device has done all that was launched; never, where it waits for a rank that is gone.

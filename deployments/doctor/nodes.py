@@ -50,6 +50,11 @@ class NodeProbe:
                 self._listeners.append(listener)
         return [int(listener.getsockname()[1]) for listener in self._listeners]
 
+    def close(self) -> None:
+        """Listen no more."""
+        for listener in self._listeners:
+            listener.close()
+
     def reach(self, targets: Sequence[tuple[str, int]], within_s: float) -> list[str | None]:
         """Connect to all targets at once → None, or what went wrong, by target."""
         found: list[str | None] = [f"no answer within {within_s:g} s"] * len(targets)

@@ -59,9 +59,9 @@ def _readers(asked: Asked) -> dict[str, Callable[[], Any]]:
 
 def main() -> None:
     """Read all sections, and end when they are read or the time is over."""
-    deadline = time.monotonic() + float(sys.argv[1])
     readers = _readers(msgspec.json.decode(sys.stdin.buffer.read(), type=Asked))
     assert readers.keys() == SECTIONS.keys()
+    deadline = time.monotonic() + float(sys.argv[1])  # the imports are behind us
     lock = threading.Lock()
 
     def read(section: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import ray._private.thirdparty.pynvml as pynvml
 
 GIB = 1 << 30
+FABRIC_HEALTHY = 2 | 2 << 2 | 2 << 4 | 2 << 6 | 1 << 8  # each trouble: no
 H100 = "NVIDIA H100 80GB HBM3"
 
 
@@ -29,7 +30,7 @@ class FakeGpu:
     mig: bool = False
     compute_mode: int = 0
     links: list[int | None] = field(default_factory=lambda: [-1] * 18)
-    fabric: tuple[int, int] | None = (3, 0b100010 | 0b101010 << 0)
+    fabric: tuple[int, int] | None = (3, FABRIC_HEALTHY)
 
     @property
     def bus_id(self) -> str:
@@ -137,7 +138,7 @@ class FakeNvml:
         assert index == pynvml.NVML_P2P_CAPS_INDEX_NVLINK
         direct = other.index in one.links
         is_joined = direct or (-1 in one.links and -1 in other.links)
-        return int(pynvml.NVML_P2P_STATUS_OK if is_joined else pynvml.NVML_P2P_STATUS_TOPOLOGY_NOT_SUPPORTED)
+        return int(pynvml.NVML_P2P_STATUS_OK if is_joined else pynvml.NVML_P2P_STATUS_IOH_TOPOLOGY_NOT_SUPPORTED)
 
     def nvmlDeviceGetGpuFabricInfoV(self, gpu: FakeGpu, info: Any) -> None:
         if gpu.fabric is None:
