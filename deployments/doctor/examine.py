@@ -17,7 +17,7 @@ from deployments.doctor.findings import Finding, fail, not_checked, ok
 from deployments.doctor.gpu_findings import foreign_users, gpu_findings
 from deployments.doctor.host_findings import host_findings
 from deployments.doctor.link_findings import link_findings
-from deployments.doctor.links import Layout, measure_links
+from deployments.doctor.links import Layout, NotStarted, measure_links
 from deployments.doctor.nodes import head_address, looked_at
 from deployments.doctor.probe import run_probe
 
@@ -101,6 +101,8 @@ def _links(layout: Layout, fit: Fit, facts: Sequence[NodeFacts]) -> list[Finding
         return [not_checked("links", where, "GPUs are used by others", "run it again when they have ended")]
     try:
         return list(link_findings(layout, measure_links(layout), facts))
+    except NotStarted as error:
+        return [not_checked("links", "cluster", str(error), "run it again when the nodes are less busy")]
     except ValueError as error:
         remedy = "look at the lines on ports and interfaces, and at the ranks' logs in /tmp/ray/session_latest/logs"
         return [fail("links", "cluster", str(error), remedy)]

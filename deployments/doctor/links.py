@@ -18,6 +18,7 @@ from deployments.gangs import reserved
 if TYPE_CHECKING:
     from cluster.collectives.speed import Rates
 
+_START_S = 40.0  # for all processes of a node to import torch at once
 _JOIN_S = 20.0
 _MEASURE_S = 30.0
 _RESERVE_S = 10.0
@@ -45,6 +46,10 @@ class Measured:
     devices: tuple[str, ...]
     rates: "tuple[Rates, ...]"
     pairs: dict[tuple[int, int, int], float]  # (stage, shard, shard) → bytes a second
+
+
+class NotStarted(ValueError):
+    """There are no ranks to measure with: nothing is known of the links."""
 
 
 class LinkProbe:
@@ -82,7 +87,7 @@ class LinkProbe:
 
 
 def measure_links(layout: Layout) -> Measured:
-    """Reserve, start, measure and give back. Raises ValueError that says what stood in the way."""
+    """Reserve, start, measure and give back. Raises ValueError that says what stood in the way; NotStarted."""
     topology = layout.topology
     patience = layout.config.timeouts.model_copy(update={"start_s": _RESERVE_S})
     with reserved(layout.config.model_copy(update={"timeouts": patience}), topology, layout.device) as group:
@@ -91,7 +96,7 @@ def measure_links(layout: Layout) -> Measured:
             options = actor_options(group, topology.stage(rank), layout.device)
             actors.append(ray.remote(LinkProbe).options(**options).remote())
         try:
-            where = _all([actor.where.remote() for actor in actors], "started", _JOIN_S)
+            where = _started([actor.where.remote() for actor in actors])
             meeting = (where[0][0], _all([actors[0].host_store.remote()], "opened a store", _JOIN_S)[0])
             calls = [actor.measure.remote(topology, rank, meeting) for rank, actor in enumerate(actors)]
             rates = _all(calls, "measured", _JOIN_S + _MEASURE_S)
@@ -117,6 +122,13 @@ def _copy_pairs(topology: Topology, actors: Sequence[Any], devices: Sequence[str
         for found, of_stage in zip(rates, keys, strict=True)
         for key, rate in zip(of_stage, found, strict=True)
     }
+
+
+def _started(calls: Sequence[Any]) -> list[Any]:
+    try:
+        return _all(calls, "started", _START_S)
+    except ValueError as error:
+        raise NotStarted(str(error)) from None
 
 
 def _all(calls: Sequence[Any], what: str, within_s: float) -> list[Any]:

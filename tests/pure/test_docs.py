@@ -129,6 +129,7 @@ def understood(monkeypatch: pytest.MonkeyPatch) -> list[argparse.Namespace]:
         "deployments.batch.command",
         "deployments.bench.command",
         "deployments.bench.profile",
+        "deployments.doctor.command",
         "deployments.plan.command",
         "deployments.verify.command",
     ):
