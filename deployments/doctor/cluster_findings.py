@@ -32,7 +32,7 @@ def cluster_findings(nodes: Sequence[NodeFacts]) -> Iterator[Finding]:
                 "node",
                 node.name,
                 node.is_silent,
-                "look at `ray status` and the raylet's log there; give it the same checkout and packages as the others",
+                "look at `ray status` and the raylet's log there; give it the checkout and packages of the others",
             )
     yield from _versions([node for node in nodes if node.is_silent is None])
     yield from _clocks(nodes)

@@ -64,7 +64,7 @@ def examine_cluster(question: Question, say: Say, is_own: bool) -> list[Finding]
     findings = [_room(fit)]
     with looked_at(alive, hosts) as nodes:
         say(f"looking at {len(alive)} nodes: machines, GPUs, disks, access")
-        nodes.look(question.asked)
+        nodes.look(question.asked, config.network.interface)
         facts = list(nodes.facts.values())
         if len(alive) > 1:
             say("trying the ways between nodes")

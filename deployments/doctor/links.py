@@ -9,6 +9,7 @@ import ray
 from ray.exceptions import RayError
 
 from actors.remote.actor_pool import actor_options
+from cluster.collectives.network import find_place, pin_interface
 from cluster.placement.devices import own_cuda_index
 from cluster.placement.placement import Device
 from cluster.topology import Topology
@@ -55,29 +56,31 @@ class NotStarted(ValueError):
 class LinkProbe:
     """One rank, for as long as it takes to measure."""
 
-    def __init__(self) -> None:
+    def __init__(self, interface: str | None) -> None:
         gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
         self._device = f"cuda:{own_cuda_index(gpus[0])}" if gpus else "cpu"
-        self._address = ray.util.get_node_ip_address()
+        node, address = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
+        self._place = find_place(interface, node, address)
+        pin_interface(self._place.interface)
 
     def where(self) -> tuple[str, str]:
         """(The node's own address, the device)."""
         import cluster.collectives.speed  # noqa: F401 - torch, before the time counts
 
-        return self._address, self._device
+        return self._place.address, self._device
 
     def host_store(self) -> int:
         """Serve the store where all ranks meet → its port."""
         from cluster.collectives.rendezvous import host_store
 
-        self._store, port = host_store(self._address)
+        self._store, port = host_store(self._place.address)
         return port
 
     def measure(self, topology: Topology, rank: int, meeting: tuple[str, int]) -> "Rates":
         """See `cluster.collectives.speed.measure`."""
         from cluster.collectives.speed import measure
 
-        return measure(topology, rank, meeting, self._device, self._address, _JOIN_S)
+        return measure(topology, rank, meeting, self._device, self._place.address, _JOIN_S)
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> list[float]:
         """Copies between GPUs of this node, by torch's index, one pair after the other → bytes a second."""
@@ -94,7 +97,7 @@ def measure_links(layout: Layout) -> Measured:
         actors: list[Any] = []
         for rank in range(topology.num_ranks):
             options = actor_options(group, topology.stage(rank), layout.device)
-            actors.append(ray.remote(LinkProbe).options(**options).remote())
+            actors.append(ray.remote(LinkProbe).options(**options).remote(layout.config.network.interface))
         try:
             where = _started([actor.where.remote() for actor in actors])
             meeting = (where[0][0], _all([actors[0].host_store.remote()], "opened a store", _JOIN_S)[0])

@@ -2,7 +2,6 @@
 
 import contextlib
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.collectives.network import find_place, knock
 from cluster.placement.resources import NodeFree
 from deployments.doctor.cluster_findings import Way
 from deployments.doctor.facts import Asked, NodeFacts
@@ -32,6 +32,11 @@ class NodeProbe:
     def now(self) -> float:
         """Seconds since 1970 by this node's clock."""
         return time.time()
+
+    def address(self, interface: str | None) -> str:
+        """Where ranks of this node would listen, by `network.interface`. Raises ValueError where it is not there."""
+        node, own = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
+        return find_place(interface, node, own).address
 
     def read(self, asked: Asked, within_s: float) -> bytes:
         """What a probe writes: see NodeFacts.take."""
@@ -57,23 +62,7 @@ class NodeProbe:
 
     def reach(self, targets: Sequence[tuple[str, int]], within_s: float) -> list[str | None]:
         """Connect to all targets at once → None, or what went wrong, by target."""
-        found: list[str | None] = [f"no answer within {within_s:g} s"] * len(targets)
-
-        def connect(number: int) -> None:
-            try:
-                socket.create_connection(targets[number], timeout=within_s).close()
-                found[number] = None
-            except TimeoutError:
-                pass
-            except OSError as error:
-                found[number] = error.strerror or str(error)
-
-        threads = [threading.Thread(target=connect, args=(number,), daemon=True) for number in range(len(targets))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(within_s)
-        return found
+        return knock(targets, within_s)
 
 
 class Nodes:
@@ -92,9 +81,11 @@ class Nodes:
             for node in alive
         }
 
-    def look(self, asked: Asked) -> None:
-        """Read clocks and all sections of all nodes."""
-        self._each(lambda actor: actor.now.remote(), _START_S)
+    def look(self, asked: Asked, interface: str | None) -> None:
+        """Read addresses, clocks and all sections of all nodes. `interface`: as `network.interface` says."""
+        found = self._each(lambda actor: actor.address.remote(interface), _START_S)
+        for node_id, address in found.items():
+            self.facts[node_id].address = address
         for node_id, actor in self._actors.items():
             self._read_clock(self.facts[node_id], actor)
         for node_id, lines in self._each(lambda actor: actor.read.remote(asked, _READ_S), _READ_S + _SPARE_S).items():
@@ -139,7 +130,9 @@ class Nodes:
                 results[node_id] = ray.get(reference, timeout=max(0.0, deadline - time.monotonic()))
             except (RayError, TimeoutError) as error:
                 late = isinstance(error, TimeoutError)
-                why = f"no answer within {within_s:g} s" if late else f"a process cannot start there: {_last(error)}"
+                why = f"no answer within {within_s:g} s" if late else f"it does not answer: {_last(error)}"
+                if isinstance(cause := getattr(error, "cause", None), ValueError):
+                    why = str(cause)  # of ours, with its remedy
                 self.facts[node_id].is_silent = why
                 ray.kill(self._actors.pop(node_id))
         return results
