@@ -9,9 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, FailFast, Field, model_validator
 
+from deployments.api.answer_fields import AnswerBody
 from deployments.api.foreign_fields import OF_CHATS, OF_COMPLETIONS
 from deployments.api.prompt_fields import Messages, Prompts, Variables, conversation
-from deployments.api.sampling_fields import NumLogprobs, SamplingBody
+from deployments.api.sampling_fields import NumLogprobs
 from deployments.api.strict_body import Body, only, wrong
 from deployments.api.tool_fields import ToolChoice, Tools
 from deployments.text.prompts import Prompt
@@ -27,7 +28,7 @@ class StreamOptions(Body):
 
     place: ClassVar[str] = "stream_options."
     include_usage: bool = False
-    continuous_usage_stats: Annotated[object, only(False)] = None
+    continuous_usage_stats: bool = False  # in every chunk, as it is then
     include_obfuscation: Annotated[object, only(False)] = None
 
 
@@ -38,7 +39,7 @@ def _one_or_many(value: object) -> object:
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
-class GenerationBody(SamplingBody):
+class GenerationBody(AnswerBody):
     """The fields that completions and chats share."""
 
     default_max_tokens: ClassVar[int | None]  # None: what the context has left
@@ -72,20 +73,8 @@ class GenerationBody(SamplingBody):
     structured_outputs: Annotated[object, only()] = None
     repetition_detection: Annotated[object, only()] = None
     # where the answer ends
-    include_stop_str_in_output: Annotated[object, only(False)] = None
     thinking_token_budget: Annotated[object, only()] = None
-    # what the response says about its tokens
-    prompt_logprobs: Annotated[object, only()] = None
-    skip_special_tokens: Annotated[object, only(True)] = None
-    spaces_between_special_tokens: Annotated[object, only(True)] = None
-    return_token_ids: Annotated[object, only(False)] = None
-    return_tokens_as_token_ids: Annotated[object, only(False)] = None
-    stream_interval: Annotated[object, only(1)] = None
-    # how the prompt is read
-    truncate_prompt_tokens: Annotated[object, only()] = None
-    truncation_side: Annotated[object, only()] = None
     # the server's own affairs
-    request_id: Annotated[object, only()] = None
     kv_transfer_params: Annotated[object, only()] = None
 
     @property
@@ -109,14 +98,37 @@ class GenerationBody(SamplingBody):
         return False
 
     @property
+    def lead(self) -> str:
+        """Text that the answer shows first."""
+        return ""
+
+    @property
     def include_usage(self) -> bool:
         """Whether a stream ends with the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def usage_in_chunks(self) -> bool:
+        """Whether every chunk of a stream says the usage so far."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+    @property
+    def adds_special_tokens(self) -> bool:
+        """Whether the tokenizer's own are added to a prompt that is a text."""
+        return True
 
     @model_validator(mode="after")
     def _all_answers_are_shown(self) -> Self:
         if self.best_of not in (None, self.n):
             raise wrong("unsupported_parameter", "must be as n: all answers are shown; send n alone", field="best_of")
+        return self
+
+    @model_validator(mode="after")
+    def _prompt_logprobs_come_with_a_whole_answer(self) -> Self:
+        if self.prompt_logprobs is not None and self.stream:
+            raise wrong(
+                "invalid_value", 'come with "stream": false only; leave one of them out', field="prompt_logprobs"
+            )
         return self
 
     @model_validator(mode="after")
@@ -138,8 +150,9 @@ class CompletionBody(GenerationBody):
     logprobs: NumLogprobs | None = None
     echo: bool = False
 
+    add_special_tokens: bool = True
+
     suffix: Annotated[object, only("")] = None
-    add_special_tokens: Annotated[object, only(True)] = None
     prompt_embeds: Annotated[object, only()] = None
 
     @property
@@ -164,8 +177,16 @@ class CompletionBody(GenerationBody):
 
     @property
     def num_prompt_logprobs(self) -> int | None:
-        """As many as for the answer where the prompt is echoed, else none."""
-        return self.logprobs if self.echo else None
+        """As many as for the answer where the prompt is echoed, or as are asked for."""
+        asked = [
+            number for number in (self.prompt_logprobs, self.logprobs if self.echo else None) if number is not None
+        ]
+        return max(asked, default=None)
+
+    @property
+    def adds_special_tokens(self) -> bool:
+        """See GenerationBody."""
+        return self.add_special_tokens
 
     @model_validator(mode="after")
     def _something_is_shown(self) -> Self:
@@ -188,12 +209,12 @@ class ChatBody(GenerationBody):
     tools: Tools = Field(default_factory=list)
     tool_choice: ToolChoice = None
     parallel_tool_calls: bool = True
+    include_reasoning: bool = True
     reasoning_effort: ReasoningEffort | None = None
     chat_template_kwargs: Variables = Field(default_factory=dict)
 
     echo: Annotated[object, only(False)] = None
     functions: Annotated[object, only([])] = None
-    include_reasoning: Annotated[object, only(True)] = None
     verbosity: Annotated[object, only()] = None
     modalities: Annotated[object, only(["text"])] = None
     audio: Annotated[object, only()] = None
@@ -221,6 +242,11 @@ class ChatBody(GenerationBody):
         thinks = self.reasoning_effort != "none"
         of_effort = {"reasoning_effort": self.reasoning_effort, "enable_thinking": thinks, "thinking": thinks}
         return {**of_effort, **self.chat_template_kwargs}
+
+    @property
+    def answer_role(self) -> str:
+        """The role of the answer's message."""
+        return "assistant"
 
     @property
     def prompt_field(self) -> str:

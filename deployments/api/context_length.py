@@ -4,6 +4,7 @@ LiteLLM, pi, opencode, Cline and others shorten the conversation, or take anothe
 the code in an error.
 """
 
+from deployments.api.bodies import GenerationBody
 from deployments.api.errors import ApiError
 
 
@@ -31,6 +32,17 @@ def body_too_long(max_model_len: int, max_bytes: int) -> ApiError:
         "prompt, or raise admission.max_body_bytes."
     )
     return ApiError(413, message, code="context_length_exceeded")
+
+
+def truncated(body: GenerationBody, prompt_ids: list[int], max_model_len: int) -> list[int]:
+    """As much of a prompt as is to be read: its end, or its beginning."""
+    limit = body.truncate_prompt_tokens
+    if limit is None:
+        return prompt_ids
+    if limit == -1:
+        asked = body.token_limit[1]
+        limit = max(1, max_model_len - (1 if asked is None else asked))
+    return prompt_ids[-limit:] if body.truncation_side == "left" else prompt_ids[:limit]
 
 
 def _beginning(max_model_len: int) -> str:

@@ -15,7 +15,8 @@ from deployments.api.errors import ApiError
 from deployments.api.metrics import Stopwatch
 from deployments.api.outbox import Mailbox, Outbox
 from deployments.api.request_log import RequestRecord
-from deployments.api.responses import AnswerEnd, CompletionDetails, Piece, Usage
+from deployments.api.response_objects import AnswerEnd, CompletionDetails, Usage
+from deployments.api.responses import Piece, ReadPrompt
 from deployments.text.prompts import public_text
 from deployments.text.response_reader import Delta, ResponseReader
 from deployments.text.transcript import Transcript
@@ -30,6 +31,7 @@ class Echo:
     """Says that the answer begins with the prompt: as the client wrote it, or None where it sent ids."""
 
     prompt: str | None
+    num_logprobs: int | None = None  # of the likeliest tokens beside each; None: none are shown
 
 
 class Answer:
@@ -43,8 +45,14 @@ class Answer:
         stopwatch: Stopwatch,
         echo: Echo | None = None,
         reader: ResponseReader | None = None,
+        lead: str = "",
+        tells_ids: bool = False,
+        tells_prompt: bool = False,
     ) -> None:
-        """`echo`: the prompt is shown before the answer; None: it is not. `reader`: None where all is text."""
+        """`echo`: the prompt is shown before the answer; None: it is not. `reader`: None where all is text.
+
+        `lead`: text that is shown first. `tells_ids`, `tells_prompt`: what pieces have beside their text.
+        """
         self.index = index
         self.request = request
         self.transcript = transcript
@@ -52,6 +60,7 @@ class Answer:
         self._echo = echo
         self._prompt_logprobs: list[TokenLogprobs] = []
         self._reader = reader
+        self._lead, self._tells_ids, self._tells_prompt = lead, tells_ids, tells_prompt
         self._has_calls = False
         self.num_cached = 0  # prompt tokens that were found in the prefix cache
         self.num_reasoning_tokens: int | None = None if reader is None else 0
@@ -71,12 +80,16 @@ class Answer:
         self.num_cached = max(self.num_cached, event.num_cached)
         if not event.token_ids and not event.finish_reason:
             return None
+        num_before = self.transcript.num_tokens
         delta = self._read(event) if self._reader else Delta(self._take_echo() + self._text(event))
+        text, self._lead = self._lead + delta.content, ""
+        token_ids = event.token_ids[: self.transcript.num_tokens - num_before] if self._tells_ids else ()
         self.stopwatch.tokens(len(event.token_ids))
         if self.is_finished:
             self.stopwatch.end()
         scored = self.transcript.take_scored()
-        return Piece(self.index, delta.content, self.finish_reason, scored, delta.reasoning, delta.calls)
+        end, prompt = self.finish_reason, self._take_prompt()
+        return Piece(self.index, text, end, scored, delta.reasoning, delta.calls, token_ids, prompt)
 
     @property
     def finish_reason(self) -> AnswerEnd | None:
@@ -108,9 +121,17 @@ class Answer:
         echo, self._echo = self._echo, None
         if echo is None:
             return ""
-        has_logprobs = self.request.sampling.prompt_logprobs is not None
-        logprobs = self._prompt_logprobs if has_logprobs else None
+        logprobs = None
+        if (num_top := echo.num_logprobs) is not None:
+            logprobs = [
+                TokenLogprobs(one.logprob, one.top_ids[:num_top], one.top_logprobs[:num_top])
+                for one in self._prompt_logprobs
+            ]
         return self.transcript.echo(echo.prompt, self.request.prompt_ids, logprobs)
+
+    def _take_prompt(self) -> ReadPrompt | None:
+        tells_prompt, self._tells_prompt = self._tells_prompt, False
+        return ReadPrompt(self.request.prompt_ids, self._prompt_logprobs) if tells_prompt else None
 
 
 def _by_token(event: Event) -> Iterator[Event]:

@@ -1,14 +1,44 @@
 """Log-probabilities as OpenAI's completions and chats show them."""
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import msgspec
 
 from actors.words.messages import TokenLogprobs
-from deployments.text.token_text import TokenTexts
+from deployments.text.token_text import TokenText, TokenTexts
 from deployments.text.transcript import ScoredToken
 
 LOWEST = -9999.0  # for tokens of probability 0, as OpenAI has it: JSON has no infinities
+
+
+class Names(Protocol):
+    """What tokens are called; see TokenTexts."""
+
+    def of(self, token_id: int) -> TokenText:
+        """The text and bytes of one id."""
+
+
+class NamedById:
+    """Names that no two tokens share: token_id:17."""
+
+    def __init__(self, texts: TokenTexts) -> None:
+        self._texts = texts
+
+    def of(self, token_id: int) -> TokenText:
+        """See Names."""
+        return TokenText(f"token_id:{token_id}", self._texts.of(token_id).raw)
+
+
+class PromptToken(msgspec.Struct, frozen=True):
+    """One of the tokens that a prompt could have at one place."""
+
+    logprob: float
+    rank: int | None  # 1: the likeliest; None where the prompt's own token is none of those shown
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptToken] | None]  # by token id, as vLLM has it; null for the first token
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):
@@ -43,7 +73,7 @@ class ChatLogprobs(msgspec.Struct, frozen=True):
     content: list[ContentLogprob]
 
 
-def completion_logprobs(tokens: Sequence[ScoredToken], texts: TokenTexts) -> CompletionLogprobs:
+def completion_logprobs(tokens: Sequence[ScoredToken], texts: Names) -> CompletionLogprobs:
     """The `logprobs` of a completion, for these tokens."""
     return CompletionLogprobs(
         text_offset=[token.offset for token in tokens],
@@ -53,7 +83,7 @@ def completion_logprobs(tokens: Sequence[ScoredToken], texts: TokenTexts) -> Com
     )
 
 
-def chat_logprobs(tokens: Sequence[ScoredToken], texts: TokenTexts) -> ChatLogprobs:
+def chat_logprobs(tokens: Sequence[ScoredToken], texts: Names) -> ChatLogprobs:
     """The `logprobs` of a chat, for these tokens."""
     content = []
     for token in tokens:
@@ -66,7 +96,21 @@ def chat_logprobs(tokens: Sequence[ScoredToken], texts: TokenTexts) -> ChatLogpr
     return ChatLogprobs(content)
 
 
-def _by_text(token_id: int, logprobs: TokenLogprobs | None, texts: TokenTexts) -> dict[str, float] | None:
+def prompt_logprobs(
+    ids: Sequence[int], logprobs: Sequence[TokenLogprobs], num_top: int, texts: TokenTexts
+) -> PromptLogprobs:
+    """The `prompt_logprobs` of a prompt; `logprobs` are those of the second id and on."""
+    shown: PromptLogprobs = [None]
+    for token_id, of_token in zip(ids[1:], logprobs, strict=True):
+        ranks = {top_id: rank for rank, top_id in enumerate(of_token.top_ids[:num_top], start=1)}
+        values = {token_id: of_token.logprob} | dict(list(_top(of_token))[:num_top])
+        shown.append(
+            {str(one): PromptToken(_finite(value), ranks.get(one), texts.of(one).text) for one, value in values.items()}
+        )
+    return shown
+
+
+def _by_text(token_id: int, logprobs: TokenLogprobs | None, texts: Names) -> dict[str, float] | None:
     if logprobs is None:
         return None
     by_text: dict[str, float] = {}

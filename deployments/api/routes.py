@@ -23,7 +23,7 @@ from deployments.api.key_limits import LIMIT_HEADERS, KeyAccount
 from deployments.api.key_ring import KeyRing
 from deployments.api.metrics import CONTENT_TYPE
 from deployments.api.request_log import RequestLog, current_request, note_error
-from deployments.api.responses import DONE, ChatReply, CompletionReply, Reply
+from deployments.api.responses import DONE, Reply, reply_to
 from deployments.api.service import Service
 from deployments.api.strict_body import parse_body
 from deployments.api.token_pages import TokenPages
@@ -54,8 +54,8 @@ def build_app(
         routes=[
             Route("/v1/models", pages.models),
             Route("/v1/models/{model:path}", pages.model),
-            Route("/v1/completions", GenerationRoute(service, CompletionBody, CompletionReply), methods=["POST"]),
-            Route("/v1/chat/completions", GenerationRoute(service, ChatBody, ChatReply), methods=["POST"]),
+            Route("/v1/completions", GenerationRoute(service, CompletionBody), methods=["POST"]),
+            Route("/v1/chat/completions", GenerationRoute(service, ChatBody), methods=["POST"]),
             Route("/tokenize", token_pages.tokenize, methods=["POST"]),
             Route("/detokenize", token_pages.detokenize, methods=["POST"]),
             Route("/health", pages.health),
@@ -89,12 +89,9 @@ def _cors(origins: Sequence[str]) -> list[Middleware]:
 class GenerationRoute:
     """The route of completions or chats: an ASGI app, so that the life of a request is one block of code."""
 
-    def __init__(
-        self, service: Service, kind: type[GenerationBody], reply: type[CompletionReply] | type[ChatReply]
-    ) -> None:
+    def __init__(self, service: Service, kind: type[GenerationBody]) -> None:
         self._service = service
         self._kind = kind
-        self._reply = reply
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. However it ends, its sequences end in the engine and its admission is released."""
@@ -118,22 +115,21 @@ class GenerationRoute:
             await connection.fail(internal_error())
 
     async def _answer(self, body: GenerationBody, connection: Connection, deadline: float, account: KeyAccount) -> None:
-        token_texts = None if body.num_logprobs is None else self._service.text.token_texts
-        reply = self._reply(body.model, body.include_usage, token_texts)
+        reply = reply_to(body, self._service.text.token_texts)
         async with self._service.generate(body, deadline, account) as generation:
             if body.stream:
-                await _stream(generation, reply, connection, body.include_usage)
+                await _stream(generation, reply, connection, body)
             else:
                 await _respond(generation, reply, connection)
 
 
-async def _stream(generation: Generation, reply: Reply, connection: Connection, include_usage: bool) -> None:
+async def _stream(generation: Generation, reply: Reply, connection: Connection, body: GenerationBody) -> None:
     """Send each piece as soon as it is there. The response starts with the first piece: an error before has a status.
 
     While the gang recovers it starts earlier, with a ping, and an error after that is an event, as in any stream that
     has begun. Without pings proxies would take the silence for a dead server, and answer with a status of their own.
     """
-    opening, is_last = b"".join(map(reply.opening, range(generation.num_answers))), False
+    has_opened, is_last = False, False
     while not is_last:
         pieces = await generation.take()
         if not connection.has_started:
@@ -141,11 +137,14 @@ async def _stream(generation: Generation, reply: Reply, connection: Connection, 
         if not pieces:
             await connection.write(PING)
             continue
-        chunk = opening + b"".join(map(reply.chunk, pieces))
-        opening = b""
+        if body.usage_in_chunks:
+            reply.note(generation.usage)
+        opened = () if has_opened else range(generation.num_answers)
+        chunk = b"".join([reply.opening(index, pieces[0].prompt) for index in opened] + [*map(reply.chunk, pieces)])
+        has_opened = True
         is_last = generation.is_finished
         if is_last:
-            chunk += (reply.usage_chunk(generation.usage) if include_usage else b"") + DONE
+            chunk += (reply.usage_chunk(generation.usage) if body.include_usage else b"") + DONE
         await connection.write(chunk, is_last=is_last)
 
 

@@ -15,7 +15,7 @@ from configs.config import AdmissionConfig
 from configs.monitoring import MonitoringConfig
 from deployments.api.admission import Admission
 from deployments.api.bodies import GenerationBody
-from deployments.api.context_length import body_too_long, conversation_too_long, too_long
+from deployments.api.context_length import body_too_long, conversation_too_long, too_long, truncated
 from deployments.api.errors import ApiError
 from deployments.api.generation import Answer, Echo, Generation, draining, too_late
 from deployments.api.key_limits import KeyAccount, KeyAccounts
@@ -141,12 +141,15 @@ class Service:
         bad_words = await self._bad_words(body, deadline)
         answers: list[Answer] = []
         num_prompt_tokens = 0
-        for prompt, prompt_ids in zip(prompts, await self.encode(prompts, deadline=deadline), strict=True):
+        encoded = await self.encode(prompts, body.adds_special_tokens, deadline)
+        for prompt, all_ids in zip(prompts, encoded, strict=True):
+            prompt_ids = truncated(body, all_ids, self.limits.max_model_len)
             self._check_prompt(body, prompt_ids)
             num_prompt_tokens += len(prompt_ids)
             for choice in range(body.n):
                 request = self._request(body, prompt_ids, choice, bad_words, deadline)
-                answers.append(self._answer(body, prompt, request, len(answers), began))
+                shown = prompt_ids if isinstance(prompt, str) and len(prompt_ids) < len(all_ids) else prompt
+                answers.append(self._answer(body, shown, request, len(answers), began))
         return Generation(self.engine, self._outbox, answers, num_prompt_tokens, deadline)
 
     def check_body(self, body: GenerationBody) -> None:
@@ -215,15 +218,18 @@ class Service:
         )
 
     def _answer(self, body: GenerationBody, prompt: Prompt, request: Request, index: int, began: float) -> Answer:
-        transcript = self.text.transcript(body.stop, body.min_tokens)
-        stopwatch = Stopwatch(self.latencies, began)
-        if body.echoes:
-            echo = Echo(prompt if isinstance(prompt, str) else None)
-            return Answer(index, request, transcript, stopwatch, echo)
-        if body.continues_prompt:
+        transcript = self.text.transcript(
+            body.stop, body.min_tokens, not body.skip_special_tokens, body.include_stop_str_in_output
+        )
+        echo = Echo(prompt if isinstance(prompt, str) else None, body.num_logprobs) if body.echoes else None
+        if body.continues_prompt and not body.echoes:
             transcript.follow(request.prompt_ids)
         reader = self.text.reader(prompt, request.prompt_ids, index) if isinstance(prompt, Conversation) else None
-        return Answer(index, request, transcript, stopwatch, reader=reader)
+        tells_prompt = body.return_token_ids or body.prompt_logprobs is not None
+        stopwatch = Stopwatch(self.latencies, began)
+        return Answer(
+            index, request, transcript, stopwatch, echo, reader, body.lead, body.return_token_ids, tells_prompt
+        )
 
     def _check_tools(self, prompts: list[Prompt]) -> None:
         uses_tools = any(isinstance(prompt, Conversation) and prompt.tools for prompt in prompts)

@@ -20,10 +20,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.decisions.schedule.kv_admission import KVAdmission
 from configs.config import Config
-from deployments.api.bodies import ChatBody
 from deployments.api.errors import ApiError, internal_error, log_unexpected
 from deployments.api.generation import Generation
-from deployments.api.responses import ChatReply, CompletionReply
+from deployments.api.responses import reply_to
 from deployments.batch.rows import Outcome, Row
 from deployments.hosting import GangHost
 
@@ -175,7 +174,8 @@ class RowAnswerer:
             is_single_call = getattr(row.body, "parallel_tool_calls", None) is False  # the engine knows of neither
             generation.start(at_end=not (row.body.stop or is_single_call))
             answers = await generation.whole()
-            self._end(row, 200, self._reply(row).whole(answers, generation.usage))
+            reply = reply_to(row.body, self._service.text.token_texts, row.stamp)
+            self._end(row, 200, reply.whole(answers, generation.usage))
             limit = sum(request.max_tokens for request in generation.requests)
             self._admission.forecast.observe(generation.usage.completion_tokens, limit)
         except ApiError as error:
@@ -193,11 +193,6 @@ class RowAnswerer:
             self._let_in()
             if self._is_low:
                 self._changed.set()
-
-    def _reply(self, row: Row) -> CompletionReply | ChatReply:
-        kind = ChatReply if isinstance(row.body, ChatBody) else CompletionReply
-        token_texts = None if row.body.num_logprobs is None else self._service.text.token_texts
-        return kind(row.body.model, token_texts=token_texts, stamp=row.stamp)
 
     def _end(self, row: Row, status: int, body: bytes) -> None:
         self._outcomes.append(Outcome(row.number, status, body))

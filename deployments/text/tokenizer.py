@@ -114,9 +114,15 @@ class Text:
         for template in self._templates:
             template.close()
 
-    def transcript(self, stops: list[str], min_tokens: int = 0) -> Transcript:
-        """A Transcript, which turns one sequence's ids into text."""
-        return Transcript(Decoder(self._decode, self._special_texts), stops, min_tokens)
+    def transcript(
+        self, stops: list[str], min_tokens: int = 0, shows_specials: bool = False, shows_stop: bool = False
+    ) -> Transcript:
+        """A Transcript, which turns one sequence's ids into text; `shows_specials`: special tokens are text too."""
+        if shows_specials:
+            decoder = Decoder(partial(self._decode, skip_special_tokens=False))
+        else:
+            decoder = Decoder(self._decode, self._special_texts)
+        return Transcript(decoder, stops, min_tokens, shows_stop)
 
     def reader(self, conversation: Conversation, prompt_ids: list[int], index: int) -> ResponseReader | None:
         """What reads an answer to a conversation; None where all that the model can write is text.

@@ -71,8 +71,10 @@ class Decoder:
 class StopStrings:
     """Lets text pass up to the first stop string, and holds back what may be the beginning of one."""
 
-    def __init__(self, stops: list[str]) -> None:
+    def __init__(self, stops: list[str], shows_stop: bool = False) -> None:
+        """`shows_stop`: the text that may be shown ends with the stop string, not before it."""
         self._stops = stops
+        self._shows_stop = shows_stop
         self._first_chars = frozenset(stop[0] for stop in stops)
         self.are_none = not stops
         self._longest = max(map(len, stops), default=0)
@@ -99,7 +101,8 @@ class StopStrings:
         ]
         if found:
             self.is_found = True
-            return self._release(min(found)[1])
+            end, start = min(found)
+            return self._release(end if self._shows_stop else start)
         return self._release(self._first_beginning())
 
     def flush(self) -> str:
@@ -133,10 +136,14 @@ class ScoredToken:
 class Transcript:
     """What a client sees of one sequence: its text, how many ids it took, and why it ended."""
 
-    def __init__(self, decoder: Decoder, stops: list[str], min_tokens: int = 0) -> None:
-        """A stop string that ends within the first `min_tokens` generated ids does not count."""
+    def __init__(self, decoder: Decoder, stops: list[str], min_tokens: int = 0, shows_stop: bool = False) -> None:
+        """A stop string that ends within the first `min_tokens` generated ids does not count.
+
+        `shows_stop`: the text of the stop string or stop id is shown.
+        """
         self._decoder = decoder
-        self._stops = StopStrings(stops)
+        self._shows_stop = shows_stop
+        self._stops = StopStrings(stops, shows_stop)
         self._min_tokens = min_tokens
         self._num_decoded = 0  # characters
         self._num_shown = 0
@@ -168,7 +175,7 @@ class Transcript:
     def push(
         self, token_ids: list[int], finish_reason: FinishReason | None = None, logprobs: Sequence[TokenLogprobs] = ()
     ) -> str:
-        """The text that these ids add. With "stop" the last id is the stop id, which has no text.
+        """The text that these ids add. With "stop" the last id is the stop id, which has no text unless it is shown.
 
         When a stop string is found, `finish_reason` becomes "stop", and `num_tokens` counts up to the id that completed
         it; the ids after that are ignored.
@@ -196,8 +203,8 @@ class Transcript:
         return scored
 
     def _push(self, token_ids: list[int], finish_reason: FinishReason | None, logprobs: Sequence[TokenLogprobs]) -> str:
-        has_stop_id = finish_reason == "stop"
-        shown_ids = token_ids[:-1] if has_stop_id else token_ids
+        hides_stop_id = finish_reason == "stop" and not self._shows_stop
+        shown_ids = token_ids[:-1] if hides_stop_id else token_ids
         has_specials = not self._decoder.special_texts.keys().isdisjoint(shown_ids)
         if finish_reason and self._stops.are_none and not logprobs and not has_specials:
             self.num_tokens += len(token_ids)  # nothing depends on where a token's text begins
@@ -216,7 +223,7 @@ class Transcript:
             if self._stops.is_found:
                 self.finish_reason = "stop"
                 return text
-        self.num_tokens += has_stop_id
+        self.num_tokens += hides_stop_id
         if finish_reason:
             text += self._stops.push(self._decoder.flush(), self._is_exempt)
             self.finish_reason = "stop" if self._stops.is_found else finish_reason

@@ -4,10 +4,11 @@ import hashlib
 import random
 from collections.abc import Callable, Generator, Iterator
 
-from deployments.api.bodies import ChatBody
 from deployments.api.errors import ApiError
-from deployments.api.responses import ChatReply, CompletionReply, Piece, Usage
+from deployments.api.response_objects import Usage
+from deployments.api.responses import Piece, reply_to
 from deployments.batch.rows import Outcome, Row
+from deployments.text.token_text import TokenTexts
 
 
 class FakeAnswerer:
@@ -41,6 +42,6 @@ def answer(row: Row) -> Outcome:
         error = ApiError(404, "model: there is no such model here", param="model", code="model_not_found")
         return Outcome(row.number, error.status, error.body())
     said = hashlib.sha256(f"{row.body.prompts} {row.body.seed}".encode()).hexdigest()[:12]
-    reply = (ChatReply if isinstance(row.body, ChatBody) else CompletionReply)(row.body.model, stamp=row.stamp)
+    reply = reply_to(row.body, TokenTexts(str, str, False, []), row.stamp)
     pieces = [Piece(index, f"{said} {index}", "stop") for index in range(row.body.n)]
     return Outcome(row.number, 200, reply.whole(pieces, Usage(1, 2, 3)))

@@ -271,7 +271,11 @@ def _fields(target: Target) -> list[Case]:
         "cache_salt": [5, "x" * 257],
         "temprature": [0.5],  # unknown fields pass, but not one that was meant to change the answer
         "max_new_tokens": [5],
-        "truncate_prompt_tokens": [-1],
+        "truncate_prompt_tokens": [-2, 0, 2**70],
+        "truncation_side": ["middle"],
+        "prompt_logprobs": [-1, 21],
+        "request_id": ["x" * 129, "a\r\nx-canary: 1"],
+        "detokenize": [False],
         "lora_request": [{"path": "/etc/canary"}],
     }
     cases = []

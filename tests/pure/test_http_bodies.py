@@ -19,12 +19,22 @@ OURS = {
     "model", "prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "seed", "stop", "ignore_eos",
     "stream", "stream_options", "n", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
     "frequency_penalty", "logit_bias", "min_tokens", "stop_token_ids", "logprobs", "top_logprobs", "timeout",
-    "allowed_token_ids", "bad_words", "best_of", "priority", "cache_salt",
+    "allowed_token_ids", "bad_words", "best_of", "priority", "cache_salt", "include_stop_str_in_output",
+    "skip_special_tokens", "return_token_ids", "return_tokens_as_token_ids", "prompt_logprobs",
+    "truncate_prompt_tokens", "truncation_side", "request_id",
 }  # fmt: skip
-OURS_OF_COMPLETIONS = OURS | {"echo"}
-OURS_OF_CHATS = OURS | {"tools", "tool_choice", "parallel_tool_calls", "reasoning_effort", "chat_template_kwargs"}
+OURS_OF_COMPLETIONS = OURS | {"echo", "add_special_tokens"}
+OURS_OF_CHATS = OURS | {
+    "include_reasoning",
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "reasoning_effort",
+    "chat_template_kwargs",
+}
 INERT = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "spaces_between_special_tokens", "stream_interval",
 }  # fmt: skip
 FIELDS = [(kind, name) for kind in REQUIRED for name in kind.model_fields]
 
@@ -67,9 +77,8 @@ def test_fields_that_never_change_the_answer_pass(kind, name):
 @pytest.mark.parametrize(
     ("kind", "fields"),
     [
-        (CompletionBody, {"prompt_logprobs": 0}),  # the token's own logprob would be shown
-        (CompletionBody, {"skip_special_tokens": False}),
-        (ChatBody, {"include_stop_str_in_output": True}),
+        (CompletionBody, {"detokenize": False}),
+        (CompletionBody, {"truncate_prompt_tokens": 0}),
         (ChatBody, {"tool_choice": "required"}),
         (ChatBody, {"max_tokens": 3, "max_completion_tokens": 4}),
         (CompletionBody, {"max_completion_tokens": 4}),
@@ -100,6 +109,8 @@ LOW_AND_HIGH = [
     ("priority", -(2**31), 2**31 - 1, [1.5, "1", True, 2**31]),
     ("allowed_token_ids", [], list(range(4096)), [list(range(4097)), [-1], [1.5], ["1"], [True], 5, [2**31]]),
     ("bad_words", [], ["x" * 256] * 128, [["x"] * 129, [""], ["x" * 257], [5], "x"]),
+    ("prompt_logprobs", 0, 20, [-1, 21, True]),
+    ("truncate_prompt_tokens", -1, 10**9, [-2, 0, 1.5]),
     ("cache_salt", "", "x" * 256, [5, "x" * 257]),
     ("logit_bias", {"0": -100}, {"4294967295": 100}, [{"5": 101}, {"5": True}, {"5": None}, {"x": 1}, {"05": 1}]),
     ("logit_bias", {}, {str(token): 1 for token in range(1024)}, [{str(token): 1 for token in range(1025)}, [5], "5"]),

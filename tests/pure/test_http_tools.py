@@ -102,6 +102,26 @@ def says(world_type, scripted_executor):
         world.close()
 
 
+def test_thinking_is_left_out_where_it_is_not_wanted(thinker, says):
+    world = says(thinker, "<think>\nThe sky?\n</think>\n\nI look.")
+    whole = world.post(CHATS, CHAT).json()
+    answer = world.post(CHATS, {**CHAT, "include_reasoning": False}).json()
+    assert answer["choices"][0]["message"] == {"role": "assistant", "content": "I look."}
+    assert answer["usage"] == whole["usage"]
+    streamed = events(world.post(CHATS, {**CHAT, "include_reasoning": False, "stream": True}))
+    deltas = [choice["delta"] for event in streamed for choice in event["choices"]]
+    assert "".join(delta.get("content", "") for delta in deltas) == "I look."
+    assert all("reasoning" not in delta and "reasoning_content" not in delta for delta in deltas)
+
+
+def test_special_tokens_that_are_not_skipped_leave_thinking_and_calls_what_they_are(kimi, says):
+    call = "<|tool_call_begin|>functions.now:0<|tool_call_argument_begin|>{}<|tool_call_end|>"
+    world = says(kimi, f"I look.<|im_user|><|tool_calls_section_begin|>{call}<|tool_calls_section_end|>")
+    message = world.post(CHATS, {**CHAT, "skip_special_tokens": False}).json()["choices"][0]["message"]
+    assert message["content"] == "I look.<|im_user|>"
+    assert [one["function"]["name"] for one in message["tool_calls"]] == ["now"]
+
+
 def events(response):
     assert response.status_code == 200, response.text
     lines = [line[6:] for line in response.text.split("\n\n") if line.startswith("data: {")]
