@@ -14,10 +14,11 @@ from cluster.topology import Topology
 from configs.config import AdmissionConfig
 from configs.monitoring import MonitoringConfig
 from deployments.api.admission import Admission
+from deployments.api.answer import Answer, Echo
 from deployments.api.bodies import GenerationBody
 from deployments.api.context_length import body_too_long, conversation_too_long, too_long, truncated
 from deployments.api.errors import ApiError
-from deployments.api.generation import Answer, Echo, Generation, draining, too_late
+from deployments.api.generation import Generation, draining, too_late
 from deployments.api.key_limits import KeyAccount, KeyAccounts
 from deployments.api.metrics import Labels, Latencies, Metrics, Stopwatch
 from deployments.api.outbox import Outbox

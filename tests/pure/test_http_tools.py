@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from actors.words.messages import Event
-from deployments.api.generation import Answer
+from deployments.api.answer import Answer
 from deployments.text import tokenizer
 from deployments.text.prompts import Conversation
 from deployments.text.response_format import choose_format
