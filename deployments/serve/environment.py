@@ -26,6 +26,13 @@ VARIABLES = {  # `make serve` sets them as defaults only: what the user has set 
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": Variable(
         "0", "each token changes threads on its way out, at twice the CPU time"
     ),
+    "RAY_SERVE_ENABLE_HA_PROXY": Variable(
+        "1", "Serve's own proxy takes more CPU for each token, and loses the body of requests with `Upgrade: h2c`"
+    ),
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": Variable(
+        "3600", "each replica that comes or goes ends the streams that began more than 120 s before"
+    ),
+    "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": Variable("65536", "headers of more than 15 KB get a 400 without a reason"),
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": Variable("1", "behind HAProxy a replica takes 30 s to stop"),
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": Variable(
         "deployments.edge:middlewares", "any client can command Serve by headers"

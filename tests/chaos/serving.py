@@ -45,7 +45,7 @@ def cluster(address: str = "local", **options: Any) -> Iterator[None]:
     """Ray as `make serve` starts it, where the environment says nothing else."""
     if address == "local":
         options |= {"num_cpus": 8, "num_gpus": 0, "include_dashboard": False}
-    with mock.patch.dict(os.environ, ENVIRONMENT | os.environ):
+    with mock.patch.dict(os.environ, ENVIRONMENT | {"RAY_SERVE_ENABLE_HA_PROXY": "0"} | os.environ):
         ray.init(address=address, namespace="serve", log_to_driver=False, logging_level="ERROR", **options)
         try:
             yield

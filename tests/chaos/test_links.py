@@ -35,7 +35,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoNodes]:
     """Two namespaces with a Ray node each."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # nobody else is in there
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    for key, value in ENVIRONMENT.items():
+    for key, value in (ENVIRONMENT | {"RAY_SERVE_ENABLE_HA_PROXY": "0"}).items():
         monkeypatch.setenv(key, value)
     folder = Path("/tmp/chaos_ray")  # short: it holds sockets
     with TwoNodes() as nodes:

@@ -498,6 +498,12 @@ def _wire(target: Target) -> list[Case]:
         "a space in a name": b"GET /health HTTP/1.1\r\nhost: x\r\nbad name: x\r\nconnection: close\r\n\r\n",
         "a version": b"GET /health HTTP/9.9\r\nhost: x\r\n\r\n",
         "a NUL in a header": b"GET /health HTTP/1.1\r\nhost: x\r\na: \x00\r\nconnection: close\r\n\r\n",
+        "a length and chunks": b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        b"content-length: 3\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+        "a path that is not ascii": b"GET /\xff\xc3\xa9 HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
+        "a host that is not ascii": b"GET /health HTTP/1.1\r\nhost: \xff\r\nconnection: close\r\n\r\n",
+        "a name that is not ascii": b"GET /health HTTP/1.1\r\nhost: x\r\n\xff: x\r\nconnection: close\r\n\r\n",
+        "a folded header": b"GET /health HTTP/1.1\r\nhost: x\r\na: b\r\n c\r\nconnection: close\r\n\r\n",
         "a million bytes of header": b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\na: "
         + b"x" * 10**6
         + b"\r\n\r\n",
@@ -506,7 +512,24 @@ def _wire(target: Target) -> list[Case]:
         statuses = (*refused, 200) if request.startswith(b"GET") else refused
         # Some servers wait for the rest of what was announced: the sender says that there is none.
         cases.append(Case(f"wire: {name}", statuses, raw=request, is_from_app=False, manner="half-close"))
-    return cases
+    return cases + _large_and_odd(target)
+
+
+def _large_and_odd(target: Target) -> list[Case]:
+    """What is well formed, and more than is taken, or of a kind that servers read differently."""
+    good = _completion(target)
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    length = b"content-length: %d\r\n" % len(good)
+    upgrade = b"connection: close, upgrade, http2-settings\r\nupgrade: h2c\r\nhttp2-settings: AAEA\r\n"
+    twice = head + b"connection: close\r\n" + length + length + b"\r\n" + good
+    endless = head + b"transfer-encoding: chunked\r\n\r\n" + (b"10000\r\n" + b"x" * 2**16 + b"\r\n") * 64
+    large = ((b"content-type", b"application/json"), (b"a", b"x" * 2**15))
+    return [
+        Case("wire: an upgrade as Java sends it", (200, 400), raw=head + upgrade + length + b"\r\n" + good),
+        Case("wire: the same length twice", (200, 400), raw=twice, is_from_app=False),
+        Case("wire: 33 KB of headers", (431,), good, headers=large),
+        Case("wire: chunks above the limit", (413, NOTHING), raw=endless),
+    ]
 
 
 def _manners(target: Target) -> list[Case]:

@@ -124,6 +124,15 @@ def test_a_deadline_holds_behind_the_proxy(run: Run) -> None:
     until(run.is_idle, within_s=2)
 
 
+def test_a_body_that_an_upgrade_loses_is_said_to_be_lost(run: Run, way: tuple[bool, bool]) -> None:
+    """Java's client asks for h2c, and httptools, by which Serve's own proxy reads, stops there."""
+    (case,) = [case for case in corpus(TARGET) if case.id.endswith("as Java sends it")]
+    answer = send(run.address, case)
+    check(case, answer)
+    assert answer.status == (200 if way[0] else 400)
+    assert way[0] or b"the body was lost" in answer.body
+
+
 def test_headers_are_read_or_left_out(run: Run, way: tuple[bool, bool]) -> None:
     """Without the edge Serve answers 500 to those that are not UTF-8; nothing more comes of it."""
     for case in commands():

