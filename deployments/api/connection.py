@@ -115,5 +115,5 @@ async def read_body(request: Request, max_bytes: int, too_large: Callable[[int],
     except TimeoutError:
         raise ApiError(408, f"the body was not complete after {BODY_S:g} s; send it faster") from None
     if not body and "upgrade" in request.headers and (announced != "0" or "transfer-encoding" in request.headers):
-        raise ApiError(400, LOST_BODY)
+        raise ApiError(400, LOST_BODY, code="body_lost")
     return bytes(body)

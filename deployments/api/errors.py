@@ -55,7 +55,7 @@ class ApiError(Exception):
             headers.append((b"retry-after", str(self.retry_after_s).encode()))
         if self.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
-        if self.status in _UNREAD:
+        if self.status in _UNREAD or self.code == "body_lost":
             headers.append((b"connection", b"close"))
         if self.status == 504:
             headers.append((b"x-should-retry", b"false"))  # OpenAI's clients would send the same twice more

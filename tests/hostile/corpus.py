@@ -520,12 +520,14 @@ def _large_and_odd(target: Target) -> list[Case]:
     good = _completion(target)
     head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
     length = b"content-length: %d\r\n" % len(good)
-    upgrade = b"connection: close, upgrade, http2-settings\r\nupgrade: h2c\r\nhttp2-settings: AAEA\r\n"
+    upgrade = b"connection: upgrade, http2-settings\r\nupgrade: h2c\r\nhttp2-settings: AAEA\r\n"
+    last = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"  # ends the connection where all is read
+    java = head + upgrade + length + b"\r\n" + good + last
     twice = head + b"connection: close\r\n" + length + length + b"\r\n" + good
     endless = head + b"transfer-encoding: chunked\r\n\r\n" + (b"10000\r\n" + b"x" * 2**16 + b"\r\n") * 64
     large = ((b"content-type", b"application/json"), (b"a", b"x" * 2**15))
     return [
-        Case("wire: an upgrade as Java sends it", (200, 400), raw=head + upgrade + length + b"\r\n" + good),
+        Case("wire: an upgrade as Java sends it", (200, 400), raw=java),
         Case("wire: the same length twice", (200, 400), raw=twice, is_from_app=False),
         Case("wire: 33 KB of headers", (431,), good, headers=large),
         Case("wire: chunks above the limit", (413, NOTHING), raw=endless),
