@@ -68,7 +68,7 @@ def test_no_route_is_open_but_what_probes_ask(guarded, error_of):
                     assert error_of(answer, 401)["code"] == "invalid_api_key"
     for path in ("/v1", "/nowhere", "/health/", "/health/../v1/models", "/HEALTH", "/metrics/x"):
         assert guarded.get(path).status_code == 401
-    assert {"/health", "/ready", "/version", "/metrics"} == OPEN
+    assert {"/health", "/ready", "/version", "/metrics", "/metrics/replica"} == OPEN
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_a_limited_key_is_told_so_and_others_go_on(guarded, error_of):
         ("generation_tokens", "alice", 3),
         ("cached_tokens", "alice", 0),
     ]:
-        assert f'stagemesh_key_{name}_total{{key="{key}",model_name="tiny"}} {value}.0' in page
+        assert f'stagemesh_key_{name}_total{{key="{key}",model_name="tiny",replica="replica-1"}} {value}.0' in page
 
 
 def test_tokens_of_a_key_are_counted_where_they_are_made(make_world, text, tmp_path):
