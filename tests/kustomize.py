@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-KNOWN = {"apiVersion", "kind", "resources", "components", "patches", "images", "replacements"}
+KNOWN = {"apiVersion", "kind", "resources", "components", "patches", "images", "replacements", "configMapGenerator"}
 Resource = dict[str, Any]
 
 
@@ -28,6 +28,7 @@ def _render(folder: Path, resources: list[Resource]) -> list[Resource]:
         resources = resources + (render(path) if path.is_dir() else _read(path))
     for name in plan.get("components", ()):
         resources = _render(folder / name, resources)
+    resources = resources + [_config_map(folder, made) for made in plan.get("configMapGenerator", ())]
     for patch in plan.get("patches", ()):
         text = (folder / patch["path"]).read_text(encoding="utf-8") if "path" in patch else patch["patch"]
         resources = _patched(resources, yaml.safe_load(text), patch.get("target"))
@@ -41,6 +42,13 @@ def _render(folder: Path, resources: list[Resource]) -> list[Resource]:
 def _read(path: Path) -> list[Resource]:
     # By way of JSON, as what an alias names is a copy in kustomize, and the same object in PyYAML.
     return [json.loads(json.dumps(document)) for document in yaml.safe_load_all(path.read_text(encoding="utf-8"))]
+
+
+def _config_map(folder: Path, made: dict[str, Any]) -> Resource:
+    assert set(made) == {"name", "files", "options"} and made["options"].pop("disableNameSuffixHash"), made
+    metadata = {"name": made["name"], **made["options"]}
+    data = {name: (folder / name).read_text(encoding="utf-8") for name in made["files"]}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}
 
 
 def _patched(resources: list[Resource], patch: Any, target: dict[str, str] | None) -> list[Resource]:

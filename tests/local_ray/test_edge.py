@@ -24,6 +24,7 @@ from tests.local_ray.demo import (
     assert_trained_answers,
     client_of,
 )
+from tests.prometheus import not_there, panels
 from tests.serving import Run, until
 
 pytest.importorskip("ray")
@@ -110,6 +111,12 @@ def test_no_header_keeps_a_request_alive_whose_client_has_left(run: Run, header:
         until(lambda: run.cluster()["requests"]["running"] == 1, within_s=20)
     until(lambda: run.finished("abort") == before + 1, within_s=5)
     until(run.is_idle, within_s=2)
+
+
+def test_the_board_finds_its_series_in_what_is_served(run: Run) -> None:
+    queries = [target["expr"] for panel in panels() for target in panel["targets"]]
+    missing = not_there(queries, run.get("/metrics").text)
+    assert [name for name in missing if "key" not in name] == []  # the demo asks for no API keys
 
 
 def test_a_deadline_holds_behind_the_proxy(run: Run) -> None:

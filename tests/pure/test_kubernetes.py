@@ -336,8 +336,8 @@ def test_pods_get_out_to_each_other_names_and_https_only(name: str) -> None:
 
 def monitored(name: str) -> list[tuple[list[dict[str, Any]], dict[str, Any]]]:
     """What each monitor scrapes, and of which container."""
-    service, pod = render(K8S / "monitoring")
-    assert (service["kind"], pod["kind"]) == ("ServiceMonitor", "PodMonitor")
+    monitoring = {resource["kind"]: resource for resource in render(K8S / "monitoring")}
+    service, pod = monitoring["ServiceMonitor"], monitoring["PodMonitor"]
     at_head, at_worker = containers(name)
     return [(service["spec"]["endpoints"], at_head), (pod["spec"]["podMetricsEndpoints"], at_worker)]
 
