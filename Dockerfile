@@ -27,7 +27,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 # An editable install only notes the folder of the packages, so that they may be empty yet. The base image has no bytecode
 # of the standard library, and nobody could write it later: each process would compile it anew.
 COPY pyproject.toml LICENSE ./
-# For batches in Parquet and object stores: --build-arg EXTRAS=[batch]
+# For checkpoints in object stores: --build-arg EXTRAS=[stores]; for batches there or in Parquet: --build-arg EXTRAS=[batch]
 ARG EXTRAS=
 RUN --mount=type=cache,target=/root/.cache/pip \
     touch README.md && for package in configs cluster actors deployments; do \

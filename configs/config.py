@@ -31,12 +31,19 @@ class ModelConfig(Group):
 
     source: str = Field(
         min_length=1,
-        description="A folder, or a hub id like `org/name`. Relative folders start at the project's root. Always set.",
+        description="A folder, a hub id like `org/name`, or a URL like `s3://bucket/prefix` (docs/models.md). Relative "
+        "folders start at the project's root. Always set.",
     )
     revision: str | None = Field(
         default=None,
-        description="Branch, tag or commit of a hub id; none: the hub's default branch. "
-        "Set it to a commit so that every start loads the same weights.",
+        description="Branch, tag or commit of a hub id, or version of a URL's files, which the log names; none: the "
+        "hub's default branch, or what is there. Set it to a commit or version: every start loads the same weights.",
+    )
+    cache_folder: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Where a node keeps what it has fetched of a URL; none: `stagemesh` in the hub's folder "
+        "(`HF_HOME`, else `~/.cache/huggingface`). Set it to the node's fastest disk with room.",
     )
     name: str | None = Field(
         default=None,

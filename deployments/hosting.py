@@ -86,7 +86,7 @@ def _read_model(config: Config, device: str, name: str, now: datetime | None) ->
     from deployments.api.service import Identity, Limits, Service
     from deployments.text.tokenizer import Text
 
-    folder = resolve_source(config.model.source, config.model.revision)
+    folder = resolve_source(config.model)
     spec, block_size = read_spec(folder, config.model.dtype), default_block_size(config.device, device)
     plan = make_plan(config, spec, block_size)
     text, defaults = (

@@ -46,7 +46,7 @@ def ask(gang: Gang, plan: Plan, text: Text, question: str) -> str:
 def main(path: str, question: str) -> str:
     """Starts the ranks of a config file, asks them, and ends them."""
     config = read_config(path)
-    folder = resolve_source(config.model.source, config.model.revision)
+    folder = resolve_source(config.model)
     ray.init(ignore_reinit_error=True, include_dashboard=False, log_to_driver=False)
     device = resolve_device(placed_on(config.device), read_nodes())
     # What each rank owns, before any is started

@@ -192,7 +192,7 @@ class Gang:
         self._ranks = [
             RankInfo(
                 shard.rank, shard.stage, shard.shard, node, info.pid, device, shard.layers, load.weight_bytes, None,
-                load_s=load.seconds, substitutions=load.substitutions,
+                load_s=load.seconds, fetched_bytes=load.fetched_bytes, substitutions=load.substitutions,
             )
             for shard, node, info, device, load in zip(plan.shards, nodes, infos, devices, loaded, strict=True)
         ]  # fmt: skip

@@ -36,6 +36,7 @@ class Loaded:
     weight_bytes: int
     seconds: float
     substitutions: list[Substitution] = field(default_factory=list)
+    fetched_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class RankInfo:
     heartbeat_age_s: float | None  # None: no heartbeat in this epoch yet
     seconds: dict[str, float] = field(default_factory=dict)  # by phase, since it joined; see PhaseClock
     load_s: float = 0.0  # reading its weights took so long
+    fetched_bytes: int = 0  # of them, by this rank, from an object store
     substitutions: list[Substitution] = field(default_factory=list)
 
 

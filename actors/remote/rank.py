@@ -123,14 +123,16 @@ class Rank:
             return self._loaded
         this = self.assignment
         self._runner = self._make_runner(this.plan, this.rank, self._groups, self._backend)
-        folder = resolve_source(this.config.model.source, this.config.model.revision)
+        folder = resolve_source(this.config.model, this.plan.spec.revision)
         report = self._runner.load(folder, self._progress(), this.config.substitutions == "auto")
-        self._say("loaded %.1f MB in %.1f s", report.bytes_copied / 1e6, report.seconds)
+        loaded, fetched = report.bytes_copied / 1e6, report.fetched_bytes / 1e6
+        self._say("loaded %.1f MB in %.1f s, of which it fetched %.1f MB", loaded, report.seconds, fetched)
         substitutions = self._runner.substitutions
         for one in substitutions:
             why_not = f"; not {'everywhere' if one.count else 'used'}: {one.reason_not}" if one.reason_not else ""
             self._say("%s: substituted %d times%s", one.what, one.count, why_not)
-        self._loaded = Loaded(this.plan.shards[this.rank].weight_bytes, report.seconds, substitutions)
+        weight_bytes = this.plan.shards[this.rank].weight_bytes
+        self._loaded = Loaded(weight_bytes, report.seconds, substitutions, report.fetched_bytes)
         return self._loaded
 
     def num_blocks_that_fit(self, ranks_on_node: int) -> int:

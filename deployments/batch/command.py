@@ -94,7 +94,7 @@ def _prepared(options: argparse.Namespace) -> "tuple[Prepared, Answering]":
     output = normalized(options.output, "--output")
     errors = normalized(options.errors, "--errors") if options.errors else default_errors(output)
     asked = Asked(normalized(options.input, "--input"), output, errors, options.date, options.part_rows)
-    folder = resolve_source(config.model.source, config.model.revision)
+    folder = resolve_source(config.model)
     job = prepare(asked, config, folder, open_store(output, errors))
 
     @contextlib.contextmanager

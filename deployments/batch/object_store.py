@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from deployments.batch.retries import Pause, Result, patiently
+from actors.stores.retries import Pause, Result, patiently
 from deployments.batch.store import Chunks
 
 _PROBE = "probe"

@@ -6,16 +6,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from actors.stores.retries import Pause, patiently
+from actors.stores.urls import filesystem_of, is_url
 from deployments.batch.object_store import ObjectStore
-from deployments.batch.retries import Pause, patiently
 from deployments.batch.store import LocalStore, Store
-
-_EXTRAS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
-
-
-def is_url(place: str) -> bool:
-    """Whether a place is in an object store: anything with a scheme other than file://."""
-    return "://" in place and not place.startswith("file://")
 
 
 def normalized(place: str, option: str) -> str:
@@ -55,21 +49,6 @@ def open_store(output: str, errors: str) -> Store:
     if Path(output).parent.stat().st_dev != Path(errors).parent.stat().st_dev:  # both are linked to at the end
         raise ValueError("--errors: must be on the same file system as --output; leave it out to have it beside that")
     return LocalStore(folder)
-
-
-def filesystem_of(url: str) -> Any:
-    """The fsspec filesystem for a URL. Raises ValueError where its package is not installed, or no scheme is known."""
-    import fsspec
-
-    scheme = url.partition("://")[0]
-    try:
-        return fsspec.filesystem(scheme, skip_instance_cache=True)
-    except ImportError as error:
-        package = _EXTRAS.get(scheme)
-        remedy = f"pip install {package} (or the extra batch)" if package else "install what fsspec needs for it"
-        raise ValueError(f"{url}: {error}; {remedy}, on the machine that drives the job") from None
-    except ValueError as error:
-        raise ValueError(f"{url}: {error}; use a path, or a URL that fsspec knows, such as s3://bucket/key") from None
 
 
 class InputFile(io.RawIOBase):

@@ -65,7 +65,7 @@ def _asked(options: argparse.Namespace) -> tuple[list[Config], ModelSpec]:
     layouts = [dataclasses.astuple(one) for one in options.layouts or []] or [(None, None)]
     configs = [config_of(options.target, *layout) for layout in layouts]
     model = configs[0].model
-    spec = read_spec(resolve_source(model.source, model.revision), model.dtype)
+    spec = read_spec(resolve_source(model), model.dtype)
     for config in configs:
         make_plan(config, spec)
     return configs, spec

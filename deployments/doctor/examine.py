@@ -38,7 +38,8 @@ class Question:
         """What the probes are told."""
         if self.config is None:
             return Asked()
-        return Asked(self.config.model.source, self.config.model.revision, self.http_port)
+        model = self.config.model
+        return Asked(model.source, model.revision, self.http_port, model.cache_folder)
 
 
 def examine_here(question: Question, say: Say) -> list[Finding]:

@@ -16,6 +16,7 @@ class Asked:
     source: str | None = None  # model.source; None: no config was given
     revision: str | None = None
     http_port: int | None = None
+    cache_folder: str | None = None
 
 
 @dataclass(frozen=True)

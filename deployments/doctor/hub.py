@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
+from actors.stores.urls import is_url
 from actors.tensors.weights.source import local_folder
 from deployments.doctor.facts import Asked, Hub
 
@@ -13,8 +14,8 @@ _PATIENCE_S = 5.0
 
 
 def read_hub(asked: Asked) -> Hub | None:
-    """What the hub says of model.source; None for a folder."""
-    if asked.source is None or local_folder(asked.source, asked.revision) is not None:
+    """What the hub says of model.source; None for a folder or a URL."""
+    if asked.source is None or is_url(asked.source) or local_folder(asked.source, asked.revision) is not None:
         return None
     endpoint, token = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"), _token()
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):  # as its own client reads it

@@ -19,10 +19,12 @@ ReadAt = Callable[[int, mmap.mmap, int], int]  # (file, buffer, offset) → byte
 
 
 def read_disk(asked: Asked) -> Disk | None:
-    """The disk of the checkpoint, or of the hub's cache where it would be put; None without a config."""
+    """The disk of the checkpoint, or where it would be put; None without a config."""
     if asked.source is None:
         return None
-    folder = local_folder(asked.source, asked.revision) or cache_folder(asked.source, asked.revision)
+    folder = local_folder(asked.source, asked.revision) or cache_folder(
+        asked.source, asked.revision, asked.cache_folder
+    )
     place = next(path for path in (folder, *folder.parents) if path.is_dir())
     stored = sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
     room = os.statvfs(place)

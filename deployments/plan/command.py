@@ -87,7 +87,7 @@ def plan_report(config: Config, gpu: str, context: int | None = None) -> PlanRep
     from actors.tensors.weights.source import architecture_folder
     from deployments.api.sampling_defaults import SamplingDefaults
 
-    folder, is_shipped = architecture_folder(config.model.source, config.model.revision)
+    folder, is_shipped = architecture_folder(config.model)
     SamplingDefaults.read(folder, config.model.generation_config)  # where a start would refuse them, so does a plan
     spec = read_spec(folder, config.model.dtype)
     plan = fitted(config, assumed_plan(config, spec), ACCELERATORS[gpu])

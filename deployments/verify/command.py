@@ -80,7 +80,7 @@ def _prepared(config: "Config", options: argparse.Namespace) -> "tuple[ModelSpec
     from actors.tensors.weights.source import resolve_source
     from deployments.verify.prompts import default_prompts, read_prompts
 
-    folder = resolve_source(config.model.source, config.model.revision)
+    folder = resolve_source(config.model)
     spec = read_spec(folder, config.model.dtype)
     plan = assumed_plan(config, spec)
     num_new = min(options.output_len, plan.max_model_len - 1)

@@ -144,7 +144,7 @@ class _ReferenceActor:
         from actors.tensors.verify.verification import Verification
         from actors.tensors.weights.source import resolve_source
 
-        folder: Path = resolve_source(config.model.source, config.model.revision)
+        folder: Path = resolve_source(config.model, plan.spec.revision)
         unpacked = [recording.unpacked() for recording in recordings]
         self._verification = Verification(folder, plan, self._device, self._num_threads, unpacked, served)
 

@@ -28,6 +28,7 @@ from actors.tensors.weights.source import resolve_source
 from actors.words.errors import CheckpointError, UnsupportedModel
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
 from cluster.collectives.interface import LoneShard
+from configs.config import ModelConfig
 
 ATTENTION = ReferenceBackend(torch.device("cpu")).attention([], torch.float32, 16)  # nobody attends here
 
@@ -67,9 +68,9 @@ def test_folders_are_found_from_the_project_s_root(
     folder = checkpoints("llama")
     monkeypatch.setattr(source_module, "PROJECT_ROOT", folder.parent)
     monkeypatch.chdir(tmp_path)
-    assert resolve_source(str(folder)) == folder
-    assert resolve_source(folder.name) == folder
-    assert resolve_source(f"./{folder.name}") == folder
+    assert resolve_source(ModelConfig(source=str(folder))) == folder
+    assert resolve_source(ModelConfig(source=folder.name)) == folder
+    assert resolve_source(ModelConfig(source=f"./{folder.name}")) == folder
 
 
 @pytest.fixture
@@ -88,15 +89,15 @@ def hub_cache(checkpoints: Callable[[str], Path], tmp_path: Path, monkeypatch: p
 
 
 def test_a_hub_id_is_served_from_the_local_cache(hub_cache: Path) -> None:
-    assert resolve_source("some-org/some-model") == hub_cache / ("a" * 40)
-    assert resolve_source("some-org/some-model", "v2") == hub_cache / ("b" * 40)
+    assert resolve_source(ModelConfig(source="some-org/some-model")) == hub_cache / ("a" * 40)
+    assert resolve_source(ModelConfig(source="some-org/some-model", revision="v2")) == hub_cache / ("b" * 40)
 
 
 def test_a_hub_id_that_nobody_has_is_named(hub_cache: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.source: some-org/other-model .*cache"):
-        resolve_source("some-org/other-model")
+        resolve_source(ModelConfig(source="some-org/other-model"))
     with pytest.raises(ValueError, match=r"model\.revision 'v3'"):
-        resolve_source("some-org/some-model", "v3")
+        resolve_source(ModelConfig(source="some-org/some-model", revision="v3"))
 
 
 def test_wrong_sources_are_named(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
@@ -112,9 +113,9 @@ def test_wrong_sources_are_named(checkpoints: Callable[[str], Path], tmp_path: P
         ("none", "no folder"),
     ):
         with pytest.raises(ValueError, match=rf"model\.source.*{words}"):
-            resolve_source(str(tmp_path / name))
+            resolve_source(ModelConfig(source=str(tmp_path / name)))
     with pytest.raises(ValueError, match=r"model\.revision"):
-        resolve_source(str(checkpoints("llama")), "main")
+        resolve_source(ModelConfig(source=str(checkpoints("llama")), revision="main"))
 
 
 # Specs

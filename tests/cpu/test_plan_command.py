@@ -28,7 +28,7 @@ from actors.tensors.model import spec_reader
 from actors.tensors.model.stage_model import build
 from actors.tensors.weights.source import architecture_folder, shipped_architectures
 from cluster.collectives.interface import LoneShard
-from configs.config import Config
+from configs.config import Config, ModelConfig
 from configs.files import read_config
 from deployments import cli
 
@@ -55,7 +55,7 @@ def asked(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
 def planned(source: str, tp: int, pp: int, **groups: Any) -> Plan:
     parallel = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp}
     config = Config.model_validate({"model": {"source": source}, "parallel": parallel, **groups})
-    return make_plan(config, spec_reader.read_spec(architecture_folder(source)[0]))
+    return make_plan(config, spec_reader.read_spec(architecture_folder(ModelConfig(source=source))[0]))
 
 
 def test_a_405b_model_is_planned_to_the_byte_as_a_command(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_a_405b_model_is_planned_to_the_byte_as_a_command(tmp_path: Path) -> Non
 @pytest.mark.parametrize("source", sorted(BILLIONS))
 def test_shipped_architectures_are_the_public_ones(source: str) -> None:
     assert shipped_architectures() == sorted(BILLIONS, key=lambda name: name.replace("/", "--"))
-    spec = spec_reader.read_spec(architecture_folder(source)[0])
+    spec = spec_reader.read_spec(architecture_folder(ModelConfig(source=source))[0])
     assert sum(parameter.numel for parameter in spec.parameters) / 1e9 == pytest.approx(BILLIONS[source], abs=1e-3)
 
 
@@ -115,7 +115,7 @@ def test_the_limits_of_presets_are_right_for_their_gpu(path: Path) -> None:
     config = read_config(path)
     if config.device == "cpu":
         return
-    spec = spec_reader.read_spec(architecture_folder(config.model.source)[0], config.model.dtype)
+    spec = spec_reader.read_spec(architecture_folder(config.model)[0], config.model.dtype)
     plan, h100 = make_plan(config, spec), ACCELERATORS["h100-80gb"]
     estimate, limits = Estimate(plan, h100, config.cache.memory_share, config.cache.num_blocks), plan.scheduler
     tokens_each = estimate.num_blocks * plan.block_size // limits.max_num_seqs
@@ -320,7 +320,7 @@ def test_a_small_cache_is_named_beside_what_else_is_wrong(tmp_path: Path, capsys
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_config_takes_the_fast_path_of_its_device(path: Path) -> None:
     config = read_config(path)
-    spec = spec_reader.read_spec(architecture_folder(config.model.source)[0], config.model.dtype)
+    spec = spec_reader.read_spec(architecture_folder(config.model)[0], config.model.dtype)
     plan = make_plan(config, spec, default_block_size(config.device, placed_on(config.device)))
     attentions = [attention.local_spec for shard in plan.shards for attention in shard.attentions]
     if config.device == "cpu":
@@ -379,7 +379,7 @@ def test_a_checkpoint_in_float32_is_told(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_name_that_speaks_of_quantization_is_doubted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "Llama-3.1-8B-FP8"
     folder.mkdir()
-    public = architecture_folder("meta-llama/Llama-3.1-8B-Instruct")[0] / "config.json"
+    public = architecture_folder(ModelConfig(source="meta-llama/Llama-3.1-8B-Instruct"))[0] / "config.json"
     (folder / "config.json").write_bytes(public.read_bytes())
     [note] = asked(capsys, str(folder))["notes"]
     assert "speaks of FP8" in note
@@ -398,7 +398,7 @@ def test_experts_in_lists_count_as_numbers(capsys: pytest.CaptureFixture[str]) -
 def test_sampling_defaults_that_would_end_a_start_have_no_plan(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    public = architecture_folder("meta-llama/Llama-3.1-8B-Instruct")[0] / "config.json"
+    public = architecture_folder(ModelConfig(source="meta-llama/Llama-3.1-8B-Instruct"))[0] / "config.json"
     (tmp_path / "config.json").write_bytes(public.read_bytes())
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 2, "top_k": "all"}')
     assert cli.main(["plan", str(tmp_path)]) == 1

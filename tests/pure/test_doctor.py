@@ -393,6 +393,7 @@ def test_the_hub_is_asked_for_the_model_and_its_size(monkeypatch: pytest.MonkeyP
     assert told_of("org/gated").judgement == "ok"
     assert "model.source" in told_of("org/missing").remedy
     assert read_hub(Asked(str(ROOT / "configs/demo"))) is None, "a folder needs no hub"
+    assert read_hub(Asked("s3://bucket/prefix")) is None, "neither does a URL"
 
 
 def test_a_hub_that_is_not_reached_fails_only_what_is_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -394,7 +394,9 @@ def test_containers_have_the_environment_of_make_serve(name: str) -> None:
     assert environment(name).items() >= ENVIRONMENT.items()
     assert environment(name)["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
     for container in containers(name):
-        assert container["envFrom"] == [{"configMapRef": {"name": "stagemesh-environment"}}]
+        environment_map, *secrets = container["envFrom"]
+        assert environment_map == {"configMapRef": {"name": "stagemesh-environment"}}
+        assert secrets in ([], [{"secretRef": {"name": "stagemesh-store", "optional": True}}])
         for variable in container.get("env", ()):
             assert set(variable) == {"name", "valueFrom"}, "what is no secret stands in the ConfigMap"
             assert "secretKeyRef" in variable["valueFrom"]

@@ -112,6 +112,7 @@ class ModelSpec:
     embedding_name: str = "model.embed_tokens"
     layers_name: str = "model.layers"
     head_name: str = "lm_head"
+    revision: str | None = None  # commit of a hub id, version of a URL: every rank, also a later one, loads the same
 
     @property
     def num_layers(self) -> int:

@@ -16,6 +16,7 @@ from actors.tensors.model.probe import PROBE_NAME, Probe, Trace, on_fake_tensors
 from actors.tensors.model.rotary import fix_rotary
 from actors.tensors.model.skeleton import build_model, config_digest, parameters_on_meta
 from actors.tensors.weights.safetensors_index import stored_dtype
+from actors.tensors.weights.source import revision_of
 from actors.words.errors import CheckpointError, UnsupportedModel
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def read_spec(folder: Path, dtype: str = "auto", only_tested: bool = True) -> Mo
     notes += _left_out(spec)
     for note in notes:
         logger.info("%s: %s", folder.name, note)
-    return replace(spec, notes=tuple(notes))
+    return replace(spec, notes=tuple(notes), revision=revision_of(folder))
 
 
 def resolve_dtype(reading: ConfigReading, folder: Path, asked: str) -> tuple[str, str]:

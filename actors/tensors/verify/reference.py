@@ -17,6 +17,7 @@ from actors.tensors.backends.host_memory import available_bytes
 from actors.tensors.model.config_reader import auto_class
 from actors.tensors.model.rotary import depends_on_length
 from actors.tensors.model.skeleton import read_model_config
+from actors.tensors.weights.mapped import fetch_weights
 
 BATCH = 2
 ALONE, GUIDED = range(BATCH)  # the rows of a batch
@@ -57,6 +58,7 @@ class Reference:
         _check_memory(plan)
         only_eager = any(one.softcap is not None or one.has_sinks for one in spec.attentions)  # others drop them
         config = read_model_config(folder)
+        fetch_weights(folder)
         self.model: Any
         self.model, info = auto_class(config).from_pretrained(
             str(folder),

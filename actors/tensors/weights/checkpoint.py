@@ -3,7 +3,8 @@
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from actors.decisions.model.spec import ModelSpec
 from actors.tensors.weights.conversion import Computed, ConversionGroup, Conversions
 from actors.tensors.weights.lazy import Box, Lazy, Read
 from actors.tensors.weights.leftovers import leave_out
-from actors.tensors.weights.mapped import MappedFile, as_slices, copied
+from actors.tensors.weights.mapped import MappedFile, as_slices, byte_range, copied, fetch_ranges
 from actors.tensors.weights.safetensors_index import in_short, stored_tensors
 from actors.words.errors import CheckpointError
 
@@ -32,6 +33,7 @@ class LoadReport:
     seconds: float
     num_files: int
     computed: tuple[str, ...]  # tensors whose sources were read whole, because their conversion cannot be inverted
+    fetched_bytes: int = 0  # of a checkpoint at a URL, by this rank: others of the node fetched the rest, or had it
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ def load_weights(sources: Sources, tensors: Mapping[str, torch.Tensor], progress
             filled += target.zero_().nbytes
         elif isinstance(source, Lazy):
             reads += _reads(source, tensor, target)
+    fetched_bytes = fetch_ranges(_ranges(sources, reads))
     for num_bytes in copied(reads):
         filled += num_bytes
         if progress is not None:
@@ -151,7 +154,18 @@ def load_weights(sources: Sources, tensors: Mapping[str, torch.Tensor], progress
     _check_twin(sources, tensors)
     files = {read.stored.file for read in reads}
     computed = tuple(name for name, source in sources.by_target.items() if isinstance(source, Computed))
-    return LoadReport(filled, time.monotonic() - started, len(files), computed)
+    return LoadReport(filled, time.monotonic() - started, len(files), computed, fetched_bytes)
+
+
+def _ranges(sources: Sources, reads: Iterable[Read]) -> dict[Path, list[Interval]]:
+    """The bytes of each file that loading reads, so that all are fetched at once where the checkpoint is a URL."""
+    ranges: dict[Path, list[Interval]] = defaultdict(list)
+    for read in reads:
+        ranges[read.stored.file].append(byte_range(read))
+    for source in sources.by_target.values():
+        for stored in itertools.chain(*source.group.stored.values()) if isinstance(source, Computed) else ():
+            ranges[stored.file].append(stored.range)
+    return ranges
 
 
 def boxes(intervals: tuple[tuple[Interval, ...], ...]) -> Iterator[tuple[Box, tuple[slice, ...]]]:
@@ -174,7 +188,7 @@ def _compute(source: Computed, conversions: Conversions) -> torch.Tensor:
     group = source.group
     whole: dict[str, list[torch.Tensor]] = {}
     for pattern, of_pattern in group.stored.items():
-        files = [MappedFile(stored.file, stored.offset) for stored in of_pattern]
+        files = [MappedFile(stored.file, [stored.range]) for stored in of_pattern]
         whole[pattern] = [file.tensor(stored) for file, stored in zip(files, of_pattern, strict=True)]
         for file in files:
             file.close()

@@ -4,11 +4,14 @@ import itertools
 import math
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from actors.stores.fetch import fetch, fetch_all
+from actors.stores.intervals import Interval
+from actors.stores.mirror import mirror_of
 from actors.tensors.weights.lazy import Box, Read
 from actors.tensors.weights.safetensors_index import StoredTensor
 from actors.words.errors import CheckpointError
@@ -20,8 +23,10 @@ _AHEAD_BYTES = 64 * 1024 * 1024  # prefetched ahead of the copy
 class MappedFile:
     """One file. Bytes that several ranks of a node read come from disk once: all copy from the page cache."""
 
-    def __init__(self, file: Path, num_bytes: int) -> None:
-        """`num_bytes`: the end of the last byte that will be read."""
+    def __init__(self, file: Path, ranges: Sequence[Interval]) -> None:
+        """`ranges` of bytes that will be read, and no others: of a copy from an object store the rest is not there."""
+        fetch_ranges({file: ranges})
+        num_bytes = max(end for _, end in ranges)
         try:
             with file.open("rb") as stream:
                 if os.fstat(stream.fileno()).st_size < num_bytes:
@@ -48,12 +53,33 @@ class MappedFile:
             os.posix_fadvise(self._descriptor, start, min(_PIECE_BYTES, end - start), os.POSIX_FADV_WILLNEED)
 
 
+def fetch_ranges(ranges: Mapping[Path, Iterable[Interval]]) -> int:
+    """Fetch ranges of files that are copies from an object store, as far as they are not there → bytes fetched here.
+
+    Raises CheckpointError, as `stores.fetch`.
+    """
+    fetched_bytes = 0
+    for folder, of_folder in itertools.groupby(sorted(ranges), key=lambda file: file.parent):
+        if (mirror := mirror_of(folder)) is not None:
+            fetched_bytes += fetch(mirror, {file.name: ranges[file] for file in of_folder}).fetched_bytes
+    return fetched_bytes
+
+
+def fetch_weights(folder: Path) -> None:
+    """Fetch all weights of a folder that is a copy from an object store, for who reads them by other means than ours.
+
+    Raises CheckpointError, as `stores.fetch`.
+    """
+    if (mirror := mirror_of(folder)) is not None:
+        fetch_all(mirror)
+
+
 def copied(reads: Iterable[Read]) -> Iterator[int]:
     """Do all reads, in the order of the files; after each one, yield the bytes that it filled."""
     ordered = sorted(reads, key=lambda read: (read.stored.file, byte_range(read)))
     for file, of_file in itertools.groupby(ordered, key=lambda read: read.stored.file):
         batch = list(of_file)
-        mapped = MappedFile(file, max(byte_range(read)[1] for read in batch))
+        mapped = MappedFile(file, [byte_range(read) for read in batch])
         try:
             num_prefetched, prefetched_end = 0, 0  # reads of the batch; bytes of the file
             for read in batch:

@@ -52,6 +52,11 @@ class StoredTensor:
             )
         return _DTYPES[self.stored_dtype]
 
+    @property
+    def range(self) -> tuple[int, int]:
+        """Its bytes [first, end) in the file. Raises CheckpointError like `dtype`."""
+        return self.offset, self.offset + math.prod(self.shape) * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class StoredTensors:

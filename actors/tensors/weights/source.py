@@ -1,30 +1,46 @@
-"""Finds the folder of a checkpoint: a local one, or a hub id's snapshot in the local cache."""
+"""Finds the folder of a checkpoint: a local one, a hub id's snapshot in the local cache, a node's copy of a URL's."""
 
 from pathlib import Path
 
 from huggingface_hub import snapshot_download, try_to_load_from_cache
-from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
 from huggingface_hub.file_download import repo_folder_name
 
+from actors.stores.mirror import WEIGHTS, copies_of, mirror_of, open_mirror
+from actors.stores.urls import is_url
+from configs.config import ModelConfig
 from configs.files import PROJECT_ROOT
 
 # Serving reads weights, configs and tokenizer files at the top of the repository. The same weights in their original
 # format (consolidated*.safetensors) would double the download.
-_WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_WANTED = [WEIGHTS, "*.json", "*.model", "*.txt", "*.jinja"]
 _UNWANTED = ["*/*", "consolidated*"]
 
 
-def resolve_source(source: str, revision: str | None = None) -> Path:
-    """The folder that `model.source` names; downloads files that the local cache lacks, unless HF_HUB_OFFLINE is set.
+def resolve_source(model: ModelConfig, revision: str | None = None) -> Path:
+    """The folder that `model.source` names; of a hub id or URL what this node lacks is downloaded.
+
+    A hub id's files are downloaded whole, unless HF_HUB_OFFLINE is set. Of a URL's weights the headers are; their bytes
+    are fetched when they are read (`weights.mapped`). `revision`: what was found before, to find the same again.
 
     A folder wins over a hub id of the same spelling; relative folders start at the project's root. Raises ValueError
     that names model.source and the remedy.
     """
-    return local_folder(source, revision) or _check_contents(source, _snapshot(source, revision))
+    if (folder := local_folder(model.source, model.revision)) is not None:
+        return folder
+    find = _copy if is_url(model.source) else _snapshot
+    return _check_contents(model.source, find(model, revision or model.revision))
+
+
+def revision_of(folder: Path) -> str | None:
+    """The commit of a snapshot from the hub, the version of a copy of a URL; None for a folder."""
+    return folder.name if folder.parent.name == "snapshots" or mirror_of(folder) is not None else None
 
 
 def local_folder(source: str, revision: str | None = None) -> Path | None:
-    """The folder on this machine that a source names, None for a hub id. Raises ValueError like `resolve_source`."""
+    """The folder on this machine that a source names, else None. Raises ValueError like `resolve_source`."""
+    if is_url(source):
+        return None
     folder = (PROJECT_ROOT / Path(source).expanduser()).resolve()
     if folder.is_dir():
         if revision is not None:
@@ -36,15 +52,22 @@ def local_folder(source: str, revision: str | None = None) -> Path | None:
     if folder.exists():
         raise ValueError(f"model.source: {folder} is a file; name the folder that holds config.json")
     if source.startswith(("/", ".", "~")) or source.count("/") > 1:
-        raise ValueError(f"model.source: there is no folder {folder}; name one that exists, or a hub id like org/name")
+        raise ValueError(
+            f"model.source: there is no folder {folder}; name one that exists, a hub id like org/name, or a URL like "
+            "s3://bucket/prefix"
+        )
     return None
 
 
-def architecture_folder(source: str, revision: str | None = None) -> tuple[Path, bool]:
+def architecture_folder(model: ModelConfig) -> tuple[Path, bool]:
     """A folder with the model's config.json, and whether it is one of the public configs shipped with us.
 
-    Enough for a plan: weights need not be there, and nothing is downloaded. Raises ValueError like `resolve_source`.
+    Enough for a plan: weights need not be there. Nothing is downloaded, but of a URL all that is no weight. Raises
+    ValueError like `resolve_source`.
     """
+    source, revision = model.source, model.revision
+    if is_url(source):
+        return resolve_source(model), False
     folder = (PROJECT_ROOT / Path(source).expanduser()).resolve()
     if (folder / "config.json").is_file():
         return folder, False
@@ -65,8 +88,10 @@ def architecture_folder(source: str, revision: str | None = None) -> tuple[Path,
     )
 
 
-def cache_folder(source: str, revision: str | None = None) -> Path:
-    """Where the local cache of the hub has a hub id, or would put it."""
+def cache_folder(source: str, revision: str | None = None, copies: str | None = None) -> Path:
+    """Where this node has a hub id or the copies of a URL, or would put them. `copies`: model.cache_folder."""
+    if is_url(source):
+        return copies_of(source, _copies(copies))
     cached = try_to_load_from_cache(source, "config.json", revision=revision)
     if isinstance(cached, str):
         return Path(cached).parent
@@ -79,7 +104,16 @@ def shipped_architectures() -> list[str]:
     return [folder.name.replace("--", "/") for folder in folders]
 
 
-def _snapshot(source: str, revision: str | None) -> Path:
+def _copy(model: ModelConfig, revision: str | None) -> Path:
+    return open_mirror(model.source, revision, _copies(model.cache_folder), _WANTED, _UNWANTED).folder
+
+
+def _copies(asked: str | None) -> Path:
+    return PROJECT_ROOT / Path(asked or Path(HF_HOME) / "stagemesh").expanduser()
+
+
+def _snapshot(model: ModelConfig, revision: str | None) -> Path:
+    source = model.source
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
     except (OSError, ValueError) as error:  # every error of the hub's client is one of these

@@ -1,5 +1,6 @@
 """Finds whether a checkpoint holds a head of its own, though its config ties the head to the embedding."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -29,8 +30,10 @@ def holds_own_head(folder: Path, named: str | None = None) -> bool:
 
 
 def _some_rows(stored: StoredTensor) -> torch.Tensor:
-    file = MappedFile(stored.file, stored.offset)
-    num_rows = stored.shape[0]
-    rows = file.tensor(stored)[[number * num_rows // _NUM_ROWS for number in range(_NUM_ROWS)]].float()
+    numbers = [number * stored.shape[0] // _NUM_ROWS for number in range(_NUM_ROWS)]
+    row_bytes = math.prod(stored.shape[1:]) * stored.dtype.itemsize
+    starts = [stored.offset + number * row_bytes for number in numbers]
+    file = MappedFile(stored.file, [(start, start + row_bytes) for start in starts])
+    rows = file.tensor(stored)[numbers].float()
     file.close()
     return rows

@@ -13,6 +13,20 @@ FIRST_PAUSE_S = 0.5  # doubled after each try: about a minute in all
 # Said by the store for good, or a mistake in what was asked: another try would hear the same
 _FINAL = (PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
 _MISTAKES = (NotImplementedError, ImportError, TypeError, ValueError, AttributeError, KeyError, AssertionError)
+# What clients of stores say where nobody has given them credentials; by name, so that none has to be installed
+_WITHOUT_CREDENTIALS = {
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "CredentialRetrievalError",
+    "ProfileNotFound",
+    "NoAuthTokenError",
+    "DefaultCredentialsError",
+    "RefreshError",
+}
+_CREDENTIALS = (
+    "the credentials for it: S3 reads AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws, or the machine's role "
+    "(another endpoint: AWS_ENDPOINT_URL); Google GOOGLE_APPLICATION_CREDENTIALS, or the machine's service account"
+)
 
 Result = TypeVar("Result")
 Pause = Callable[[float], None]  # waits seconds
@@ -24,8 +38,10 @@ def patiently(what: str, work: Callable[[], Result], pause: Pause = time.sleep) 
         try:
             return work()
         except (*_FINAL, *_MISTAKES) as error:
-            raise ValueError(f"{what}: {_shown(error)}; look at the address, and at the credentials for it") from error
+            raise ValueError(f"{what}: {_shown(error)}; look at the address, and at {_CREDENTIALS}") from error
         except Exception as error:  # each store has classes of its own for what passes
+            if type(error).__name__ in _WITHOUT_CREDENTIALS:
+                raise ValueError(f"{what}: {_shown(error)}; give {_CREDENTIALS}") from error
             if attempt == TRIES:
                 raise ValueError(
                     f"{what}: failed {TRIES} times, at last with {_shown(error)}; what is done is kept: start the same "
