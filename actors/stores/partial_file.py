@@ -80,18 +80,21 @@ class PartialFile:
             _write_all(self._log, records, size - size % _RECORD.size)  # over what a killed process left half written
 
     def sync(self) -> None:
-        """Wait until all that is logged now is on the disk, and note it there: it outlives the machine's end."""
+        """Wait until all that is logged now is on the disk, and note it there: it outlives the machine's end.
+
+        Nobody waits for it. Of two processes that note at the same time one may lose what only the other knows of: that
+        is fetched again after the machine's next start.
+        """
         self.missing([])
         held = self._held
         os.fdatasync(self._data)
-        with self._log_locked():
-            union = merged([*self._durable(), *held])
-            beside = self._durable_path.with_suffix(".part")
-            with beside.open("wb") as stream:
-                stream.write(b"".join(_RECORD.pack(*interval) for interval in union))
-                stream.flush()
-                os.fsync(stream.fileno())
-            beside.replace(self._durable_path)
+        union = merged([*self._durable(), *held])
+        beside = self._durable_path.with_suffix(f".{os.getpid()}")
+        with beside.open("wb") as stream:
+            stream.write(b"".join(_RECORD.pack(*interval) for interval in union))
+            stream.flush()
+            os.fsync(stream.fileno())
+        beside.replace(self._durable_path)
 
     def _durable(self) -> list[Interval]:
         with contextlib.suppress(FileNotFoundError):

@@ -23,7 +23,7 @@ from configs.config import Config, ModelConfig
 from deployments.cli import main
 from tests.fakes.range_server import RangeServer
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 
 ATTENTION = ReferenceBackend(torch.device("cpu")).attention([], torch.float32, 16)  # nobody attends here
 
