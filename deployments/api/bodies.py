@@ -11,9 +11,10 @@ from pydantic import BeforeValidator, FailFast, Field, model_validator
 
 from deployments.api.answer_fields import AnswerBody
 from deployments.api.foreign_fields import OF_CHATS, OF_COMPLETIONS
-from deployments.api.prompt_fields import Messages, Prompts, Variables, conversation
+from deployments.api.prompt_fields import Messages, Prompts, conversation
 from deployments.api.sampling_fields import NumLogprobs
 from deployments.api.strict_body import Body, only, wrong
+from deployments.api.template_fields import TemplateBody
 from deployments.api.tool_fields import ToolChoice, Tools
 from deployments.text.prompts import Prompt
 
@@ -43,7 +44,6 @@ class GenerationBody(AnswerBody):
     """The fields that completions and chats share."""
 
     default_max_tokens: ClassVar[int | None]  # None: what the context has left
-    continues_prompt: ClassVar[bool]  # whether the answer's text goes on from the prompt's, or begins anew
 
     model: str
     max_tokens: int | None = Field(default=None, ge=1)
@@ -98,6 +98,11 @@ class GenerationBody(AnswerBody):
         return False
 
     @property
+    def continues_prompt(self) -> bool:
+        """Whether the answer's text goes on from the prompt's, or begins anew."""
+        return True
+
+    @property
     def lead(self) -> str:
         """Text that the answer shows first."""
         return ""
@@ -143,7 +148,6 @@ class CompletionBody(GenerationBody):
 
     foreign: ClassVar[Mapping[str, str]] = OF_COMPLETIONS
     default_max_tokens: ClassVar[int | None] = 16
-    continues_prompt: ClassVar[bool] = True
 
     prompt: Prompts
     max_tokens: int | None = Field(default=None, ge=0)
@@ -195,12 +199,11 @@ class CompletionBody(GenerationBody):
         return self
 
 
-class ChatBody(GenerationBody):
+class ChatBody(GenerationBody, TemplateBody):
     """POST /v1/chat/completions."""
 
     foreign: ClassVar[Mapping[str, str]] = OF_CHATS
     default_max_tokens: ClassVar[int | None] = None
-    continues_prompt: ClassVar[bool] = False
 
     messages: Messages
     max_completion_tokens: int | None = Field(default=None, ge=1)
@@ -211,28 +214,24 @@ class ChatBody(GenerationBody):
     parallel_tool_calls: bool = True
     include_reasoning: bool = True
     reasoning_effort: ReasoningEffort | None = None
-    chat_template_kwargs: Variables = Field(default_factory=dict)
+    echo: bool = False
 
-    echo: Annotated[object, only(False)] = None
+    prediction: object = None  # of what the answer will be: for speed alone
+
     functions: Annotated[object, only([])] = None
-    verbosity: Annotated[object, only()] = None
+    verbosity: Annotated[object, only("medium")] = None
     modalities: Annotated[object, only(["text"])] = None
     audio: Annotated[object, only()] = None
-    prediction: Annotated[object, only()] = None
     web_search_options: Annotated[object, only()] = None
     function_call: Annotated[object, only("none", "auto")] = None
-    chat_template: Annotated[object, only()] = None
-    add_generation_prompt: Annotated[object, only(True)] = None
-    continue_final_message: Annotated[object, only(False)] = None
     add_special_tokens: Annotated[object, only(False)] = None
-    documents: Annotated[object, only([])] = None
     mm_processor_kwargs: Annotated[object, only({})] = None
 
     @property
     def prompts(self) -> list[Prompt]:
         """One conversation. With `tool_choice` none the model does not hear of the tools."""
         tools = [] if self.tool_choice == "none" else self.tools
-        return [conversation(self.messages, tools, self._variables, not self.parallel_tool_calls)]
+        return [self.as_asked(conversation(self.messages, tools, self._variables, not self.parallel_tool_calls))]
 
     @property
     def _variables(self) -> dict[str, Any]:
@@ -245,8 +244,19 @@ class ChatBody(GenerationBody):
 
     @property
     def answer_role(self) -> str:
-        """The role of the answer's message."""
-        return "assistant"
+        """The role of the answer's message: that of the message which it goes on with."""
+        return self.messages[-1].role if self.continue_final_message else "assistant"
+
+    @property
+    def lead(self) -> str:
+        """With `echo` the last message, where the answer is of the same role."""
+        last = self.messages[-1]
+        return "\n".join(last.texts) if self.echo and last.role == self.answer_role else ""
+
+    @property
+    def continues_prompt(self) -> bool:
+        """See GenerationBody."""
+        return self.continue_final_message
 
     @property
     def prompt_field(self) -> str:

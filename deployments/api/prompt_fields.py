@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BeforeValidator, FailFast, Field, PlainValidator, model_validator
 
 from deployments.api.errors import shown
 from deployments.api.strict_body import Body, only, wrong
 from deployments.api.tool_fields import MAX_CALLS, Call, Tool
-from deployments.text.prompts import Conversation, Prompt
+from deployments.text.prompts import Conversation, Prompt, content_text
 
 MAX_MESSAGES = 2048
 
@@ -33,11 +33,12 @@ Prompts = Annotated[list[Prompt], PlainValidator(_prompts)]
 
 
 class Part(Body):
-    """A part of a message's content: text, or of an assistant's the thinking, as some clients keep it."""
+    """A part of a message's content: text, under each name that clients have for it, or an assistant's thinking."""
 
     place: ClassVar[str] = "messages.content."
-    type: Literal["text", "thinking"]
+    type: Literal["text", "input_text", "output_text", "refusal", "thinking"]
     text: str | None = None
+    refusal: str | None = None
     thinking: str | None = None
     signature: object = None  # of thinking, by another server
 
@@ -45,15 +46,20 @@ class Part(Body):
     @classmethod
     def _text_only(cls, data: object) -> object:
         kind = data.get("type") if isinstance(data, dict) else None
-        if isinstance(kind, str) and kind not in ("text", "thinking"):
+        if isinstance(kind, str) and kind not in get_args(cls.model_fields["type"].annotation):
             raise wrong("unsupported_parameter", "{kind} is not supported; send text parts only", kind=shown(kind))
         return data
 
     @model_validator(mode="after")
     def _has_what_it_is(self) -> Self:
-        if (self.text if self.type == "text" else self.thinking) is None:
-            raise wrong("missing", "is required", field=self.type)
+        if self.shown is None and (self.type != "thinking" or self.thinking is None):
+            raise wrong("missing", "is required", field=self.type.removeprefix("input_").removeprefix("output_"))
         return self
+
+    @property
+    def shown(self) -> str | None:
+        """Its text; None for thinking."""
+        return {"refusal": self.refusal, "thinking": None}.get(self.type, self.text)
 
 
 def _parts(value: object) -> object:
@@ -76,20 +82,22 @@ class Message(Body):
     reasoning_content: str | None = None  # the assistant's thinking, under the names that servers have for it
     reasoning: str | None = None
     thinking: str | None = None
+    refusal: str | None = None  # in place of content
 
-    refusal: Annotated[object, only()] = None
+    annotations: object = None  # of an answer, passed back
+
     audio: Annotated[object, only()] = None
-    annotations: Annotated[object, only([])] = None
     function_call: Annotated[object, only()] = None
     prefix: Annotated[object, only(False)] = None  # Mistral's and DeepSeek's name for a message to go on from
     partial: Annotated[object, only(False)] = None  # Qwen's and Kimi's
 
     def for_template(self) -> dict[str, Any]:
-        """The message as chat templates read it; several parts are joined by line breaks."""
-        parts = self.content or []
-        texts = [part.text for part in parts if part.text is not None]
-        thoughts = [part.thinking for part in parts if part.thinking is not None]
-        message: dict[str, Any] = {"role": self.role, "content": "\n".join(texts) if texts else None}
+        """The message as chat templates read it: content is a text, parts where there are several, or None."""
+        thoughts = [part.thinking for part in self.content or [] if part.thinking is not None]
+        parts = [{"type": "text", "text": text} for text in self.texts]
+        message: dict[str, Any] = {"role": self.role, "content": parts if len(parts) > 1 else content_text(parts)}
+        if not parts:
+            message["content"] = None
         reasoning = self.reasoning_content or self.reasoning or self.thinking or "\n".join(thoughts)
         given = {"name": self.name, "tool_call_id": self.tool_call_id}
         given |= {"reasoning_content": reasoning, "reasoning": reasoning}  # Transformers adds the name `thinking`
@@ -97,6 +105,12 @@ class Message(Body):
         if self.tool_calls:
             message["tool_calls"] = [call.for_template() for call in self.tool_calls]
         return message
+
+    @property
+    def texts(self) -> list[str]:
+        """What it says, without thinking."""
+        texts = [part.shown for part in self.content or [] if part.shown is not None]
+        return texts if texts or self.refusal is None else [self.refusal]
 
     @model_validator(mode="after")
     def _fields_of_its_role(self) -> Self:
@@ -115,7 +129,7 @@ class Message(Body):
             )
         if self.role != "tool" and self.tool_call_id is not None:
             raise wrong("invalid_value", "is for the role tool only; leave it out", field="tool_call_id")
-        if self.content is None and self.role != "tool" and not any(of_assistant.values()):
+        if self.content is None and self.role not in ("tool", "assistant"):
             raise wrong("missing", "is required", field="content")
         return self
 

@@ -58,6 +58,7 @@ def build_app(
             Route("/v1/chat/completions", GenerationRoute(service, ChatBody), methods=["POST"]),
             Route("/tokenize", token_pages.tokenize, methods=["POST"]),
             Route("/detokenize", token_pages.detokenize, methods=["POST"]),
+            Route("/tokenizer_info", token_pages.info),
             Route("/health", pages.health),
             Route("/ready", pages.ready),
             Route("/version", pages.version),

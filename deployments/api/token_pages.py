@@ -1,4 +1,4 @@
-"""The routes /tokenize and /detokenize: texts and conversations as the model's token ids, and ids as text."""
+"""The tokenizer's routes: texts and conversations as the model's token ids, ids as text, and what the tokenizer is."""
 
 from typing import Annotated, Self
 
@@ -8,27 +8,24 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from deployments.api.connection import Headers, read_body, warning
-from deployments.api.prompt_fields import Messages, Variables, conversation
+from deployments.api.prompt_fields import Messages, conversation
 from deployments.api.sampling_fields import TokenId
 from deployments.api.service import Service
-from deployments.api.strict_body import AnyBody, Body, only, parse_body, wrong
+from deployments.api.strict_body import AnyBody, Body, parse_body, wrong
+from deployments.api.template_fields import TemplateBody
 from deployments.api.tool_fields import Tools
 from deployments.text.prompts import Prompt
 
 
-class TokenizeBody(Body):
+class TokenizeBody(TemplateBody):
     """POST /tokenize: a prompt or messages."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Messages = Field(default_factory=list)
     tools: Tools = Field(default_factory=list)  # shown to the chat template, as for chats
-    chat_template_kwargs: Variables = Field(default_factory=dict)
     add_special_tokens: bool | None = None  # for a prompt, true by default; a template writes its own
-
-    add_generation_prompt: Annotated[object, only(True)] = None
-    continue_final_message: Annotated[object, only(False)] = None
-    return_token_strs: Annotated[object, only(False)] = None
+    return_token_strs: bool = False
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
@@ -43,7 +40,7 @@ class TokenizeBody(Body):
         """What is to be tokenized."""
         if self.prompt is not None:
             return self.prompt
-        return conversation(self.messages, self.tools, self.chat_template_kwargs)
+        return self.as_asked(conversation(self.messages, self.tools, self.chat_template_kwargs))
 
 
 class DetokenizeBody(Body):
@@ -59,10 +56,11 @@ class Tokens(msgspec.Struct, frozen=True):
     tokens: list[int]
     count: int
     max_model_len: int
+    token_strs: list[str] | msgspec.UnsetType = msgspec.UNSET
 
 
 class TokenPages:
-    """The two routes. They need no engine, and so also answer while the gang does not serve."""
+    """The routes of the tokenizer. They need no engine, and so also answer while the gang does not serve."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -72,7 +70,12 @@ class TokenPages:
         body, headers = await self._read(request, TokenizeBody)
         self._service.check_model(body.model or self._service.identity.model)
         (ids,) = await self._service.encode([body.text_or_messages], body.add_special_tokens is not False)
-        return _json(Tokens(ids, len(ids), self._service.limits.max_model_len), headers)
+        names = self._service.text.names(ids) if body.return_token_strs else msgspec.UNSET
+        return _json(Tokens(ids, len(ids), self._service.limits.max_model_len, names), headers)
+
+    async def info(self, request: Request) -> Response:
+        """GET /tokenizer_info."""
+        return _json({**self._service.text.info(), "max_model_len": self._service.limits.max_model_len}, [])
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize: the text of ids, special tokens included."""

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from deployments.text.prompts import Conversation, ConversationError, public_text
+from deployments.text.prompts import Conversation, ConversationError, content_text, public_text
 from deployments.text.tool_prompt import reads_tools, without_tools
 
 CPU_S = 1.0  # processor time for one conversation
@@ -20,6 +20,16 @@ MAX_RENDERED_CHARS = 4 * 1024 * 1024
 _WALL_S = 20.0  # to wait for an answer: the process may get no CPU, or be stopped
 _ONE_WORD: list[dict[str, Any]] = [{"role": "user", "content": "x"}]
 _ASKS_FOR_NULL = re.compile(r"""content(?:['"]\])? is (?:not )?none""")  # others take null for a text, or fail on it
+
+_READS_PARTS = re.compile(r"""\btype\b['"\]\s]*[=!]=|\btype['"]?\s+in\b|\.text\b|\[['"]text['"]\]""")  # else it may not
+_PROBE = "zzzz"
+_CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": {}}}
+_AROUND: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {  # what has to stand before and behind a role
+    "system": ([], _ONE_WORD),
+    "developer": ([], _ONE_WORD),
+    "assistant": (_ONE_WORD, []),
+    "tool": ([*_ONE_WORD, {"role": "assistant", "content": "", "tool_calls": [_CALL]}], []),
+}
 
 
 class ChatTemplate:
@@ -48,6 +58,9 @@ class ChatTemplate:
             "memory_bytes": MEMORY_BYTES,
             "max_chars": MAX_RENDERED_CHARS,
         }
+        self._template = template
+        self._may_read_parts = _READS_PARTS.search(template) is not None
+        self._read: dict[str, tuple[bool, bool]] = {}  # by role
         self._knows_developers = "developer" in template
         self.knows_tools = reads_tools(template)
         self._null = None if _ASKS_FOR_NULL.search(template) else ""
@@ -76,10 +89,18 @@ class ChatTemplate:
         for name in sorted(self._own_variables & conversation.variables.keys()):
             field = "chat_template_kwargs"
             raise ConversationError(f"{field}: {name} is the tokenizer's own; leave it out", field=field)
+        if conversation.documents and "documents" not in self._template:
+            message = "documents: the model's chat template reads none; write them into a message"
+            raise ConversationError(message, field="documents")
         if not self.knows_tools:
             conversation = without_tools(conversation)
         messages = [self._as_known(message) for message in conversation.messages]
-        answer = self._answer(*map(self._mark, (messages, conversation.tools, conversation.variables)))
+        if conversation.continues_message and not messages[-1]["content"]:
+            raise ConversationError("messages: the last one has no text to go on with; give it content")
+        written = (messages, conversation.tools, conversation.variables, conversation.documents)
+        messages, tools, variables, documents = map(self._mark, written)
+        begins, continues = conversation.begins_answer, conversation.continues_message
+        answer = self._answer(messages, tools, variables, documents, begins, continues)
         if answer is None:
             raise _refused("rendering takes too long; send fewer or shorter messages")
         if "too_long" in answer:
@@ -96,7 +117,32 @@ class ChatTemplate:
         """A message in the words that the template knows."""
         if message["role"] == "developer" and not self._knows_developers:  # newer, and such a template would drop it
             message = {**message, "role": "system"}
-        return message if message.get("content") is not None else {**message, "content": self._null}
+        content = message.get("content")
+        if content is None:
+            return {**message, "content": self._null}
+        reads_text, reads_parts = self._reads(message["role"])
+        if isinstance(content, list) and not reads_parts:
+            return {**message, "content": content_text(content)}
+        if isinstance(content, str) and not reads_text:
+            return {**message, "content": [{"type": "text", "text": content}]}
+        return message
+
+    def _reads(self, role: str) -> tuple[bool, bool]:
+        """Whether the template reads a text, and text parts, as the content of messages of this role; tried once."""
+        if not self._may_read_parts:
+            return True, False
+        if role not in self._read:
+            before, after = _AROUND.get(role, ([], []))
+            as_text, as_parts = (
+                str((self._answer([*before, {"role": role, "content": content}, *after]) or {}).get("text", ""))
+                for content in (_PROBE, [{"type": "text", "text": _PROBE}])
+            )
+            reads_text = _PROBE in as_text
+            # where it takes parts for a text, it writes them as Python or JSON does
+            is_written_out = "'text'" in as_parts or '"text"' in as_parts
+            reads_parts = as_parts == as_text if reads_text else _PROBE in as_parts and not is_written_out
+            self._read[role] = reads_text or not reads_parts, reads_parts
+        return self._read[role]
 
     def close(self) -> None:
         """End the process. May be called twice; a later conversation starts another."""
@@ -111,14 +157,18 @@ class ChatTemplate:
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None = None,
         variables: dict[str, Any] | None = None,
+        documents: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> dict[str, Any] | None:
         """What the process answers; None when it ended, or had to be killed."""
         request = {
             "messages": messages,
             "tools": tools or [],
             "variables": variables or {},
+            "documents": documents or [],
             "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
         }
         try:
             connection = self._socket or self._start()

@@ -11,15 +11,23 @@ _PRIVATE = re.compile(r"(?:/[\w.@+-]+){2,}/?|0x[0-9a-fA-F]+")  # paths and addre
 class Conversation:
     """What a chat template makes a text of."""
 
-    messages: list[dict[str, Any]]  # role; content, a text or None; maybe name, tool_calls, tool_call_id and thinking
+    messages: list[dict[str, Any]]  # role; content: a text, text parts or None; maybe name, calls, thinking
     tools: list[dict[str, Any]] = field(default_factory=list)  # as OpenAI has them, for calls in the answer
     variables: dict[str, Any] = field(default_factory=dict)  # further ones of the template, such as enable_thinking
     is_single_call: bool = False  # the answer ends with its first call
+    documents: list[dict[str, Any]] = field(default_factory=list)  # for templates that read some
+    begins_answer: bool = True  # the template writes what an answer begins with
+    continues_message: bool = False  # the answer goes on with the last message
 
     @property
     def num_calls(self) -> int:
         """Calls that the conversation has already."""
         return sum(len(message.get("tool_calls") or []) for message in self.messages)
+
+
+def content_text(content: str | list[dict[str, Any]] | None) -> str:
+    """A message's content as one text; parts are joined by line breaks."""
+    return "\n".join(part["text"] for part in content) if isinstance(content, list) else content or ""
 
 
 Prompt = str | list[int] | Conversation

@@ -70,6 +70,10 @@ class ResponseReader:
         """Whether the next text may take milliseconds, and so should be read in another thread."""
         return self._format.is_foreign or (self._candidate is not None and self._candidate.num_chars > _SLOW_CHARS)
 
+    def go_on(self) -> None:
+        """The answer goes on in the middle of a text of the prompt: white space that it begins with belongs to it."""
+        self._content.is_after_mark = False
+
     def push(self, pieces: Iterable[tuple[str, bool]]) -> Delta:
         """What these pieces add: texts, each with whether it is a special token's, which clients do not see."""
         for text, is_hidden in pieces:

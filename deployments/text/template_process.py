@@ -28,10 +28,12 @@ def limit_memory(more_bytes: int) -> None:
 def render(template: str, special_tokens: dict[str, str], request: dict[str, Any], max_chars: int) -> object:
     """`{"text"}`, or why there is none: `{"refused": why}`, `{"failed": exception}`, `{"too_long": characters}`.
 
-    `request`: messages, tools, add_generation_prompt and further variables of the template.
+    `request`: messages, tools, documents, add_generation_prompt, continue_final_message and further variables of the
+    template.
     """
     variables = {**special_tokens, **request["variables"]}
-    options = {"tools": request["tools"] or None, "add_generation_prompt": request["add_generation_prompt"]}
+    options = {name: request[name] for name in ("add_generation_prompt", "continue_final_message")}
+    options |= {name: request[name] or None for name in ("tools", "documents")}
     try:
         for messages in _variants(request["messages"]):
             try:
@@ -43,6 +45,10 @@ def render(template: str, special_tokens: dict[str, str], request: dict[str, Any
             raise failed
     except TemplateError as error:
         return {"refused": str(error)[:1000]}
+    except ValueError as error:
+        if request["continue_final_message"]:  # the error quotes the conversation
+            return {"refused": "it does not show the last message as it is, so no answer can go on with it"}
+        return {"failed": type(error).__name__}
     except Exception as error:  # noqa: BLE001 - the model's program may raise anything
         return {"failed": type(error).__name__}
     return {"text": text} if len(text) <= max_chars else {"too_long": len(text)}

@@ -109,6 +109,25 @@ class Text:
         decode = partial(self._decode, token_ids, skip_special_tokens=False)
         return await asyncio.get_running_loop().run_in_executor(self._thread, decode)
 
+    def names(self, token_ids: list[int]) -> list[str]:
+        """Tokens as the vocabulary writes them; empty for ids that it does not have."""
+        return [name or "" for name in self._tokenizer.convert_ids_to_tokens(token_ids)]
+
+    def info(self) -> dict[str, Any]:
+        """What clients need of the tokenizer to do its work themselves."""
+        tokenizer = self._tokenizer
+        ids = {f"{name}_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos_token", "eos_token", "pad_token")}
+        templates = _chat_templates(tokenizer)
+        return {
+            "tokenizer_class": type(tokenizer).__name__,
+            "vocab_size": len(tokenizer),
+            **{name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str | list)},
+            **ids,
+            "end_token_ids": sorted(self.eos_token_ids),
+            "chat_template": templates[0] if templates else None,
+            "tool_chat_template": templates[-1] if templates else None,
+        }
+
     def close(self) -> None:
         """End the processes of the chat templates. May be called twice."""
         for template in self._templates:
@@ -136,7 +155,11 @@ class Text:
         prompt = self._decode(prompt_ids[-_MAX_PREFIX:], skip_special_tokens=False)
         salt = f"{self._digest(prompt_ids)} {index}" if tools else ""
         call_ids = CallIds(self._format.call_ids, salt, conversation.num_calls)
-        return ResponseReader(self._format, self._format.prefix(prompt), tools, call_ids, conversation.is_single_call)
+        prefix = self._format.prefix(prompt)
+        reader = ResponseReader(self._format, prefix, tools, call_ids, conversation.is_single_call)
+        if conversation.continues_message:
+            reader.go_on()
+        return reader
 
     def _digest(self, prompt_ids: list[int]) -> str:
         """A digest of the prompt; hashed once for all answers to it, which follow each other."""

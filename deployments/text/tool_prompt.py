@@ -1,10 +1,11 @@
 """Tools for chat templates that know none: they are written into the messages, in the way of Hermes and Qwen."""
 
+import dataclasses
 import json
 import re
 from typing import Any
 
-from deployments.text.prompts import Conversation
+from deployments.text.prompts import Conversation, content_text
 
 _READS_TOOLS = re.compile(r"""\{[%{][^%}]*(?<![\w.'"])tools(?![\w'"])""")  # as a variable, in a tag
 _INTRODUCTION = """You may call one or more functions to assist with the user's request. These are the functions:
@@ -27,11 +28,11 @@ def without_tools(conversation: Conversation) -> Conversation:
     messages: list[dict[str, Any]] = []
     for message in conversation.messages:
         if message["role"] == "tool":
-            text = f"<tool_response>\n{message['content'] or ''}\n</tool_response>"
+            text = f"<tool_response>\n{content_text(message['content'])}\n</tool_response>"
             _add(messages, {"role": "user", "content": text}, joins=bool(messages) and "is_result" in messages[-1])
             messages[-1]["is_result"] = True
         elif message.get("tool_calls"):
-            texts = [message.get("content") or "", *map(_written, message["tool_calls"])]
+            texts = [content_text(message.get("content")), *map(_written, message["tool_calls"])]
             rest = {key: value for key, value in message.items() if key != "tool_calls"}
             messages.append({**rest, "content": "\n".join(filter(None, texts))})
         else:
@@ -41,7 +42,7 @@ def without_tools(conversation: Conversation) -> Conversation:
         message.pop("is_result", None)
     if conversation.tools:
         _introduce(messages, "\n".join(json.dumps(tool, ensure_ascii=False) for tool in conversation.tools))
-    return Conversation(messages, variables=conversation.variables)
+    return dataclasses.replace(conversation, messages=messages, tools=[])
 
 
 def _written(call: dict[str, Any]) -> str:
@@ -51,7 +52,8 @@ def _written(call: dict[str, Any]) -> str:
 def _add(messages: list[dict[str, Any]], message: dict[str, Any], joins: bool) -> None:
     """Append the message, or its text to the last one's."""
     if joins:
-        messages[-1]["content"] += "\n" + (message["content"] or "")
+        texts = content_text(messages[-1]["content"]), content_text(message["content"])
+        messages[-1]["content"] = "\n".join(texts)
     else:
         messages.append(dict(message))
 
@@ -61,5 +63,6 @@ def _introduce(messages: list[dict[str, Any]], tools: str) -> None:
     introduction = _INTRODUCTION.format(tools=tools)
     first = messages[0]
     is_system = first["role"] in ("system", "developer")
-    texts = [first["content"], introduction] if is_system else [introduction, first["content"]]
+    text = content_text(first["content"])
+    texts = [text, introduction] if is_system else [introduction, text]
     messages[0] = {**first, "content": "\n\n".join(filter(None, texts))}

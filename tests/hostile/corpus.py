@@ -387,8 +387,7 @@ def _chats(target: Target) -> list[Case]:
         "reasoning_effort": ["highest"],
         "functions": [[{"name": "x"}]],
         "modalities": [["audio"]],
-        "echo": [True],
-        "add_generation_prompt": [False],
+        "continue_final_message": [1],
     }
     for name, values in fields.items():
         for number, value in enumerate(values):

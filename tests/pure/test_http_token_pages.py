@@ -44,7 +44,7 @@ def test_special_tokens_are_a_choice(make_world, tokenizer_folder):
         ("/tokenize", {"messages": []}, "messages"),
         ("/tokenize", {"prompt": ["x"]}, "prompt"),
         ("/tokenize", {"messages": MESSAGES, "add_special_tokens": True}, "add_special_tokens"),
-        ("/tokenize", {"messages": MESSAGES, "add_generation_prompt": False}, "add_generation_prompt"),
+        ("/tokenize", {"messages": MESSAGES, "add_generation_prompt": 1}, "add_generation_prompt"),
         ("/detokenize", {}, "tokens"),
         ("/detokenize", {"tokens": [400]}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens"),
