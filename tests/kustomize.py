@@ -102,7 +102,7 @@ def _rename(node: Any, image: dict[str, str]) -> None:
         for inner in node:
             _rename(inner, image)
     elif isinstance(node, dict):
-        for container in node.get("containers", ()):
+        for container in [*node.get("containers", ()), *node.get("initContainers", ())]:
             if container["image"].partition(":")[0] == image["name"]:
                 container["image"] = f"{image.get('newName', image['name'])}:{image['newTag']}"
         for inner in node.values():

@@ -19,7 +19,7 @@ from deployments.gangs import reserved
 if TYPE_CHECKING:
     from cluster.collectives.speed import Rates
 
-_START_S = 40.0  # for all processes of a node to import torch at once
+_START_S = 60.0  # for all processes of a node to import torch at once
 _JOIN_S = 20.0
 _MEASURE_S = 30.0
 _RESERVE_S = 10.0

@@ -424,6 +424,23 @@ def test_gpus_come_with_what_they_need(name: str) -> None:
         assert variables["NCCL_SOCKET_IFNAME"] == f"={variables['GLOO_SOCKET_IFNAME']}"
 
 
+@ALL
+def test_pods_with_gpus_are_looked_at_before_they_join(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, gpus = containers(name)[1], containers(name)[1]["resources"]["limits"].get("nvidia.com/gpu")
+    assert "initContainers" not in pods(name)[0], "the head has no GPU to look at"
+    doctors = pods(name)[1].get("initContainers", [])
+    assert [doctor["name"] for doctor in doctors] == (["doctor"] if gpus else [])
+    for doctor in doctors:
+        assert doctor["image"] == worker["image"] and doctor["envFrom"] == worker["envFrom"]
+        assert doctor["securityContext"] == worker["securityContext"]
+        assert doctor["resources"]["limits"]["nvidia.com/gpu"] == gpus, "else it sees none, or other ones"
+        assert {mount["mountPath"] for mount in doctor["volumeMounts"]} >= {"/dev/shm"}
+        asked = []
+        monkeypatch.setattr("deployments.doctor.command.run", lambda options: asked.append(options.node) or 0)
+        assert doctor["command"][:3] == ["python", "-m", "deployments.cli"]
+        assert cli.main(doctor["command"][3:]) == 0 and asked == [True]
+
+
 # Serve configs
 
 

@@ -1,0 +1,102 @@
+"""`stagemesh doctor` on Ray: the table of this machine, of two nodes with planted faults, and shards along NVLinks."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ray = pytest.importorskip("ray")
+from ray.util.placement_group import placement_group, remove_placement_group  # noqa: E402
+
+from actors.remote.actor_pool import ActorPool, RankActor, WorkerInfo  # noqa: E402
+from actors.remote.black_box import CrashFile  # noqa: E402
+from cluster.collectives.network import Place  # noqa: E402
+from cluster.topology import Topology  # noqa: E402
+from configs.config import Config  # noqa: E402
+from deployments import cli  # noqa: E402
+from tests.node_kit import Nodes, why_not  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = "configs/demo.yaml"
+
+
+@pytest.mark.usefixtures("cluster")
+def test_this_machine_is_well_and_its_links_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", DEMO, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "measuring the links" in printed.err, "progress is shown"
+    said = json.loads(printed.out)
+    found: dict[str, list[str]] = {}
+    for one in said["findings"]:
+        found.setdefault(one["check"], []).append(one["found"])
+        assert one["judgement"] == "ok" or (one["judgement"], one["check"]) == ("warn", "disk speed"), one
+    expected = {"room for stages", "versions", "clock", "open files", "shared memory", "names", "environment"}
+    assert found.keys() >= expected | {"room", "disk speed", "HTTP port", "GPUs", "exchange", "hops"}
+    assert len(found["exchange"]) == 2 and all("2 shards: all-reduce of 8 KiB" in words for words in found["exchange"])
+    assert len(found["hops"]) == 2 and "through 2 stages and back" in found["hops"][1]
+
+
+# Shards along NVLinks
+
+
+class OnGpus(RankActor):
+    """A rank's process on a machine where NVLink joins 0-2, 2-1, 1-3 and 3-0."""
+
+    def __init__(self, config: Config) -> None:
+        """Imports nothing."""
+
+    def gpu_links(self, gpus: list[str]) -> list[list[int]]:
+        joined = {("0", "2"), ("2", "1"), ("1", "3"), ("3", "0")}
+        return [[2 * ((a, b) in joined or (b, a) in joined) for b in gpus] for a in gpus]
+
+    def call(self, method: str, *args: Any) -> float:
+        assert method == "exchange_rate"
+        return 21e9
+
+
+@pytest.fixture(scope="module")
+def bundle(cluster: None) -> Iterator[Any]:
+    group = placement_group([{"CPU": 0.1}])
+    assert group.wait(30)
+    yield group
+    remove_placement_group(group)
+
+
+def pool_of(bundle: Any, require_nvlink: bool) -> tuple[ActorPool, list[WorkerInfo]]:
+    placement = {"require_nvlink": require_nvlink, "cpus_per_rank": 0.01}
+    config = Config.model_validate({"model": {"source": "none"}, "placement": placement})
+    place = Place("node", "box", "eth0", "10.0.0.1")
+    infos = [WorkerInfo(1, place, f"cuda:{index}", CrashFile(1, 0, ""), str(index)) for index in range(4)]
+    return ActorPool(config, Topology(4, 1), bundle, "cpu", OnGpus), infos
+
+
+def test_shards_take_gpus_along_the_links_and_slow_pairs_are_told(
+    bundle: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool, infos = pool_of(bundle, require_nvlink=False)
+    try:
+        devices = pool.settle_devices(infos)
+        assert devices == ["cuda:0", "cuda:2", "cuda:1", "cuda:3"]
+        with caplog.at_level(logging.WARNING):
+            pool.tell_slow_links(lambda calls, what: ray.get(calls))
+            pool.tell_slow_links(lambda calls, what: ray.get(calls))  # of another epoch
+        (told,) = caplog.messages
+        assert "no NVLink joins cuda:0 and cuda:1, cuda:2 and cuda:3" in told and "box (eth0, 10.0.0.1)" in told
+        assert "21.0 GB/s" in told and "tensor_parallel_size" in told
+        pool.replace(1)
+        assert pool.settle_devices(infos) == devices, "a successor takes its predecessor's"
+    finally:
+        pool.close()
+
+
+def test_a_stage_that_only_pcie_joins_is_refused_where_that_is_asked(bundle: Any) -> None:
+    pool, infos = pool_of(bundle, require_nvlink=True)
+    try:
+        with pytest.raises(ValueError, match=r"placement.require_nvlink: stage 0: .*cuda:0 and cuda:1.*label_selector"):
+            pool.settle_devices(infos)
+    finally:
+        pool.close()
