@@ -2,6 +2,7 @@
 
 import json
 import logging
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,8 @@ from cluster.collectives.network import Place  # noqa: E402
 from cluster.topology import Topology  # noqa: E402
 from configs.config import Config  # noqa: E402
 from deployments import cli  # noqa: E402
-from tests.node_kit import Nodes, why_not  # noqa: E402
+from tests.node_kit import PORT, Nodes, why_not  # noqa: E402
+from tests.serving import until  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = "configs/demo.yaml"
@@ -100,3 +102,63 @@ def test_a_stage_that_only_pcie_joins_is_refused_where_that_is_asked(bundle: Any
             pool.settle_devices(infos)
     finally:
         pool.close()
+
+
+# Two nodes
+
+
+def examined(nodes: Nodes) -> tuple[int, dict[str, list[dict[str, str]]]]:
+    """(Exit code, findings that are not ok by check) of the command on the head."""
+    done = subprocess.run(
+        nodes[0].inside(sys.executable, "-m", "deployments.cli", "doctor", DEMO, "--json"),
+        env=nodes.environment | {"RAY_ADDRESS": f"{nodes[0].address}:{PORT}"},
+        capture_output=True,
+        text=True,
+    )
+    found: dict[str, list[dict[str, str]]] = {}
+    for one in json.loads(done.stdout)["findings"]:
+        if one["judgement"] != "ok":
+            found.setdefault(one["check"], []).append(one)
+    return done.returncode, found
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(bool(why_not()), reason=str(why_not()))
+def test_faults_planted_on_a_node_are_each_named(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with Nodes(tmp_path_factory.mktemp("nodes"), 2) as nodes:
+        for number in (0, 1):
+            nodes.start_ray(number, cpus=2)
+        nodes.wait_for_ray(2)
+        code, found = examined(nodes)
+        assert code == 0 and found.keys() <= {"disk speed", "clock"}, found
+
+        source, changed = ROOT / "configs/units.py", "/tmp/units.py"
+        nodes.run(0, "ip", "rule", "add", "to", nodes[1].address, "ipproto", "tcp", "dport", "31000", "prohibit")
+        nodes.run(1, "mount", "-o", "remount,size=32m", "/dev/shm")
+        nodes.run(1, "sh", "-c", "prlimit --pid $(pgrep -x raylet) --nofile=900:900")
+        nodes.run(
+            1,
+            "sh",
+            "-c",
+            f"cp {source} {changed} && echo '# changed' >> {changed} && mount --bind {changed} {source}",
+        )
+        code, found = examined(nodes)
+        assert code == 1
+        (port,) = found["ports"]
+        assert "node0" in port["where"].partition("→")[0] and "node1" in port["where"].partition("→")[2]
+        assert f"port 31000 of {nodes[1].address}" in port["found"] and "NetworkPolicy" in port["remedy"]
+        remedies = {"shared memory": "--shm-size", "open files": "ulimit -n", "versions": "one image"}
+        for check, remedy in remedies.items():
+            (fault,) = found[check]
+            assert fault["judgement"] == "fail" and remedy in fault["remedy"], fault
+            assert "node1" in fault["where"] or "node1" in fault["found"]
+
+        nodes[1].kill()
+        until(lambda: len(nodes.alive()) == 1, 120, every_s=1)
+        nodes.start_ray(1, cpus=2, NCCL_SOCKET_IFNAME="mgmt0")
+        nodes.wait_for_ray(2)
+        code, found = examined(nodes)
+        (fault,) = found["interface"]
+        assert code == 1 and "node1" in fault["where"] and "mgmt0" in fault["found"]
+        assert "unset NCCL_SOCKET_IFNAME" in fault["remedy"]
