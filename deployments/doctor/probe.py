@@ -18,7 +18,7 @@ from deployments.doctor import host, storage
 from deployments.doctor.facts import SECTIONS, Asked, Written
 from deployments.doctor.hub import read_hub
 
-_START_S = 10.0  # for the process to begin and to end, on top of what its sections get
+_START_S = 30.0  # for the process to begin and to end, on top of what its sections get
 
 
 def run_probe(asked: Asked, within_s: float) -> bytes:

@@ -51,6 +51,9 @@ class OnGpus(RankActor):
     def __init__(self, config: Config) -> None:
         """Imports nothing."""
 
+    def info(self) -> WorkerInfo:
+        raise AssertionError("the test gives the infos")
+
     def gpu_links(self, gpus: list[str]) -> list[list[int]]:
         joined = {("0", "2"), ("2", "1"), ("1", "3"), ("3", "0")}
         return [[2 * ((a, b) in joined or (b, a) in joined) for b in gpus] for a in gpus]
