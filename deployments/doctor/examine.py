@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from actors.tensors.backends.choose import placed_on
 from cluster.placement.nodes import read_nodes
 from cluster.placement.placement import Device, Fit, check, make_needs, resolve_device, resolve_strategy
-from cluster.placement.resources import NodeFree
+from cluster.placement.resources import NodeFree, StageNeed
 from configs.config import Config
 from deployments.doctor.cluster_findings import cluster_findings, way_findings
 from deployments.doctor.facts import Asked, NodeFacts
@@ -61,7 +61,7 @@ def examine_cluster(question: Question, say: Say, is_own: bool) -> list[Finding]
     layout = Layout(config, device)
     needs = make_needs(layout.topology, config.placement, device)
     fit = check(needs, resolve_strategy(config.placement, layout.topology), alive)
-    hosts = set(fit.node_ids or ()) or {node.node_id for node in alive if node.cpus or node.gpus}
+    hosts = {node.node_id for node in alive if any(_could_host(node, need) for need in dict.fromkeys(needs))}
     findings = [_room(fit)]
     with looked_at(alive, hosts) as nodes:
         say(f"looking at {len(alive)} nodes: machines, GPUs, disks, access")
@@ -107,6 +107,11 @@ def _links(layout: Layout, fit: Fit, facts: Sequence[NodeFacts]) -> list[Finding
     except ValueError as error:
         remedy = "look at the lines on ports and interfaces, and at the ranks' logs in /tmp/ray/session_latest/logs"
         return [fail("links", "cluster", str(error), remedy)]
+
+
+def _could_host(node: NodeFree, need: StageNeed) -> bool:
+    alone = check([need], "PACK", [node])
+    return alone.node_ids is not None or alone.busy
 
 
 def _room(fit: Fit) -> Finding:

@@ -51,8 +51,8 @@ class OnGpus(RankActor):
     def __init__(self, config: Config) -> None:
         """Imports nothing."""
 
-    def info(self) -> WorkerInfo:
-        raise AssertionError("the test gives the infos")
+    def info(self) -> None:  # type: ignore[override]
+        """The test has its own."""
 
     def gpu_links(self, gpus: list[str]) -> list[list[int]]:
         joined = {("0", "2"), ("2", "1"), ("1", "3"), ("3", "0")}
