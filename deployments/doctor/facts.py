@@ -71,6 +71,14 @@ class Hub:
 
 
 @dataclass(frozen=True)
+class Bucket:
+    """What the object store says of a checkpoint's URL."""
+
+    url: str
+    problem: str | None  # None: it is there and open to us
+
+
+@dataclass(frozen=True)
 class Cuda:
     """Whether CUDA starts, and NVIDIA GPUs on the PCI bus, whether or not a driver knows them."""
 
@@ -86,6 +94,7 @@ SECTIONS: dict[str, Any] = {
     "network": Network,
     "environment": dict[str, str],
     "hub": Hub | None,
+    "bucket": Bucket | None,
     "gpus": NodeGpus | None,
     "cuda": Cuda,
     "http_port": bool | None,  # whether it is free

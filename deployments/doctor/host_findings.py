@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from cluster.placement.interfaces import chosen
-from deployments.doctor.facts import Cuda, Disk, Hub, Limits, Network, NodeFacts, SharedMemory
+from deployments.doctor.facts import Bucket, Cuda, Disk, Hub, Limits, Network, NodeFacts, SharedMemory
 from deployments.doctor.findings import Finding, fail, not_checked, ok, warn
 from deployments.serve.environment import ENVIRONMENT, lacking
 
@@ -186,6 +186,8 @@ def _access(node: NodeFacts, start_s: float) -> Iterator[Finding]:
     hub: Hub | None = node.sections.get("hub")
     if hub is not None:
         yield _hub(node.name, hub, disk is not None and disk.stored_bytes > 0)
+    if (bucket := node.sections.get("bucket")) is not None:
+        yield _bucket(node.name, bucket)
     if disk is None:
         return
     needed = max(disk.stored_bytes, hub.model_bytes or 0 if hub is not None else 0)
@@ -241,6 +243,17 @@ def _hub(where: str, hub: Hub, is_stored: bool) -> Finding:
         )
     remedy = "correct model.source and model.revision" if hub.status == 404 else "try again later"
     return fail("hub", where, f"HTTP {hub.status} from {hub.endpoint}", remedy)
+
+
+def _bucket(where: str, bucket: Bucket) -> Finding:
+    if bucket.problem is None:
+        return ok("store", where, f"{bucket.url} is there and open to us")
+    return fail(
+        "store",
+        where,
+        f"{bucket.url}: {bucket.problem}",
+        "give this node the credentials and the way to the store before `ray start`, or correct model.source",
+    )
 
 
 def _port(where: str, is_free: bool) -> Finding:

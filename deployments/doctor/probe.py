@@ -15,6 +15,7 @@ import msgspec
 
 from configs.files import PROJECT_ROOT
 from deployments.doctor import host, storage
+from deployments.doctor.bucket import read_bucket
 from deployments.doctor.facts import SECTIONS, Asked, Written
 from deployments.doctor.hub import read_hub
 
@@ -51,6 +52,7 @@ def _readers(asked: Asked) -> dict[str, Callable[[], Any]]:
         "network": host.read_network,
         "environment": host.read_environment,
         "hub": lambda: read_hub(asked),
+        "bucket": lambda: read_bucket(asked),
         "gpus": read_gpus,
         "cuda": host.read_cuda,
         "http_port": lambda: host.is_port_free(asked.http_port),

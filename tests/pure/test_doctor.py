@@ -25,8 +25,9 @@ from cluster.placement.nvlink import order_along_links, unjoined_pairs
 from cluster.topology import Topology
 from configs.config import Config
 from deployments.doctor import host, storage
+from deployments.doctor.bucket import read_bucket
 from deployments.doctor.cluster_findings import Way, cluster_findings, way_findings
-from deployments.doctor.facts import SECTIONS, Asked, Disk, Hub, Limits, Network, NodeFacts, SharedMemory
+from deployments.doctor.facts import SECTIONS, Asked, Bucket, Disk, Hub, Limits, Network, NodeFacts, SharedMemory
 from deployments.doctor.findings import Finding, fail, ok, warn, worst
 from deployments.doctor.gpu_findings import gpu_findings
 from deployments.doctor.host_findings import host_findings
@@ -343,6 +344,7 @@ class _Hub(http.server.BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         is_open = "open" in self.path or self.headers.get("Authorization") == "Bearer right"
         self.send_response(404 if "missing" in self.path else 200 if is_open else 401)
+        self.send_header("Content-Length", "2")
         self.end_headers()
 
     def do_GET(self) -> None:
@@ -403,6 +405,15 @@ def test_a_hub_that_is_not_reached_fails_only_what_is_not_stored(monkeypatch: py
     assert lost.judgement == "fail" and "not reached" in lost.found and "HF_ENDPOINT" in lost.remedy
     stored = node(hub=read_hub(Asked("org/open")), disk=Disk("/models", 10**12, 10**9, 1e9, 64 << 20))
     assert not bad(host_findings(stored, False, math.inf, False))
+
+
+def test_an_object_store_is_asked_once(hub: None) -> None:
+    endpoint = os.environ["HF_ENDPOINT"]  # any HTTP server is a store
+    assert read_bucket(Asked("org/open")) is None
+    assert read_bucket(Asked(f"{endpoint}/open")) == Bucket(f"{endpoint}/open", None)
+    for url in (f"{endpoint}/missing", "http://127.0.0.1:1/open"):
+        (fault,) = host_faults(bucket=read_bucket(Asked(url)))
+        assert fault.check == "store" and url in fault.found and "model.source" in fault.remedy
 
 
 # Links, as measured
