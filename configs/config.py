@@ -185,6 +185,13 @@ class AdmissionConfig(Group):
         description="Answers running and waiting together (`n` and lists of prompts count each); more get 503. "
         "Raise it for longer queues, lower it to let a load balancer go elsewhere sooner.",
     )
+    max_waiting_tokens: Tokens | None = Field(
+        default=None,
+        ge=1,
+        description="Prompt tokens of requests that have no token yet; more get 503, but for a request that finds "
+        "nobody waiting. None: only their number counts. Set it where prompts differ much in length, to as many as "
+        "are computed in the time that clients should wait.",
+    )
     max_body_bytes: Bytes | None = Field(
         default=None,
         ge=1024,

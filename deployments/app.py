@@ -24,7 +24,9 @@ from deployments.serve.drain import Drain, leaving_node
 
 _DEPLOYMENT = "LLMReplica"
 _ENDING_S = 10.0  # for a drained replica to end; on top of timeouts.drain_s
-_NUM_PROBES = 64  # requests beside the admitted ones that must never wait in Serve's queue: health, ready, refusals
+_NUM_BESIDE = (
+    1024  # requests beside the admitted ones that must not wait in Serve's queue: health, refusals, slow bodies
+)
 
 
 @serve.deployment(name=_DEPLOYMENT)
@@ -91,7 +93,7 @@ def build_app(args: dict[str, Any]) -> Application:
         placement_group_strategy=strategy,
         placement_group_bundle_label_selector=make_label_selectors(needs),
         ray_actor_options={"num_cpus": placement.cpus_per_replica, "num_gpus": 0},
-        max_ongoing_requests=config.admission.max_requests + _NUM_PROBES,
+        max_ongoing_requests=config.admission.max_requests + _NUM_BESIDE,
         health_check_period_s=2,
         health_check_timeout_s=10,
         graceful_shutdown_wait_loop_s=0.5,

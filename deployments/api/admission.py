@@ -1,20 +1,40 @@
-"""Admission: limits how many sequences are let in at once; a request above that is refused before it costs anything."""
+"""Admission: limits how much is let in at once, by sequences and by waiting tokens; the rest is refused at once."""
 
 import asyncio
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from configs.config import AdmissionConfig
 from deployments.api.errors import ApiError
+from deployments.api.fair_places import FairPlaces
+from deployments.api.service_rate import ServiceRate
 
-RETRY_AFTER_S = 1
+
+class WaitingPrompt:
+    """The tokens of a request that has no answer yet."""
+
+    def __init__(self, admission: "Admission", num_tokens: int) -> None:
+        self._admission = admission
+        self._num_tokens = num_tokens
+
+    def end(self, has_begun: bool = True) -> None:
+        """The request has its first token (`has_begun`), or has ended before. May be called twice."""
+        self._admission.num_waiting_tokens -= self._num_tokens
+        if has_begun and self._num_tokens:
+            self._admission.tokens.note(self._num_tokens)
+        self._num_tokens = 0
 
 
 class Admission:
     """Counts sequences from before tokenizing until the last byte is sent. Used in the event loop's thread only."""
 
-    def __init__(self, max_requests: int) -> None:
-        self.max_requests = max_requests
-        self.num_admitted = 0
+    def __init__(self, settings: AdmissionConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self.num_waiting_tokens = 0  # of prompts whose first token has not come
+        self.tokens = ServiceRate(clock)
+        self._sequences = ServiceRate(clock)
+        self._places = FairPlaces(settings.max_requests, clock)
+        self._max_waiting_tokens = settings.max_waiting_tokens
         self._is_idle = asyncio.Event()
         self._is_idle.set()
 
@@ -22,9 +42,22 @@ class Admission:
         """Returns when no admitted sequence is left."""
         await self._is_idle.wait()
 
+    @property
+    def max_requests(self) -> int:
+        """Sequences that are let in at once."""
+        return self._places.total
+
+    @property
+    def num_admitted(self) -> int:
+        """Sequences that are in."""
+        return self._places.num_taken
+
     @contextmanager
-    def reserve(self, count: int) -> Iterator[None]:
-        """Let `count` sequences in while the block runs. Raises ApiError: 503 when full, 400 when never possible."""
+    def reserve(self, count: int, key: str = "") -> Iterator[None]:
+        """Let `count` sequences of a key in while the block runs.
+
+        Raises ApiError: 503 when full, or when other keys may still want what is free; 400 when never possible.
+        """
         if count > self.max_requests:
             raise ApiError(
                 400,
@@ -32,18 +65,39 @@ class Admission:
                 f"{self.max_requests}; send several requests",
                 param="prompt",
             )
-        if self.num_admitted + count > self.max_requests:
-            raise ApiError(
-                503,
-                f"the server is full ({self.max_requests} requests); try again later",
-                code="server_overloaded",
-                retry_after_s=RETRY_AFTER_S,
-            )
-        self.num_admitted += count
+        if lacking := self._places.num_lacking(key, count):
+            retry_after_s = self._sequences.retry_after_s(lacking, self.num_admitted)
+            raise _full(f"{self.max_requests} requests", retry_after_s)
+        self._check_waiting(1)
+        self._places.take(key, count)
         self._is_idle.clear()
         try:
             yield
         finally:
-            self.num_admitted -= count
+            self._places.give_back(key, count)
+            self._sequences.note(count)
             if not self.num_admitted:
                 self._is_idle.set()
+
+    @contextmanager
+    def wait(self, num_tokens: int) -> Iterator[WaitingPrompt]:
+        """Let a prompt of so many tokens wait for its first token. Raises ApiError (503) when too many wait already."""
+        self._check_waiting(num_tokens)
+        self.num_waiting_tokens += num_tokens
+        waiting = WaitingPrompt(self, num_tokens)
+        try:
+            yield waiting
+        finally:
+            waiting.end(has_begun=False)
+
+    def _check_waiting(self, num_tokens: int) -> None:
+        """Whoever finds nobody waiting is let in, however long the prompt."""
+        limit, held = self._max_waiting_tokens, self.num_waiting_tokens
+        if limit is not None and held and held + num_tokens > limit:
+            retry_after_s = self.tokens.retry_after_s(min(held, held + num_tokens - limit), held)
+            raise _full(f"{held} prompt tokens wait", retry_after_s)
+
+
+def _full(what: str, retry_after_s: int) -> ApiError:
+    message = f"the server is full ({what}); try again in {retry_after_s} s"
+    return ApiError(503, message, code="server_overloaded", retry_after_s=retry_after_s)

@@ -3,6 +3,7 @@
 import asyncio
 import math
 import time
+from collections.abc import Callable
 
 import msgspec
 
@@ -37,6 +38,7 @@ class Generation:
         self._answers = {answer.request.request_id: answer for answer in answers}
         self._num_prompt_tokens = num_prompt_tokens
         self._mailbox = Mailbox()
+        self._on_first: Callable[[], None] | None = None
 
     @property
     def num_answers(self) -> int:
@@ -62,14 +64,15 @@ class Generation:
         """What the engine is asked for, one a sequence."""
         return [answer.request for answer in self._answers.values()]
 
-    def start(self, at_end: bool = False, key: str = "") -> None:
+    def start(self, at_end: bool = False, key: str = "", on_first: Callable[[], None] | None = None) -> None:
         """Hand all requests to the engine. Raises ApiError (503) when it does not serve.
 
-        `key`: the name of the API key whose turn it takes.
+        `key`: the name of the API key whose turn it takes. `on_first` is called when the first piece comes.
 
         `at_end`: `take` waits until a sequence has ended, and nothing wakes up before; not for stop strings, nor where
         the first call ends the answer: the engine does not know of them.
         """
+        self._on_first = on_first
         self._mailbox = self._outbox.open(list(self._answers), at_end)
         try:
             for answer in self._answers.values():
@@ -110,6 +113,9 @@ class Generation:
             if events is None:
                 break
             pieces = [piece for event in events if (piece := await self._read(event))]
+        if self._on_first is not None and pieces:
+            self._on_first()
+            self._on_first = None
         return pieces
 
     async def whole(self) -> list[Piece]:

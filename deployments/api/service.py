@@ -88,7 +88,7 @@ class Service:
         self.limits = limits
         self.ranks = ranks
         self.defaults = defaults
-        self.admission = Admission(limits.admission.max_requests)
+        self.admission = Admission(limits.admission)
         self.text = text
         self.accounts = KeyAccounts()
         self.is_draining = False  # new requests are refused, running ones finish; may be set from any thread
@@ -121,12 +121,14 @@ class Service:
         if self.is_draining:
             raise draining()
         self.check_body(body)
-        with self.admission.reserve(len(body.prompts) * body.n):
+        with self.admission.reserve(len(body.prompts) * body.n, account.name):
             generation = await self.prepare(body, deadline)
+            num_prompt_tokens = generation.usage.prompt_tokens
             try:
-                account.spend(generation.usage.prompt_tokens)
-                generation.start(key=account.name)
-                yield generation
+                with self.admission.wait(num_prompt_tokens) as waiting:
+                    account.spend(num_prompt_tokens)
+                    generation.start(key=account.name, on_first=waiting.end)
+                    yield generation
             finally:
                 generation.end()
                 account.spend(generation.usage.completion_tokens)

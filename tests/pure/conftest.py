@@ -101,7 +101,8 @@ class World:
         settings = SchedulerSettings(block_size=16, max_num_seqs=8, max_num_batched_tokens=64, num_lanes=2)
         self.engine = Engine(self.executor, settings, 256, self.outbox.deliver)
         admission = {"max_requests": 16, "max_body_bytes": 65536}
-        admission = AdmissionConfig(**{name: limits.pop(name, value) for name, value in admission.items()})
+        admission |= {name: limits.pop(name) for name in list(limits) if name in AdmissionConfig.model_fields}
+        admission = AdmissionConfig(**admission)
         values = {"max_model_len": 128, "vocab_size": VOCAB_SIZE, "admission": admission, "request_s": 600.0} | limits
         identity = Identity(MODEL, "replica-1", "0.1.0", 1, Topology(2, 2))
         self.service = Service(
