@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from actors.tensors.backends.choose import placed_on
 from cluster.placement.nodes import read_nodes
-from cluster.placement.placement import Device, Fit, check, make_needs, resolve_device, resolve_strategy
+from cluster.placement.nvml import NodeGpus
+from cluster.placement.placement import Fit, check, make_needs, resolve_device, resolve_strategy
 from cluster.placement.resources import NodeFree, StageNeed
 from configs.config import Config
 from deployments.doctor.cluster_findings import cluster_findings, way_findings
@@ -49,7 +50,7 @@ def examine_here(question: Question, say: Say) -> list[Finding]:
     node.take(run_probe(question.asked, _HERE_S), _HERE_S)
     return [
         *cluster_findings([node]),
-        *_of_node(node, question, "cuda" if _has_gpus(node) else "cpu", judge_environment=_is_in_a_pod()),
+        *_of_node(node, question, _own_shards(node, question), judge_environment=_is_in_a_pod()),
     ]
 
 
@@ -73,19 +74,19 @@ def examine_cluster(question: Question, say: Say, is_own: bool) -> list[Finding]
                 nodes.try_ways(head_address()), {node.address: node.name for node in facts if node.address}
             )
     findings += cluster_findings(facts)
+    shards = layout.topology.tensor_parallel_size if device == "cuda" else None
     for node in facts:
         if node.is_silent is None:
-            findings += _of_node(node, question, device, judge_environment=not is_own)
+            findings += _of_node(node, question, shards, judge_environment=not is_own)
     say("measuring the links inside and between stages")
     return [*findings, *_links(layout, fit, facts)]
 
 
-def _of_node(node: NodeFacts, question: Question, device: Device, judge_environment: bool) -> Iterator[Finding]:
+def _of_node(node: NodeFacts, question: Question, shards: int | None, judge_environment: bool) -> Iterator[Finding]:
+    """`shards` of a stage on GPUs; None: ranks are on CPUs."""
     config = question.config
-    on_gpus = device == "cuda"
-    shards = config.parallel.tensor_parallel_size if config is not None and on_gpus else None
     start_s = config.timeouts.start_s if config is not None else math.inf
-    yield from host_findings(node, on_gpus, start_s, judge_environment)
+    yield from host_findings(node, shards is not None, start_s, judge_environment)
     yield from gpu_findings(node, shards, config is not None and config.placement.require_nvlink)
 
 
@@ -132,9 +133,14 @@ def _widest(alive: Sequence[NodeFree]) -> Config:
     return Config.model_validate({"model": {"source": "."}, "parallel": parallel, "placement": placement})
 
 
-def _has_gpus(node: NodeFacts) -> bool:
-    found = node.sections.get("gpus")
-    return found is not None and bool(found.gpus)
+def _own_shards(node: NodeFacts, question: Question) -> int | None:
+    """Of a stage on this machine's GPUs: as the config says, else all of them. None: without GPUs."""
+    found: NodeGpus | None = node.sections.get("gpus")
+    count, config = len(found.gpus) if found is not None else 0, question.config
+    if config is None:
+        return count or None
+    wants_gpus = placed_on(config.device) == "cuda" or (config.device == "auto" and count)
+    return config.parallel.tensor_parallel_size if wants_gpus else None
 
 
 def _is_in_a_pod() -> bool:

@@ -44,18 +44,20 @@ def _exchanges(
         where = node.name if node is not None else measured.addresses[first]
         beside = _beside(found, all_stages, "the other stages")
         if on_gpus and node is not None:
-            beside += _beside_the_card(found, node, size, [measured.devices[r] for r in topology.stage_ranks(stage)])
+            beside += _beside_the_card(found, node, size, [measured.gpus[r] for r in topology.stage_ranks(stage)])
             own = [rate for (of, _, _), rate in measured.pairs.items() if of == stage]
             beside += [(found / min(own), f"{min(own) / _GB:.0f} GB/s between its slowest two GPUs")] if own else []
         yield _judged("exchange", where, words, beside if on_gpus else [])
 
 
-def _beside_the_card(found: float, node: NodeFacts, size: int, devices: list[str]) -> list[tuple[float, str]]:
+def _beside_the_card(found: float, node: NodeFacts, size: int, assigned: list[str | None]) -> list[tuple[float, str]]:
     gpus: NodeGpus | None = node.sections.get("gpus")
-    if gpus is None or not gpus.gpus:
+    if gpus is None:
         return []
-    name, indices = gpus.gpus[0].name, [int(device.partition(":")[2]) for device in devices]
-    joined = [[gpus.joined[a][b] for b in indices] for a in indices if a < len(gpus.joined)]
+    stage = [gpu for gpu in gpus.gpus if str(gpu.index) in assigned or gpu.uuid in assigned]
+    if len(stage) != size:  # Ray's names are of slices, or of another numbering
+        return []
+    name, joined = stage[0].name, [[gpus.joined[a.index][b.index] for b in stage] for a in stage]
     usual = usual_all_reduce(name, not unjoined_pairs(joined), size)
     return [(found / usual, f"{usual / _GB:.0f} GB/s, usual for {name}")] if usual else []
 

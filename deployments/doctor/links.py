@@ -41,10 +41,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Measured:
-    """By rank: its node's address, its device, and what it measured; and of GPUs in a stage each pair's copies."""
+    """By rank: its node's address, Ray's name of its GPU, and what it measured; and each pair's copies in a stage."""
 
     addresses: tuple[str, ...]
-    devices: tuple[str, ...]
+    gpus: tuple[str | None, ...]
     rates: "tuple[Rates, ...]"
     pairs: dict[tuple[int, int, int], float]  # (stage, shard, shard) → bytes a second
 
@@ -58,16 +58,17 @@ class LinkProbe:
 
     def __init__(self, interface: str | None) -> None:
         gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
-        self._device = f"cuda:{own_cuda_index(gpus[0])}" if gpus else "cpu"
+        self._gpu = str(gpus[0]) if gpus else None
+        self._device = "cpu" if self._gpu is None else f"cuda:{own_cuda_index(self._gpu)}"
         node, address = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
         self._place = find_place(interface, node, address)
         pin_interface(self._place.interface)
 
-    def where(self) -> tuple[str, str]:
-        """(The node's own address, the device)."""
+    def where(self) -> tuple[str, str, str | None]:
+        """(The node's own address, the device, Ray's name of the GPU)."""
         import cluster.collectives.speed  # noqa: F401 - torch, before the time counts
 
-        return self._place.address, self._device
+        return self._place.address, self._device, self._gpu
 
     def host_store(self) -> int:
         """Serve the store where all ranks meet → its port."""
@@ -103,12 +104,12 @@ def measure_links(layout: Layout) -> Measured:
             meeting = (where[0][0], _all([actors[0].host_store.remote()], "opened a store", _JOIN_S)[0])
             calls = [actor.measure.remote(topology, rank, meeting) for rank, actor in enumerate(actors)]
             rates = _all(calls, "measured", _JOIN_S + _MEASURE_S)
-            devices = [device for _, device in where]
+            devices = [device for _, device, _ in where]
             pairs = _copy_pairs(topology, actors, devices) if layout.device == "cuda" else {}
         finally:
             for actor in actors:
                 ray.kill(actor)
-    return Measured(tuple(address for address, _ in where), tuple(devices), tuple(rates), pairs)
+    return Measured(tuple(one[0] for one in where), tuple(one[2] for one in where), tuple(rates), pairs)
 
 
 def _copy_pairs(topology: Topology, actors: Sequence[Any], devices: Sequence[str]) -> dict[tuple[int, int, int], float]:

@@ -425,9 +425,7 @@ def measured_of(
     from cluster.collectives.speed import Rates
 
     found = [Rates(1e-5, rate, hop or None, None) for rate, hop in zip(rates, hops, strict=True)]
-    return Measured(
-        ("10.0.0.1",) * len(rates), tuple(f"cuda:{n}" for n in range(len(rates))), tuple(found), pairs or {}
-    )
+    return Measured(("10.0.0.1",) * len(rates), tuple(str(n) for n in range(len(rates))), tuple(found), pairs or {})
 
 
 def layout(shards: int, stages: int) -> Layout:
