@@ -22,7 +22,7 @@ from typing import Any, Self
 
 import yaml
 
-from deployments.serve.command import ENVIRONMENT
+from deployments.serve.environment import ENVIRONMENT
 from tests.serving import ROOT, Served, free_port, until
 
 NETWORK = "10.77.9"  # the first three numbers of every node's address; node 0 is .1
