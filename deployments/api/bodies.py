@@ -14,8 +14,9 @@ from deployments.api.foreign_fields import OF_CHATS, OF_COMPLETIONS
 from deployments.api.prompt_fields import Messages, Prompts, conversation
 from deployments.api.sampling_fields import NumLogprobs
 from deployments.api.strict_body import Body, only, wrong
+from deployments.api.structured_fields import StructuredBody
 from deployments.api.template_fields import TemplateBody
-from deployments.api.tool_fields import ToolChoice, Tools
+from deployments.api.tool_fields import AUTO, INSTEAD_OF_FUNCTIONS, ToolChoice, Tools, chosen
 from deployments.text.prompts import Prompt
 
 MAX_STOPS = 16  # OpenAI takes 4
@@ -40,7 +41,7 @@ def _one_or_many(value: object) -> object:
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
-class GenerationBody(AnswerBody):
+class GenerationBody(AnswerBody, StructuredBody):
     """The fields that completions and chats share."""
 
     default_max_tokens: ClassVar[int | None]  # None: what the context has left
@@ -69,8 +70,6 @@ class GenerationBody(AnswerBody):
     # refused where they would mean something: sampling
     length_penalty: Annotated[object, only(1)] = None
     use_beam_search: Annotated[object, only(False)] = None
-    response_format: Annotated[object, only({"type": "text"})] = None
-    structured_outputs: Annotated[object, only()] = None
     repetition_detection: Annotated[object, only()] = None
     # where the answer ends
     thinking_token_budget: Annotated[object, only()] = None
@@ -210,7 +209,7 @@ class ChatBody(GenerationBody, TemplateBody):
     logprobs: bool = False
     top_logprobs: NumLogprobs = 0
     tools: Tools = Field(default_factory=list)
-    tool_choice: ToolChoice = None
+    tool_choice: ToolChoice = AUTO
     parallel_tool_calls: bool = True
     include_reasoning: bool = True
     reasoning_effort: ReasoningEffort | None = None
@@ -218,20 +217,22 @@ class ChatBody(GenerationBody, TemplateBody):
 
     prediction: object = None  # of what the answer will be: for speed alone
 
-    functions: Annotated[object, only([])] = None
+    functions: Annotated[object, only([], instead=INSTEAD_OF_FUNCTIONS)] = None
     verbosity: Annotated[object, only("medium")] = None
     modalities: Annotated[object, only(["text"])] = None
     audio: Annotated[object, only()] = None
     web_search_options: Annotated[object, only()] = None
-    function_call: Annotated[object, only("none", "auto")] = None
+    function_call: Annotated[object, only("none", "auto", instead=INSTEAD_OF_FUNCTIONS)] = None
     add_special_tokens: Annotated[object, only(False)] = None
     mm_processor_kwargs: Annotated[object, only({})] = None
 
     @property
     def prompts(self) -> list[Prompt]:
         """One conversation. With `tool_choice` none the model does not hear of the tools."""
-        tools = [] if self.tool_choice == "none" else self.tools
-        return [self.as_asked(conversation(self.messages, tools, self._variables, not self.parallel_tool_calls))]
+        tools = [] if self.tool_choice.mode == "none" else self.tools
+        is_single = self.tool_choice.is_one or not self.parallel_tool_calls
+        asked = conversation(self.messages, tools, self._variables, is_single, self.tool_choice.rule(tools))
+        return [self.as_asked(asked)]
 
     @property
     def _variables(self) -> dict[str, Any]:
@@ -274,6 +275,11 @@ class ChatBody(GenerationBody, TemplateBody):
     def num_logprobs(self) -> int | None:
         """See SamplingBody."""
         return self.top_logprobs if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _chosen_tools_are_there(self) -> Self:
+        chosen(self.tool_choice, self.tools)
+        return self
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> Self:

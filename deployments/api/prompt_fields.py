@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, FailFast, Field, PlainValidator, model_val
 from deployments.api.errors import shown
 from deployments.api.strict_body import Body, only, wrong
 from deployments.api.tool_fields import MAX_CALLS, Call, Tool
-from deployments.text.prompts import Conversation, Prompt, content_text
+from deployments.text.prompts import CallRule, Conversation, Prompt, content_text
 
 MAX_MESSAGES = 2048
 
@@ -142,10 +142,12 @@ def conversation(
     tools: Sequence[Tool] = (),
     variables: Mapping[str, Any] = MappingProxyType({}),
     is_single_call: bool = False,
+    call_rule: CallRule = CallRule(),
 ) -> Conversation:
     """The messages as plain data for the chat template."""
     shown_tools = [tool.for_template() for tool in tools]
-    return Conversation([message.for_template() for message in messages], shown_tools, dict(variables), is_single_call)
+    shown_messages = [message.for_template() for message in messages]
+    return Conversation(shown_messages, shown_tools, dict(variables), is_single_call, call_rule)
 
 
 _OWN_VARIABLES = {

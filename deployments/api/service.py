@@ -7,6 +7,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
+
 from actors.remote.engine import Engine
 from actors.remote.meeting import RankInfo
 from actors.words.messages import Request
@@ -20,6 +22,7 @@ from deployments.api.context_length import body_too_long, conversation_too_long,
 from deployments.api.errors import ApiError
 from deployments.api.generation import Generation, draining, too_late
 from deployments.api.key_limits import KeyAccount, KeyAccounts
+from deployments.api.grammar import grammar_of
 from deployments.api.metrics import Labels, Latencies, Metrics, Stopwatch
 from deployments.api.outbox import Outbox
 from deployments.api.request_log import current_request, new_sequence_id
@@ -149,8 +152,9 @@ class Service:
             prompt_ids = truncated(body, all_ids, self.limits.max_model_len)
             self._check_prompt(body, prompt_ids)
             num_prompt_tokens += len(prompt_ids)
+            grammar = await grammar_of(body, prompt, prompt_ids, self.text, deadline)
             for choice in range(body.n):
-                request = self._request(body, prompt_ids, choice, bad_words, deadline)
+                request = self._request(body, prompt_ids, choice, bad_words, grammar, deadline)
                 shown = prompt_ids if isinstance(prompt, str) and len(prompt_ids) < len(all_ids) else prompt
                 answers.append(self._answer(body, shown, request, len(answers), began))
         return Generation(self.engine, self._outbox, answers, num_prompt_tokens, deadline)
@@ -202,6 +206,7 @@ class Service:
         prompt_ids: list[int],
         choice: int,
         bad_words: list[list[int]],
+        grammar: str | None,
         deadline: float | None,
     ) -> Request:
         eos_ids = frozenset() if body.ignore_eos else self.text.eos_token_ids
@@ -213,7 +218,9 @@ class Service:
             request_id=new_sequence_id(),
             prompt_ids=prompt_ids,
             max_tokens=self._max_tokens(body, len(prompt_ids)),
-            sampling=body.sampling(choice, self.limits.vocab_size, bad_words),
+            sampling=msgspec.structs.replace(
+                body.sampling(choice, self.limits.vocab_size, bad_words), grammar=grammar
+            ),
             stop_token_ids=stop_ids,
             deadline=deadline,
             priority=body.priority,

@@ -23,14 +23,14 @@ def wrong(code: str, message: str, **context: object) -> PydanticCustomError:
     return PydanticCustomError(code, message, context)
 
 
-def only(*neutral: object) -> PlainValidator:
-    """Accept only values that do not change the answer; null is always accepted."""
+def only(*neutral: object, instead: str = "") -> PlainValidator:
+    """Accept only values that do not change the answer; null is always accepted. `instead`: another remedy."""
 
     def check(value: object) -> object:
         if any(value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in neutral):
             return value
-        instead = f"leave it out or send {json.dumps(neutral[0])}" if neutral else "leave it out"
-        raise wrong("unsupported_parameter", "is not supported with this value; {instead}", instead=instead)
+        remedy = instead or (f"leave it out or send {json.dumps(neutral[0])}" if neutral else "leave it out")
+        raise wrong("unsupported_parameter", "is not supported with this value; {remedy}", remedy=remedy)
 
     return PlainValidator(check)
 

@@ -1,13 +1,15 @@
 """Tool fields: `tools`, `tool_choice` and the calls of a history, parsed into what chat templates read."""
 
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, FailFast, Field, PlainValidator, model_validator
 from pydantic_core import from_json
 
 from deployments.api.errors import shown
-from deployments.api.strict_body import Body, only, wrong
+from deployments.api.strict_body import Body, wrong
+from deployments.text.prompts import CallRule
 
 MAX_TOOLS = 256  # OpenAI takes 128
 MAX_CALLS = 256  # of one message
@@ -31,7 +33,7 @@ class Function(Body):
     description: str | None = None
     parameters: dict[str, Any] | None = None
 
-    strict: Annotated[object, only(False)] = None
+    strict: bool = False  # the arguments of a call obey `parameters`, or the request is refused
 
 
 class Tool(Body):
@@ -69,17 +71,63 @@ def _distinct(tools: list[Tool]) -> list[Tool]:
     return tools
 
 
-def _choice(value: object) -> object:
-    if value in ("none", "auto"):
-        return value
+@dataclass(frozen=True)
+class Choice:
+    """`tool_choice`: whether the model may call, must, or must not; and which tools."""
+
+    mode: Literal["none", "auto", "required"]
+    names: tuple[str, ...] | None = None  # of the tools that may be called; None: all
+    is_one: bool = False  # one call of the one tool
+
+    def rule(self, tools: "list[Tool]") -> CallRule:
+        """What follows for the calls of the answer, when it may have some of `tools`."""
+        if not tools:
+            return CallRule()
+        strict = frozenset(tool.function.name for tool in tools if tool.function.strict)
+        return CallRule(self.mode == "required", None if self.names is None else frozenset(self.names), strict)
+
+
+AUTO = Choice("auto")
+_MODES = ("none", "auto", "required")
+INSTEAD_OF_FUNCTIONS = "functions are the older form of tools, which answers would have to have, too; send tools"
+
+
+def _choice(value: object) -> Choice:
+    if isinstance(value, str) and value in _MODES:
+        return Choice(value)
+    if isinstance(value, dict) and value.get("type") == "function":
+        return Choice("required", (_chosen_name(value),), is_one=True)
+    if isinstance(value, dict) and value.get("type") == "allowed_tools":
+        allowed = value.get("allowed_tools")
+        mode, tools = (allowed.get("mode"), allowed.get("tools")) if isinstance(allowed, dict) else (None, None)
+        if mode in ("auto", "required") and isinstance(tools, list) and tools:
+            return Choice(mode, tuple(map(_chosen_name, tools)))
     raise wrong(
-        "unsupported_parameter",
-        'is supported as "auto" and "none" only: a model cannot be made to call yet; '
-        'send "auto", and say in a message that a tool is to be used',
+        "invalid_value",
+        'must be "none", "auto", "required", {"type": "function", "function": {"name": ...}} or {"type": '
+        '"allowed_tools", "allowed_tools": {"mode": "auto" or "required", "tools": [...]}}',
     )
 
 
-ToolChoice = Annotated[Literal["none", "auto"] | None, PlainValidator(_choice)]
+def _chosen_name(value: object) -> str:
+    function = value.get("function") if isinstance(value, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str):
+        raise wrong("invalid_value", 'must name each tool, as in {"type": "function", "function": {"name": "now"}}')
+    return name
+
+
+def chosen(choice: Choice, tools: "list[Tool]") -> None:
+    """Raise a validation error where the choice is of tools that are not there."""
+    if choice.mode == "required" and not tools:
+        raise wrong("invalid_value", "needs tools; send them", field="tool_choice")
+    names = {tool.function.name for tool in tools}
+    for name in choice.names or ():
+        if name not in names:
+            raise wrong("invalid_value", "{name} is none of the tools", field="tool_choice", name=shown(name))
+
+
+ToolChoice = Annotated[Choice, PlainValidator(_choice)]
 
 
 def _arguments(value: object) -> object:

@@ -1,16 +1,12 @@
 """Renders a model's chat template in a process of its own that can be killed: conversations become text."""
 
 import contextlib
-import json
 import re
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
+from deployments.text.limited_process import LimitedProcess
 from deployments.text.prompts import Conversation, ConversationError, content_text, public_text
 from deployments.text.tool_prompt import reads_tools, without_tools
 
@@ -50,22 +46,22 @@ class ChatTemplate:
         self._mark = mark
         own = {name: token for name, token in special_tokens.items() if isinstance(token, str | list)}
         self._own_variables = own.keys()
-        self._setup = {
+        self._max_chars = MAX_RENDERED_CHARS
+        setup = {
             "template": template,
             "special_tokens": own,
             "now": None if now is None else now.isoformat(),
-            "cpu_s": CPU_S,
-            "memory_bytes": MEMORY_BYTES,
-            "max_chars": MAX_RENDERED_CHARS,
+            "max_chars": self._max_chars,
         }
         self._template = template
         self._may_read_parts = _READS_PARTS.search(template) is not None
         self._read: dict[str, tuple[bool, bool]] = {}  # by role
+        self._process = LimitedProcess(
+            "template_process.py", setup, cpu_s=CPU_S, memory_bytes=MEMORY_BYTES, wall_s=_WALL_S
+        )
         self._knows_developers = "developer" in template
         self.knows_tools = reads_tools(template)
         self._null = None if _ASKS_FOR_NULL.search(template) else ""
-        self._process: subprocess.Popen[bytes] | None = None
-        self._socket: socket.socket | None = None
 
     def check(self) -> None:
         """Raises ValueError for a template that does not end; that it refuses a one-word message is no error."""
@@ -106,7 +102,7 @@ class ChatTemplate:
         if "too_long" in answer:
             message = (
                 f"messages: the chat template makes {answer['too_long']} characters of them; "
-                f"send at most {self._setup['max_chars']}"
+                f"send at most {self._max_chars}"
             )
             raise ConversationError(message, is_too_long=True)
         if "text" not in answer:
@@ -146,11 +142,7 @@ class ChatTemplate:
 
     def close(self) -> None:
         """End the process. May be called twice; a later conversation starts another."""
-        if self._process is not None and self._socket is not None:
-            self._socket.close()
-            self._process.kill()
-            self._process.wait()
-        self._process = self._socket = None
+        self._process.close()
 
     def _answer(
         self,
@@ -162,43 +154,16 @@ class ChatTemplate:
         continue_final_message: bool = False,
     ) -> dict[str, Any] | None:
         """What the process answers; None when it ended, or had to be killed."""
-        request = {
-            "messages": messages,
-            "tools": tools or [],
-            "variables": variables or {},
-            "documents": documents or [],
-            "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": continue_final_message,
-        }
-        try:
-            connection = self._socket or self._start()
-            connection.sendall(_line(request))
-            received = bytearray()
-            while not received.endswith(b"\n"):
-                part = connection.recv(1 << 20)
-                if not part:
-                    raise ConnectionError("the process has ended")
-                received += part
-            answer: dict[str, Any] = json.loads(received)
-            return answer
-        except OSError:
-            self.close()
-            return None
-
-    def _start(self) -> socket.socket:
-        ours, theirs = socket.socketpair()
-        program = str(Path(__file__).with_name("template_process.py"))
-        # -P: nothing is imported from the program's own folder, whose files could hide others
-        self._process = subprocess.Popen([sys.executable, "-P", program], stdin=theirs.fileno(), stdout=theirs.fileno())
-        theirs.close()
-        ours.settimeout(_WALL_S)
-        self._socket = ours
-        ours.sendall(_line(self._setup))
-        return ours
-
-
-def _line(value: object) -> bytes:
-    return json.dumps(value).encode() + b"\n"
+        return self._process.ask(
+            {
+                "messages": messages,
+                "tools": tools or [],
+                "variables": variables or {},
+                "documents": documents or [],
+                "add_generation_prompt": add_generation_prompt,
+                "continue_final_message": continue_final_message,
+            }
+        )
 
 
 def _refused(reason: str) -> ConversationError:

@@ -2,9 +2,27 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 _PRIVATE = re.compile(r"(?:/[\w.@+-]+){2,}/?|0x[0-9a-fA-F]+")  # paths and addresses
+
+
+@dataclass(frozen=True)
+class CallRule:
+    """What the calls of an answer are held to, by a grammar."""
+
+    must_call: bool = False
+    allowed: frozenset[str] | None = None  # names of the tools that may be called; None: all
+    strict: frozenset[str] = frozenset()  # names of the tools whose schema is obeyed, or the request refused
+
+
+@dataclass(frozen=True)
+class ContentRule:
+    """What the text of an answer is held to, by a grammar."""
+
+    kind: Literal["json", "regex", "choice", "grammar"]
+    value: Any  # a JSON Schema · a regular expression · texts · a grammar in Lark's or GBNF's form
+    field: str  # of the request, that asked for it
 
 
 @dataclass(frozen=True)
@@ -15,6 +33,7 @@ class Conversation:
     tools: list[dict[str, Any]] = field(default_factory=list)  # as OpenAI has them, for calls in the answer
     variables: dict[str, Any] = field(default_factory=dict)  # further ones of the template, such as enable_thinking
     is_single_call: bool = False  # the answer ends with its first call
+    call_rule: CallRule = CallRule()
     documents: list[dict[str, Any]] = field(default_factory=list)  # for templates that read some
     begins_answer: bool = True  # the template writes what an answer begins with
     continues_message: bool = False  # the answer goes on with the last message

@@ -1,5 +1,6 @@
 """The response format of a model: its own template where the tokenizer has one, else one of our table."""
 
+import dataclasses
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from transformers.utils.chat_parsing.response_templates import (
     load_response_template,
 )
 
+from deployments.text.call_forms import CallForm, form_of
 from deployments.text.response_formats import FORMATS
 from deployments.text.tool_calls import PYTHON_CALLS
 from deployments.text.tool_prompt import reads_tools
@@ -31,6 +33,8 @@ class ResponseFormat:
     template: ResponseTemplate
     call_ids: str | None = None  # see response_formats.py
     is_foreign: bool = False  # its patterns come with the checkpoint
+    form: CallForm | None = None  # how calls are written; None: not known
+    thought: tuple[str, str] | None = None  # the marks that begin and end a thought; None: not known
 
     @property
     def has_calls(self) -> bool:
@@ -73,14 +77,15 @@ def choose_format(
         )
     if asked == "auto" and own_template is not None:
         try:
-            return ResponseFormat("the checkpoint's own", load_response_template(own_template), is_foreign=True)
+            return _of_checkpoint(load_response_template(own_template), chat_template)
         except (ValueError, TypeError, AttributeError) as error:
             logger.warning("the tokenizer's response_template is passed over, for it is wrong: %s", error)
     name: str | None = asked
     if asked == "auto":
         name = _detected(chat_template) if reads_tools(chat_template) else DEFAULT
     known = [chat_template, *added_tokens]
-    return None if name is None else _of_table(name, known, generation_prompt)
+    found = None if name is None else _of_table(name, known, generation_prompt)
+    return None if found is None else dataclasses.replace(found, form=form_of(found.name, chat_template))
 
 
 def _detected(chat_template: str) -> str | None:
@@ -105,4 +110,23 @@ def _of_table(name: str, known: list[str], generation_prompt: str) -> ResponseFo
     template = load_response_template({**anchored, "fields": fields})
     for key, field in template.fields.items():
         field.content = entry["fields"][key]["content"]
-    return ResponseFormat(name, template, entry.get("call_ids"))
+    thinks = entry["fields"]["reasoning_content"]
+    thought = entry.get("thought", (thinks.get("open", "<think>"), thinks["close"]))
+    return ResponseFormat(name, template, entry.get("call_ids"), thought=thought)
+
+
+def _of_checkpoint(template: ResponseTemplate, chat_template: str) -> ResponseFormat:
+    """A checkpoint's own format. How calls are written is known where its marks are texts, or by its chat template."""
+    fields = {kind_of(field): field for field in template.fields.values()}
+    marks = {kind: (field.open_literals, field.close_literals) for kind, field in fields.items()}
+    opens, closes = marks.get(CALLS, (None, None))
+    form = form_of(_detected(chat_template) or "", chat_template)
+    if opens and closes and fields[CALLS].content == "json" and not fields[CALLS].content_args:
+        form = form_of(DEFAULT, "")
+        assert form is not None
+        form = dataclasses.replace(
+            form, call=form.call.replace("<tool_call>", opens[0]).replace("</tool_call>", closes[0])
+        )
+    begins, ends = marks.get(REASONING, (None, None))
+    thought = (begins[0], ends[0]) if begins and ends else None
+    return ResponseFormat("the checkpoint's own", template, is_foreign=True, form=form, thought=thought)

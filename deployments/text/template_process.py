@@ -1,28 +1,16 @@
-"""The process that renders chat templates: a template and each conversation in, text out, and limits that end it.
+"""The worker that renders chat templates, in a limited process: a conversation in, its text out.
 
 A chat template is a program that comes with the model and runs on what clients write. Here it cannot delay other
-requests: each line on standard input is one JSON request, each line on standard output its answer, and the kernel
-ends the process at the first conversation that takes more processor time than allowed. It also ends with its parent.
-See chat_template.py.
+requests. See limited_program.py and chat_template.py.
 """
 
 import json
-import resource
-import signal
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
-
-
-def limit_memory(more_bytes: int) -> None:
-    """Limit the address space to what is mapped now and `more_bytes`; allocations beyond that raise MemoryError."""
-    mapped = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + more_bytes, mapped + more_bytes))
 
 
 def render(template: str, special_tokens: dict[str, str], request: dict[str, Any], max_chars: int) -> object:
@@ -89,20 +77,8 @@ def stop_clock(now: datetime) -> None:
     render_jinja_template.__globals__["datetime"] = Stopped
 
 
-def main() -> None:
-    """Answer line after line until standard input ends."""
-    setup: dict[str, Any] = json.loads(sys.stdin.readline())
+def prepare(setup: dict[str, Any]) -> Callable[[dict[str, Any]], object]:
+    """See limited_program.py. `setup`: template, special_tokens, now and max_chars."""
     if setup["now"] is not None:
         stop_clock(datetime.fromisoformat(setup["now"]))
-    limit_memory(setup["memory_bytes"])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the parent
-    for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, setup["cpu_s"])  # its signal ends the process, whatever it is doing
-        answer = render(setup["template"], setup["special_tokens"], json.loads(line), setup["max_chars"])
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    main()
+    return lambda request: render(setup["template"], setup["special_tokens"], request, setup["max_chars"])

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 from actors.decisions.model.generation_config import eos_token_ids
 from deployments.text.chat_template import ChatTemplate
 from deployments.text.control_tokens import ControlTokens
-from deployments.text.prompts import Conversation, ConversationError, Prompt
+from deployments.text.grammars import Grammars
+from deployments.text.prompts import ContentRule, Conversation, ConversationError, Prompt
 from deployments.text.response_format import DEFAULT, ResponseFormat, choose_format
 from deployments.text.response_reader import ResponseReader
 from deployments.text.token_text import TokenTexts
@@ -55,6 +56,7 @@ class Text:
             ChatTemplate(template, tokenizer.special_tokens_map, now, self._controls.mark) for template in texts
         ]
         self._format: ResponseFormat | None = None
+        self._grammars = Grammars(tokenizer, self.eos_token_ids)
         self._hashed: tuple[list[int], str] = ([], "")  # a prompt, and its digest
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
@@ -129,9 +131,9 @@ class Text:
         }
 
     def close(self) -> None:
-        """End the processes of the chat templates. May be called twice."""
-        for template in self._templates:
-            template.close()
+        """End the processes of chat templates and grammars. May be called twice."""
+        for process in (*self._templates, self._grammars):
+            process.close()
 
     def transcript(
         self, stops: list[str], min_tokens: int = 0, shows_specials: bool = False, shows_stop: bool = False
@@ -152,14 +154,25 @@ class Text:
         if self._format is None or not (conversation.tools or self._format.has_thinking):
             return None
         tools = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in conversation.tools}
-        prompt = self._decode(prompt_ids[-_MAX_PREFIX:], skip_special_tokens=False)
         salt = f"{self._digest(prompt_ids)} {index}" if tools else ""
         call_ids = CallIds(self._format.call_ids, salt, conversation.num_calls)
-        prefix = self._format.prefix(prompt)
-        reader = ResponseReader(self._format, prefix, tools, call_ids, conversation.is_single_call)
+        reader = ResponseReader(self._format, self._prefix(prompt_ids), tools, call_ids, conversation.is_single_call)
         if conversation.continues_message:
             reader.go_on()
         return reader
+
+
+    async def grammar(self, content: ContentRule | None, prompt: Prompt, prompt_ids: list[int]) -> str | None:
+        """What an answer to the prompt is held to, in llguidance's form; None: to nothing.
+
+        Raises GrammarError where it cannot be made sure of.
+        """
+        return await self._grammars.of(content, prompt, self._format, self._prefix(prompt_ids))
+
+    def _prefix(self, prompt_ids: list[int]) -> str:
+        """What a prompt has of the answer already."""
+        prompt = self._decode(prompt_ids[-_MAX_PREFIX:], skip_special_tokens=False)
+        return "" if self._format is None else self._format.prefix(prompt)
 
     def _digest(self, prompt_ids: list[int]) -> str:
         """A digest of the prompt; hashed once for all answers to it, which follow each other."""

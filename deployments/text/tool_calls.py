@@ -247,8 +247,9 @@ def _python(field: ResponseTemplateField, body: str, captures: dict[str, str], t
     if len(body) > _MAX_PYTHON_CHARS:
         raise ValueError("too long")
     text = body.strip()
-    if not text.startswith("["):  # a call a line
-        text = f"[{','.join(line.rstrip(',') for line in text.splitlines() if line.strip())}]"
+    if not text.startswith("["):  # a call a line; strings may have what splitlines() takes for a line's end
+        lines = (line.rstrip(", \r") for line in text.split("\n"))
+        text = f"[{','.join(filter(None, lines))}]"
     tree = ast.parse(text, _SOURCE, mode="eval").body
     if not isinstance(tree, ast.List):
         raise ValueError("no list of calls")

@@ -1,0 +1,83 @@
+"""Grammar compiler: finds out in limited processes whether a grammar can be followed, before a request is let in."""
+
+import asyncio
+import hashlib
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from deployments.text.grammar_text import GrammarError, GrammarText, Marks
+from deployments.text.limited_process import LimitedProcess
+from deployments.text.prompts import public_text
+
+QUICK_CPU_S = 0.25  # nearly all grammars take less than 0.02 s
+SLOW_CPU_S = 2.0
+MEMORY_BYTES = 512 * 1024 * 1024
+NICE = 19  # behind everything that answers
+_WALL_S = 60.0  # so far behind, it may wait for a processor
+_MAX_CACHED = 4096
+_MAX_CACHED_CHARS = 16 * 1024 * 1024
+# llguidance's own limits: what it counts, so that a grammar has the same verdict on every machine
+LIMITS: dict[str, Any] = {"verbose_errors": False}
+
+
+class GrammarCompiler:
+    """Used in the event loop's thread. What takes long moves to a second process, behind which nobody else waits."""
+
+    def __init__(self, marks: Marks, vocab_size: int) -> None:
+        """`vocab_size`: ids of the tokenizer, those of `marks` among them."""
+        setup = {
+            "vocab_size": vocab_size,
+            "special": [[token_id, text] for text, token_id in marks.ids.items()],
+            "ends": sorted(marks.ends),
+            "limits": LIMITS,
+        }
+        self._lanes = [_Lane(setup, cpu_s) for cpu_s in (QUICK_CPU_S, SLOW_CPU_S)]
+        self._cache: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._num_cached_chars = 0
+
+    async def compile(self, grammar: GrammarText) -> str:
+        """The text that ranks follow. Raises GrammarError, with the field at fault, where it cannot be followed."""
+        rules = grammar.render("answer")
+        own = None if grammar.own_grammar is None else grammar.own_grammar
+        key = hashlib.sha256(f"{rules}\0{own}".encode()).hexdigest()
+        answer = self._cache.get(key)
+        for lane in self._lanes:
+            answer = answer or await lane.ask({"rules": rules, "own": own})
+        if answer is None:
+            answer = {"error": "takes too long, or too much memory, to compile; make it smaller", "is_own": False}
+        self._keep(key, answer)
+        if "grammar" in answer:
+            return str(answer["grammar"])
+        reason = public_text(answer["error"].partition("failed to compile JSON schema: ")[2] or answer["error"])
+        field = grammar.field if answer["is_own"] else grammar.field_of(answer["error"])
+        raise GrammarError(f"cannot be followed: {reason[:200]}; change or leave out what it names", field)
+
+    def close(self) -> None:
+        """End the processes. May be called twice."""
+        for lane in self._lanes:
+            lane.close()
+
+    def _keep(self, key: str, answer: dict[str, Any]) -> None:
+        if key not in self._cache:
+            self._num_cached_chars += len(answer.get("grammar", ""))
+        self._cache[key] = answer
+        self._cache.move_to_end(key)
+        while len(self._cache) > _MAX_CACHED or self._num_cached_chars > _MAX_CACHED_CHARS:
+            self._num_cached_chars -= len(self._cache.popitem(last=False)[1].get("grammar", ""))
+
+
+class _Lane:
+    """One process and the thread that waits for it."""
+
+    def __init__(self, setup: dict[str, Any], cpu_s: float) -> None:
+        self._process = LimitedProcess(
+            "grammar_process.py", setup, cpu_s=cpu_s, memory_bytes=MEMORY_BYTES, wall_s=_WALL_S, nice=NICE
+        )
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammars")
+
+    async def ask(self, request: object) -> dict[str, Any] | None:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._process.ask, request)
+
+    def close(self) -> None:
+        self._process.close()

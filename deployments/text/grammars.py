@@ -1,0 +1,68 @@
+"""Grammars of one model: from what a request asks of its answer to the text that ranks follow, or why there is none."""
+
+import asyncio
+from functools import partial
+from typing import Any
+
+from deployments.text.answer_grammar import Thinking, answer_grammar
+from deployments.text.grammar_compiler import GrammarCompiler
+from deployments.text.grammar_text import GrammarError, GrammarText, Marks
+from deployments.text.prompts import ContentRule, Conversation, Prompt
+from deployments.text.response_format import ResponseFormat
+from deployments.text.response_reader import ResponseReader
+from deployments.text.tool_calls import CallIds
+
+
+class Grammars:
+    """Used in the event loop's thread. Its processes start with the first grammar."""
+
+    def __init__(self, tokenizer: Any, ends: frozenset[int]) -> None:
+        """`tokenizer` is one of Transformers'; `ends`: the ids that end an answer."""
+        self._marks = Marks.of(tokenizer, ends)
+        highest = max([len(tokenizer) - 1, *ends, *self._marks.ids.values()])
+        self._compiler = GrammarCompiler(self._marks, max(highest + 1, 257 + len(self._marks.ids) + len(ends)))
+
+    async def of(
+        self, content: ContentRule | None, prompt: Prompt, answer_format: ResponseFormat | None, prefix: str
+    ) -> str | None:
+        """What an answer to the prompt is held to; None: to nothing.
+
+        `prefix`: what the prompt has of the answer already. Raises GrammarError where it cannot be made sure of.
+        """
+        conversation = prompt if isinstance(prompt, Conversation) else Conversation([])
+        if content is None and not conversation.tools:
+            return None
+        thinking = _thinking(answer_format, prefix) if isinstance(prompt, Conversation) else None
+        form = None if answer_format is None else answer_format.form
+        make = partial(answer_grammar, content, conversation, form, thinking, self._marks)
+        grammar = await self._made(make)
+        if grammar is None:
+            return None
+        try:
+            return await self._compiler.compile(grammar)
+        except GrammarError:
+            calls = [tool["function"]["name"] for tool in conversation.tools]
+            if conversation.call_rule.strict.issuperset(calls):
+                raise
+        # one bad schema of a tool that is not strict fails none: its arguments are any then
+        loose = await self._made(partial(make, is_loose=True))
+        assert loose is not None
+        return await self._compiler.compile(loose)
+
+    async def _made(self, make: "partial[GrammarText | None]") -> GrammarText | None:
+        """In another thread: of large schemas it takes milliseconds."""
+        return await asyncio.get_running_loop().run_in_executor(None, make)
+
+    def close(self) -> None:
+        """End the processes. May be called twice."""
+        self._compiler.close()
+
+
+def _thinking(answer_format: ResponseFormat | None, prefix: str) -> Thinking | None:
+    """What the prompt leaves of the model's thinking: it may have opened it, or closed it."""
+    if answer_format is None or answer_format.thought is None or not answer_format.has_thinking:
+        return None
+    opens, closes = answer_format.thought
+    if ResponseReader(answer_format, prefix, {}, CallIds(None, "", 0)).is_thinking:
+        return Thinking("", closes)
+    return None if closes in prefix else Thinking(opens, closes)
