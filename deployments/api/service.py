@@ -218,9 +218,7 @@ class Service:
             request_id=new_sequence_id(),
             prompt_ids=prompt_ids,
             max_tokens=self._max_tokens(body, len(prompt_ids)),
-            sampling=msgspec.structs.replace(
-                body.sampling(choice, self.limits.vocab_size, bad_words), grammar=grammar
-            ),
+            sampling=msgspec.structs.replace(body.sampling(choice, self.limits.vocab_size, bad_words), grammar=grammar),
             stop_token_ids=stop_ids,
             deadline=deadline,
             priority=body.priority,

@@ -1,4 +1,4 @@
-"""Structured fields: `response_format` and `structured_outputs` of a request body, parsed into what the text must be."""
+"""Structured fields: `response_format` and `structured_outputs` of a body, parsed into what the text must be."""
 
 from typing import Annotated, Any, Self
 

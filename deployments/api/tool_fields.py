@@ -71,11 +71,14 @@ def _distinct(tools: list[Tool]) -> list[Tool]:
     return tools
 
 
+Mode = Literal["none", "auto", "required"]
+
+
 @dataclass(frozen=True)
 class Choice:
     """`tool_choice`: whether the model may call, must, or must not; and which tools."""
 
-    mode: Literal["none", "auto", "required"]
+    mode: Mode
     names: tuple[str, ...] | None = None  # of the tools that may be called; None: all
     is_one: bool = False  # one call of the one tool
 
@@ -88,20 +91,23 @@ class Choice:
 
 
 AUTO = Choice("auto")
-_MODES = ("none", "auto", "required")
+_MODES: tuple[Mode, ...] = ("none", "auto", "required")
 INSTEAD_OF_FUNCTIONS = "functions are the older form of tools, which answers would have to have, too; send tools"
 
 
 def _choice(value: object) -> Choice:
-    if isinstance(value, str) and value in _MODES:
-        return Choice(value)
+    for mode in _MODES:
+        if value == mode:
+            return Choice(mode)
     if isinstance(value, dict) and value.get("type") == "function":
         return Choice("required", (_chosen_name(value),), is_one=True)
     if isinstance(value, dict) and value.get("type") == "allowed_tools":
         allowed = value.get("allowed_tools")
-        mode, tools = (allowed.get("mode"), allowed.get("tools")) if isinstance(allowed, dict) else (None, None)
-        if mode in ("auto", "required") and isinstance(tools, list) and tools:
-            return Choice(mode, tuple(map(_chosen_name, tools)))
+        tools = allowed.get("tools") if isinstance(allowed, dict) else None
+        if isinstance(allowed, dict) and isinstance(tools, list) and tools:
+            for mode in _MODES[1:]:
+                if allowed.get("mode") == mode:
+                    return Choice(mode, tuple(map(_chosen_name, tools)))
     raise wrong(
         "invalid_value",
         'must be "none", "auto", "required", {"type": "function", "function": {"name": ...}} or {"type": '

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from llguidance import regex_to_lark
 
@@ -129,8 +128,9 @@ class _Calls:
         first = grammar.marks.split(opens)[0]
         trigger = opens.strip().partition("%LF")[0].partition("\n")[0]
         if form.content[0]:
-            banned = [escaped(trigger), *form.banned]
-            return any_of([self.several(), _wrapped(grammar, form, grammar.free_text(banned))])
+            text = f"{grammar.literal(form.content[0])} {grammar.free_text([escaped(trigger), *form.banned])}"
+            closes = form.content[1] if grammar.marks.partition(form.content[1])[1] else ""  # else it is in the text
+            return any_of([self.several(), f"{text} {grammar.literal(closes)}"])
         times = "?" if self._is_single else "*"
         if isinstance(first, int):
             inner = [escaped(form.inner)] if form.inner else []

@@ -1,13 +1,13 @@
 """How models write calls: one form of each format, as the chat template writes it, for grammars that make a model call.
 
-response_formats.py says how calls are read, in every way that they occur; here is the one way in which they are asked for.
-In the texts %NAME is the function's name, %ARGS its arguments, %KEY and %VALUE those of one argument, %INDEX a number,
-%NINE nine letters or digits, %STRING whether a value is bare text, and %LF a line break or nothing.
+response_formats.py says how calls are read, in every way that they occur; here is the one way in which they are asked
+for. In the texts %NAME is the function's name, %ARGS its arguments, %KEY and %VALUE those of one argument, %INDEX a
+number, %NINE nine letters or digits, %STRING whether a value is bare text, and %LF a line break or nothing.
 """
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from deployments.text.response_formats import FORMATS
 
@@ -128,7 +128,7 @@ assert FORMS.keys() == FORMATS.keys() - {"thinking"}
 def form_of(name: str, chat_template: str) -> CallForm | None:
     """The form in which a model of this format writes calls; its chat template tells versions apart."""
     form = FORMS.get(name)
-    changes: dict[str, str] = {}
+    changes: dict[str, Any] = {}
     if name == "deepseek_dsml" and "｜DSML｜tool_calls" in chat_template:
         changes = {"before": "<｜DSML｜tool_calls>\n", "after": "</｜DSML｜tool_calls>"}
     elif name == "deepseek" and "```json" in chat_template:

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import re
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -38,20 +39,19 @@ class GrammarCompiler:
 
     async def compile(self, grammar: GrammarText) -> str:
         """The text that ranks follow. Raises GrammarError, with the field at fault, where it cannot be followed."""
-        rules = grammar.render("answer")
-        own = None if grammar.own_grammar is None else grammar.own_grammar
+        rules, own = grammar.render("answer"), grammar.own_grammar
         key = hashlib.sha256(f"{rules}\0{own}".encode()).hexdigest()
         answer = self._cache.get(key)
         for lane in self._lanes:
             answer = answer or await lane.ask({"rules": rules, "own": own})
-        if answer is None:
-            answer = {"error": "takes too long, or too much memory, to compile; make it smaller", "is_own": False}
+        if answer is None:  # also where it waited too long for a processor: the verdict is not kept
+            raise GrammarError("takes too long, or too much memory, to compile; make it smaller", grammar.field)
         self._keep(key, answer)
         if "grammar" in answer:
             return str(answer["grammar"])
-        reason = public_text(answer["error"].partition("failed to compile JSON schema: ")[2] or answer["error"])
-        field = grammar.field if answer["is_own"] else grammar.field_of(answer["error"])
-        raise GrammarError(f"cannot be followed: {reason[:200]}; change or leave out what it names", field)
+        error = str(answer["error"])
+        field = grammar.field if answer["is_own"] else grammar.field_of(error)
+        raise GrammarError(f"{_reason(error)}{grammar.place_of(error)}; change or leave out what it names", field)
 
     def close(self) -> None:
         """End the processes. May be called twice."""
@@ -65,6 +65,16 @@ class GrammarCompiler:
         self._cache.move_to_end(key)
         while len(self._cache) > _MAX_CACHED or self._num_cached_chars > _MAX_CACHED_CHARS:
             self._num_cached_chars -= len(self._cache.popitem(last=False)[1].get("grammar", ""))
+
+
+def _reason(error: str) -> str:
+    """Llguidance's message in a line, without its place in the text, which the client does not know."""
+    if error.startswith("NoExtension"):
+        return "no text fulfils it"
+    lines = error.splitlines()
+    head = re.sub(r"^at \d+\(\d+\): ", "", lines[0]).partition(";")[0].removeprefix("failed to compile JSON schema: ")
+    detail = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), "")
+    return "cannot be followed: " + public_text(f"{head[:200]} {detail[:100]}".strip())
 
 
 class _Lane:

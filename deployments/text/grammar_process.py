@@ -8,21 +8,21 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.gbnf_to_lark import any_to_lark
 
 _MAX_ERROR_CHARS = 400
 
 
-class ByteVocabulary:
+class ByteVocabulary(TokenizerWrapper):
     """A tokenizer for llguidance: the model's control tokens under their own ids, single bytes under others."""
 
-    is_tokenizer_wrapper = True
-    bos_token_id = None
+    is_tokenizer_wrapper = True  # what llguidance asks for, beside the tokens
 
     def __init__(self, vocab_size: int, special: dict[int, str], ends: list[int]) -> None:
         """`vocab_size` ids, more than 255 of which are not among `special`; `ends`: those that end an answer."""
         self.tokens = [b""] * vocab_size
+        self.bos_token_id = None
         for token_id, text in special.items():
             self.tokens[token_id] = text.encode()
         free = (token_id for token_id in range(vocab_size) if token_id not in special and token_id not in ends)

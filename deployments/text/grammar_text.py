@@ -143,6 +143,16 @@ class GrammarText:
         line = int(place[1]) - 2 if place else -1
         return self._rules[line][1] if 0 <= line < len(self._rules) else self.field
 
+    def place_of(self, message: str) -> str:
+        """Where in its schema the keyword stands that llguidance names, in words; empty where it names none."""
+        place = _PLACE.search(message)
+        text = self._rules[int(place[1]) - 2][0] if place and 2 <= int(place[1]) < len(self._rules) + 2 else ""
+        schema = text.partition("%json ")[2]
+        named = re.findall(r'"([^"]+)"', message.partition("\n")[0])
+        wanted = [*named, *(word for word in ("oneOf", "allOf", "format", "pattern") if word in message)]
+        path = next((found for word in wanted if schema and (found := _path(json.loads(schema), word))), None)
+        return f" (at {'.'.join(path)[:200]})" if path else ""
+
     def _add(self, kind: str, body: str, options: str) -> str:
         key = f"{kind}{options} {body}"
         if key not in self._names:
@@ -155,6 +165,17 @@ class GrammarText:
         if self._num_chars > MAX_CHARS:
             raise GrammarError(f"makes a grammar of more than {MAX_CHARS} characters; send less", self.field)
         self._rules.append((text, self.field))
+
+
+def _path(schema: Any, keyword: str) -> list[str] | None:
+    """The way to the first place of a keyword in a schema."""
+    members = schema.items() if isinstance(schema, dict) else enumerate(schema) if isinstance(schema, list) else ()
+    for name, part in members:
+        if name == keyword:
+            return [str(name)]
+        if (rest := _path(part, keyword)) is not None:
+            return [str(name), *rest]
+    return None
 
 
 def escaped(text: str) -> str:

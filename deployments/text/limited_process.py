@@ -18,8 +18,8 @@ class LimitedProcess:
     ) -> None:
         """`worker`: the file beside this one whose `prepare(setup)` gives the function from request to answer.
 
-        `cpu_s`: processor time for one request. `memory_bytes`: beside what it has when it starts. `wall_s`: how long an
-        answer is waited for, because it may get no processor, or be stopped. `nice`: how far it stands back.
+        `cpu_s`: processor time for one request. `memory_bytes`: beside what it has when it starts. `wall_s`: how long
+        an answer is waited for, because it may get no processor, or be stopped. `nice`: how far it stands back.
         """
         self._setup = {
             "worker": str(Path(__file__).with_name(worker)),

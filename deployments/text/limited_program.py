@@ -1,7 +1,8 @@
 """The program of a limited process: loads a worker, limits itself, and answers line after line.
 
-Each line on standard input is one JSON request, each line on standard output its answer, and the kernel ends the process
-at the first request that takes more processor time than allowed. It also ends with its parent. See limited_process.py.
+Each line on standard input is one JSON request, each line on standard output its answer, and the kernel ends the
+process at the first request that takes more processor time than allowed. It also ends with its parent. See
+limited_process.py.
 It imports nothing of the product, because it is run as a file, wherever the product is.
 """
 

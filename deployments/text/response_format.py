@@ -117,7 +117,7 @@ def _of_table(name: str, known: list[str], generation_prompt: str) -> ResponseFo
 
 def _of_checkpoint(template: ResponseTemplate, chat_template: str) -> ResponseFormat:
     """A checkpoint's own format. How calls are written is known where its marks are texts, or by its chat template."""
-    fields = {kind_of(field): field for field in template.fields.values()}
+    fields = {str(kind_of(field)): field for field in template.fields.values()}
     marks = {kind: (field.open_literals, field.close_literals) for kind, field in fields.items()}
     opens, closes = marks.get(CALLS, (None, None))
     form = form_of(_detected(chat_template) or "", chat_template)

@@ -12,7 +12,8 @@ anchor, which the chat template tells, and with these readings of our own:
 
 `anchors`: what an answer may follow, beside what the chat template writes to begin one. `call_ids`: "nine", which is
 nine letters or digits, as Mistral's templates demand; "kimi", which is functions.NAME:INDEX, counted over the
-conversation. `thought`: how a thought is begun and ended, where the fields do not say it. Sources: the chat templates of the named checkpoints; the parsers of vLLM 0.32 and SGLang 0.5.23.
+conversation. `thought`: how a thought is begun and ended, where the fields do not say it. Sources: the chat templates
+of the named checkpoints; the parsers of vLLM 0.32 and SGLang 0.5.23.
 """
 
 from typing import Any

@@ -132,8 +132,9 @@ class Text:
 
     def close(self) -> None:
         """End the processes of chat templates and grammars. May be called twice."""
-        for process in (*self._templates, self._grammars):
-            process.close()
+        self._grammars.close()
+        for template in self._templates:
+            template.close()
 
     def transcript(
         self, stops: list[str], min_tokens: int = 0, shows_specials: bool = False, shows_stop: bool = False

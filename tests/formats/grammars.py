@@ -1,13 +1,9 @@
 """Grammars without a model: what a matcher accepts of a text, and texts drawn from a grammar at random."""
 
-import json
-import random
-
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from deployments.text.answer_grammar import answer_grammar
-from deployments.text.call_forms import FORMS
 from deployments.text.grammar_compiler import LIMITS
 from deployments.text.grammar_process import ByteVocabulary, check
 from deployments.text.grammar_text import Marks
@@ -24,7 +20,7 @@ MARKS = [
     "<end_function_call>", "<escape>", "<|tool_call_start|>", "<|tool_call_end|>", "<|tool_calls_section_begin|>",
     "<|tool_calls_section_end|>", "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<｜tool▁calls▁begin｜>",
     "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>", "[TOOL_CALLS]", "[ARGS]",
-    "<|tool_call|>", "<|tool▁call|>",
+    "<|tool_call|>", "<|return|>",
 ]  # fmt: skip
 TOKENS = Marks({mark: 300 + at for at, mark in enumerate(MARKS)}, frozenset({END}))  # all marks are control tokens
 TEXTS = Marks({}, frozenset({END}))  # no mark is: all are spelled
