@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 _NOT_BUILT = "it is not built; leave it out"
 _CONSTRAINED = "send response_format or structured_outputs"
-_GRAMMARS = "json_schema, grammar, regex, ebnf, format, guided_json, guided_regex, guided_choice, guided_grammar"
+_GRAMMARS = "json_schema, grammar, regex, ebnf, format"
 _INSTEAD = {
     "max_tokens": "max_new_tokens, max_output_tokens, max_tokens_to_sample, max_length, n_predict, num_predict",
     "min_tokens": "min_new_tokens, min_length",

@@ -41,7 +41,8 @@ def _choice(value: object, field: str) -> ContentRule:
     if not isinstance(value, list) or not value or not all(isinstance(one, str) and one for one in value):
         raise wrong("invalid_type", "must be a list of texts, none of them empty", field=_inner(field))
     if len(value) > MAX_CHOICES_OF_TEXT:
-        raise wrong("invalid_value", "has more than {most} texts; send fewer", most=MAX_CHOICES_OF_TEXT)
+        most = MAX_CHOICES_OF_TEXT
+        raise wrong("invalid_value", "has more than {most} texts; send fewer", most=most, field=_inner(field))
     return ContentRule("choice", value, field)
 
 

@@ -92,7 +92,8 @@ class Choice:
 
 AUTO = Choice("auto")
 _MODES: tuple[Mode, ...] = ("none", "auto", "required")
-INSTEAD_OF_FUNCTIONS = "functions are the older form of tools, which answers would have to have, too; send tools"
+# answers would have to have the older form, too, and no client needs it: all that know it know tools
+INSTEAD_OF_FUNCTIONS = "leave it out and send tools, whose older form it is"
 
 
 def _choice(value: object) -> Choice:

@@ -12,7 +12,6 @@ from deployments.text.prompts import ContentRule, Conversation
 
 _HOLE = re.compile("(%INDEX|%NINE|%ARGS)")
 _HOLES = {"%INDEX": "/[0-9]{1,4}/", "%NINE": "/[A-Za-z0-9]{9}/"}
-MAX_CHOICES = 4096
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from actors.decisions.grammar import LIMITS
 from deployments.text.grammar_text import GrammarError, GrammarText, Marks
 from deployments.text.limited_process import LimitedProcess
 from deployments.text.prompts import public_text
@@ -18,8 +19,16 @@ NICE = 19  # behind everything that answers
 _WALL_S = 60.0  # so far behind, it may wait for a processor
 _MAX_CACHED = 4096
 _MAX_CACHED_CHARS = 16 * 1024 * 1024
-# llguidance's own limits: what it counts, so that a grammar has the same verdict on every machine
-LIMITS: dict[str, Any] = {"verbose_errors": False}
+# what llguidance counts itself, as on the ranks
+_COUNTED = (
+    "max_items_in_row",
+    "initial_lexer_fuel",
+    "step_lexer_fuel",
+    "step_max_items",
+    "max_lexer_states",
+    "max_grammar_size",
+    "verbose_errors",
+)
 
 
 class GrammarCompiler:
@@ -31,7 +40,7 @@ class GrammarCompiler:
             "vocab_size": vocab_size,
             "special": [[token_id, text] for text, token_id in marks.ids.items()],
             "ends": sorted(marks.ends),
-            "limits": LIMITS,
+            "limits": {name: getattr(LIMITS, name) for name in _COUNTED},
         }
         self._lanes = [_Lane(setup, cpu_s) for cpu_s in (QUICK_CPU_S, SLOW_CPU_S)]
         self._cache: OrderedDict[str, dict[str, Any]] = OrderedDict()

@@ -1,10 +1,10 @@
 """Grammars without a model: what a matcher accepts of a text, and texts drawn from a grammar at random."""
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer
 
+from actors.decisions.grammar import LIMITS
 from deployments.text.answer_grammar import answer_grammar
-from deployments.text.grammar_compiler import LIMITS
 from deployments.text.grammar_process import ByteVocabulary, check
 from deployments.text.grammar_text import Marks
 from deployments.text.prompts import CallRule, Conversation
@@ -35,7 +35,7 @@ class Followed:
         self._bytes = ByteVocabulary(VOCAB_SIZE, special, [END])
         self._tokenizer = LLTokenizer(self._bytes)
         own = None if text.own_grammar is None else text.own_grammar
-        self.answer = check(self._tokenizer, LLParserLimits(**LIMITS), {"rules": text.render("answer"), "own": own})
+        self.answer = check(self._tokenizer, LIMITS, {"rules": text.render("answer"), "own": own})
         self.error = self.answer.get("error")
 
     def matcher(self):

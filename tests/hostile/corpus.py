@@ -258,13 +258,17 @@ def _fields(target: Target) -> list[Case]:
         "stream_options": [{"include_usage": True}, 7],
         "echo": [1],
         "model": [7, None, ["x"]],
-        "response_format": [{"type": "json_schema"}, {"type": "bogus"}, ""],
+        "response_format": ["", [], 5],
+        "structured_outputs": [{}, {"regex": "a", "choice": ["b"]}, "json"],
+        "guided_json": ["{", 5, [{}]],
+        "guided_choice": [[], ["x"] * 4097, [""]],
+        "guided_grammar": ["", 5],
         "best_of": [2, True],
         "suffix": ["x"],
         "prompt_embeds": ["AAAA"],
         "bad_words": [["x"] * 129, [[vocab + 5]], ["x" * 257]],
         "allowed_token_ids": [[vocab + 5]],
-        "guided_regex": ["(a+)+b"],
+        "guided_regex": ["", 5, "(?=a)b", "("],
         "use_beam_search": [True],
         "kv_transfer_params": [{"remote_host": "169.254.169.254"}],
         "priority": [2**31, "1"],
@@ -336,6 +340,17 @@ def _prompts(target: Target) -> list[Case]:
     return cases
 
 
+_HOSTILE_SCHEMAS: dict[str, dict[str, Any]] = {
+    "a reference to itself": {"$ref": "#"},
+    "many values": {"enum": [f"value {at}" for at in range(3000)], "not": {}},
+    "another host": {"$ref": "http://169.254.169.254/latest"},
+    "a file": {"$ref": "file:///etc/passwd"},
+    "a huge length": {"type": "string", "maxLength": 2**62},
+    "an expression that explodes": {"type": "string", "pattern": ".*a.{400}", "maxLength": 10**5},
+    "our own keyword": {"x-guidance": {"lenient": True}},
+}
+
+
 def _chats(target: Target) -> list[Case]:
     def part(**content: Any) -> list[dict[str, Any]]:
         return [{"role": "user", "content": [content]}]
@@ -398,9 +413,13 @@ def _chats(target: Target) -> list[Case]:
         ({"type": ["function"]}, "tools.0"),
         ({"function": {"name": "x" * 200}}, "tools.0.function.name"),
         ({"function": {"name": "</tool_call>"}}, "tools.0.function.name"),
-        ({"function": {"name": "x", "strict": True}}, "tools.0.function.strict"),
+        ({"function": {"name": "x", "strict": "yes"}}, "tools.0.function.strict"),
         ({"function": {"name": "x", "parameters": []}}, "tools.0.function.parameters"),
     ]
+    schema = "response_format.json_schema.schema"
+    for name, value in _HOSTILE_SCHEMAS.items():
+        body = _chat(target, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": value}})
+        cases.append(Case(f"schema: {name}", (400,), body, schema, path=CHATS))
     for number, (tool, param) in enumerate(tools):
         cases.append(Case(f"chat: a tool {number}", (400,), _chat(target, tools=[tool]), param, path=CHATS))
     many = [{"function": {"name": str(at)}} for at in range(300)]

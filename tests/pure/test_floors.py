@@ -44,7 +44,7 @@ HOUSE = [
             "msgspec",
             "yaml",
         }
-        | {"transformers", "jinja2", "regex"}
+        | {"transformers", "jinja2", "regex", "llguidance"}
         | {"aiohttp", "uvloop", "matplotlib"}  # stagemesh bench
         | {"pyarrow", "numpy"},  # stagemesh batch
     ),

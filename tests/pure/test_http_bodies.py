@@ -22,6 +22,7 @@ OURS = {
     "allowed_token_ids", "bad_words", "best_of", "priority", "cache_salt", "include_stop_str_in_output",
     "skip_special_tokens", "return_token_ids", "return_tokens_as_token_ids", "prompt_logprobs",
     "truncate_prompt_tokens", "truncation_side", "request_id",
+    "response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
 }  # fmt: skip
 OURS_OF_COMPLETIONS = OURS | {"echo", "add_special_tokens"}
 OURS_OF_CHATS = OURS | {
@@ -39,6 +40,7 @@ OURS_OF_CHATS = OURS | {
 INERT = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
     "spaces_between_special_tokens", "stream_interval",
+    "guided_decoding_backend",
 }  # fmt: skip
 INERT_IN_CHATS = INERT | {"prediction"}
 FIELDS = [(kind, name) for kind in REQUIRED for name in kind.model_fields]

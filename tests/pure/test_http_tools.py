@@ -254,11 +254,8 @@ def test_without_tools_or_with_none_wanted_calls_are_text_and_thinking_is_not(sa
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tool_choice": "required"}, "tool_choice"),
-        ({"tool_choice": {"type": "function", "function": {"name": "now"}}}, "tool_choice"),
         ({"tools": [{"type": "web_search"}]}, "tools.0"),
         ({"tools": [{"type": "function"}]}, "tools.0.function"),
-        ({"tools": [{"type": "function", "function": {"name": "now", "strict": True}}]}, "tools.0.function.strict"),
         ({"tools": [{"type": "function", "function": {"name": "no w"}}]}, "tools.0.function.name"),
         ({"tools": [TOOLS[0], TOOLS[0]]}, "tools"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
