@@ -21,8 +21,8 @@ from deployments.api.bodies import GenerationBody
 from deployments.api.context_length import body_too_long, conversation_too_long, too_long, truncated
 from deployments.api.errors import ApiError
 from deployments.api.generation import Generation, draining, too_late
-from deployments.api.key_limits import KeyAccount, KeyAccounts
 from deployments.api.grammar import grammar_of
+from deployments.api.key_limits import KeyAccount, KeyAccounts
 from deployments.api.metrics import Labels, Latencies, Metrics, Stopwatch
 from deployments.api.outbox import Outbox
 from deployments.api.request_log import current_request, new_sequence_id
