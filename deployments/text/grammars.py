@@ -38,6 +38,9 @@ class Grammars:
         grammar = await self._made(make)
         if grammar is None:
             return None
+        if conversation.continues_message:
+            message = "the whole answer is held to a schema, a grammar or calls, so it cannot be begun; leave it out"
+            raise GrammarError(message, "continue_final_message")
         try:
             return await self._compiler.compile(grammar)
         except GrammarError:

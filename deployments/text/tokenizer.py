@@ -162,7 +162,6 @@ class Text:
             reader.go_on()
         return reader
 
-
     async def grammar(self, content: ContentRule | None, prompt: Prompt, prompt_ids: list[int]) -> str | None:
         """What an answer to the prompt is held to, in llguidance's form; None: to nothing.
 

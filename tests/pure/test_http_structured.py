@@ -183,6 +183,8 @@ NOT = {"type": "object", "properties": {"a": {"not": {}}}}
         ({**FORMAT, "min_tokens": 3}, "min_tokens", "contradicts"),
         ({**FORMAT, "ignore_eos": True}, "ignore_eos", "contradicts"),
         ({**FORMAT, "allowed_token_ids": [5]}, "allowed_token_ids", "contradicts"),
+        ({**FORMAT, "messages": [*PLAIN["messages"], {"role": "assistant", "content": "{"}], "add_generation_prompt":
+          False, "continue_final_message": True}, "continue_final_message", "cannot be begun"),
         ({"tool_choice": "required"}, "tool_choice", "needs tools"),
         ({"tool_choice": named("then"), "tools": CHAT["tools"]}, "tool_choice", "then is none of the tools"),
         ({"tool_choice": allowed("auto", "then"), "tools": CHAT["tools"]}, "tool_choice", "then is none"),
