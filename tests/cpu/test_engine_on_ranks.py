@@ -21,7 +21,7 @@ from actors.remote.engine import Engine
 from actors.remote.meeting import Assignment, Meeting
 from actors.words.messages import Bucket, Captured, Event, Request, SamplingParams, StepBatch, StepResult
 from configs.config import Config
-from tests.fakes.tiny_tokenizer import END_ID, save_tiny_tokenizer
+from tests.fakes.tiny_tokenizer import END_ID, with_tokenizer
 
 ADDRESS = "127.0.0.1"
 PATIENCE_S = 60.0
@@ -150,9 +150,12 @@ class Events:
 
 
 @pytest.fixture(scope="module")
-def gang_of(
-    pool: Any, plan_of: Callable[..., Plan], checkpoints: Callable[[str], Path]
-) -> Iterator[Callable[[int, int], LocalGang]]:
+def folder(checkpoints: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_tokenizer(checkpoints("llama"), tmp_path_factory.mktemp("with_tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def gang_of(pool: Any, plan_of: Callable[..., Plan], folder: Path) -> Iterator[Callable[[int, int], LocalGang]]:
     """The ranks of a layout; those of the layout before go home when another one is asked for."""
     now: dict[tuple[int, int], LocalGang] = {}
 
@@ -161,8 +164,7 @@ def gang_of(
             for gang in [now.pop(layout) for layout in list(now)]:
                 gang.close()
             plan = plan_of("llama", tp, pp, model={"max_model_len": MAX_MODEL_LEN}, scheduler={"depth": 2})
-            save_tiny_tokenizer(checkpoints("llama"))
-            now[tp, pp] = LocalGang(pool, plan, checkpoints("llama"))
+            now[tp, pp] = LocalGang(pool, plan, folder)
         return now[tp, pp]
 
     yield get
@@ -332,10 +334,10 @@ def constrained(model: Any, prompt: list[int], grammar: str, tokenizer: LLTokeni
 
 
 def test_greedy_with_a_grammar_is_a_plain_loop_of_transformers_and_llguidance(
-    gang_of: Any, model: Any, checkpoints: Callable[[str], Path]
+    gang_of: Any, model: Any, folder: Path
 ) -> None:
     gang = gang_of(2, 2)
-    text = (checkpoints("llama") / "tokenizer.json").read_text()
+    text = (folder / "tokenizer.json").read_text()
     tokenizer = LLTokenizer(text, n_vocab=103, eos_token=END_ID)
     requests, expected = [], []
     for seed in range(6):

@@ -1,7 +1,7 @@
 """Sampling: the drawn distribution is the softmax, noise is a pure function, and no sharding changes what is drawn."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -9,10 +9,11 @@ import torch
 
 from actors.decisions.model.shard_plan import split_evenly
 from actors.tensors.backends.cpu.backend import CPUBackend
+from actors.tensors.sampling.grammar_masks import NO_MASK_YET
 from actors.tensors.sampling.logits_processors import SamplingRow
 from actors.tensors.sampling.noise import exponential, noise_key
 from actors.tensors.sampling.sampler import Sampler, SamplingBatch
-from actors.words.messages import SamplingParams
+from actors.words.messages import GRAMMAR_FAILED, NOT_A_NUMBER, SamplingParams
 from cluster.collectives.interface import LoneShard
 
 BACKEND = CPUBackend(torch.device("cpu"))
@@ -39,8 +40,13 @@ class ThreadGroup:
     def close(self) -> None: ...
 
 
-def sample_on(num_shards: int, logits: torch.Tensor, rows: list[tuple[SamplingParams, int]]) -> list[list[int]]:
-    """The ids that every shard samples."""
+def sample_on(
+    num_shards: int,
+    logits: torch.Tensor,
+    rows: list[tuple[SamplingParams, int]],
+    outcomes: Sequence[dict[int, int]] | None = None,
+) -> list[list[int]]:
+    """The ids that every shard samples; `outcomes` of each shard."""
     slots, barrier, drawn = [None] * num_shards, threading.Barrier(num_shards), [[]] * num_shards
 
     def run(shard: int) -> None:
@@ -48,9 +54,9 @@ def sample_on(num_shards: int, logits: torch.Tensor, rows: list[tuple[SamplingPa
         sampler = Sampler(
             ThreadGroup(num_shards, shard, slots, barrier), (first, end), logits.shape[1], BACKEND.best_tokens
         )
-        drawn[shard] = sampler.sample(
-            logits[:, first:end], SamplingBatch.of([SamplingRow(*row) for row in rows], BACKEND.upload)
-        ).tolist()
+        mine = outcomes[shard] if outcomes else {}
+        batch = SamplingBatch.of([SamplingRow(*row) for row in rows], BACKEND.upload, outcomes=mine)
+        drawn[shard] = sampler.sample(logits[:, first:end], batch).tolist()
 
     threads = [threading.Thread(target=run, args=(shard,)) for shard in range(num_shards)]
     for thread in threads:
@@ -66,6 +72,16 @@ def sample_alone(logits: torch.Tensor, rows: list[tuple[SamplingParams, int]]) -
         .sample(logits, SamplingBatch.of([SamplingRow(*row) for row in rows], BACKEND.upload))
         .tolist()
     )
+
+
+def test_what_one_shard_has_in_place_of_an_id_all_shards_have() -> None:
+    logits = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    logits[3, 0] = float("nan")
+    rows = [(SamplingParams(1.0, seed), 3) for seed in range(4)]
+    alone = sample_alone(logits, rows)
+    expected = [GRAMMAR_FAILED, NO_MASK_YET, alone[2], NOT_A_NUMBER]
+    drawn = sample_on(2, logits, rows, ({0: GRAMMAR_FAILED}, {1: NO_MASK_YET, 3: NO_MASK_YET}))
+    assert drawn == [expected, expected]
 
 
 def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:

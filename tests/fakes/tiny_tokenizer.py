@@ -24,7 +24,11 @@ def tiny_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def save_tiny_tokenizer(folder: Path) -> None:
-    """Write it into a checkpoint's folder, with END as what ends a text."""
+def with_tokenizer(checkpoint: Path, folder: Path) -> Path:
+    """A checkpoint's files in another folder, with the tokenizer, and END as what ends a text → that folder."""
+    for path in checkpoint.iterdir():
+        if path.name != "generation_config.json":
+            (folder / path.name).symlink_to(path)
     tiny_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": END_ID}))
+    return folder
