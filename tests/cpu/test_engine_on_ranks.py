@@ -268,6 +268,8 @@ GRAMMARS = [
     LLMatcher.grammar_from_regex(r"(ab|true|[0-9]{2,4}){1,9}!"),
 ]
 
+EVEN_PAIRS = [[first, second] for first in range(0, 103, 2) for second in range(0, 103, 2)]
+
 # Every parameter alone and with others.
 MIXED: list[dict[str, Any]] = [
     {},
@@ -282,6 +284,8 @@ MIXED: list[dict[str, Any]] = [
     {"grammar": GRAMMARS[0], "temperature": 0.0, "logprobs": 3},
     {"grammar": GRAMMARS[1], "top_p": 0.8, "presence_penalty": 0.9},
     {"grammar": GRAMMARS[0], "top_k": 4, "logit_bias": {END_ID: 4.0}},
+    {"allowed_ids": list(range(3, 103, 7)), "top_p": 0.9, "presence_penalty": 0.5},
+    {"bad_words": EVEN_PAIRS, "temperature": 1.5},
 ]
 
 
@@ -290,7 +294,9 @@ def mixed_requests() -> list[Request]:
     requests = []
     for number in range(20):
         prompt = torch.randint(103, (2 + 2 * number,), generator=generator).tolist()
-        params = SamplingParams(**{"temperature": 0.9 + 0.1 * (number % 3), "seed": number, **MIXED[number % 12]})
+        params = SamplingParams(
+            **{"temperature": 0.9 + 0.1 * (number % 3), "seed": number, **MIXED[number % len(MIXED)]}
+        )
         # Ids that stop are banned below min_tokens; where neither it nor a grammar is set, none stops
         stops = frozenset(range(40, 60)) if params.min_tokens else frozenset([END_ID] if params.grammar else [])
         requests.append(Request(str(number), prompt, 9 if params.min_tokens else 24, params, stops))
@@ -316,6 +322,12 @@ def test_seeded_draws_depend_on_the_request_alone(gang_of: Any, drawn_alone: lis
     assert engine.stats.num_preemptions > 0
     banned = [set(range(40, 60)) & set(drawn) for request, drawn in zip(requests, ids[::-1], strict=True)]
     assert not any(found for found, request in zip(banned, requests, strict=True) if request.sampling.min_tokens)
+    for drawn, request in zip(drawn_alone, requests, strict=True):
+        if request.sampling.allowed_ids:
+            assert set(drawn) <= set(request.sampling.allowed_ids)
+        if request.sampling.bad_words:
+            known = [request.prompt_ids[-1], *drawn]
+            assert not any(first % 2 == second % 2 == 0 for first, second in zip(known, drawn, strict=False))
 
 
 @torch.inference_mode()

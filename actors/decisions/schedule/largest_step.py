@@ -7,7 +7,9 @@ from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
 _FIRST_SEQ = -2  # numbers from here downwards are given to no sequence by the engine
 _NUM_TOP = 20
 # What makes sampling take the most: everything that is computed over whole rows of logits
-_SAMPLING = SamplingParams(temperature=1.0, seed=0, top_p=0.9, min_p=0.01, repetition_penalty=1.1, logprobs=_NUM_TOP)
+_SAMPLING = SamplingParams(
+    temperature=1.0, seed=0, top_p=0.9, min_p=0.01, repetition_penalty=1.1, logprobs=_NUM_TOP, allowed_ids=[0]
+)
 _SAMPLING_OF_PROMPT = SamplingParams(temperature=1.0, seed=0, logprobs=_NUM_TOP, prompt_logprobs=_NUM_TOP)
 _CONTEXT_PER_TOKEN = 16  # the longest context of a step, beside its tokens
 

@@ -19,9 +19,9 @@ def completed_by(words: Sequence[Sequence[int]], ids: Sequence[int]) -> tuple[li
     completing, open_words = list[int](), list[Sequence[int]]()
     for word in words:
         num_before = len(word) - 1
-        tail = ids[len(ids) - num_before :] if 0 < num_before <= len(ids) else ()
-        if len(tail) < num_before:
+        if num_before > len(ids) or (num_before and ids[-1] not in (word[-2], UNKNOWN_ID)):
             continue
+        tail = ids[len(ids) - num_before :]
         pairs = [(known, asked) for known, asked in zip(tail, word, strict=False) if known != asked]
         if not pairs:
             completing.append(word[-1])

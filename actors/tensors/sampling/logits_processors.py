@@ -7,6 +7,7 @@ A allowed ids.
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -38,7 +39,7 @@ class SamplingRow:
         sampling = self.sampling
         biases = sampling.logit_bias
         if sampling.bad_words:
-            biases = biases | dict.fromkeys(completed_by(sampling.bad_words, self.ids)[0], BAD_WORD)
+            biases = biases | dict.fromkeys(self._bad_words[0], BAD_WORD)
         if self.position - self.num_prompt < sampling.min_tokens:
             biases = biases | dict.fromkeys(sampling.stop_ids, float("-inf"))
         return biases
@@ -46,7 +47,11 @@ class SamplingRow:
     @property
     def open_words(self) -> list[Sequence[int]]:
         """The bad words that the next id may complete, if ids that only the device knows are their beginning."""
-        return completed_by(self.sampling.bad_words, self.ids)[1]
+        return self._bad_words[1]
+
+    @cached_property
+    def _bad_words(self) -> tuple[list[int], list[Sequence[int]]]:
+        return completed_by(self.sampling.bad_words, self.ids)
 
     @property
     def is_changed(self) -> bool:
