@@ -62,6 +62,8 @@ def read_row(line: Line, custom_id: str, model: str, identity: Identity, max_row
         raise ApiError(400, "stream: a batch streams nothing; leave it out", param="stream")
     if body.timeout is not None:
         raise ApiError(400, "timeout: rows of a batch have no deadline; leave it out", param="timeout")
+    if body.request_id is not None:
+        raise ApiError(400, "request_id: custom_id names a row; leave it out", param="request_id")
     if body.seed is None:
         body = body.model_copy(update={"seed": identity.seed(line.number, custom_id)})
     stamp = Stamp(identity.name("reply", line.number, custom_id), identity.created)

@@ -155,6 +155,8 @@ def test_ids_whose_hashes_meet_are_told_apart(desk, monkeypatch):
         (chat(1, model=None), "model", "is required"),
         (chat(1, stream=True), "stream", "a batch streams nothing; leave it out"),
         (chat(1, timeout=5), "timeout", "rows of a batch have no deadline; leave it out"),
+        (chat(1, request_id="x"), "request_id", "custom_id names a row; leave it out"),
+        (chat(1, max_new_tokens=3), "max_new_tokens", "is no field of this server; send max_tokens"),
         (chat(1, temperature=3), "temperature", "must be less than or equal to 2"),
         (chat(1, bananas=3), "bananas", "is not a field of this request; leave it out"),
         (chat(1, messages=[]), "messages", "at least 1"),
