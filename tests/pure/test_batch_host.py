@@ -64,6 +64,8 @@ def mixed_rows(count):
         {**CHAT, "logprobs": True, "top_logprobs": 1},
         {"prompt": "lane", "stop": ["e", "你"], "max_tokens": 40},
         {"prompt": "rank", "min_tokens": 3, "top_k": 5},
+        {"prompt": "a lazy dog", "return_token_ids": True, "prompt_logprobs": 1, "truncate_prompt_tokens": 2},
+        {**CHAT, "continue_final_message": True, "echo": True, "return_token_ids": True, "skip_special_tokens": False},
     ]
     return [row(number, **kinds[number % len(kinds)]) for number in range(count)]
 
