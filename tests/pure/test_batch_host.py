@@ -230,7 +230,7 @@ def test_a_host_takes_no_longer_requests_than_it_is_told(make_world):
     actor._host = SimpleNamespace(service=world.service)
     assert asyncio.run(actor.limit(10)) == 10
     found, _ = answer(world, [row(0, prompt=list(range(1, 12))), row(1, prompt=[1, 2], max_tokens=3)])
-    assert b"the context has 10 for prompt" in found[0].body and found[1].status == 200
+    assert b"maximum context length is 10 tokens" in found[0].body and found[1].status == 200
 
 
 def test_one_line_on_a_terminal_and_json_lines_elsewhere():
