@@ -98,6 +98,8 @@ class GenerationRoute:
         """Answer one request. However it ends, its sequences end in the engine and its admission is released."""
         connection, arrived = Connection(receive, send), time.monotonic()
         try:
+            account = scope["state"]["account"]
+            self._service.admission.check_room(account.name)
             limits, ignored = self._service.limits, self._service.limits.noting_ignored()
             raw = await read_body(Request(scope, receive), limits.max_body_bytes, limits.body_too_long)
             body = parse_body(raw, self._kind, ignored)
@@ -105,7 +107,6 @@ class GenerationRoute:
             if record := current_request():
                 record.model = shown(body.model)
             deadline = self._service.deadline(body, arrived)
-            account = scope["state"]["account"]
             await connection.run(self._answer(body, connection, deadline, account), deadline)
         except (ClientGoneError, ClientDisconnect):
             pass

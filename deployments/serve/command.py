@@ -193,9 +193,10 @@ def wait_until_ready(served: Served) -> None:
         time.sleep(POLL_S)
     question = {"role": "user", "content": "What is a stage?"}
     body = {"model": served.config.served_name, "messages": [question], "stream": True}
+    key = ' -H "Authorization: Bearer $KEY"' if served.config.api.keys else ""
     served.say(f"ready: {served.endpoint.url}")
     print(
-        f"\ncurl -N {served.endpoint.url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        f"\ncurl -N {served.endpoint.url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n"
         f"  -d {shlex.quote(json.dumps(body))}\n\nCtrl-C stops it.",
         flush=True,
     )

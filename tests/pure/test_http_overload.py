@@ -13,6 +13,9 @@ import time
 
 import pytest
 
+from actors.decisions.schedule.scheduler import Scheduler
+from actors.decisions.schedule.settings import SchedulerSettings
+from actors.words.messages import Request, SamplingParams
 from configs.config import AdmissionConfig
 from deployments.api.admission import Admission
 from deployments.api.errors import ApiError
@@ -168,6 +171,101 @@ def test_random_keys_never_take_more_than_there_is_and_none_is_shut_out():
             leaving = rng.choices("abc", [held[key] for key in "abc"])[0]
             server.give_back(leaving, 1)
             held[leaving] -= 1
+
+
+class Simulation:
+    """The engine's scheduler behind admission, on a clock of its own: a step takes 10 ms, whatever is in it."""
+
+    def __init__(self, seed, max_requests=16):
+        self.rng, self.clock = random.Random(seed), Clock()
+        self.admission = Admission(AdmissionConfig(max_requests=max_requests), self.clock)
+        self.scheduler = Scheduler(SchedulerSettings(16, 8, 64, num_lanes=1), 256)
+        self.executor = FakeExecutor(vocab_size=400)
+        self.came, self.places = {}, {}
+        self.ttft_s = {"a": [], "b": []}
+        self.done = {"a": 0, "b": 0}
+        self.num_in = self.num_refused = 0
+        self.came_back = []  # of those that were refused and came when they were told: whether they were let in
+
+    def ask(self, key):
+        """A request comes → how long it is told to wait; None: it is let in."""
+        place = self.admission.reserve(1, key)
+        try:
+            place.__enter__()
+        except ApiError as error:
+            self.num_refused += 1
+            return error.retry_after_s
+        self.num_in += 1
+        name = f"{key} {self.num_in}"
+        self.came[name], self.places[name] = self.clock.now, place
+        ids = [self.rng.randrange(400) for _ in range(5)]
+        self.scheduler.add(Request(name, ids, 20, SamplingParams(0.0), key=key))
+        return None
+
+    def step(self):
+        """10 ms → the keys whose requests have ended."""
+        if step := self.scheduler.next_step():
+            self.executor.submit(step)
+        self.clock.now += 0.01
+        ended = []
+        for event in [event for result in self.executor.wait(0) for event in self.scheduler.complete(result)]:
+            key = event.request_id[0]
+            if event.token_ids and event.request_id in self.came:
+                self.ttft_s[key].append(self.clock.now - self.came.pop(event.request_id))
+            if event.finish_reason:
+                self.places.pop(event.request_id).__exit__(None, None, None)
+                self.done[key] += 1
+                ended.append(key)
+        return ended
+
+    def at_capacity(self, seconds):
+        """As many clients as there are places, half of each key; who is answered asks again."""
+        waiting = ["a", "b"] * 8
+        for _ in range(int(seconds * 100)):
+            for key in waiting:
+                assert self.ask(key) is None
+            waiting = self.step()
+        return self
+
+    def overload(self, seconds, rates, comes_back=False):
+        """So many requests a second by key; who is refused comes back when it was told, or not at all."""
+        later, ends = [], self.clock.now + seconds
+        while later or self.clock.now < ends:
+            now = []
+            if self.clock.now < ends:
+                now = [(key, False) for key, rate in rates.items() for _ in range(int(rate / 100 + self.rng.random()))]
+            now += [(key, True) for at, key in later if at <= self.clock.now]
+            later = [(at, key) for at, key in later if at > self.clock.now]
+            self.rng.shuffle(now)
+            for key, is_back in now:
+                wait_s = self.ask(key)
+                if is_back:
+                    self.came_back.append(wait_s is None)
+                if wait_s is not None and comes_back:
+                    later.append((self.clock.now + wait_s, key))
+            self.step()
+        return self
+
+
+def test_at_ten_times_capacity_what_is_let_in_is_served_as_at_capacity():
+    """The policy alone, without a machine under it; the soak below has HTTP and a clock that cannot be stopped."""
+    usual = Simulation(1).at_capacity(10)
+    capacity = sum(usual.done.values()) / 10
+    crowded = Simulation(1).overload(10, {"a": 8.5 * capacity, "b": 1.5 * capacity})
+    ttft_s = [p99(one.ttft_s["a"] + one.ttft_s["b"]) for one in (usual, crowded)]
+    assert ttft_s[1] <= 1.5 * ttft_s[0]
+    assert 0.9 <= crowded.done["a"] / crowded.done["b"] <= 1.1
+    assert sum(crowded.done.values()) >= 0.95 * sum(usual.done.values())
+    assert crowded.num_refused > 8 * sum(crowded.done.values())
+
+
+def test_who_comes_back_when_told_mostly_finds_a_place():
+    """A burst: half of it is refused, and comes back over the seconds in which the other half ends."""
+    simulation = Simulation(1, max_requests=80)
+    simulation.overload(2, {"a": 40})  # so the rate is known
+    simulation.overload(4, {"a": 80}, comes_back=True)
+    share = sum(simulation.came_back) / len(simulation.came_back)
+    assert share > 0.55, "a second for everybody: 0.49"
 
 
 class PacedExecutor(FakeExecutor):
