@@ -1,5 +1,6 @@
 """/metrics: numbers that can be counted by hand, in Prometheus' format."""
 
+import asyncio
 import math
 import time
 
@@ -16,6 +17,9 @@ from configs.monitoring import MonitoringConfig
 from deployments.api.metric_aliases import VLLM
 from deployments.api.metric_pages import merged
 from deployments.api.metrics import FIRST_TOKEN_SECONDS, INTER_TOKEN_SECONDS, STATES, Latencies, Stopwatch
+from deployments.api.routes import build_app
+from deployments.serve import peers
+from deployments.serve.peers import Peers
 from tests.fakes.fake_executor import FakeExecutor
 
 COMPLETION = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 6, "temperature": 0, "ignore_eos": True}
@@ -250,3 +254,32 @@ def test_pages_of_two_replicas_are_one_page_in_which_each_series_is_there_once(m
     values = [found[name, ("model_name", "tiny"), ("replica", f"replica-{number}")] for number in (1, 2)]
     assert values == [6, 0]
     assert merged(pages[:1]) == pages[0]
+
+
+class Handle:
+    """Stands for Serve's handle to all replicas: gives their pages, or is as late as a replica that was stopped."""
+
+    def __init__(self, pages):
+        self._pages = pages
+
+    def broadcast(self, method):
+        assert method == "metrics_page"
+        return self
+
+    async def results_async(self, timeout_s):
+        if self._pages is None:
+            await asyncio.sleep(timeout_s)
+            raise TimeoutError
+        return self._pages
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_the_page_is_that_of_all_replicas_and_of_one_where_another_is_silent(make_world, monkeypatch, answers):
+    monkeypatch.setattr(peers, "_ANSWER_S", 0.01)
+    world = make_world()
+    own = world.service.metrics.page
+    replicas = Peers("metrics_page", own)
+    replicas._handle = Handle([own(), own().replace(b'"replica-1"', b'"replica-2"')] if answers else None)
+    world.app = build_app(world.service, metrics_of_all=replicas.metrics)
+    assert world.get("/metrics").text.count("stagemesh_build_info{") == (2 if answers else 1)
+    assert world.get("/metrics/replica").text.count("stagemesh_build_info{") == 1
