@@ -110,8 +110,8 @@ def _dress(axes: Any, unit: str, kind: str) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axis = axes.xaxis if kind == "bargauge" else axes.yaxis
-    formatters = {"percentunit": PercentFormatter(1, decimals=0), "s": EngFormatter("s", sep=" ")}
-    axis.set_major_formatter(formatters.get(unit, EngFormatter(sep="")))
+    formatters: dict[str, Any] = {"percentunit": PercentFormatter(1, decimals=0), "s": EngFormatter("s", sep=" ")}
+    axis.set_major_formatter(formatters.get(unit, "{x:g}"))
     axis.set_major_locator(MaxNLocator(4))
 
 
@@ -140,7 +140,7 @@ def _curves(axes: Any, panel: dict[str, Any], prometheus: Prometheus, time_shown
     for number, (name, curve) in enumerate(() if is_stacked else curves.items()):
         axes.plot(minutes, curve, color=COLORS[number % len(COLORS)], linewidth=1.1, label=name)
     axes.set_xlim(0, minutes[-1])
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.3)  # room for the legend
     axes.xaxis.set_major_formatter("{x:g} min")
     axes.xaxis.set_major_locator(MaxNLocator(4))
     if curves:
@@ -151,7 +151,7 @@ def _legend(target: dict[str, Any], series: dict[str, Any]) -> str:
     """The words beside a curve, with the series' labels filled in."""
     legend: str = target["legendFormat"]
     for label, value in series["metric"].items():
-        legend = legend.replace("{{" + label + "}}", value[:8])
+        legend = legend.replace("{{" + label + "}}", value[:8] if label == "node" else value)
     return legend
 
 
