@@ -39,6 +39,10 @@ class StoredFile:
     size: int  # bytes
     tag: str  # by which the store tells versions apart; empty: it tells none
 
+    def __str__(self) -> str:
+        """For messages."""
+        return f"{self.size} bytes, tag {self.tag or 'none'}"
+
 
 @dataclass(frozen=True)
 class Mirror:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,27 @@ def test_memory_of_the_llamas(capsys: pytest.CaptureFixture[str]) -> None:
         said = asked(capsys, source)
         assert said["bf16_weight_bytes"] / 1e9 == pytest.approx(half, abs=0.01)
         assert said["fp32_weight_bytes"] / 1e9 == pytest.approx(single, abs=0.01)
+
+
+def test_the_page_on_rented_gpus_shows_what_its_commands_print(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its `sed` lines make configs that can be read, and what it calls run is what `stagemesh plan` prints now."""
+    page = (ROOT / "docs/rented-gpus.md").read_text(encoding="utf-8")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    edits = re.findall(r"^ +(sed .+)$", page, re.MULTILINE)
+    assert len(edits) == 2
+    for edit in edits:
+        subprocess.run(["sh", "-c", edit], check=True)
+    asked = ["configs/llama70b_tp8.yaml --tp 4 --gpu a100-80gb", "two.yaml --gpu h100-80gb"]
+    shown = re.findall(r"^ +```text\n(.+?)^ +```", page, re.MULTILINE | re.DOTALL)
+    for command, block in zip(asked, shown, strict=True):
+        assert f"stagemesh plan {command}\n" in page
+        assert cli.main(["plan", *command.split()]) == 0
+        assert textwrap.dedent(block) in capsys.readouterr().out
+    assert cli.main(["plan", "my.yaml", "--gpu", "a100-80gb"]) == 0
+    assert "4 shards x 1 stages" in capsys.readouterr().out
 
 
 def test_70b_in_shards_and_stages(capsys: pytest.CaptureFixture[str]) -> None:
