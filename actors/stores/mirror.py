@@ -245,8 +245,8 @@ def check_room(folder: Path, lacking: int, url: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < lacking:
         raise CheckpointError(
-            f"model.source: {lacking / 1e9:.2f} GB of {url} are still to be fetched, but the disk of {folder} has "
-            f"{free / 1e9:.2f} GB left; make room (copies of other versions lie beside it), or {ROOM}"
+            f"model.source: {lacking / 1e9:.3f} GB of {url} are still to be fetched, but the disk of {folder} has "
+            f"{free / 1e9:.3f} GB left; make room (copies of other versions lie beside it), or {ROOM}"
         )
 
 

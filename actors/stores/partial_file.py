@@ -69,8 +69,11 @@ class PartialFile:
         self._lock(fcntl.F_OFD_SETLK, fcntl.F_UNLCK, interval)
 
     def write(self, first: int, data: bytes) -> None:
-        """Put bytes at a place that is locked; they count once they are recorded. Raises OSError."""
-        _write_all(self._data, data, first)
+        """Put bytes at a place that is locked; they count once they are recorded. Raises OSError with the path."""
+        try:
+            _write_all(self._data, data, first)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def record(self, intervals: Iterable[Interval]) -> None:
         """Log that these ranges are here. Raises OSError."""
