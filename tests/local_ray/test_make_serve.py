@@ -6,7 +6,9 @@ nothing to it, and three fewer start sooner. `-m soak` runs the whole demo behin
 
 import signal
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from tests.hostile.corpus import Target, check, corpus, send
@@ -19,6 +21,7 @@ from tests.local_ray.demo import (
 )
 from tests.serving import Run, until
 
+PAGE = "https://chat.example.org"
 ONE_RANK = {"parallel": {"tensor_parallel_size": 1, "pipeline_parallel_size": 1}}
 
 
@@ -36,12 +39,12 @@ def assert_what_is_odd_on_the_wire_is_answered(run: Run) -> None:
 @pytest.mark.parametrize(
     ("ha_proxy", "changes"),
     [
-        pytest.param(True, ONE_RANK, id="haproxy, one rank"),
+        pytest.param(True, ONE_RANK | {"api": {"cors_origins": [PAGE]}}, id="haproxy, one rank"),
         pytest.param(True, {}, id="haproxy", marks=pytest.mark.soak),
         pytest.param(False, {}, id="python proxy", marks=pytest.mark.soak),
     ],
 )
-def test_the_demo_serves_until_ctrl_c(tmp_path: Path, ha_proxy: bool, changes: dict[str, dict[str, int]]) -> None:
+def test_the_demo_serves_until_ctrl_c(tmp_path: Path, ha_proxy: bool, changes: dict[str, dict[str, Any]]) -> None:
     with Run(tmp_path, ha_proxy=ha_proxy, **changes) as run:
         run.wait_for()
         assert_printed_command_works(run)
@@ -50,6 +53,11 @@ def test_the_demo_serves_until_ctrl_c(tmp_path: Path, ha_proxy: bool, changes: d
             assert_trained_answers(client, share=4 if changes else 1)
         if not changes:
             assert_four_ranks(run)
+        if changes:
+            preflight = {"origin": PAGE, "access-control-request-method": "POST"}
+            assert (
+                httpx.options(f"{run.url}/v1/models", headers=preflight).headers["access-control-allow-origin"] == PAGE
+            )
         if ha_proxy:
             addresses = [run.listening().get(port) for port in (run.port, *run.doors.values())]
             assert addresses == ["127.0.0.1"] * 3
