@@ -7,6 +7,7 @@ Needs Linux, root and iproute2.
 
 import contextlib
 import ctypes
+import json
 import os
 import shutil
 import signal
@@ -17,9 +18,11 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
+import httpx
 import yaml
 
 from deployments.serve.environment import ENVIRONMENT
@@ -140,7 +143,7 @@ class Serving(Served):
 
     def wait_until_ready(self) -> float:
         """Seconds that it took from now. Fails with what was printed when the command ends."""
-        return until(self._is_ready_or_ended, every_s=0.1)
+        return until(self._is_ready_or_ended, within_s=400, every_s=0.1)
 
     def _is_ready_or_ended(self) -> bool:
         assert self.process.poll() is None, self.log.read_text()
@@ -252,16 +255,17 @@ class Nodes:
         self._running.append(process)
         return process
 
-    def serve(self, config: dict[str, Any], number: int = 0) -> "Serving":
-        """`make serve` on a node, with the `args` of a config file; HTTP is on the head."""
+    def serve(self, config: dict[str, Any], door: int = 0) -> "Serving":
+        """`make serve` on the head, with the `args` of a config file, and HTTP on the node `door` (and on others)."""
         document = yaml.safe_load((ROOT / "configs/demo.yaml").read_text())
         document["http_options"]["host"] = "0.0.0.0"
+        document["proxy_location"] = "EveryNode" if door else "HeadOnly"
         document["applications"][0]["args"] = config
         path, log = self.folder / "serve.yaml", self.folder / "serve.log"
         path.write_text(yaml.safe_dump(document))
         command = [sys.executable, "-m", "deployments.serve.command", str(path)]
-        process = self.begin(number, *command, log=log, RAY_ADDRESS=f"{self.nodes[0].address}:{PORT}")
-        return Serving(self.url(0, document["http_options"]["port"]), process, log)
+        process = self.begin(0, *command, log=log, RAY_ADDRESS=f"{self.nodes[0].address}:{PORT}")
+        return Serving(self.url(door, document["http_options"]["port"]), process, log)
 
     def cut(self, number: int) -> float:
         """No packet passes to and from a node any more, and nobody is told. Returns when (monotonic seconds)."""
@@ -302,6 +306,55 @@ class Nodes:
                 back.start()
                 _pump(visitor, inner)
                 back.join()
+
+
+class Stream(threading.Thread):
+    """One stream, and when each piece of its text came; whatever befalls the connection is kept too."""
+
+    def __init__(self, url: str, body: Mapping[str, Any]) -> None:
+        super().__init__(daemon=True)
+        self._url, self._body = url + "/v1/completions", dict(body)
+        self.events: list[tuple[float, str]] = []  # monotonic seconds, text
+        self.is_done = False
+        self.failure = ""  # an error that the server sent, or how the connection ended
+        self.ended_at = 0.0
+        self.start()
+
+    def run(self) -> None:
+        try:
+            with httpx.stream("POST", self._url, json=self._body, timeout=400) as response:
+                for line in response.iter_lines():
+                    if line == "data: [DONE]":
+                        self.is_done = True
+                    elif line.startswith("data: "):
+                        self._take(json.loads(line.removeprefix("data: ")))
+            if not self.is_done:
+                self.failure = self.failure or f"ended with status {response.status_code} and without [DONE]"
+        except httpx.HTTPError as error:
+            self.failure = repr(error)
+        self.ended_at = time.monotonic()
+
+    def _take(self, event: dict[str, Any]) -> None:
+        if "error" in event:
+            self.failure = json.dumps(event["error"])
+        else:
+            self.events.append((time.monotonic(), event["choices"][0]["text"]))
+
+    def text(self) -> str:
+        """All that it said, once it has ended."""
+        self.join(600)
+        assert self.is_done and not self.failure, self.failure or "the stream has not ended"
+        return "".join(text for _, text in self.events)
+
+    def longest_pause_s(self, since: float) -> float:
+        """Of the times between two pieces that end after a moment, the longest."""
+        moments = [at for at, _ in self.events]
+        return max((after - before for before, after in pairwise(moments) if after > since), default=0.0)
+
+
+def all_went_on(streams: Sequence[Stream], golden: Sequence[str]) -> bool:
+    """Wait for all → whether each said word for word what it says when nothing happens."""
+    return [stream.text() for stream in streams] == list(golden)
 
 
 def _pump(source: socket.socket, sink: socket.socket) -> None:

@@ -1,4 +1,4 @@
-"""Faults: signals to a rank's process, spells that a request's own ids cast on a rank, and links that are cut.
+"""Faults: signals to a rank's process, and spells that a request's own ids cast on a rank.
 
 A spell is the beginning of a prompt. Only `HauntedActor`, which tests put in place of RankActor, reads them: the
 product knows no spells. It acts when its sequence comes to the token that it names, each time or once in all.
@@ -6,11 +6,8 @@ product knows no spells. It acts when its sequence comes to the token that it na
 
 import ctypes
 import os
-import shutil
 import signal
-import subprocess
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,56 +134,3 @@ def send(pid: int, number: signal.Signals) -> float:
     moment = time.monotonic()
     os.kill(pid, number)
     return moment
-
-
-class TwoNodes:
-    """Two network namespaces, joined by one cable (a veth pair) that can be cut and healed. Needs root."""
-
-    names = ("chaosa", "chaosb")
-    addresses = ("10.77.9.1", "10.77.9.2")
-
-    def __enter__(self) -> "TwoNodes":
-        for name in self.names:
-            _ip("netns", "add", name)
-            _ip("-n", name, "link", "set", "lo", "up")
-        _ip("link", "add", self.names[0], "type", "veth", "peer", "name", self.names[1])
-        for name, address in zip(self.names, self.addresses, strict=True):
-            _ip("link", "set", name, "netns", name)
-            _ip("-n", name, "addr", "add", f"{address}/24", "dev", name)
-            _ip("-n", name, "link", "set", name, "up")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for name in self.names:
-            for pid in _ip("netns", "pids", name).split():
-                with suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
-        for name in self.names:
-            _ip("netns", "del", name)
-
-    def inside(self, node: int) -> list[str]:
-        """What a command line begins with to run on a node."""
-        return ["ip", "netns", "exec", self.names[node]]
-
-    @classmethod
-    def cut(cls) -> float:
-        """From here on no packet passes, and nobody is told. Returns when (monotonic seconds)."""
-        moment = time.monotonic()
-        _ip("-n", cls.names[1], "link", "set", cls.names[1], "down")
-        return moment
-
-    @classmethod
-    def heal(cls) -> float:
-        """The cable is whole again."""
-        _ip("-n", cls.names[1], "link", "set", cls.names[1], "up")
-        return time.monotonic()
-
-    @staticmethod
-    def are_possible() -> bool:
-        """Whether this user may make namespaces here."""
-        probe = ["unshare", "-n", "true"]
-        return os.geteuid() == 0 and shutil.which("ip") is not None and not subprocess.run(probe).returncode
-
-
-def _ip(*words: str) -> str:
-    return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout

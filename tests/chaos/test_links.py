@@ -2,71 +2,55 @@
 
     CHAOS_CUT_S=8 python -m pytest -m soak tests/chaos/test_links.py
 
-Two Ray nodes on this machine, each in a network namespace of its own (needs root); one stage on each.
+Two Ray nodes on this machine, in namespaces (tests/node_kit.py); one stage on each.
 """
 
-import json
-import subprocess
-import sys
-from collections.abc import Iterator
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from deployments.serve.environment import ENVIRONMENT
-from tests.chaos.faults import TwoNodes
-from tests.chaos.scenes import Say
-from tests.chaos.serving import parameter
-from tests.serving import ROOT
+from tests.chaos.scenes import Say, has_noticed, scene, usual_crowd
+from tests.chaos.serving import App, arguments, parameter
+from tests.node_kit import Nodes, why_not
+from tests.serving import until
 
 pytestmark = [
     pytest.mark.soak,
     pytest.mark.timeout(1800),
-    pytest.mark.skipif(not TwoNodes.are_possible(), reason="network namespaces need root and iproute2"),
+    pytest.mark.skipif(bool(why_not()), reason=str(why_not())),
 ]
-RAY = [sys.executable, "-m", "ray.scripts.scripts"]
-COMMON = ["--num-cpus", "4", "--num-gpus", "0", "--object-store-memory", "100000000"]
-HEAD = ["--head", "--port", "6399", "--include-dashboard", "false"]
-
-
-@pytest.fixture
-def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoNodes]:
-    """Two namespaces with a Ray node each."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # nobody else is in there
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    for key, value in (ENVIRONMENT | {"RAY_SERVE_ENABLE_HA_PROXY": "0"}).items():
-        monkeypatch.setenv(key, value)
-    folder = Path("/tmp/chaos_ray")  # short: it holds sockets
-    with TwoNodes() as nodes:
-        address = f"{nodes.addresses[0]}:6399"
-        begin(nodes, 0, [*HEAD, "--temp-dir", str(folder)])
-        begin(nodes, 1, ["--address", address])
-        yield nodes
-
-
-def begin(nodes: TwoNodes, node: int, options: list[str]) -> None:
-    own = ["--node-ip-address", nodes.addresses[node]]
-    command = [*nodes.inside(node), *RAY, "start", *own, *options, *COMMON]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
+PLACEMENT = {"cpus_per_rank": 0.25, "cpus_per_replica": 1.0, "strategy": "STRICT_SPREAD", "wait_s": 120.0}
 
 
 @pytest.mark.parametrize("cut_s", [8.0])
-def test_a_cut_link_is_found_and_what_is_old_stays_out(nodes: TwoNodes, cut_s: float, tell: Say, show: Any) -> None:
+def test_a_cut_link_is_found_and_what_is_old_stays_out(tmp_path: Path, cut_s: float, tell: Say, show: Any) -> None:
     cut_s = parameter("CHAOS_CUT_S", cut_s)
-    address = f"{nodes.addresses[0]}:6399"
-    program = [sys.executable, "-u", "-m", "tests.chaos.cut_scene", address, nodes.addresses[0], str(cut_s)]
-    with subprocess.Popen(
-        [*nodes.inside(0), *program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as run:
-        assert run.stdout is not None
-        lines = []
-        for line in run.stdout:
-            lines.append(line.rstrip())
-            tell(lines[-1][:200])
-    assert run.returncode == 0, "\n".join(lines[-40:])
-    figure = json.loads(next(line for line in reversed(lines) if line.startswith("{")))
-    show("R5: a link between two nodes is cut", [{k: v for k, v in figure.items() if not isinstance(v, (list, dict))}])
-    assert figure["problems"] == []
-    assert figure["found_s"] < 10.0
+    with Nodes(tmp_path, 2) as nodes:
+        for number, cpus in ((0, 2), (1, 1)):  # the replica is on the head
+            nodes.start_ray(number, cpus)
+        nodes.wait_for_ray(2)
+        server = nodes.serve(arguments((2, 2), placement=PLACEMENT))
+        tell(f"serves after {server.wait_until_ready():.1f} s")
+        app = App(server.url, nodes[0].root("/tmp/ray/session_latest/logs"))
+        with scene(app) as play:
+            usual_crowd(play)
+            play.wait_until_all_speak()
+            epoch, old_pids = app.epoch(), app.pids()
+            cut = nodes.cut(1)
+            until(lambda: has_noticed(app, epoch), within_s=60)
+            found_s = time.monotonic() - cut
+            tell(f"found after {found_s:.2f} s: {app.failures()}")
+            time.sleep(max(0.0, cut + cut_s - time.monotonic()))
+            mended = nodes.mend(1)
+            until(lambda: app.epoch() > epoch and app.is_ready(), every_s=0.05)
+            back = time.monotonic()
+            play.wait_until_all_speak()
+            longest_stall_s, state = play.longest_stall_s(cut, back), app.cluster()
+    row = {"cut_s": mended - cut, "found_s": found_s, "ready_after_mending_s": back - mended}
+    row |= {"longest_stall_s": longest_stall_s, "epochs": state["epoch"] - epoch, "requests": play.num_checked}
+    row["processes kept"] = len(set(old_pids) & {rank["pid"] for rank in state["ranks"]})
+    show("R5: a link between two nodes is cut", [row])
+    assert play.problems == []
+    assert found_s < 10

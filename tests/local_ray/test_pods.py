@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.chaos.faults import TwoNodes, _ip
 from tests.kustomize import render
+from tests.node_kit import Nodes, why_not
 from tests.serving import until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,28 +27,24 @@ HEAD, WORKER = 0, 1
 
 pytestmark = [
     pytest.mark.soak,
-    pytest.mark.skipif(not TwoNodes.are_possible(), reason="needs root, and leave to make namespaces"),
+    pytest.mark.skipif(bool(why_not()), reason=str(why_not())),
 ]
-
-
-class TwoPods(TwoNodes):
-    names = ("podhead", "podwork")
-    addresses = ("10.77.10.1", "10.77.10.2")
 
 
 class Pods:
     """A head and a worker, by what the overlay is rendered to."""
 
-    def __init__(self, overlay: str, nodes: TwoPods, logs: Path) -> None:
+    def __init__(self, overlay: str, nodes: Nodes) -> None:
         resources = {
             (found["kind"], found["metadata"]["name"]): found for found in render(ROOT / "k8s/overlays" / overlay)
         }
         self.spec: dict[str, Any] = resources["RayService", "stagemesh"]["spec"]
         cluster = self.spec["rayClusterConfig"]
         self.groups = (cluster["headGroupSpec"], cluster["workerGroupSpecs"][0])
-        self.environment: dict[str, str] = resources["ConfigMap", "stagemesh-environment"]["data"]
-        self.nodes, self.logs = nodes, logs
-        self.ray: list[subprocess.Popen[bytes] | None] = [None, None]
+        environment: dict[str, str] = resources["ConfigMap", "stagemesh-environment"]["data"]
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        nodes.environment = environment | TOKEN | OPERATORS | {"PATH": path, "PYTHONPATH": str(ROOT)}
+        self.nodes = nodes
 
     def start(self, node: int) -> None:
         """`ray start`, with what KubeRay adds, as the first process of its namespace."""
@@ -57,35 +53,15 @@ class Pods:
         params |= {"dashboard-agent-listen-port": 52365, "metrics-export-port": 8080} | self.groups[node][
             "rayStartParams"
         ]
-        where = "--head --dashboard-host=0.0.0.0" if node == HEAD else f"--address={self.nodes.addresses[HEAD]}:6379"
-        ray = f"ray start {where} --block " + " ".join(f"--{key}={value}" for key, value in params.items())
-        script = (
-            f"hostname {self.nodes.names[node]}; mount --make-rprivate /; mount -t tmpfs tmpfs /tmp; "
-            f"mount -t tmpfs tmpfs /dev/shm; exec {ray}"
-        )
-        kinds = ["--pid", "--fork", "--mount", "--uts", "--ipc", "--mount-proc", "--kill-child=KILL"]
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        with (self.logs / self.nodes.names[node]).open("wb") as log:
-            self.ray[node] = subprocess.Popen(
-                [*self.nodes.inside(node), "unshare", *kinds, "bash", "-c", script],
-                env=self.environment | TOKEN | OPERATORS | {"PATH": path, "PYTHONPATH": str(ROOT)},
-                cwd="/",
-                stdout=log,
-                stderr=log,
-            )
-
-    def terminate(self, node: int) -> subprocess.Popen[bytes]:
-        """SIGTERM to the first process, as the kubelet does. Returns what ends with it."""
-        outer = self.ray[node]
-        assert outer is not None
-        (ray,) = subprocess.run(["pgrep", "-P", str(outer.pid)], capture_output=True, text=True).stdout.split()
-        os.kill(int(ray), 15)
-        return outer
+        head = f"--address={self.nodes[HEAD].address}:6379"
+        where = ["--head", "--dashboard-host=0.0.0.0"] if node == HEAD else [head]
+        options = [f"--{key}={value}" for key, value in params.items()]
+        self.nodes.start(node, "env", "--chdir=/", "ray", "start", *where, "--block", *options)
 
     def curl(self, target: int, path: str, *options: str, source: int = HEAD) -> str:
         """What a server says; empty while it does not answer."""
-        command = ["curl", "--silent", "--max-time", "20", *options, f"http://{self.nodes.addresses[target]}:{path}"]
-        return subprocess.run([*self.nodes.inside(source), *command], capture_output=True, text=True).stdout
+        command = ["curl", "--silent", "--max-time", "20", *options, f"http://{self.nodes[target].address}:{path}"]
+        return subprocess.run(self.nodes[source].inside(*command), capture_output=True, text=True).stdout
 
     def status(self, path: str, *options: str) -> str:
         """The HTTP status of the head's dashboard, as the operator asks it."""
@@ -118,15 +94,13 @@ class Pods:
     def is_ready(self) -> bool:
         """The worker's readiness probe, run as the kubelet does: in the pod."""
         probe = self.groups[WORKER]["template"]["spec"]["containers"][0]["readinessProbe"]["exec"]["command"]
-        return subprocess.run([*self.nodes.inside(WORKER), *probe], capture_output=True).returncode == 0
+        return subprocess.run(self.nodes[WORKER].inside(*probe), capture_output=True).returncode == 0
 
 
 @pytest.mark.timeout(600)
 def test_the_demo_serves_drains_and_ends_as_its_manifests_say(tmp_path: Path) -> None:
-    with TwoPods() as nodes:
-        for name in nodes.names:  # Ray finds its own address by the way out
-            _ip("-n", name, "route", "add", "default", "dev", name)
-        pods = Pods("demo", nodes, tmp_path)
+    with Nodes(tmp_path, 2) as nodes:
+        pods = Pods("demo", nodes)
         pods.start(HEAD)
         until(lambda: pods.status("8265/api/gcs_healthz") == "200", 120, every_s=1)
         assert pods.status("8265/api/serve/applications/") == "401", "nobody gets in without the token"
@@ -151,17 +125,17 @@ def test_the_demo_serves_drains_and_ends_as_its_manifests_say(tmp_path: Path) ->
         body = json.dumps(
             {"model": "stagemesh-demo", "prompt": "A", "max_tokens": 400, "ignore_eos": True, "stream": True}
         )
-        url = f"http://{nodes.addresses[WORKER]}:8000/v1/completions"
+        url = f"http://{nodes[WORKER].address}:8000/v1/completions"
         stream = subprocess.Popen(
-            [*nodes.inside(HEAD), "curl", "--silent", "--no-buffer", *asked[:2], "--data", body, url],
+            nodes[HEAD].inside("curl", "--silent", "--no-buffer", *asked[:2], "--data", body, url),
             stdout=subprocess.PIPE,
             text=True,
         )
         assert stream.stdout is not None and stream.stdout.readline().startswith("data: ")
         began = time.monotonic()
-        worker = pods.terminate(WORKER)
+        nodes[WORKER].terminate()
         until(lambda: not pods.is_ready(), 30, every_s=1)  # so the pod is taken out of the Service
         assert stream.stdout.read().rstrip().endswith("data: [DONE]"), "what runs is finished"
         grace_s = pods.groups[WORKER]["template"]["spec"]["terminationGracePeriodSeconds"]
-        worker.wait(grace_s - (time.monotonic() - began))
-        assert b"Draining for up to 45" in (tmp_path / nodes.names[WORKER]).read_bytes()
+        nodes[WORKER].wait(grace_s - (time.monotonic() - began))
+        assert b"Draining for up to 45" in nodes[WORKER].log.read_bytes()
