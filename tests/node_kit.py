@@ -16,8 +16,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
@@ -52,6 +53,7 @@ exec "$@"
 """
 
 
+@cache
 def why_not() -> str | None:
     """Why no nodes can be made here, for skipif; None where they can."""
     if os.geteuid() != 0:
@@ -73,12 +75,14 @@ class Node:
         self.address = f"{NETWORK}.{number + 1}"
         self.log = folder / self.name
         self.pid = 0  # of its first process, seen from outside; 0: it is off
+        self._said_before = 0  # bytes of the log from its earlier lives
         self._folder = folder
         self._outer: subprocess.Popen[bytes] | None = None
 
     def start(self, switch: int, command: Sequence[str], environment: Mapping[str, str]) -> None:
         """Switch it on, with `command` as its first process. `switch`: a process on the switch."""
         assert not self.pid, f"{self.name} is on"
+        self._said_before = self.log.stat().st_size if self.log.exists() else 0
         words = [*CHILD, "unshare", *KINDS, "bash", "-c", FIRST, "bash", self.name, str(self._folder), *command]
         with self.log.open("ab") as log:
             self._outer = subprocess.Popen(
@@ -87,6 +91,8 @@ class Node:
         until(lambda: _children(self._outer), within_s=20)
         (self.pid,) = _children(self._outer)
         for cable, name, address in ((f"p{self.number}", "eth0", self.address), (f"s{self.number}", "mgmt0", "")):
+            with contextlib.suppress(AssertionError):  # of its last life, which the kernel clears away in its own time
+                _ip(switch, f"link del {cable}")
             _ip(switch, f"link add name {cable} type veth peer name {name} netns {self.pid}")
             address = address or f"{STRAY}.{self.number + 1}"
             _ip(self.pid, f"addr add {address}/24 dev {name}", f"link set {name} up")
@@ -104,7 +110,7 @@ class Node:
         return [*entered, *command]
 
     def kill(self) -> float:
-        """As when its power fails: all its processes end and nobody is told. Returns when (monotonic seconds)."""
+        """All its processes end; the kernel still closes their connections. Returns when (monotonic seconds)."""
         moment = time.monotonic()
         self._signal(signal.SIGKILL)
         self.wait(20)
@@ -123,6 +129,14 @@ class Node:
             assert self._outer.stdin is not None
             self._outer.stdin.close()
         self.pid, self._outer = 0, None
+
+    def has_ended(self) -> bool:
+        """Whether its first process ended by itself."""
+        return self._outer is not None and self._outer.poll() is not None
+
+    def printed(self) -> str:
+        """What its first process printed in this life."""
+        return self.log.read_bytes()[self._said_before :].decode(errors="replace")
 
     def root(self, path: str) -> Path:
         """A path of the node, seen from outside."""
@@ -167,6 +181,7 @@ class Nodes:
         self._switch: subprocess.Popen[bytes] | None = None
         self._running: list[subprocess.Popen[bytes]] = []
         self._doors: list[socket.socket] = []
+        self._starts: dict[int, Callable[[], None]] = {}
 
     def __enter__(self) -> Self:
         self._switch = subprocess.Popen([*CHILD, "unshare", "--net", "sleep", "infinity"])
@@ -204,15 +219,24 @@ class Nodes:
     def start_ray(self, number: int, cpus: int, *more: str, **environment: str) -> None:
         """A Ray node, head where the number is 0; `ray start --block` is its first process, as in a pod."""
         node = self.nodes[number]
+        self._starts[number] = partial(self.start_ray, number, cpus, *more, **environment)
         where = ["--head", f"--port={PORT}"] if number == 0 else [f"--address={self.nodes[0].address}:{PORT}"]
         where += ["--include-dashboard=false"] if number == 0 else []
         own = [f"--node-ip-address={node.address}", "--disable-usage-stats", "--block"]
         own += [f"--num-cpus={cpus}", "--num-gpus=0", "--object-store-memory=100000000"]
         self.start(number, *RAY, "start", *where, *own, *more, **environment)
 
-    def wait_for_ray(self, count: int, within_s: float = 120) -> None:
-        """Until so many Ray nodes live, by the head."""
-        until(lambda: len(self.alive()) == count, within_s, every_s=0.3)
+    def wait_for_ray(self, *numbers: int) -> None:
+        """Until Ray runs on nodes. It gives a node 30 s to start; one that took longer is started again."""
+
+        def is_up(node: Node) -> bool:
+            if node.has_ended():
+                node.wait(20)
+                self._starts[node.number]()
+            return "Ray runtime started" in node.printed()
+
+        for number in numbers:
+            until(partial(is_up, self.nodes[number]), within_s=400, every_s=0.1)
 
     def alive(self) -> dict[str, str]:
         """Ray's living nodes: name → Ray's id. Empty while the head does not answer."""
@@ -271,6 +295,12 @@ class Nodes:
         """No packet passes to and from a node any more, and nobody is told. Returns when (monotonic seconds)."""
         moment = time.monotonic()
         _ip(self.switch, f"link set p{number} down")
+        return moment
+
+    def fail(self, number: int) -> float:
+        """As when a node's power fails: it ends, and nobody is told. Returns when (monotonic seconds)."""
+        moment = self.cut(number)
+        self.nodes[number].kill()
         return moment
 
     def mend(self, number: int) -> float:

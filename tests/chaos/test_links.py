@@ -30,7 +30,7 @@ def test_a_cut_link_is_found_and_what_is_old_stays_out(tmp_path: Path, cut_s: fl
     with Nodes(tmp_path, 2) as nodes:
         for number, cpus in ((0, 2), (1, 1)):  # the replica is on the head
             nodes.start_ray(number, cpus)
-        nodes.wait_for_ray(2)
+        nodes.wait_for_ray(0, 1)
         server = nodes.serve(arguments((2, 2), placement=PLACEMENT))
         tell(f"serves after {server.wait_until_ready():.1f} s")
         app = App(server.url, nodes[0].root("/tmp/ray/session_latest/logs"))

@@ -40,10 +40,9 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
 
 @pytest.fixture(scope="module")
 def server(nodes: Nodes) -> Serving:
-    until(lambda: "Ray runtime started" in nodes[0].log.read_text())
+    nodes.wait_for_ray(0, 1, 2)
     server = nodes.serve(arguments(ROOT / "configs/demo", (2, 2)))
     server.wait_until_ready()
-    nodes.wait_for_ray(3)
     return server
 
 
@@ -67,7 +66,7 @@ def is_back(server: Serving, epoch: int) -> bool:
 def test_a_lost_node_is_replaced_by_a_spare_one(nodes: Nodes, server: Serving, golden: list[str], tell: Tell) -> None:
     before, lost = server.cluster(), node_of_stage(nodes, server, 1)
     streams = begun(server)
-    moment = nodes[lost].kill()
+    moment = nodes.fail(lost)
     until(lambda: server.cluster()["state"] != "ready")
     noticed_s = time.monotonic() - moment
     until(lambda: is_back(server, before["epoch"]), every_s=0.1)
@@ -86,10 +85,11 @@ def test_a_lost_node_is_replaced_by_a_spare_one(nodes: Nodes, server: Serving, g
 def test_a_lost_node_that_comes_back(nodes: Nodes, server: Serving, golden: list[str], tell: Tell) -> None:
     before, lost = server.cluster(), node_of_stage(nodes, server, 1)
     streams = begun(server)
-    moment = nodes[lost].kill()
+    moment = nodes.fail(lost)
     time.sleep(10)
     nodes.start_ray(lost, cpus=1)
     started = time.monotonic()
+    nodes.wait_for_ray(lost)
     until(lambda: is_back(server, before["epoch"]), every_s=0.1)
     back = time.monotonic()
     assert all_went_on(streams, golden)
@@ -130,7 +130,7 @@ def test_a_drained_node_finishes_what_runs_and_is_left(
     spare = 3 - drained
     nodes[spare].kill()  # where it was cut off for long, Ray has given it up
     nodes.start_ray(spare, cpus=1)
-    until(lambda: f"node{spare}" in nodes.alive(), every_s=0.5)
+    nodes.wait_for_ray(spare)
     before = server.cluster()
     streams = begun(server)
     began = time.monotonic()
@@ -163,8 +163,7 @@ def test_nodes_out_of_reach_are_named_at_the_start(tmp_path: Path, fault: str, t
     with Nodes(tmp_path, 2) as nodes:
         for number, cpus in ((0, 2), (1, 1)):
             nodes.start_ray(number, cpus, *RAY_PORTS)
-        until(lambda: "Ray runtime started" in nodes[0].log.read_text())
-        nodes.wait_for_ray(2)
+        nodes.wait_for_ray(0, 1)
         network = {"interface": "mgmt0"} if fault == "interface" else {}
         if fault == "firewall":
             nodes.fence(1)
@@ -222,7 +221,7 @@ def test_four_stages_on_four_nodes_give_transformers_own_ids(checkpoint: Path, t
         shutil.copytree(checkpoint, tmp_path / "model")
         for number, cpus in enumerate((2, 1, 1, 1)):  # one by one: Ray gives a node 30 s to start
             nodes.start_ray(number, cpus)
-            nodes.wait_for_ray(number + 1)
+            nodes.wait_for_ray(number)
         server = nodes.serve(arguments(tmp_path / "model", (2, 4)))
         tell(f"4 nodes, 2 x 4 ranks: serves after {server.wait_until_ready():.1f} s")
         ranks = server.cluster()["ranks"]

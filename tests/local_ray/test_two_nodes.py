@@ -9,7 +9,7 @@ import yaml
 
 from tests.local_ray.demo import assert_trained_answers
 from tests.node_kit import Nodes, why_not
-from tests.serving import ROOT, until
+from tests.serving import ROOT
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.skipif(bool(why_not()), reason=str(why_not()))]
 
@@ -31,8 +31,9 @@ def arguments(**groups: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_demo_answers_word_for_word_as_on_one_node(nodes: Nodes) -> None:
-    until(lambda: "Ray runtime started" in nodes[0].log.read_text(), every_s=0.05)
+    nodes.wait_for_ray(0)
     server = nodes.serve(arguments())
+    nodes.wait_for_ray(1)
     server.wait_until_ready()
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         assert_trained_answers(client, share=2)

@@ -2,13 +2,13 @@
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
 
 from actors.remote import reach
-from actors.remote.reach import check_ranks_reach
+from actors.remote.reach import check_ranks_reach, check_ray_reaches
 from cluster.collectives.network import (
     REFUSED,
     Failure,
@@ -60,16 +60,21 @@ def test_doors_answer_until_they_are_closed() -> None:
     assert knock([], timeout_s=5) == []
 
 
-def test_who_does_not_answer_is_late() -> None:
+@pytest.fixture
+def silent() -> Iterator[tuple[str, int]]:
+    """Where nobody answers: once the queue of a listener is full, the kernel drops what comes, as a firewall does."""
     door = socket.create_server(("127.0.0.1", 0), backlog=0)
-    address = door.getsockname()
     fillers = [socket.socket() for _ in range(4)]
-    for filler in fillers:  # once the queue is full, the kernel drops what comes, as a firewall does
+    for filler in fillers:
         filler.setblocking(False)
-        filler.connect_ex(address)
-    assert knock([address], timeout_s=0.3) == ["no answer within 0.3 s"]
+        filler.connect_ex(door.getsockname())
+    yield door.getsockname()
     for one in (door, *fillers):
         one.close()
+
+
+def test_who_does_not_answer_is_late(silent: tuple[str, int]) -> None:
+    assert knock([silent], timeout_s=0.3) == ["no answer within 0.3 s"]
 
 
 def test_the_error_names_both_nodes_the_port_and_the_remedy() -> None:
@@ -145,3 +150,12 @@ def test_in_a_recovery_they_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> N
     actors = [Actor(0), Actor(3)]
     check(actors, [ONE, TWO], patience_s=60)
     assert [actor.num_tries for actor in actors] == [4, 4]
+
+
+def test_a_rank_that_lives_where_ray_is_not_let_through_is_named(
+    silent: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reach, "_KNOCK_S", 0.3)
+    check_ray_reaches([(Place("b", "two", "", "127.0.0.1"), 1)], ONE)  # refused: its process has just ended
+    with pytest.raises(ValueError, match=r"does not reach two \(127\.0\.0\.1\), port \d+: no answer .* Ray's workers"):
+        check_ray_reaches([(Place("b", "two", "", silent[0]), silent[1])], ONE)
