@@ -177,7 +177,7 @@ class Nodes:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         self.environment = {"PATH": path, "PYTHONPATH": str(ROOT), "HOME": str(folder), "OMP_NUM_THREADS": "1"}
         self.environment |= {"PYTHONUNBUFFERED": "1", "RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
-        self.environment |= {**ENVIRONMENT, **(environment or {})}
+        self.environment |= {**ENVIRONMENT, "RAY_SERVE_ENABLE_HA_PROXY": "0", **(environment or {})}
         self._switch: subprocess.Popen[bytes] | None = None
         self._running: list[subprocess.Popen[bytes]] = []
         self._doors: list[socket.socket] = []

@@ -132,7 +132,7 @@ def test_faults_planted_on_a_node_are_each_named(tmp_path_factory: pytest.TempPa
     with Nodes(tmp_path_factory.mktemp("nodes"), 2) as nodes:
         for number in (0, 1):
             nodes.start_ray(number, cpus=2)
-        nodes.wait_for_ray(2)
+        nodes.wait_for_ray(0, 1)
         code, found = examined(nodes)
         assert code == 0 and found.keys() <= {"disk speed", "clock"}, found
 
@@ -160,7 +160,7 @@ def test_faults_planted_on_a_node_are_each_named(tmp_path_factory: pytest.TempPa
         nodes[1].kill()
         until(lambda: len(nodes.alive()) == 1, 120, every_s=1)
         nodes.start_ray(1, cpus=2, NCCL_SOCKET_IFNAME="mgmt0")
-        nodes.wait_for_ray(2)
+        nodes.wait_for_ray(0, 1)
         code, found = examined(nodes)
         (fault,) = found["interface"]
         assert code == 1 and "node1" in fault["where"] and "mgmt0" in fault["found"]

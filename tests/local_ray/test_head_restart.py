@@ -37,6 +37,7 @@ def restart_head(nodes: Nodes) -> float:
     moment = nodes[0].kill()
     time.sleep(AWAY_S)
     nodes.start_ray(0, cpus=0)
+    nodes.wait_for_ray(0)
     return moment
 
 
@@ -46,6 +47,7 @@ def test_without_storage_everything_ends_and_has_to_be_served_anew(tmp_path: Pat
         nodes.wait_for_ray(0)
         streams = begun(start(nodes))
         moment = restart_head(nodes)
+        away_s = time.monotonic() - moment
         for number in (1, 2):
             nodes[number].wait(400)  # the new head does not know them: Ray ends them, as a pod's restart needs
         ended_s = time.monotonic() - moment
@@ -57,7 +59,7 @@ def test_without_storage_everything_ends_and_has_to_be_served_anew(tmp_path: Pat
         served_s = time.monotonic() - moment
         assert Stream(server.url, body(0)).text()
         tell(
-            f"head killed, off for {AWAY_S:g} s, state in memory: the other nodes ended after {ended_s:.1f} s, "
+            f"head killed, back after {away_s:.1f} s, state in memory: the other nodes ended after {ended_s:.1f} s, "
             f"{whole} of {len(streams)} streams had ended by then, the others broke; deployed again, it served after "
             f"{served_s:.1f} s"
         )
@@ -73,18 +75,18 @@ def test_with_storage_streams_go_on_and_so_does_recovery(tmp_path: Path, tell: T
         before = server.cluster()
         streams = begun(server)
         moment = restart_head(nodes)
+        away_s = time.monotonic() - moment
         assert [stream.text() for stream in streams] == golden
         longest_s = max(stream.longest_pause_s(moment) for stream in streams)
         after = server.cluster()
         assert (after["replica"], after["epoch"]) == (before["replica"], before["epoch"])
         assert [rank["pid"] for rank in after["ranks"]] == [rank["pid"] for rank in before["ranks"]]
 
-        nodes.wait_for_ray(0)
         streams = begun(server)
         nodes.run(2, "kill", "-9", str(after["ranks"][2]["pid"]))
         assert [stream.text() for stream in streams] == golden, "a rank is lost under the new head"
         assert server.cluster()["epoch"] > before["epoch"]
         tell(
-            f"head killed, off for {AWAY_S:g} s, state in RocksDB: {len(streams)} streams went on, longest pause "
+            f"head killed, back after {away_s:.1f} s, state in RocksDB: {len(streams)} streams went on, longest pause "
             f"{longest_s:.1f} s; a rank that was lost afterwards came back"
         )
