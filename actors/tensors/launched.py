@@ -1,6 +1,6 @@
 """Steps that were launched, and their results: available now, or once they have reached the host."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple, Protocol
@@ -50,10 +50,9 @@ class Done:
 class PendingIds:
     """Sampled ids on their way to the host; their rows hold UNKNOWN_ID meanwhile."""
 
-    def __init__(self, rows: Sequence[Row], ids: Download, when_known: Callable[[Sequence[Row]], None]) -> None:
-        """`when_known` gets the rows that have gained an id, once the host knows it."""
+    def __init__(self, rows: Sequence[Row], ids: Download) -> None:
         self._rows = [(row, len(row.ids)) for row in rows]
-        self._download, self._when_known = ids, when_known
+        self._download = ids
         self._ids: list[int] | None = None
         for row in rows:
             row.ids.append(UNKNOWN_ID)
@@ -69,7 +68,6 @@ class PendingIds:
             for (row, index), token_id in zip(self._rows, self._ids, strict=True):
                 if index < len(row.ids):  # else a later step has cut the row back, to compute it anew
                     row.ids[index] = max(0, token_id)
-            self._when_known([row for (row, _), token_id in zip(self._rows, self._ids, strict=True) if token_id >= 0])
         return self._ids
 
 

@@ -7,7 +7,7 @@ import torch
 
 from actors.tensors.backend import Backend
 from actors.tensors.launched import PendingIds, PendingLogprobs, PendingStep
-from actors.tensors.sampled_ids import UNKNOWN_ID, SampledIds
+from actors.tensors.sampled_ids import SampledIds
 from actors.tensors.sampling.grammar_masks import Grammars, StepMasks
 from actors.tensors.sampling.logits_processors import SamplingRow
 from actors.tensors.sampling.logprobs import LogprobReader
@@ -52,18 +52,18 @@ class StepSampler:
         for new in step.opened:
             if new.sampling.grammar is not None:
                 rows[new.seq].grammar = self._grammars.open(new.sampling.grammar, new.sampling.stop_ids)
-        self._advance([rows[entry.seq] for entry in step.entries if entry.sample])
-
-    def _advance(self, rows: Sequence[Row]) -> None:
-        """Begin to make the masks of rows whose ids the host knows."""
-        if self._grammars is not None:
-            known = [row for row in rows if row.grammar is not None and row.ids[-1] != UNKNOWN_ID]
-            self._grammars.advance((row.grammar, row.ids[row.num_prompt :]) for row in known if row.grammar is not None)
+        for entry in step.entries:
+            row = rows[entry.seq]
+            if entry.sample and row.grammar is not None:
+                self._grammars.begin(row.grammar, row.ids[row.num_prompt :])
 
     def keep(self, rows: Sequence[Row], ids_R: torch.Tensor) -> PendingIds:
         """Append sampled ids (int64 [R], on the device) to their rows; the device knows them until they are here."""
         table_rows, positions = [row.index for row in rows], [len(row.ids) for row in rows]
-        pending = PendingIds(rows, self._backend.download(ids_R), self._advance)
+        download = self._backend.download(ids_R)
+        if self._grammars is not None:
+            self._grammars.follow([(i, row.grammar) for i, row in enumerate(rows) if row.grammar is not None], download)
+        pending = PendingIds(rows, download)
         if pending.is_ready():
             pending.take()
         else:
@@ -99,13 +99,10 @@ class StepSampler:
         return PendingStep(self.keep(rows, sampled_ids_R), logprobs, of_prompts)
 
     def _masks(self, rows: Sequence[Row]) -> StepMasks | None:
-        """The masks of rows with a grammar, after the ids that are on their way; None where there are none."""
+        """The masks of rows with a grammar; None where there are none."""
         of_rows = [(index, row.grammar) for index, row in enumerate(rows) if row.grammar is not None]
         if self._grammars is None or not of_rows:
             return None
-        while self._pending and any(rows[index].ids[-1] == UNKNOWN_ID for index, _ in of_rows):
-            self._pending.popleft().take()
-        self._advance(rows)
         return self._grammars.masks(of_rows)
 
     def _of_sampled(self, rows: Sequence[Row], logits_RV: torch.Tensor, ids_R: torch.Tensor) -> PendingLogprobs | None:

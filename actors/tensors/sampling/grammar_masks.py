@@ -7,9 +7,10 @@ G rows with a mask · B bytes, eight ids each, that cover this shard's rows of t
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from actors.decisions.grammar import GrammarMatcher
 from actors.decisions.model.shard_plan import Interval
+from actors.tensors.backend import Download
 from actors.tensors.sampling.tokenizer_file import read_vocabulary
 from actors.words.messages import GRAMMAR_FAILED
 
@@ -26,17 +28,16 @@ logger = logging.getLogger(__name__)
 
 NO_MASK_YET = -3  # in place of an id: the row's grammar is not compiled yet
 _FIRST_MASK_S = 2e-3  # how long a step waits for grammars that are not compiled, before their rows go on without an id
-_COMPILE_THREADS, _MASK_THREADS = 2, 4
+_COMPILE_THREADS, _MASK_THREADS = 4, 4
 _ROWS_A_TASK = 8  # a mask takes some 50 µs, handing it to a thread nearly as long
 
 
 @dataclass(eq=False)
 class RowGrammar:
-    """One row's grammar. Its threads write `allowed` and `has_failed` before `done` is done."""
+    """One row's grammar. Threads write to it, one after the other, until `done` is done."""
 
     matcher: "Future[GrammarMatcher]"
-    num_followed: int = 0  # generated ids that were handed to the threads
-    done: "Future[None] | None" = None  # the mask after these ids; None: none was asked for
+    done: "Future[None] | None" = None  # the mask of the row's next id; None: no sample of it was due yet
     is_first: bool = True  # nobody has waited for a mask to its end
     allowed: NDArray[np.uint8] | None = None
     has_failed: bool = False
@@ -74,22 +75,18 @@ class Grammars:
 
         return RowGrammar(self._compiling.submit(compiled))
 
-    def advance(self, rows: Iterable[tuple[RowGrammar, Sequence[int]]]) -> None:
-        """Begin to make the masks that follow these generated ids, all of each row."""
-        due = []
-        for row, ids in rows:
-            news = list(ids[row.num_followed :])
-            if row.done is not None and not news:
-                continue
-            row.num_followed = len(ids)
-            if row.done is None:  # many ids, where a row is computed again
-                row.done = self._compiling.submit(_make_masks, [(row, news)])
-            else:
-                due.append((row, news))
-        for first in range(0, len(due), _ROWS_A_TASK):
-            task = due[first : first + _ROWS_A_TASK]
-            done = self._masking.submit(_make_masks, task)
-            for row, _ in task:
+    def begin(self, row: RowGrammar, ids: Sequence[int]) -> None:
+        """Begin to make the first mask of a row, after these generated ids: many, where it is computed again."""
+        if row.done is None:
+            row.done = self._compiling.submit(_make_masks, [row], lambda: [list(ids)])
+
+    def follow(self, rows: Sequence[tuple[int, RowGrammar]], sampled: Download) -> None:
+        """Begin to make the masks after ids that were sampled, each row's at its index; threads wait for them."""
+        ready = [(index, row) for index, row in rows if not row.is_first]  # others have sampled nothing
+        for first in range(0, len(ready), _ROWS_A_TASK):
+            indices, some = zip(*ready[first : first + _ROWS_A_TASK], strict=True)
+            done = self._masking.submit(_make_masks, some, partial(_sampled, sampled, indices))
+            for row in some:
                 row.done = done
 
     def masks(self, rows: Sequence[tuple[int, RowGrammar]]) -> StepMasks:
@@ -111,12 +108,20 @@ class Grammars:
         return StepMasks([index for index, _ in rows], torch.from_numpy(allowed_GB), first % 8, outcomes)
 
 
-def _make_masks(rows: Sequence[tuple[RowGrammar, list[int]]]) -> None:
-    """In a thread: follow new ids, and make the masks after them. What goes wrong fails that row alone."""
-    for row, news in rows:
+def _sampled(download: Download, indices: Sequence[int]) -> list[list[int]]:
+    """What rows gained in a step: an id, or none."""
+    ids = download.take().tolist()
+    return [[ids[index]] if ids[index] >= 0 else [] for index in indices]
+
+
+def _make_masks(rows: Sequence[RowGrammar], news: Callable[[], list[list[int]]]) -> None:
+    """In a thread: follow the new ids of each row, and make the masks after them. An error fails its row alone."""
+    for row, new_ids in zip(rows, news(), strict=True):
+        if row.has_failed or (row.allowed is not None and not new_ids):
+            continue  # no id, since another shard was not ready: the same one is drawn again
         try:
             matcher = row.matcher.result()
-            matcher.follow(news)
+            matcher.follow(new_ids)
             row.allowed = matcher.allowed()
         except BaseException as error:  # noqa: BLE001 - a panic in Rust is no Exception
             row.has_failed = True
