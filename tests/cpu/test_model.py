@@ -93,6 +93,16 @@ def test_a_hub_id_is_served_from_the_local_cache(hub_cache: Path) -> None:
     assert resolve_source(ModelConfig(source="some-org/some-model", revision="v2")) == hub_cache / ("b" * 40)
 
 
+def test_later_ranks_load_the_commit_that_the_engine_found(hub_cache: Path) -> None:
+    model = ModelConfig(source="some-org/some-model")
+    found = read_spec(resolve_source(model)).revision
+    assert found == "a" * 40
+    (hub_cache.parent / "refs" / "main").write_text("b" * 40)  # somebody has pushed meanwhile
+    assert resolve_source(model, found) == hub_cache / found != resolve_source(model)
+    folder = ModelConfig(source=str(hub_cache / found))
+    assert resolve_source(folder, read_spec(resolve_source(folder)).revision) == hub_cache / found
+
+
 def test_a_hub_id_that_nobody_has_is_named(hub_cache: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.source: some-org/other-model .*cache"):
         resolve_source(ModelConfig(source="some-org/other-model"))
