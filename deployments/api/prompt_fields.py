@@ -12,6 +12,7 @@ from deployments.api.tool_fields import MAX_CALLS, Call, Tool
 from deployments.text.prompts import CallRule, Conversation, Prompt, content_text
 
 MAX_MESSAGES = 2048
+_GO_ON = 'send "continue_final_message": true beside the messages'
 
 
 def _prompts(value: object) -> list[Prompt]:
@@ -88,8 +89,9 @@ class Message(Body):
 
     audio: Annotated[object, only()] = None
     function_call: Annotated[object, only()] = None
-    prefix: Annotated[object, only(False)] = None  # Mistral's and DeepSeek's name for a message to go on from
-    partial: Annotated[object, only(False)] = None  # Qwen's and Kimi's
+    # Mistral's and DeepSeek's name for a message to go on with, and Qwen's and Kimi's
+    prefix: Annotated[object, only(False, instead=_GO_ON)] = None
+    partial: Annotated[object, only(False, instead=_GO_ON)] = None
 
     def for_template(self) -> dict[str, Any]:
         """The message as chat templates read it: content is a text, parts where there are several, or None."""

@@ -114,6 +114,14 @@ def test_thinking_is_left_out_where_it_is_not_wanted(thinker, says):
     assert all("reasoning" not in delta and "reasoning_content" not in delta for delta in deltas)
 
 
+def test_an_answer_that_goes_on_behind_a_thought_keeps_the_space_that_it_begins_with(thinker, says):
+    world = says(thinker, " up.")
+    half = {"role": "assistant", "content": "I look", "reasoning": "The sky?"}
+    body = {**CHAT, "messages": [*CHAT["messages"], half], "continue_final_message": True, "echo": True}
+    message = world.post(CHATS, body).json()["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": "I look up."}
+
+
 def test_special_tokens_that_are_not_skipped_leave_thinking_and_calls_what_they_are(kimi, says):
     call = "<|tool_call_begin|>functions.now:0<|tool_call_argument_begin|>{}<|tool_call_end|>"
     world = says(kimi, f"I look.<|im_user|><|tool_calls_section_begin|>{call}<|tool_calls_section_end|>")
