@@ -16,7 +16,7 @@ class AnswerBody(SamplingBody):
     return_token_ids: bool = False  # of prompt and answer
     return_tokens_as_token_ids: bool = False  # in log-probabilities: token_id:17 in place of a token's text
     prompt_logprobs: NumLogprobs | None = None
-    truncate_prompt_tokens: int | None = Field(default=None, ge=-1)  # -1: as many as fit beside the answer
+    truncate_prompt_tokens: int | None = Field(default=None, ge=-1, lt=2**31)  # -1: as many as fit beside the answer
     truncation_side: Literal["left", "right"] = "left"  # that is cut off
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")] | None = None  # of the answer's id
 

@@ -119,7 +119,7 @@ LOW_AND_HIGH = [
     ("allowed_token_ids", [], list(range(4096)), [list(range(4097)), [-1], [1.5], ["1"], [True], 5, [2**31]]),
     ("bad_words", [], ["x" * 256] * 128, [["x"] * 129, [""], ["x" * 257], [5], "x"]),
     ("prompt_logprobs", 0, 20, [-1, 21, True]),
-    ("truncate_prompt_tokens", -1, 10**9, [-2, 0, 1.5]),
+    ("truncate_prompt_tokens", -1, 2**31 - 1, [-2, 0, 1.5, 2**31]),
     ("cache_salt", "", "x" * 256, [5, "x" * 257]),
     ("logit_bias", {"0": -100}, {"4294967295": 100}, [{"5": 101}, {"5": True}, {"5": None}, {"x": 1}, {"05": 1}]),
     ("logit_bias", {}, {str(token): 1 for token in range(1024)}, [{str(token): 1 for token in range(1025)}, [5], "5"]),
