@@ -25,6 +25,8 @@ from tests.serving import until  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = "configs/demo.yaml"
 
+pytestmark = pytest.mark.timeout(300)  # it waits for processes to start, on a machine that may be busy
+
 
 @pytest.mark.usefixtures("cluster")
 def test_this_machine_is_well_and_its_links_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
