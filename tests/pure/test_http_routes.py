@@ -172,7 +172,7 @@ BOTH = [
     ({"min_tokens": 5}, "min_tokens"),  # of 4
     ({"repetition_penalty": 0}, "repetition_penalty"),
     ({"top_k": -2}, "top_k"),
-    ({"response_format": {"type": "bogus"}}, "response_format"),
+    ({"response_format": {"type": "bogus"}}, "response_format.type"),
     ({"stream": 1}, "stream"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
