@@ -23,6 +23,7 @@ pytest.importorskip("ray")
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]
 
 KEY = "sk-abcdefghijklmnopqrst"
+HEADERS = {"authorization": f"Bearer {KEY}"}
 BODY = {"model": "stagemesh-demo", "prompt": "A stage", "temperature": 0, "ignore_eos": True}
 STAGES = 2
 
@@ -57,9 +58,8 @@ def ask(run: Run, count: int, max_tokens: int = 16) -> list[int]:
     """So many requests, eight at once → their statuses."""
 
     def one(_: int) -> int:
-        headers = {"authorization": f"Bearer {KEY}"}
         body = {**BODY, "max_tokens": max_tokens}
-        return httpx.post(f"{run.url}/v1/completions", json=body, headers=headers, timeout=120).status_code
+        return httpx.post(f"{run.url}/v1/completions", json=body, headers=HEADERS, timeout=120).status_code
 
     with ThreadPoolExecutor(8) as threads:
         return list(threads.map(one, range(count)))
@@ -79,19 +79,20 @@ def test_one_target_gives_all_replicas_and_every_panel_has_an_answer(run: Run, t
         by_replica = prometheus.query("sum by (replica) (stagemesh_generation_tokens_total)")
         assert len(by_replica) == 2 and all(float(series["value"][1]) for series in by_replica)
         assert total(prometheus, "sum(vllm:generation_tokens_total)") == 40 * 16
-        victim = next(process for process in run.processes() if "RankActor" in " ".join(process.cmdline()))
+        cluster = httpx.get(f"{run.url}/cluster", headers=HEADERS, timeout=20).json()
+        victim = cluster["ranks"][1]["pid"]  # a rank, and no spare
         with ThreadPoolExecutor(1) as thread:
             asked = thread.submit(ask, run, 160, 48)
             time.sleep(5)
-            os.kill(victim.pid, signal.SIGKILL)
+            os.kill(victim, signal.SIGKILL)
             assert asked.result() == [200] * 160  # the lost rank comes back under load, and no request is lost
         tokens = 40 * 16 + 160 * 48  # what is computed again is no token of an answer
         until(lambda: total(prometheus, "sum(stagemesh_generation_tokens_total)") == tokens, within_s=20)
-        until(lambda: total(prometheus, "sum(increase(stagemesh_gang_rebuilds_total[1m]))") > 0, within_s=20)
+        until(lambda: total(prometheus, "sum(increase(stagemesh_gang_rebuilds_total[15m]))") > 0, within_s=20)
         silent = []
         for panel in panels():
             for target in panel["targets"]:
-                found = prometheus.query(filled(target["expr"], "30s", "5m"))
+                found = prometheus.query(filled(target["expr"], "15m", "15m"))
                 # NaN: 0 / 0, where nothing happened; it is an answer as any
                 if not found:
                     silent.append((panel["title"], target["expr"]))
