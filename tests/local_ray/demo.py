@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import jsonschema
 import openai
 import yaml
 
@@ -130,3 +131,42 @@ def assert_four_ranks(run: Run) -> None:
         assert found["attention_block"] == (rank["layers"][1] - rank["layers"][0], None)
         assert found["decoder_layer"][0] == 0  # float32: whole layers are a bfloat16 kernel's
         assert "not computed by a bfloat16 kernel" in found["decoder_layer"][1]
+
+
+STAGES = {
+    "type": "object",
+    "properties": {
+        "kind": {"enum": ["stage", "shard"]},
+        "count": {"type": "integer", "minimum": 1, "maximum": 99},
+        "is_cut": {"type": "boolean"},
+    },
+    "required": ["kind", "count", "is_cut"],
+    "additionalProperties": False,
+}
+
+
+def assert_structured_answers(client: openai.OpenAI) -> None:
+    """A model that nobody taught JSON writes what it is held to: a schema, calls, one of some texts."""
+    question: Any = {"model": "stagemesh-demo", "messages": [{"role": "user", "content": "What is a stage?"}]}
+    schema = {"name": "stages", "strict": True, "schema": STAGES}
+    structured: Any = {**question, "response_format": {"type": "json_schema", "json_schema": schema}}
+    for sampled in ({"temperature": 0}, {"temperature": 1.5, "seed": 1, "n": 3}):
+        answers = client.chat.completions.create(**structured, **sampled).choices
+        for answer in answers:
+            jsonschema.validate(json.loads(answer.message.content or ""), STAGES)
+            assert answer.finish_reason == "stop"
+        chunks = client.chat.completions.create(**structured, **sampled, stream=True)
+        deltas = [(one.index, one.delta.content or "") for chunk in chunks for one in chunk.choices]
+        streamed = ["".join(text for index, text in deltas if index == at) for at in range(len(answers))]
+        assert streamed == [answer.message.content for answer in answers]
+    tools = [{"type": "function", "function": {"name": name, "parameters": STAGES}} for name in ("cut", "join")]
+    for choice, names in (("required", {"cut", "join"}), ({"type": "function", "function": {"name": "join"}}, {"join"})):
+        asked: Any = {**question, "tools": tools, "tool_choice": choice, "parallel_tool_calls": False}
+        answer = client.chat.completions.create(**asked, temperature=1.5, seed=2).choices[0]
+        (call,) = answer.message.tool_calls or []
+        assert call.type == "function" and call.function.name in names
+        jsonschema.validate(json.loads(call.function.arguments), STAGES)
+        assert answer.finish_reason == "tool_calls" and answer.message.content is None
+    texts = {"structured_outputs": {"choice": ["a stage", "a shard, or a lane"]}}
+    completion = client.completions.create(model="stagemesh-demo", prompt="Q:", extra_body=texts, max_tokens=64)
+    assert completion.choices[0].text in texts["structured_outputs"]["choice"]
