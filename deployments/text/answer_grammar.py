@@ -29,21 +29,19 @@ def answer_grammar(
     thinking: Thinking | None,
     marks: Marks,
     is_loose: bool = False,
-) -> GrammarText | None:
-    """The rules, the first of which is `answer`; None where the model is free.
+) -> GrammarText:
+    """The rules, the first of which is `answer`. There is content that is asked for, or calls that are held.
 
     `form`: how the model writes calls. `thinking`: None where it cannot think, or has. `is_loose`: tools that are not
     strict are held to no schema. Raises GrammarError for what no grammar can say.
     """
-    rule = conversation.call_rule
-    tools = [tool for tool in conversation.tools if rule.allowed is None or tool["function"]["name"] in rule.allowed]
-    is_held = bool(tools) and (rule.must_call or rule.allowed is not None or bool(rule.strict))
-    if content is None and not is_held:
-        return None
+    if conversation.tools and form is None:
+        message = "it is not known how this model writes calls; leave them out, or have model.tool_format say it"
+        raise GrammarError(message, "tools")
     grammar = GrammarText(marks)
     try:
-        calls = _Calls(grammar, form, conversation, is_loose) if tools and form is not None else None
-        if rule.must_call and calls is not None:
+        calls = _Calls(grammar, form, conversation, is_loose) if conversation.tools and form is not None else None
+        if conversation.call_rule.must_call and calls is not None:
             body = calls.several()
         elif content is not None:
             wrapped = _wrapped(grammar, form, _content(grammar, content))

@@ -24,35 +24,28 @@ class Grammars:
 
     async def of(
         self, content: ContentRule | None, prompt: Prompt, answer_format: ResponseFormat | None, prefix: str
-    ) -> str | None:
-        """What an answer to the prompt is held to; None: to nothing.
+    ) -> str:
+        """What an answer to the prompt is held to: content that is asked for, calls that are held, or either.
 
         `prefix`: what the prompt has of the answer already. Raises GrammarError where it cannot be made sure of.
         """
         conversation = prompt if isinstance(prompt, Conversation) else Conversation([])
-        if content is None and not conversation.tools:
-            return None
         thinking = _thinking(answer_format, prefix) if isinstance(prompt, Conversation) else None
         form = None if answer_format is None else answer_format.form
         make = partial(answer_grammar, content, conversation, form, thinking, self._marks)
-        grammar = await self._made(make)
-        if grammar is None:
-            return None
         if conversation.continues_message:
             message = "the whole answer is held to a schema, a grammar or calls, so it cannot be begun; leave it out"
             raise GrammarError(message, "continue_final_message")
         try:
-            return await self._compiler.compile(grammar)
+            return await self._compiler.compile(await self._made(make))
         except GrammarError:
             calls = [tool["function"]["name"] for tool in conversation.tools]
             if conversation.call_rule.strict.issuperset(calls):
                 raise
         # one bad schema of a tool that is not strict fails none: its arguments are any then
-        loose = await self._made(partial(make, is_loose=True))
-        assert loose is not None
-        return await self._compiler.compile(loose)
+        return await self._compiler.compile(await self._made(partial(make, is_loose=True)))
 
-    async def _made(self, make: "partial[GrammarText | None]") -> GrammarText | None:
+    async def _made(self, make: "partial[GrammarText]") -> GrammarText:
         """In another thread: of large schemas it takes milliseconds."""
         return await asyncio.get_running_loop().run_in_executor(None, make)
 

@@ -39,6 +39,12 @@ class Conversation:
     continues_message: bool = False  # the answer goes on with the last message
 
     @property
+    def has_held_calls(self) -> bool:
+        """Whether calls are held to more than that they are read as such."""
+        rule = self.call_rule
+        return bool(self.tools) and (rule.must_call or rule.allowed is not None or bool(rule.strict))
+
+    @property
     def num_calls(self) -> int:
         """Calls that the conversation has already."""
         return sum(len(message.get("tool_calls") or []) for message in self.messages)

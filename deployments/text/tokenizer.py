@@ -167,6 +167,8 @@ class Text:
 
         Raises GrammarError where it cannot be made sure of.
         """
+        if content is None and not (isinstance(prompt, Conversation) and prompt.has_held_calls):
+            return None
         return await self._grammars.of(content, prompt, self._format, self._prefix(prompt_ids))
 
     def _prefix(self, prompt_ids: list[int]) -> str:

@@ -160,7 +160,10 @@ def assert_structured_answers(client: openai.OpenAI) -> None:
         streamed = ["".join(text for index, text in deltas if index == at) for at in range(len(answers))]
         assert streamed == [answer.message.content for answer in answers]
     tools = [{"type": "function", "function": {"name": name, "parameters": STAGES}} for name in ("cut", "join")]
-    for choice, names in (("required", {"cut", "join"}), ({"type": "function", "function": {"name": "join"}}, {"join"})):
+    for choice, names in (
+        ("required", {"cut", "join"}),
+        ({"type": "function", "function": {"name": "join"}}, {"join"}),
+    ):
         asked: Any = {**question, "tools": tools, "tool_choice": choice, "parallel_tool_calls": False}
         answer = client.chat.completions.create(**asked, temperature=1.5, seed=2).choices[0]
         (call,) = answer.message.tool_calls or []

@@ -266,6 +266,11 @@ def test_a_mark_that_ends_the_answer_is_left_to_the_end():
     assert f"<[{TOKENS.ids['<|call|>']}]>" not in grammar.render("answer")
 
 
+def test_a_model_whose_calls_are_not_known_cannot_be_made_to_call():
+    with pytest.raises(GrammarError, match=r"tools: .*model\.tool_format"):
+        calls_grammar(None, {"f": STRICT}, must_call=True)
+
+
 def test_the_field_at_fault_is_known():
     tools = {"a": {"properties": {}}, "b": {"properties": {"x": {"not": {}}}}}
     grammar = calls_grammar(form_of("hermes", ""), tools, must_call=True)
