@@ -116,7 +116,7 @@ class GrammarText:
         without = "|".join(banned)
         return self.terminal(f"/{first}(?s:.*)/" + (f" & ~/(?s:.*)({without})(?s:.*)/" if without else ""))
 
-    def json(self, schema: object, white_space: str = r"[\x20\x0A\x0D\x09]{1,32}") -> str:
+    def json(self, schema: object, white_space: str = r"[\x20\x09]{1,2}|\x0D?\x0A[\x20\x09]{0,20}") -> str:
         """JSON that obeys a schema: an object of keywords, or true.
 
         `white_space`: at each place where it may be; bounded, so that a model cannot write blanks for ever.

@@ -166,11 +166,11 @@ def test_types_of_a_schema_with_circles_are_found_at_once():
 
 
 def test_how_a_checkpoints_own_format_is_written_follows_its_marks_or_its_chat_template():
-    calls = {"open": "<c>", "close": "</c>", "content": "json"}
+    calls = {"open": "<c>", "close": "</c>", "content": "json", "repeats": True}
     thinking = {"open": "<t>", "close": "</t>", "content": "text"}
     own = {"start_anchor": "A", "fields": {"tool_calls": calls, "thinking": thinking, "content": {"content": "text"}}}
     found = choose_format("auto", own, "{{ tools }}", [], "")
     assert (found.form.call[:6], found.form.call[-7:], found.thought) == ("<c>%LF", "%LF</c>", ("<t>", "</t>"))
-    own["fields"]["tool_calls"] = {"open_pattern": "<function=(?P<name>[a-z]+)>", "close": "</c>", "content": "json"}
+    own["fields"]["tool_calls"] = OWN["fields"]["tool_calls"]
     assert choose_format("auto", own, "{{ tools }} <function=", [], "").form.dialect == "tags"
     assert choose_format("auto", own, "{{ tools }}", [], "").form is None
