@@ -28,7 +28,10 @@ class Question:
 
 
 def questions(model: str, seed: int = 0, max_tokens: tuple[int, int] = (80, 240)) -> dict[str, list[Question]]:
-    """What a crowd asks: greedy streams (every other one tells its tokens), plain requests, and seeded ones."""
+    """What a crowd asks: greedy streams (every other one tells its tokens), plain requests, and seeded ones.
+
+    Half of the seeded have a grammar.
+    """
     chance = random.Random(seed)
 
     def one(kind: str, number: int) -> Question:
@@ -41,6 +44,9 @@ def questions(model: str, seed: int = 0, max_tokens: tuple[int, int] = (80, 240)
         }
         if kind == "seeded":
             body |= {"temperature": 1.0, "seed": chance.randrange(2**31), "top_p": 0.95}
+        if kind == "seeded" and number >= 2:
+            del body["ignore_eos"]  # a grammar says itself where the text ends
+            body |= {"structured_outputs": {"regex": "([A-Z]?[a-z]+[,.]? ?|[0-9]{2,5} )+!"}}
         if kind != "plain":
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         if kind == "stream" and number % 2:
