@@ -228,7 +228,8 @@ def test_four_stages_on_four_nodes_give_transformers_own_ids(checkpoint: Path, t
         by_stage = [{rank["node"] for rank in ranks if rank["stage"] == stage} for stage in range(4)]
         assert [len(found) for found in by_stage] == [1] * 4
         assert set.union(*by_stage) == set(nodes.alive().values())
-        assert [rank["layers"] for rank in ranks[::2]] == [[0, 2], [2, 4], [4, 6], [6, 8]]
+        layers = [rank["layers"] for rank in ranks[::2]]  # dealt by cost, so the last stage, with the head, has fewer
+        assert [first for first, _ in layers] + [8] == [0] + [end for _, end in layers]
         asked = {"model": "model", "max_tokens": 24, "temperature": 0, "ignore_eos": True}
         for prompt, ids in zip(prompts, expected, strict=True):
             (choice,) = server.post({**asked, "prompt": prompt}).json()["choices"]
