@@ -232,5 +232,8 @@ def test_four_stages_on_four_nodes_give_transformers_own_ids(checkpoint: Path, t
         assert [first for first, _ in layers] + [8] == [0] + [end for _, end in layers]
         asked = {"model": "model", "max_tokens": 24, "temperature": 0, "ignore_eos": True}
         for prompt, ids in zip(prompts, expected, strict=True):
-            (choice,) = server.post({**asked, "prompt": prompt}).json()["choices"]
-            assert choice["text"] == tokenizer.decode(ids)
+            answer = server.post({**asked, "prompt": prompt}, timeout_s=120).json()
+            # an id that the tokenizer lacks is nothing in Transformers' text, and a mark in ours
+            said = answer["choices"][0]["text"].replace("\ufffd", "")
+            assert said == tokenizer.decode(ids).replace("\ufffd", "")
+            assert answer["usage"]["completion_tokens"] == len(ids)
