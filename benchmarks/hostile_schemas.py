@@ -76,8 +76,10 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
         for number in range(options.rounds):
             until = time.perf_counter() + options.seconds
             streams = [golden(session, options.url, options.model, until) for _ in range(options.streams)]
-            senders = [harm(session, options.url, options.model, until, told) for _ in range(options.senders)]
-            harmful = [asyncio.create_task(sender) for sender in senders] if number % 2 else []
+            num_senders = options.senders if number % 2 else 0
+            harmful = [
+                asyncio.create_task(harm(session, options.url, options.model, until, told)) for _ in range(num_senders)
+            ]
             gaps = [gap for stream in await asyncio.gather(*streams) for gap in stream]
             await asyncio.gather(*harmful)
             (beside if number % 2 else plain).extend(gaps)

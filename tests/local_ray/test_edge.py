@@ -21,6 +21,7 @@ from tests.local_ray.demo import (
     assert_printed_command_works,
     assert_readme_example_works,
     assert_streams_at_once_equal_one_by_one,
+    assert_structured_answers,
     assert_trained_answers,
     client_of,
 )
@@ -89,6 +90,11 @@ def test_the_demo_answers_what_it_was_trained_to(run: Run) -> None:
         assert_trained_answers(client)
         assert_streams_at_once_equal_one_by_one(client)
     assert_four_ranks(run)
+
+
+def test_structured_answers_over_two_shards_and_two_stages(run: Run) -> None:
+    with client_of(run) as client:
+        assert_structured_answers(client)
 
 
 def test_the_programs_that_docs_show_work(run: Run) -> None:
