@@ -8,9 +8,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TENSORS = "actors/tensors/backends"
-# Files that may read it: the backends, the transports and their choice, and where Ray is asked for a device.
+# Files that may read it: the backends, the transports, their choice and what measures them.
 MAY_ASK = (f"{TENSORS}/", "cluster/collectives/groups.py", "cluster/collectives/cpu_transport.py")
-MAY_ASK += ("cluster/collectives/cuda_transport.py",)
+MAY_ASK += ("cluster/collectives/cuda_transport.py", "cluster/collectives/speed.py")
 SHARED = {
     "choose",
     "reference",
