@@ -20,6 +20,7 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -53,6 +54,7 @@ class Served:
     dashboard: bool
     started_ray: bool = False
     deployed: bool = False
+    proxy: Proxy | None = None
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -74,14 +76,22 @@ def main(argv: list[str] | None = None) -> int:
     try:
         served = read(options.config, dashboard=options.dashboard)
         served.say(f"reading {served.path}")
+        proxy = served.proxy = make_proxy(served)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    proxy = Proxy(read_document(served.path), served.config, os.environ)
     try:
         return run(served, proxy.news)
     finally:
         proxy.remove_files()
+
+
+def make_proxy(served: Served) -> Proxy:
+    """Choose the proxy, and complete the environment for it. Raises ValueError."""
+    try:
+        return Proxy(read_document(served.path), served.config, os.environ)
+    except ValueError as error:
+        raise ValueError(f"{served.path}: {error}") from None
 
 
 def run(served: Served, news: list[str]) -> int:
@@ -239,7 +249,7 @@ def look(served: Served) -> tuple[str, str, list[str]]:
 def stop(served: Served) -> None:
     """End the application, and Ray where we started it; nothing that we started is left after this."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
-        signal.signal(number, _hurry)
+        signal.signal(number, partial(_hurry, served))
     signal.alarm(int(SHUTDOWN_S + served.config.timeouts.drain_s))
     import ray
     from ray import serve
@@ -275,8 +285,10 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _hurry(number: int, frame: object) -> None:
+def _hurry(served: Served, number: int, frame: object) -> None:
     end_children(patience_s=0.0)
+    if served.proxy is not None:
+        served.proxy.remove_files()
     os._exit(130)
 
 

