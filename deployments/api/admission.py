@@ -1,9 +1,11 @@
 """Admission: limits how much is let in at once, by sequences and by waiting tokens; the rest is refused at once."""
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from configs.config import AdmissionConfig
 from deployments.api.errors import ApiError
@@ -56,12 +58,12 @@ class Admission:
         """Raises ApiError (503) where there is no room for `count` sequences of a key. Cheap: no body is read yet."""
         if lacking := self._places.num_lacking(key, count):
             retry_after_s = self._sequences.retry_after_s(lacking, self.num_admitted)
-            raise _full(f"{self.max_requests} requests", retry_after_s)
+            raise _full(self._fullness(key, count), retry_after_s)
         self._check_waiting(1)
 
     @contextmanager
-    def reserve(self, count: int, key: str = "") -> Iterator[None]:
-        """Let `count` sequences of a key in while the block runs.
+    def reserve(self, count: int, key: str = "") -> Iterator[Callable[[], None]]:
+        """Let `count` sequences of a key in while the block runs, which calls what it is given once they are served.
 
         Raises ApiError: 503 when full, or when other keys may still want what is free; 400 when never possible.
         """
@@ -75,11 +77,13 @@ class Admission:
         self.check_room(key, count)
         self._places.take(key, count)
         self._is_idle.clear()
+        served: list[int] = []  # what is refused later has made no room: how fast places come free is not told by it
         try:
-            yield
+            yield partial(served.append, count)
         finally:
             self._places.give_back(key, count)
-            self._sequences.note(count)
+            if served:
+                self._sequences.note(count)
             if not self.num_admitted:
                 self._is_idle.set()
 
@@ -93,6 +97,13 @@ class Admission:
             yield waiting
         finally:
             waiting.end(has_begun=False)
+
+    def _fullness(self, key: str, count: int) -> str:
+        """Why there is no room for `count` sequences of a key, in words."""
+        if self.num_admitted + count > self.max_requests:
+            return f"{self.max_requests} requests"
+        share = math.floor(self._places.share())
+        return f"of its {self.max_requests} places {share} are this key's share while other keys ask too"
 
     def _check_waiting(self, num_tokens: int) -> None:
         """Whoever finds nobody waiting is let in, however long the prompt."""

@@ -21,9 +21,14 @@ class FairPlaces:
         """How many places have to come free before `count` more can be given to a key; 0: there is room."""
         self._seen[key] = self._clock()
         wanted = self.num_taken + count
-        if self._held.get(key, 0) + count > self._share():
+        if self.is_above_share(key, count):
             wanted += self._reserved(key)
         return max(0, wanted - self.total)
+
+    def is_above_share(self, key: str, count: int) -> bool:
+        """Whether `count` more are above a key's share. Never for one that has none: it could not ask for less."""
+        held = self._held.get(key, 0)
+        return held > 0 and held + count > self.share()
 
     def take(self, key: str, count: int) -> None:
         """Give places to a key."""
@@ -36,13 +41,14 @@ class FairPlaces:
         self._held[key] -= count
         self._seen[key] = self._clock()
 
-    def _share(self) -> float:
+    def share(self) -> float:
+        """How many places each key may have that has asked for some lately."""
         self._forget()
         return self.total / len(self._seen)
 
     def _reserved(self, key: str) -> int:
         """What other keys lack to their shares, at most half of all places: they may not come at all."""
-        share = self._share()
+        share = self.share()
         lacking = sum(max(0.0, share - self._held.get(other, 0)) for other in self._seen if other != key)
         return min(self.total // 2, int(lacking))
 

@@ -124,13 +124,14 @@ class Service:
         if self.is_draining:
             raise draining()
         self.check_body(body)
-        with self.admission.reserve(len(body.prompts) * body.n, account.name):
+        with self.admission.reserve(len(body.prompts) * body.n, account.name) as note_served:
             generation = await self.prepare(body, deadline)
             num_prompt_tokens = generation.usage.prompt_tokens
             try:
                 with self.admission.wait(num_prompt_tokens) as waiting:
                     account.spend(num_prompt_tokens)
                     generation.start(key=account.name, on_first=waiting.end)
+                    note_served()
                     yield generation
             finally:
                 generation.end()

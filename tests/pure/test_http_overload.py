@@ -45,8 +45,8 @@ def test_the_time_to_come_back_is_that_in_which_places_come_free():
     admission = Admission(AdmissionConfig(max_requests=4), clock)
     for _ in range(10):  # a sequence ends every 5 s
         clock.now += 5
-        with admission.reserve(1):
-            pass
+        with admission.reserve(1) as note_served:
+            note_served()
     held = admission.reserve(4)
     with held:
         told = [refusal(admission.reserve(1)) for _ in range(6)]
@@ -145,6 +145,36 @@ def test_a_key_that_comes_to_a_full_server_soon_has_its_half():
     assert fill(server, "greedy") == 8
 
 
+def test_a_request_larger_than_its_keys_share_is_let_in_where_there_is_room():
+    clock = Clock()
+    server = places(clock)
+    for key in ("a", "b"):
+        assert server.num_lacking(key, 1) == 0
+    assert server.num_lacking("a", 9) == 0, "it could not ask for less, and nobody is in"
+    server.take("a", 9)
+    assert server.num_lacking("a", 1) > 0 and server.num_lacking("b", 8) == 1
+    assert server.num_lacking("b", 7) == 0
+
+    admission = Admission(AdmissionConfig(max_requests=16), clock)
+    with admission.reserve(1, "b"):
+        pass
+    with admission.reserve(8, "a"), pytest.raises(ApiError, match="of its 16 places 8 are this key's share"):
+        admission.check_room("a")
+
+
+def test_what_is_refused_after_it_was_let_in_says_nothing_of_how_fast_places_come_free():
+    clock = Clock()
+    admission = Admission(AdmissionConfig(max_requests=4), clock)
+    for is_served in [False] * 50 + [True, True]:
+        clock.now += 1
+        with admission.reserve(1) as note_served:
+            if is_served:
+                clock.now += 9
+                note_served()
+    with admission.reserve(4):
+        assert refusal(admission.reserve(1)) > 4
+
+
 def test_many_keys_that_ask_for_little_leave_half_of_the_places():
     server = places(Clock(), total=100)
     for number in range(50):
@@ -191,7 +221,7 @@ class Simulation:
         """A request comes → how long it is told to wait; None: it is let in."""
         place = self.admission.reserve(1, key)
         try:
-            place.__enter__()
+            place.__enter__()()
         except ApiError as error:
             self.num_refused += 1
             return error.retry_after_s
