@@ -14,8 +14,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
+from actors.stores.disk import ROOM, check_room
 from actors.stores.intervals import Interval, merged, num_bytes, pieces, without
-from actors.stores.mirror import ROOM, WEIGHTS, Mirror, check_room, read_range
+from actors.stores.mirror import WEIGHTS, Mirror, read_range
 from actors.stores.partial_file import PartialFile
 from actors.stores.urls import filesystem_of
 from actors.words.errors import CheckpointError
@@ -133,7 +134,7 @@ class _Fetch:
     def _submit(self, todo: deque[tuple[str, Interval]], pool: ThreadPoolExecutor) -> None:
         """Start requests for pieces that nobody else fetches; the others go to the end of the queue."""
         for _ in range(len(todo)):
-            if len(self._running) == _NUM_AT_ONCE:
+            if len(self._running) >= _NUM_AT_ONCE:  # one piece may have become several requests
                 return
             name, piece = todo.popleft()
             file = self._files[name]

@@ -1,21 +1,19 @@
 """A node's copy of a checkpoint in an object store: a folder a version, its weights as far as they were fetched."""
 
 import contextlib
-import fcntl
 import fnmatch
 import hashlib
 import json
 import logging
-import os
 import re
-import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from actors.stores.disk import ROOM, check_room, locked, write_whole
 from actors.stores.partial_file import PartialFile
 from actors.stores.retries import Pause, patiently
 from actors.stores.urls import filesystem_of
@@ -24,12 +22,14 @@ from actors.words.errors import CheckpointError
 WEIGHTS = "*.safetensors"
 logger = logging.getLogger(__name__)
 
-ROOM = "set model.cache_folder to a folder on a disk with room, which this user may write"
 _MANIFEST = ".mirror.json"
 _LENGTH_BYTES = 8  # that say how long a header is
 _MAX_BYTES = 100_000_000  # the format's own limit
 _NUM_AT_ONCE = 8  # files that are looked at, or fetched whole, at a time
-_TAGS = ("ETag", "etag", "md5Hash", "generation", "Content-MD5", "LastModified", "Last-Modified", "mtime", "updated")
+_TAGS = (
+    *("ETag", "etag", "md5Hash", "generation", "Content-MD5", "LastModified", "Last-Modified", "mtime", "updated"),
+    *("blob_id", "xet_hash", "last_modified", "modificationTime"),  # the hub, Azure, WebHDFS
+)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def open_mirror(url: str, version: str | None, cache: Path, wanted: Sequence[str
     base = copies_of(url, cache)
     try:
         base.mkdir(parents=True, exist_ok=True)
-        with _locked(base / ".lock"):
+        with locked(base / ".lock"):
             mirror = None if version is None else mirror_of(base / version)
             filesystem = None
             if mirror is None:
@@ -106,12 +106,21 @@ def copies_of(url: str, cache: Path) -> Path:
 
 
 def mirror_of(folder: Path) -> Mirror | None:
-    """The mirror that a folder is, None for any other folder."""
-    with contextlib.suppress(FileNotFoundError):
+    """The mirror that a folder is, None for any other folder, whatever its files say of it.
+
+    A manifest counts only where it would have been written: in the folder of its own URL and version.
+    """
+    with contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
         manifest = json.loads((folder / _MANIFEST).read_bytes())
-        files = {name: StoredFile(**file) for name, file in manifest.pop("files").items()}
-        return Mirror(folder, files=files, **manifest)
+        files = {name: StoredFile(int(file["size"]), str(file["tag"])) for name, file in manifest["files"].items()}
+        is_here = copies_of(manifest["url"], folder.parent.parent) == folder.parent and _version(files) == folder.name
+        if is_here and all(Path(name).name == name and not name.startswith(".") for name in files):
+            return Mirror(folder, str(manifest["url"]), files, bool(manifest["sends_ranges"]))
     return None
+
+
+def _version(files: dict[str, StoredFile]) -> str:
+    return _digest(json.dumps({name: asdict(file) for name, file in files.items()}))[:16]
 
 
 def stored_file(filesystem: Any, url: str, name: str, pause: Pause = time.sleep) -> StoredFile:
@@ -152,7 +161,7 @@ def _ask(
         raise ValueError(f"model.source: {url} holds no config.json; name the prefix of a Transformers checkpoint")
     with ThreadPoolExecutor(_NUM_AT_ONCE) as pool:
         files = dict(zip(names, pool.map(lambda name: stored_file(filesystem, url, name), names), strict=True))
-    found = _digest(json.dumps({name: asdict(file) for name, file in files.items()}))[:16]
+    found = _version(files)
     if version is not None and found != version:
         raise ValueError(
             f"model.revision: {url} is not at version {version}, but at {found}, and this node has no copy of "
@@ -160,12 +169,18 @@ def _ask(
         )
     if (known := mirror_of(base / found)) is not None:
         return known
+    if untagged := [name for name, file in files.items() if not file.tag]:
+        logger.warning(
+            "%s tells no versions of %s apart: a file that is replaced by one of the same size is not noticed; write "
+            "another version to another prefix, or remove %s before you start anew",
+            *(url, untagged[0], base),
+        )
     first_byte = patiently(f"model.source: {url}", lambda: filesystem.cat_file(f"{url}/config.json", start=0, end=1))
     mirror = Mirror(base / found, url, files, len(first_byte) == 1)
     mirror.folder.mkdir(exist_ok=True)
     manifest = asdict(mirror)
     del manifest["folder"]
-    _write_whole(mirror.folder / _MANIFEST, json.dumps(manifest).encode())
+    write_whole(mirror.folder / _MANIFEST, json.dumps(manifest).encode())
     return mirror
 
 
@@ -178,6 +193,8 @@ def _fetch_small(mirror: Mirror, filesystem: Any) -> None:
     lacking = [name for name in mirror.files if not _is_here(mirror, name)]
     if not lacking:
         return
+    whole = [name for name in lacking if not mirror.sends_ranges or not fnmatch.fnmatchcase(name, WEIGHTS)]
+    check_room(mirror.folder, sum(mirror.files[name].size for name in whole), mirror.url)
     filesystem = filesystem or filesystem_of(mirror.url)
     with ThreadPoolExecutor(_NUM_AT_ONCE) as pool:
         for _ in pool.map(lambda name: _fetch_file(mirror, filesystem, name), lacking):
@@ -201,7 +218,7 @@ def _fetch_file(mirror: Mirror, filesystem: Any, name: str) -> None:
     if not fnmatch.fnmatchcase(name, WEIGHTS):
         data = read_range(mirror, filesystem, name, 0, size)
         mirror.check(filesystem, name)
-        _write_whole(mirror.folder / name, data)
+        write_whole(mirror.folder / name, data)
         return
     here = size if not mirror.sends_ranges and _fetch_whole(mirror, filesystem, name) else 0
     file = mirror.partial(name)
@@ -226,7 +243,6 @@ def _read_header(mirror: Mirror, filesystem: Any, name: str) -> bytes:
 
 def _fetch_whole(mirror: Mirror, filesystem: Any, name: str) -> bool:
     """A file of a store that sends no ranges, in one piece that cannot be resumed."""
-    check_room(mirror.folder, mirror.files[name].size, mirror.url)
     beside, size = mirror.folder / f".{name}.part", mirror.files[name].size
 
     def fetch() -> None:
@@ -234,20 +250,13 @@ def _fetch_whole(mirror: Mirror, filesystem: Any, name: str) -> bool:
         if beside.stat().st_size != size:
             raise ConnectionError(f"{beside.stat().st_size} bytes came, of {size}")
 
-    patiently(f"model.source: {mirror.url}/{name}", fetch)
-    mirror.check(filesystem, name)
-    beside.replace(mirror.folder / name)
+    try:
+        patiently(f"model.source: {mirror.url}/{name}", fetch)
+        mirror.check(filesystem, name)
+        beside.replace(mirror.folder / name)
+    finally:
+        beside.unlink(missing_ok=True)
     return True
-
-
-def check_room(folder: Path, lacking: int, url: str) -> None:
-    """Raises CheckpointError unless the disk has room for so many bytes more."""
-    free = shutil.disk_usage(folder).free
-    if free < lacking:
-        raise CheckpointError(
-            f"model.source: {lacking / 1e9:.3f} GB of {url} are still to be fetched, but the disk of {folder} has "
-            f"{free / 1e9:.3f} GB left; make room (copies of other versions lie beside it), or {ROOM}"
-        )
 
 
 def read_range(mirror: Mirror, filesystem: Any, name: str, first: int, end: int, pause: Pause = time.sleep) -> bytes:
@@ -262,24 +271,6 @@ def read_range(mirror: Mirror, filesystem: Any, name: str, first: int, end: int,
         return data
 
     return patiently(f"model.source: {mirror.url}/{name}, bytes {first} to {end}", fetch, pause)
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """A file that is there whole or not at all."""
-    beside = path.with_name(f".{path.name}.part")
-    with beside.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    beside.replace(path)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process of the node at a time; the kernel frees the lock of a process that ends, however it ends."""
-    with path.open("wb") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
 
 
 def _digest(text: str) -> str:

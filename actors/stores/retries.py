@@ -1,5 +1,6 @@
 """Patience with object stores: what may pass is tried again, later and later; what cannot pass is said at once."""
 
+import errno
 import logging
 import random
 import time
@@ -13,6 +14,7 @@ FIRST_PAUSE_S = 0.5  # doubled after each try: about a minute in all
 # Said by the store for good, or a mistake in what was asked: another try would hear the same
 _FINAL = (PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
 _MISTAKES = (NotImplementedError, ImportError, TypeError, ValueError, AttributeError, KeyError, AssertionError)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What clients of stores say where nobody has given them credentials; by name, so that none has to be installed
 _WITHOUT_CREDENTIALS = {
     "NoCredentialsError",
@@ -33,13 +35,18 @@ Pause = Callable[[float], None]  # waits seconds
 
 
 def patiently(what: str, work: Callable[[], Result], pause: Pause = time.sleep) -> Result:
-    """What `work` returns, tried up to TRIES times. Raises ValueError that says `what` failed, and how it goes on."""
+    """What `work` returns, tried up to TRIES times. Raises ValueError that says `what` failed, and how it goes on.
+
+    An OSError of a disk without room is no matter of the store, and comes as it is, at once.
+    """
     for attempt in range(1, TRIES + 1):
         try:
             return work()
         except (*_FINAL, *_MISTAKES) as error:
             raise ValueError(f"{what}: {_shown(error)}; look at the address, and at {_CREDENTIALS}") from error
         except Exception as error:  # each store has classes of its own for what passes
+            if isinstance(error, OSError) and error.errno in _DISK_FULL:
+                raise
             if type(error).__name__ in _WITHOUT_CREDENTIALS:
                 raise ValueError(f"{what}: {_shown(error)}; give {_CREDENTIALS}") from error
             if attempt == TRIES:

@@ -11,9 +11,9 @@ from configs.config import Config
 
 _SEED_MASK = 2**63 - 1
 # Groups of keys that change where and how fast a job runs, and none of its answers
-_NOT_OF_THE_ANSWERS: Any = dict.fromkeys(("placement", "timeouts", "recovery", "scheduler", "batch"), True) | {
-    "model": {"cache_folder"}
-}
+_NOT_OF_THE_ANSWERS: Any = dict.fromkeys(
+    ("placement", "timeouts", "recovery", "scheduler", "batch", "network", "monitoring", "api"), True
+) | {"model": {"cache_folder"}}
 _READ_WHOLE_BELOW = 64 << 20  # bytes of a checkpoint's file; of larger ones, which are weights, the size counts
 
 

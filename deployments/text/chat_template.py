@@ -129,10 +129,13 @@ class ChatTemplate:
             return True, False
         if role not in self._read:
             before, after = _AROUND.get(role, ([], []))
-            as_text, as_parts = (
-                str((self._answer([*before, {"role": role, "content": content}, *after]) or {}).get("text", ""))
+            answers = [
+                self._answer([*before, {"role": role, "content": content}, *after])
                 for content in (_PROBE, [{"type": "text", "text": _PROBE}])
-            )
+            ]
+            if None in answers:  # the process ended, which tells nothing of the template: it is tried again
+                return True, False
+            as_text, as_parts = (str((answer or {}).get("text", "")) for answer in answers)
             reads_text = _PROBE in as_text
             # where it takes parts for a text, it writes them as Python or JSON does
             is_written_out = "'text'" in as_parts or '"text"' in as_parts

@@ -112,6 +112,14 @@ def test_a_head_that_is_stored_beside_a_tied_embedding_is_compared(tmp_path: Pat
         assert 0 < sum(one.end - one.first for one in store.weights()) <= 2 * 16 * config["hidden_size"] * 4
 
 
+def test_a_copy_is_no_folder_to_serve(model: Callable[[str], ModelConfig], tmp_path: Path) -> None:
+    folder = resolve_source(model("node"))
+    with pytest.raises(ValueError, match=r"is a copy of which parts may be missing; name its URL, http://127"):
+        resolve_source(ModelConfig(source=str(folder)))
+    moved = folder.rename(tmp_path / "moved")  # with a manifest that says it is one, and whole
+    assert resolve_source(ModelConfig(source=str(moved))) == moved and source_module.revision_of(moved) is None
+
+
 def test_a_plan_reads_no_weights(
     store: RangeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,8 +12,10 @@ import fsspec
 import msgspec
 import pytest
 
-from configs.config import Config
+from configs.api import ApiConfig
+from configs.config import Config, NetworkConfig
 from deployments.batch import answerer, journal, lease
+from deployments.batch.identity import config_sha256
 from deployments.batch.lease import Holder, Lease
 from deployments.batch.manifest import agree_on_length
 from deployments.batch.object_store import ObjectStore
@@ -127,6 +129,10 @@ def test_another_job_under_the_same_output_is_refused(desk):
     for run, words in wrong:
         with pytest.raises(ValueError, match=words):
             run()
+    logged = Config.model_validate(desk.config.model_dump() | {"monitoring": {"access_log": "none"}})
+    logged = logged.model_copy(update={"api": ApiConfig(keys="file:keys"), "network": NetworkConfig(interface="lo")})
+    folder = Path(desk.config.model.source)
+    assert config_sha256(logged, folder) == config_sha256(desk.config, folder)
     slower = desk.config.model_copy(update={"timeouts": desk.config.timeouts.model_copy(update={"start_s": 7.0})})
     rows = desk.input.read_bytes()
     desk.write(some_rows(44))

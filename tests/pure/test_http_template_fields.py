@@ -145,6 +145,15 @@ def test_what_contradicts_or_has_no_effect_is_refused(world, error_of, fields, p
     assert error_of(world.post(CHATS, {**CHAT, **fields}), 400)["param"] == param
 
 
+def test_a_probe_whose_process_ended_is_tried_again(with_template, monkeypatch):
+    _, text = with_template(PARTS_ALONE + " ")
+    with monkeypatch.context() as patch:
+        patch.setattr("deployments.text.limited_process.LimitedProcess.ask", lambda *_: None)
+        with pytest.raises(ConversationError, match="takes too long"):
+            rendered(text, USER)
+    assert "the lazy dog" in rendered(text, USER)
+
+
 def test_documents_reach_a_template_that_reads_them(with_template):
     template = "{% for d in documents or [] %}[{{ d.title }}: {{ d.text }}]{% endfor %}{{ messages[0].content }}"
     tokenizer, text = with_template(template)

@@ -1,6 +1,8 @@
 """A node's copy of a checkpoint in a store: each byte comes once, whoever dies, and what fails is named."""
 
+import errno
 import itertools
+import json
 import logging
 import multiprocessing
 import os
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from actors.stores import disk as disk_module
 from actors.stores import fetch as fetch_module
 from actors.stores import mirror as mirror_module
 from actors.stores import partial_file as partial_module
@@ -294,8 +297,8 @@ def test_a_disk_without_room_is_named_before_anything_comes(
     store: RangeServer, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mirror, before = opened(store, cache), len(store.sent)
-    usage = mirror_module.shutil.disk_usage(cache)
-    monkeypatch.setattr(mirror_module.shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    usage = disk_module.shutil.disk_usage(cache)
+    monkeypatch.setattr(disk_module.shutil, "disk_usage", lambda path: usage._replace(free=10_000))
     with pytest.raises(CheckpointError, match=r"still to be fetched.*has 0\.000 GB left.*model\.cache_folder"):
         fetch_all(mirror)
     assert len(store.sent) == before
@@ -329,7 +332,72 @@ def test_a_disk_that_fills_up_is_named(store: RangeServer, cache: Path) -> None:
     assert_is_here(mirror, store, "model-1.safetensors", [(0, 50_000)])
 
 
+def test_a_full_disk_is_no_matter_of_tries(store: RangeServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.sends_ranges = False
+    tries = []
+
+    def get_file(self: object, url: str, path: str) -> None:
+        tries.append(url)
+        Path(path).write_bytes(b"begun")
+        raise OSError(errno.ENOSPC, "No space left on device", path)
+
+    monkeypatch.setattr(type(mirror_module.filesystem_of(store.url)), "get_file", get_file)
+    with pytest.raises(CheckpointError, match=r"No space left on device.*set model\.cache_folder"):
+        opened(store, cache)
+    assert len(tries) == len(set(tries)) and not list(cache.rglob("*.part"))
+
+
+def test_files_that_come_whole_must_have_room_together(
+    store: RangeServer, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.sends_ranges = False
+    usage = disk_module.shutil.disk_usage(cache.parent)
+    monkeypatch.setattr(disk_module.shutil, "disk_usage", lambda path: usage._replace(free=60_000))
+    with pytest.raises(CheckpointError, match=r"still to be fetched.*model\.cache_folder"):
+        opened(store, cache)
+    assert store.weights() == []
+
+
+# Folders that are none of our copies
+
+
+def test_a_manifest_counts_only_where_it_would_have_been_written(store: RangeServer, cache: Path) -> None:
+    mirror = opened(store, cache)
+    there = json.loads((mirror.folder / ".mirror.json").read_bytes())
+    elsewhere = cache / "downloaded" / mirror.version
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "config.json").write_text("{}")
+    (elsewhere / "model-1.safetensors").write_bytes(b"the user's own")
+    outside = {"../of_the_user.json": {"size": 1, "tag": ""}}
+    for manifest in (there, [], 5, {}, {**there, "files": []}, {**there, "url": 5}, {**there, "files": outside}):
+        (elsewhere / ".mirror.json").write_text(json.dumps(manifest))
+        assert mirror_of(elsewhere) is None
+    for changed in ({**there, "files": outside}, {**there, "url": store.url + "/other"}, []):
+        (mirror.folder / ".mirror.json").write_text(json.dumps(changed))
+        assert mirror_of(mirror.folder) is None
+    assert opened(store, cache) == mirror == mirror_of(mirror.folder)  # written anew
+    assert (elsewhere / "model-1.safetensors").read_bytes() == b"the user's own"
+
+
+def test_a_store_that_tells_no_versions_is_warned_of(
+    store: RangeServer, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(mirror_module, "_TAGS", ())
+    opened(store, cache)
+    assert "tells no versions of config.json apart" in caplog.text
+
+
 # Processes
+
+
+def settled_bytes(store: RangeServer) -> int:
+    """What the store has sent, once it sends nothing more to a process that is dead."""
+    before, since = store.sent_bytes(), time.monotonic()
+    while time.monotonic() - since < 0.3:
+        time.sleep(0.01)
+        if (now := store.sent_bytes()) != before:
+            before, since = now, time.monotonic()
+    return before
 
 
 def test_a_killed_fetch_goes_on(store: RangeServer, cache: Path) -> None:
@@ -341,8 +409,8 @@ def test_a_killed_fetch_goes_on(store: RangeServer, cache: Path) -> None:
     os.kill(process.pid or 0, signal.SIGKILL)
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    time.sleep(0.1)  # what the store still sends to nobody
-    before, store.fault = store.sent_bytes(), lambda *_: None
+    store.fault, store.seconds_each = lambda *_: None, 0.0
+    before = settled_bytes(store)
     rest = fetch_all(mirror).fetched_bytes
     total = sum(SIZES.values())
     assert 0 < rest < total - 2 * 108 and store.sent_bytes() - before == rest
@@ -363,9 +431,13 @@ def test_processes_of_a_node_share_one_fetch(store: RangeServer, cache: Path) ->
 
     processes = [in_process(take_part, first) for first in (0, 0, 10_000)]
     start.set()
-    for process in processes:
-        process.join(30)
-        assert process.exitcode == 0
+    try:
+        for process in processes:
+            process.join(30)
+        assert [process.exitcode for process in processes] == [0, 0, 0]
+    finally:
+        for process in processes:
+            process.kill()
     mirror = opened(store, cache)
     for name, size in SIZES.items():
         assert store.sent_bytes(name) == size

@@ -14,7 +14,7 @@ from configs.files import PROJECT_ROOT
 # Serving reads weights, configs and tokenizer files at the top of the repository. The same weights in their original
 # format (consolidated*.safetensors) would double the download.
 _WANTED = [WEIGHTS, "*.json", "*.model", "*.txt", "*.jinja"]
-_UNWANTED = ["*/*", "consolidated*"]
+_UNWANTED = ["*/*", "consolidated*", ".*"]
 
 
 def resolve_source(model: ModelConfig, revision: str | None = None) -> Path:
@@ -43,6 +43,11 @@ def local_folder(source: str, revision: str | None = None) -> Path | None:
         return None
     folder = (PROJECT_ROOT / Path(source).expanduser()).resolve()
     if folder.is_dir():
+        if (mirror := mirror_of(folder)) is not None:  # it may have come from anywhere, and would be fetched into
+            raise ValueError(
+                f"model.source: {folder} is a copy of which parts may be missing; name its URL, {mirror.url}, and "
+                "model.cache_folder for where copies are"
+            )
         if revision is not None:
             raise ValueError(
                 f"model.revision: {revision!r} is for hub ids, but model.source {source!r} is the folder {folder}; "
