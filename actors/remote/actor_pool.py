@@ -4,7 +4,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from actors.decisions.model.plan import Plan
 from actors.remote.black_box import BlackBox, CrashFile, collect_crash_report
 from actors.remote.imports import collector_paused, compiler_left_out
 from actors.remote.meeting import Assignment
-from actors.remote.stage_links import along_links, slow_pairs
+from actors.remote.stage_links import along_links, refuse_unknown, slow_pairs
 from cluster.collectives.network import Place, find_place, knock, open_door, pin_interface
 from cluster.placement.devices import own_cuda_index
 from cluster.placement.nvlink import Joined
@@ -29,6 +29,8 @@ from cluster.topology import Topology
 from configs.config import Config
 
 logger = logging.getLogger(__name__)
+
+Gather = Callable[[list[Any], str, Sequence[int]], list[Any]]  # waits for a call each of these ranks → their results
 
 
 @dataclass(frozen=True)
@@ -161,12 +163,12 @@ class ActorPool:
         """Processes that wait to take a rank over, by stage. Any thread may ask."""
         return [len(spares) for spares in self._spares]
 
-    def settle_devices(self, infos: list[WorkerInfo]) -> list[str]:
+    def settle_devices(self, infos: list[WorkerInfo], gather: Gather) -> list[str]:
         """Once all processes are up: the device of each rank. A successor on the same node gets its predecessor's.
 
         New stages are numbered along their NVLinks. Raises ValueError where placement.require_nvlink refuses one.
         """
-        new_devices = self._along_links(infos)
+        new_devices = self._along_links(infos, gather)
         devices = []
         for rank, (member, info) in enumerate(zip(self._members, infos, strict=True)):
             if member.info is None:
@@ -177,17 +179,23 @@ class ActorPool:
             devices.append(member.info.device)
         return devices
 
-    def _along_links(self, infos: list[WorkerInfo]) -> list[str]:
+    def _along_links(self, infos: list[WorkerInfo], gather: Gather) -> list[str]:
         devices = [info.device for info in infos]
         for stage in range(self._topology.pipeline_parallel_size):
             ranks = self._topology.stage_ranks(stage)
             own, gpus = [infos[rank] for rank in ranks], [infos[rank].gpu for rank in ranks]
-            if len(ranks) == 1 or None in gpus or any(self._is_settled(rank, infos[rank]) for rank in ranks):
+            if len(ranks) == 1 or any(self._is_settled(rank, infos[rank]) for rank in ranks):
                 continue
-            joined: Joined | None = ray.get(self._members[ranks[0]].actor.gpu_links.remote(gpus))
+            is_required, place = self._config.placement.require_nvlink, str(own[0].place)
+            joined: Joined | None = None
+            if None not in gpus:
+                call = self._members[ranks[0]].actor.gpu_links.remote(gpus)
+                joined = gather([call], "looked at its NVLinks", ranks[:1])[0]
+            if joined is None and is_required:
+                refuse_unknown(stage, place, "ranks have no GPUs" if None in gpus else "NVML does not answer")
             if joined is not None:
-                names, is_required = [info.device for info in own], self._config.placement.require_nvlink
-                if words := slow_pairs(stage, names, str(own[0].place), joined, is_required):
+                names = [info.device for info in own]
+                if words := slow_pairs(stage, names, place, joined, is_required):
                     self._slow_stages[stage] = words
                 devices[ranks[0] : ranks[-1] + 1] = along_links(names, joined)
         return devices
@@ -196,14 +204,12 @@ class ActorPool:
         before = self._members[rank].info or self._predecessors.get(rank)
         return before is not None and before.place.node == info.place.node
 
-    def tell_slow_links(self, gather: Callable[[list[Any], str], list[Any]]) -> None:
-        """Once groups have joined: warn of stages that no NVLink joins, with the speed that is measured now.
-
-        `gather` waits for the results of calls.
-        """
+    def tell_slow_links(self, gather: Gather) -> None:
+        """Once groups have joined: warn of stages that no NVLink joins, with the speed that is measured now."""
         for stage, words in self._slow_stages.items():
-            calls = [self.actors[rank].call.remote("exchange_rate") for rank in self._topology.stage_ranks(stage)]
-            rate = min(gather(calls, "measured their all-reduces"))
+            ranks = self._topology.stage_ranks(stage)
+            calls = [self.actors[rank].call.remote("exchange_rate") for rank in ranks]
+            rate = min(gather(calls, "measured their all-reduces", ranks))
             logger.warning("%s (measured now: all-reduces at %.1f GB/s of bus bandwidth)", words, rate / 1e9)
         self._slow_stages = {}
 

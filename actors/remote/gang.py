@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +18,11 @@ from actors.decisions.model.plan import Plan
 from actors.remote.actor_pool import ActorPool, RankActor, WorkerInfo
 from actors.remote.channel import EngineChannel
 from actors.remote.meeting import Loaded, Meeting, RankInfo, check_substitutions
-from actors.remote.reach import check_ranks_reach, check_ray_reaches
+from actors.remote.reach import Unreachable, check_ranks_reach, check_ray_reaches
 from actors.remote.results import end_of_loop, in_words, result_of
 from actors.words.errors import GangFailure, GangLost, Verdict
 from actors.words.executor import Revival
-from cluster.collectives.network import find_place
+from cluster.collectives.network import Place, find_place
 from cluster.topology import Topology
 from configs.config import Config
 
@@ -79,7 +79,7 @@ class Gang:
     def revive(self, epoch: int, verdict: Verdict, is_fresh: bool) -> Revival:
         """Begin another epoch: survivors leave the old one and keep their weights, or, if `is_fresh`, all start anew.
 
-        Raises GangFailure; GangLost when processes do not start within recovery.wait_s.
+        Raises GangFailure; GangLost when processes do not start, or nodes not reach each other, within recovery.wait_s.
         """
         assert self._plan is not None, "revive before start"
         is_fresh = is_fresh or self._config.recovery.mode == "restart_all"
@@ -94,6 +94,8 @@ class Gang:
         try:
             wait_s = self._config.recovery.wait_s
             self._assemble(self._plan, self.num_blocks, wait_s, wait_s)
+        except Unreachable as error:  # it was waited for already, for as long as that takes
+            raise GangLost(str(error)) from error
         except ValueError as error:
             raise GangFailure(str(error)) from error
         verdict = self._inquire(verdict, dead)
@@ -179,7 +181,8 @@ class Gang:
         """
         config, pool = self._config, self._pool
         infos: list[WorkerInfo] = self._phase("start", lambda: self._gather(pool.infos, "started", start_s))
-        devices, self._crash_reports = pool.settle_devices(infos), pool.collect_crash_report()
+        devices = pool.settle_devices(infos, lambda calls, what, ranks: self._gather(calls, what, start_s, ranks))
+        self._crash_reports = pool.collect_crash_report()
         self._phase("join", lambda: self._join(plan, infos, devices, reach_s))
         bundle_nodes = placement_group_table(self._placement)["bundles_to_node_id"]
         nodes = [bundle_nodes[self._topology.stage(rank)] for rank in range(len(infos))]
@@ -211,7 +214,7 @@ class Gang:
         meeting = Meeting(self.epoch, places[0].address, port, self.executor.address)
         self._can_abort = self._gather(self._call_all("join", meeting), "joined all groups")
         self.executor.wait_for_ranks(self._config.timeouts.collective_s)
-        self._pool.tell_slow_links(self._gather)
+        self._pool.tell_slow_links(lambda calls, what, ranks: self._gather(calls, what, None, ranks))
 
     def _measured_blocks(self, nodes: list[str]) -> int:
         """The KV blocks for which every rank has room; `nodes` are those of the ranks."""
@@ -241,12 +244,15 @@ class Gang:
         self._phase_s[name] = time.monotonic() - began
         return result
 
-    def _gather(self, refs: list[Any], what: str, within_s: float | None = None) -> list[Any]:
-        """Wait for the results of one call a rank; the first failure ends the wait.
+    def _gather(
+        self, refs: list[Any], what: str, within_s: float | None = None, ranks: Sequence[int] | None = None
+    ) -> list[Any]:
+        """Wait for the results of one call a rank; the first failure ends the wait. `ranks` if these are not the first.
 
         `what` the ranks have done then, for the log. Raises GangFailure or the rank's own error.
         """
-        started, pending = time.monotonic(), list(refs)
+        rank_of = dict(zip(refs, ranks if ranks is not None else range(len(refs)), strict=True))
+        started, pending, unheard = time.monotonic(), list(refs), set[tuple[Place, int]]()
         deadline = started + (within_s or self._config.timeouts.start_s)
         logged_at = started
         while pending:
@@ -254,22 +260,24 @@ class Gang:
             if self._is_closing:
                 raise GangLost("the gang is being closed")
             if left_s <= 0:
-                missing = [refs.index(ref) for ref in pending]
+                missing = [rank_of[ref] for ref in pending]
                 raise GangLost(
                     f"ranks {missing} have not {what} in time; look at their logs, or raise timeouts.start_s, or "
                     "recovery.wait_s where a lost node takes longer to come back"
                 )
             done, pending = ray.wait(pending, num_returns=1, timeout=min(_LOOK_S, left_s))
             for ref in done:
-                result_of(ref, refs.index(ref))
+                result_of(ref, rank_of[ref])
             self.executor.check_loading()
-            if not done and time.monotonic() - logged_at > _PROGRESS_S:
+            if not done and time.monotonic() - logged_at > (_LOOK_S if unheard else _PROGRESS_S):
                 if not self._ranks:  # later, a node that is lost or cut off may come back
-                    check_ray_reaches(self._pool.listening([refs.index(ref) for ref in pending]), self._place)
+                    listening = self._pool.listening([rank_of[ref] for ref in pending])
+                    unheard = check_ray_reaches(listening, self._place, unheard)
                 logged_at = time.monotonic()
                 logger.info("%d of %d ranks have %s", len(refs) - len(pending), len(refs), what)
-        logger.info("%s %s (%.1f s)", "all ranks have" if refs[1:] else "rank 0 has", what, time.monotonic() - started)
-        return [result_of(ref, rank) for rank, ref in enumerate(refs)]
+        who = "all ranks have" if refs[1:] else f"rank {rank_of[refs[0]]} has"
+        logger.info("%s %s (%.1f s)", who, what, time.monotonic() - started)
+        return [result_of(ref, rank) for ref, rank in rank_of.items()]
 
     def _watch(self, executor: EngineChannel, serving: list[Any]) -> None:
         """End the epoch when a rank's loop ends: after a death at once, after an error when no death came with it."""

@@ -1,13 +1,17 @@
 """Finds nodes that do not reach each other, before ranks wait in vain: by Ray's ports and by the ranks' own."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 from cluster.collectives.network import REFUSED, Failure, Place, check_distinct, knock, told
 
 _KNOCK_S = 4.0  # a lost packet is sent again after 1 s, and after 3 s
 _PAUSE_S = 1.0
+
+
+class Unreachable(ValueError):
+    """Nodes do not reach each other, which has been tried long enough. Handled at the start, and by the gang."""
 
 
 def check_ranks_reach(
@@ -21,7 +25,7 @@ def check_ranks_reach(
     """Let every rank try to connect to all other nodes, and to this process at `port` (the step channel).
 
     `gather` waits for one call a rank; `places` are those of the actors. What fails is tried again until `patience_s`
-    is over. Raises ValueError, which names nodes, address, port and remedy. Does nothing where all are on one node.
+    is over. Raises Unreachable, which names nodes, address, port and remedy. Does nothing where all are on one node.
     """
     if {place.node for place in places} == {own.node}:
         return
@@ -32,19 +36,26 @@ def check_ranks_reach(
     goals = [*doors.values(), (own, port)]
     while failures := _failures(gather, actors, places, goals):
         if time.monotonic() > deadline:
-            raise ValueError(told(failures))
+            raise Unreachable(told(failures))
         time.sleep(_PAUSE_S)
     for actor in actors:
         actor.close_door.remote()
 
 
-def check_ray_reaches(goals: Sequence[tuple[Place, int]], own: Place) -> None:
-    """Raises ValueError when a port where an actor listens, as Ray says, does not answer here: no call would end."""
+def check_ray_reaches(
+    goals: Sequence[tuple[Place, int]], own: Place, unheard: Set[tuple[Place, int]]
+) -> set[tuple[Place, int]]:
+    """Try the ports where actors listen, as Ray says → those that do not answer here: no call to them would end.
+
+    Raises Unreachable for one of `unheard`, which did not answer the last time: a machine that is busy is late once.
+    """
     reasons = knock([(goal.address, port) for goal, port in goals], _KNOCK_S)
-    for (goal, port), why in zip(goals, reasons, strict=True):
-        if why and why != REFUSED:  # then it has ended, which Ray will say
-            why = f"{why} (it is a port of Ray's workers, whose range `ray start` sets)"
-            raise ValueError(told([Failure(own, goal, port, why)]))
+    # Where a port is refused the actor has ended, which Ray will say
+    late = {goal: why for goal, why in zip(goals, reasons, strict=True) if why and why != REFUSED}
+    for goal, port in late.keys() & unheard:
+        why = f"{late[goal, port]} (it is a port of Ray's workers, whose range `ray start` sets)"
+        raise Unreachable(told([Failure(own, goal, port, why)]))
+    return set(late)
 
 
 def _failures(

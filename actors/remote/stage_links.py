@@ -10,6 +10,14 @@ def along_links(devices: Sequence[str], joined: Joined) -> list[str]:
     return [devices[index] for index in order_along_links(joined)]
 
 
+def refuse_unknown(stage: int, node: str, why: str) -> None:
+    """Raises ValueError: placement.require_nvlink asks for what nobody can say of this stage."""
+    raise ValueError(
+        f"placement.require_nvlink: stage {stage}: on node {node} {why}, so nobody knows what joins its shards; unset "
+        "it, or choose nodes with NVIDIA GPUs and a driver that is well (`stagemesh doctor` shows it)"
+    )
+
+
 def slow_pairs(stage: int, devices: Sequence[str], node: str, joined: Joined, is_required: bool) -> str | None:
     """What to say of a stage some of whose GPUs only PCIe joins; None where NVLink joins all.
 

@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,9 @@ class OnGpus(RankActor):
     def info(self) -> None:  # type: ignore[override]
         """The test has its own."""
 
-    def gpu_links(self, gpus: list[str]) -> list[list[int]]:
+    def gpu_links(self, gpus: list[str]) -> list[list[int]] | None:
+        if "unknown" in gpus:
+            return None
         joined = {("0", "2"), ("2", "1"), ("1", "3"), ("3", "0")}
         return [[2 * ((a, b) in joined or (b, a) in joined) for b in gpus] for a in gpus]
 
@@ -73,6 +76,10 @@ def bundle(cluster: None) -> Iterator[Any]:
     remove_placement_group(group)
 
 
+def settled(pool: ActorPool, infos: list[WorkerInfo]) -> list[str]:
+    return pool.settle_devices(infos, lambda calls, what, ranks: ray.get(calls))
+
+
 def pool_of(bundle: Any, require_nvlink: bool) -> tuple[ActorPool, list[WorkerInfo]]:
     placement = {"require_nvlink": require_nvlink, "cpus_per_rank": 0.01}
     config = Config.model_validate({"model": {"source": "none"}, "placement": placement})
@@ -86,16 +93,16 @@ def test_shards_take_gpus_along_the_links_and_slow_pairs_are_told(
 ) -> None:
     pool, infos = pool_of(bundle, require_nvlink=False)
     try:
-        devices = pool.settle_devices(infos)
+        devices = settled(pool, infos)
         assert devices == ["cuda:0", "cuda:2", "cuda:1", "cuda:3"]
         with caplog.at_level(logging.WARNING):
-            pool.tell_slow_links(lambda calls, what: ray.get(calls))
-            pool.tell_slow_links(lambda calls, what: ray.get(calls))  # of another epoch
+            pool.tell_slow_links(lambda calls, what, ranks: ray.get(calls))
+            pool.tell_slow_links(lambda calls, what, ranks: ray.get(calls))  # of another epoch
         (told,) = caplog.messages
         assert "no NVLink joins cuda:0 and cuda:1, cuda:2 and cuda:3" in told and "box (eth0, 10.0.0.1)" in told
         assert "21.0 GB/s" in told and "tensor_parallel_size" in told
         pool.replace(1)
-        assert pool.settle_devices(infos) == devices, "a successor takes its predecessor's"
+        assert settled(pool, infos) == devices, "a successor takes its predecessor's"
     finally:
         pool.close()
 
@@ -104,7 +111,11 @@ def test_a_stage_that_only_pcie_joins_is_refused_where_that_is_asked(bundle: Any
     pool, infos = pool_of(bundle, require_nvlink=True)
     try:
         with pytest.raises(ValueError, match=r"placement.require_nvlink: stage 0: .*cuda:0 and cuda:1.*label_selector"):
-            pool.settle_devices(infos)
+            settled(pool, infos)
+        for gpu, why in (("unknown", "NVML does not answer"), (None, "ranks have no GPUs")):
+            others = [replace(info, gpu=gpu) for info in infos]
+            with pytest.raises(ValueError, match=f"placement.require_nvlink: stage 0: .*{why}"):
+                settled(pool, others)
     finally:
         pool.close()
 

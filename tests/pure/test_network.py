@@ -4,11 +4,14 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import pytest
 
 from actors.remote import reach
+from actors.remote.gang import Gang
 from actors.remote.reach import check_ranks_reach, check_ray_reaches
+from actors.words.errors import GangFailure, GangLost, Verdict
 from cluster.collectives.network import (
     REFUSED,
     Failure,
@@ -152,10 +155,26 @@ def test_in_a_recovery_they_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> N
     assert [actor.num_tries for actor in actors] == [4, 4]
 
 
+def test_a_recovery_that_has_waited_for_a_way_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    gang = object.__new__(Gang)
+    gang._plan, gang._config, gang.executor, gang.num_blocks = Mock(), Mock(), Mock(), 1
+    gang._config.recovery.mode, gang.executor.clock.stalled_s.return_value = "", 0.0
+    monkeypatch.setattr(gang, "_end_epoch", lambda *_: gang._phase_s.update(drain=0.0))
+    monkeypatch.setattr(gang, "_open_channel", Mock())
+    for raised, expected in ((reach.Unreachable("no way"), GangLost), (ValueError("a port is taken"), GangFailure)):
+        monkeypatch.setattr(gang, "_assemble", Mock(side_effect=raised))
+        with pytest.raises(GangFailure) as caught:
+            gang.revive(2, Verdict("killed", "gone"), False)
+        assert type(caught.value) is expected
+
+
 def test_a_rank_that_lives_where_ray_is_not_let_through_is_named(
     silent: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reach, "_KNOCK_S", 0.3)
-    check_ray_reaches([(Place("b", "two", "", "127.0.0.1"), 1)], ONE)  # refused: its process has just ended
+    ended, mute = (Place("b", "two", "", "127.0.0.1"), 1), (Place("b", "two", "", silent[0]), silent[1])
+    unheard = check_ray_reaches([ended, mute], ONE, set())
+    assert unheard == {mute}, "late once; the other is refused: its process has just ended"
+    assert check_ray_reaches([ended], ONE, {ended, mute}) == set()
     with pytest.raises(ValueError, match=r"does not reach two \(127\.0\.0\.1\), port \d+: no answer .* Ray's workers"):
-        check_ray_reaches([(Place("b", "two", "", silent[0]), silent[1])], ONE)
+        check_ray_reaches([mute], ONE, unheard)
