@@ -26,6 +26,12 @@ def unjoined_pairs(joined: Joined) -> list[tuple[int, int]]:
     return [(a, b) for a, b in combinations(range(len(joined)), 2) if not joined[a][b]]
 
 
+def has_joined(joined: Joined, size: int) -> bool:
+    """Whether there are so many GPUs of which NVLink joins each two."""
+    apart = set(unjoined_pairs(joined))
+    return any(apart.isdisjoint(combinations(some, 2)) for some in combinations(range(len(joined)), size))
+
+
 def _ring(joined: Joined, order: Sequence[int]) -> tuple[int, int]:
     hops = [joined[a][b] for a, b in zip(order, (*order[1:], order[0]), strict=True)]
     return min(hops), sum(hops)

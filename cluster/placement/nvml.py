@@ -1,12 +1,15 @@
 """Reads from NVML what the GPUs of this node are, how they are, and what joins them. Allocates nothing on any."""
 
 import ctypes
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import ray._private.thirdparty.pynvml as pynvml  # not public, but always there, and as new as the pinned Ray
+
+logger = logging.getLogger(__name__)
 
 _MOST_LINKS = 18  # of one GPU
 
@@ -38,48 +41,48 @@ class Gpu:
 
 @dataclass(frozen=True)
 class NodeGpus:
-    """All GPUs of a node, and how many NVLinks join each two of them."""
+    """All GPUs of a node that answer, and how many NVLinks join each two of them."""
 
     driver: str
     gpus: tuple[Gpu, ...]
-    joined: tuple[tuple[int, ...], ...]  # [gpu][gpu]; 0: PCIe only. Through a switch: those of the one with fewer
+    # [gpu][gpu], as in `gpus`; 0: PCIe only. Through a switch: those of the one with fewer. Empty: they do not say
+    joined: tuple[tuple[int, ...], ...]
+    troubles: tuple[str, ...] = ()  # what NVML said instead of an answer, of each GPU or of the driver
 
 
 def read_gpus() -> NodeGpus | None:
-    """The GPUs of this node; None where there is no NVIDIA driver. Raises RuntimeError when the driver is ill."""
-    with _nvml() as is_there:
-        if not is_there:
-            return None
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        gpus = tuple(_read(index, handle) for index, handle in enumerate(handles))
-        return NodeGpus(_text(pynvml.nvmlSystemGetDriverVersion()), gpus, _joined(handles))
+    """The GPUs of this node, each read on its own; None where there is no NVIDIA driver."""
+    try:
+        with _nvml() as is_there:
+            return _read_all() if is_there else None
+    except pynvml.NVMLError as error:
+        return NodeGpus("", (), (), (f"the driver: {error}",))
 
 
 def links_between(assigned_ids: Sequence[str]) -> tuple[tuple[int, ...], ...] | None:
-    """NVLinks between each two of the GPUs that Ray calls so; None where NVML is not there or does not know them.
-
-    Raises RuntimeError when the driver is ill.
-    """
-    with _nvml() as is_there:
-        handles = [_ask(_handle, one) for one in assigned_ids] if is_there else [None]
-        return None if None in handles else _joined(handles)
+    """NVLinks between each two of the GPUs that Ray calls so; None where NVML is not there, or does not say."""
+    try:
+        with _nvml() as is_there:
+            handles = [_ask(_handle, one) for one in assigned_ids] if is_there else [None]
+            return None if None in handles else _joined(handles)
+    except pynvml.NVMLError as error:
+        logger.warning("NVML does not say what joins GPUs %s: %s", ", ".join(assigned_ids), error)
+        return None
 
 
 @contextmanager
 def _nvml() -> Iterator[bool]:
-    """Whether NVML is there; it is released at the end. Raises RuntimeError."""
+    """Whether NVML is there; it is released at the end. Raises NVMLError."""
     missing = pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
         if error.value not in missing:
-            raise RuntimeError(f"NVML: {error}") from None
+            raise
         yield False
         return
     try:
         yield True
-    except pynvml.NVMLError as error:
-        raise RuntimeError(f"NVML: {error}") from None
     finally:
         pynvml.nvmlShutdown()
 
@@ -88,6 +91,24 @@ def _handle(assigned_id: str) -> Any:
     if assigned_id.isdigit():
         return pynvml.nvmlDeviceGetHandleByIndex(int(assigned_id))
     return pynvml.nvmlDeviceGetHandleByUUID(assigned_id)
+
+
+def _read_all() -> NodeGpus:
+    gpus, handles, troubles = list[Gpu](), list[Any](), list[str]()
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        try:
+            handle = _ask(pynvml.nvmlDeviceGetHandleByIndex, index)
+            if handle is not None:  # else it is another container's
+                gpus.append(_read(index, handle))
+                handles.append(handle)
+        except pynvml.NVMLError as error:
+            troubles.append(f"GPU {index}: {error}")
+    joined: tuple[tuple[int, ...], ...] = ()
+    try:
+        joined = _joined(handles)
+    except pynvml.NVMLError as error:
+        troubles.append(f"the NVLinks: {error}")
+    return NodeGpus(_text(pynvml.nvmlSystemGetDriverVersion()), tuple(gpus), joined, tuple(troubles))
 
 
 def _read(index: int, handle: Any) -> Gpu:
@@ -181,6 +202,7 @@ def _ask(question: Callable[..., Any], *args: Any) -> Any:
         pynvml.NVML_ERROR_FUNCTION_NOT_FOUND,
         pynvml.NVML_ERROR_ARGUMENT_VERSION_MISMATCH,
         pynvml.NVML_ERROR_NO_PERMISSION,
+        pynvml.NVML_ERROR_NOT_FOUND,
     )
     try:
         return question(*args)

@@ -136,7 +136,9 @@ def _widest(alive: Sequence[NodeFree]) -> Config:
 def _own_shards(node: NodeFacts, question: Question) -> int | None:
     """Of a stage on this machine's GPUs: as the config says, else all of them. None: without GPUs."""
     found: NodeGpus | None = node.sections.get("gpus")
-    count, config = len(found.gpus) if found is not None else 0, question.config
+    count, config = len(found.gpus) + len(found.troubles) if found is not None else 0, question.config
+    if (cuda := node.sections.get("cuda")) is not None:  # without a driver NVML knows of none
+        count = max(count, cuda.on_bus)
     if config is None:
         return count or None
     wants_gpus = placed_on(config.device) == "cuda" or (config.device == "auto" and count)

@@ -87,6 +87,7 @@ class Cuda:
 
 
 SECTIONS: dict[str, Any] = {
+    "checkpoint": str | None,  # why model.source is refused there
     "versions": dict[str, str],
     "limits": Limits,
     "shm": SharedMemory,

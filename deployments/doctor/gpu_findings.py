@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 
-from cluster.placement.nvlink import unjoined_pairs
+from cluster.placement.nvlink import has_joined, unjoined_pairs
 from cluster.placement.nvml import Gpu, NodeGpus
 from deployments.doctor.facts import NodeFacts
 from deployments.doctor.findings import Finding, fail, ok, warn
@@ -34,6 +34,14 @@ _FABRIC_FAULTS = {  # [first bit, value that means trouble] of nvmlGpuFabricInfo
 def gpu_findings(node: NodeFacts, shards: int | None, require_nvlink: bool) -> Iterator[Finding]:
     """All of one node's GPUs. `shards` of a stage that would be there; None: no stage needs GPUs."""
     found: NodeGpus | None = node.sections.get("gpus")
+    needs_gpus = shards is not None and node.hosts_ranks
+    for trouble in found.troubles if found is not None else ():
+        remedy = (
+            "look at `nvidia-smi` and `dmesg` (lines with Xid); reset the GPU, reload the driver, or reboot the node"
+        )
+        yield (fail if needs_gpus else warn)("GPU state", node.name, f"NVML: {trouble}", remedy)
+    if found is not None and found.troubles and not found.gpus:
+        return
     if found is None or not found.gpus:
         if "gpus" not in node.sections:
             return
@@ -48,7 +56,7 @@ def gpu_findings(node: NodeFacts, shards: int | None, require_nvlink: bool) -> I
     yield from _users(node, found)
     if len({gpu.name for gpu in found.gpus}) > 1:
         yield warn("GPUs", node.name, names, "a stage should have equal GPUs: the slowest one sets its pace")
-    elif not troubles:
+    elif not troubles and not found.troubles:
         yield ok("GPUs", node.name, f"{names}, driver {found.driver}: memory, clocks and PCIe are well")
     yield from _links(node, found, shards, require_nvlink)
 
@@ -93,8 +101,13 @@ def foreign_users(node: NodeFacts) -> list[Gpu]:
     """The GPUs in use, where they are more than Ray has given away."""
     found: NodeGpus | None = node.sections.get("gpus")
     gpus = found.gpus if found is not None else ()
-    used = [gpu for gpu in gpus if gpu.pids or (gpu.used_bytes > _IDLE_BYTES and not gpu.is_split)]
+    used = [gpu for gpu in gpus if is_used(gpu)]
     return used if len(used) > _given_away(node, len(gpus)) else []
+
+
+def is_used(gpu: Gpu) -> bool:
+    """Whether something computes on it, or holds its memory."""
+    return bool(gpu.pids) or (gpu.used_bytes > _IDLE_BYTES and not gpu.is_split)
 
 
 def _given_away(node: NodeFacts, count: int) -> float:
@@ -120,14 +133,7 @@ def _users(node: NodeFacts, found: NodeGpus) -> Iterator[Finding]:
 def _links(node: NodeFacts, found: NodeGpus, shards: int | None, require_nvlink: bool) -> Iterator[Finding]:
     where = node.name
     for gpu in found.gpus:
-        down = [str(link) for link, is_up in enumerate(gpu.links) if not is_up]
-        if down:
-            yield fail(
-                "NVLink",
-                where,
-                f"GPU {gpu.index}: links {', '.join(down)} of {len(gpu.links)} are down",
-                "`nvidia-smi nvlink -s`; restart nvidia-fabricmanager or reboot; where it stays, have it repaired",
-            )
+        yield from _down(where, gpu, found, shards)
         if gpu.fabric_state in (1, 2):
             yield fail(
                 "NVLink fabric",
@@ -138,20 +144,38 @@ def _links(node: NodeFacts, found: NodeGpus, shards: int | None, require_nvlink:
         for words, (shift, trouble) in _FABRIC_FAULTS.items():
             if gpu.fabric_state == _FABRIC_DONE and ((gpu.fabric_health or 0) >> shift) & 3 == trouble:
                 yield warn("NVLink fabric", where, f"GPU {gpu.index}: {words}", "have the NVSwitches looked at")
-    pairs = unjoined_pairs(found.joined)
-    count = len(found.gpus)
-    if count == 1:
+    pairs = [(found.gpus[a].index, found.gpus[b].index) for a, b in unjoined_pairs(found.joined)]
+    count = len(found.joined)
+    if count <= 1:
         return
     if not pairs:
         fewest = min(found.joined[a][b] for a in range(count) for b in range(a))
         yield ok("NVLink", where, f"joins all {count} GPUs, {fewest} links between the two with the fewest")
     elif shards is not None and shards > 1:
         listed = ", ".join(f"{a}-{b}" for a, b in pairs[:6]) + (" …" if pairs[6:] else "")
-        judged = fail if require_nvlink and len(pairs) == count * (count - 1) // 2 else warn
-        yield judged(
+        is_refused = require_nvlink and node.hosts_ranks and not has_joined(found.joined, shards)
+        yield (fail if is_refused else warn)(
             "NVLink",
             where,
             f"GPUs {listed} are joined by PCIe only: all-reduces between them are many times slower",
             "set parallel.tensor_parallel_size to the GPUs that are joined and the rest as stages, or take a machine "
             "with NVSwitches; placement.require_nvlink refuses such stages",
+        )
+
+
+def _down(where: str, gpu: Gpu, found: NodeGpus, shards: int | None) -> Iterator[Finding]:
+    """Links of a GPU that are down. Those of a card that nobody has bridged are, and are well."""
+    down = [str(link) for link, is_up in enumerate(gpu.links) if not is_up]
+    most = max(sum(other.links) for other in found.gpus if other.name == gpu.name)
+    on_a_board = gpu.fabric_state in (1, 2, _FABRIC_DONE) or "SXM" in gpu.name
+    if not down or (sum(gpu.links) == most and not on_a_board):
+        return
+    is_bare = not any(gpu.links) and not on_a_board  # its bridge has failed, or it has none while others have
+    if not is_bare or (shards or 0) > 1:
+        yield (warn if is_bare else fail)(
+            "NVLink",
+            where,
+            f"GPU {gpu.index}: links {', '.join(down)} of {len(gpu.links)} are down",
+            "`nvidia-smi nvlink -s`; restart nvidia-fabricmanager or reboot, seat a card's bridge anew; where it "
+            "stays, have it repaired",
         )

@@ -1,6 +1,6 @@
 """What a node's limits, memory, disk, network, environment and access mean for serving."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from cluster.placement.interfaces import chosen
 from deployments.doctor.facts import Bucket, Cuda, Disk, Hub, Limits, Network, NodeFacts, SharedMemory
@@ -13,7 +13,8 @@ _DOCKERS_SHM = 64 * _MIB
 _FREE_SHM = 1 << 30  # NCCL's buffers between processes of a node, where GPUs cannot read each other's memory
 _SHM = "/dev/shm"  # noqa: S108 - the kernel's place for it
 _SLOW_DISK = 50e6  # bytes a second: slower than any disk that checkpoints are meant to be read from
-_TELLING_BYTES = 32 << 20  # a smaller sample shows how soon a disk begins, not how fast it is
+# A smaller and shorter sample shows how soon a disk begins, not how fast it is
+_TELLING_BYTES, _TELLING_S = 32 << 20, 1.0
 _PATIENT_SHARE = 0.5  # of timeouts.start_s, for reading the weights
 
 # Left over from a search for faults: slow, or hang, and nobody remembers them.
@@ -47,8 +48,8 @@ def host_findings(node: NodeFacts, on_gpus: bool, start_s: float, judge_environm
         yield from _network(node, found["network"])
     if "environment" in found:
         yield from _environment(node, found["environment"], judge_environment)
-    if "cuda" in found and (on_gpus or found["cuda"].on_bus):
-        yield from _cuda(node.name, found["cuda"])
+    if "cuda" in found and node.hosts_ranks and (on_gpus or found["cuda"].on_bus):
+        yield from _cuda(node.name, found["cuda"], fail if on_gpus else warn)
     if node.hosts_ranks:
         yield from _access(node, start_s)
     if found.get("http_port") is not None:
@@ -105,14 +106,14 @@ def _network(node: NodeFacts, network: Network) -> Iterator[Finding]:
             f"its own name {network.hostname} does not resolve",
             f"add {network.hostname} to its DNS or /etc/hosts: gloo and NCCL's store look it up",
         )
-    elif node.address is not None and node.address not in [one.address for one in network.interfaces]:
+    if node.address is not None and node.address not in [one.address for one in network.interfaces]:
         yield fail(
             "addresses",
             node.name,
             f"Ray knows it as {node.address}, which none of its interfaces has ({addresses})",
             "start Ray there with --node-ip-address of one of them: ranks listen at that address",
         )
-    else:
+    elif network.resolves_to:
         yield ok("names", node.name, f"{network.hostname} resolves; {addresses}")
 
 
@@ -160,20 +161,21 @@ def _interfaces(node: NodeFacts, environment: dict[str, str]) -> Iterator[Findin
             )
 
 
-def _cuda(where: str, cuda: Cuda) -> Iterator[Finding]:
+def _cuda(where: str, cuda: Cuda, judged: Callable[..., Finding]) -> Iterator[Finding]:
+    """`judged` is what a fault of it is: where ranks are on CPUs, no failure."""
     if cuda.init_code == 0:
         yield ok("CUDA", where, "starts")
     elif cuda.init_code == 802:
-        yield fail(
+        yield judged(
             "CUDA",
             where,
             "error 802: the NVSwitches' fabric is not ready",
             "start nvidia-fabricmanager, of the driver's version, then restart the node's containers",
         )
     elif cuda.init_code is not None:
-        yield fail("CUDA", where, f"error {cuda.init_code} at its start", "look at `nvidia-smi` and `dmesg`; reboot")
+        yield judged("CUDA", where, f"error {cuda.init_code} at its start", "look at `nvidia-smi` and `dmesg`; reboot")
     elif cuda.on_bus:
-        yield fail(
+        yield judged(
             "CUDA",
             where,
             f"{cuda.on_bus} NVIDIA GPUs on the bus, but there is no driver here",
@@ -184,6 +186,9 @@ def _cuda(where: str, cuda: Cuda) -> Iterator[Finding]:
 def _access(node: NodeFacts, start_s: float) -> Iterator[Finding]:
     disk: Disk | None = node.sections.get("disk")
     hub: Hub | None = node.sections.get("hub")
+    if (refusal := node.sections.get("checkpoint")) is not None:
+        words, _, remedy = refusal.partition("; ")
+        yield fail("checkpoint", node.name, words, remedy or "correct model.source")
     if hub is not None:
         yield _hub(node.name, hub, disk is not None and disk.stored_bytes > 0)
     if (bucket := node.sections.get("bucket")) is not None:
@@ -210,7 +215,8 @@ def _disk_speed(where: str, disk: Disk, needed: int, start_s: float) -> Finding:
             "disk speed", where, f"{disk.folder} holds nothing to read and cannot be written to", "give us write access"
         )
     seconds, rate = needed / disk.read_bytes_per_s, f"{disk.read_bytes_per_s / 1e6:.0f} MB/s past the page cache"
-    is_slow = disk.read_bytes_per_s < _SLOW_DISK and disk.sample_bytes >= _TELLING_BYTES
+    is_telling = disk.sample_bytes >= _TELLING_BYTES or disk.sample_bytes >= _TELLING_S * disk.read_bytes_per_s
+    is_slow = disk.read_bytes_per_s < _SLOW_DISK and is_telling
     remedy = "copy the checkpoint to a local NVMe disk, and set model.source to that folder"
     if seconds > start_s:
         wait = f"the whole checkpoint takes {seconds:.0f} s, and timeouts.start_s is {start_s:g}"

@@ -54,10 +54,10 @@ def _beside_the_card(found: float, node: NodeFacts, size: int, assigned: list[st
     gpus: NodeGpus | None = node.sections.get("gpus")
     if gpus is None:
         return []
-    stage = [gpu for gpu in gpus.gpus if str(gpu.index) in assigned or gpu.uuid in assigned]
-    if len(stage) != size:  # Ray's names are of slices, or of another numbering
+    stage = [at for at, gpu in enumerate(gpus.gpus) if str(gpu.index) in assigned or gpu.uuid in assigned]
+    if len(stage) != size or not gpus.joined:  # Ray's names are of slices, or of another numbering
         return []
-    name, joined = stage[0].name, [[gpus.joined[a.index][b.index] for b in stage] for a in stage]
+    name, joined = gpus.gpus[stage[0]].name, [[gpus.joined[a][b] for b in stage] for a in stage]
     usual = usual_all_reduce(name, not unjoined_pairs(joined), size)
     return [(found / usual, f"{usual / _GB:.0f} GB/s, usual for {name}")] if usual else []
 

@@ -48,6 +48,7 @@ def _readers(asked: Asked) -> dict[str, Callable[[], Any]]:
         "versions": host.read_versions,
         "limits": host.read_limits,
         "shm": host.read_shared_memory,
+        "checkpoint": lambda: storage.refusal(asked),
         "disk": lambda: storage.read_disk(asked),
         "network": host.read_network,
         "environment": host.read_environment,

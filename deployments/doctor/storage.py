@@ -18,9 +18,19 @@ _PIECE_BYTES = 4 << 20  # a multiple of every disk's block, as O_DIRECT wants
 ReadAt = Callable[[int, mmap.mmap, int], int]  # (file, buffer, offset) → bytes read; like os.preadv
 
 
+def refusal(asked: Asked) -> str | None:
+    """Why model.source is refused on this machine, with the remedy; None: it is not."""
+    try:
+        if asked.source is not None:
+            local_folder(asked.source, asked.revision)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def read_disk(asked: Asked) -> Disk | None:
-    """The disk of the checkpoint, or where it would be put; None without a config."""
-    if asked.source is None:
+    """The disk of the checkpoint, or where it would be put; None without a config, or where the source is refused."""
+    if asked.source is None or refusal(asked) is not None:
         return None
     folder = local_folder(asked.source, asked.revision) or cache_folder(
         asked.source, asked.revision, asked.cache_folder
@@ -35,12 +45,15 @@ def read_disk(asked: Asked) -> Disk | None:
 def _measure(stored: Path | None, folder: Path) -> tuple[float | None, int]:
     if stored is not None:
         return read_rate(stored)
-    with suppress(OSError), tempfile.NamedTemporaryFile(dir=folder, prefix="stagemesh-doctor-") as made:
+    with (
+        suppress(OSError),
+        tempfile.TemporaryFile(dir=folder) as made,
+    ):  # without a name: nothing stays, whatever ends us
         for _ in range(_SAMPLE_BYTES // _PIECE_BYTES):
             made.write(os.urandom(_PIECE_BYTES))
         made.flush()
         os.fsync(made.fileno())
-        return read_rate(Path(made.name))
+        return read_rate(Path(f"/proc/self/fd/{made.fileno()}"))
     return None, 0  # a folder that cannot be written to
 
 

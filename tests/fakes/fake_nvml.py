@@ -31,6 +31,7 @@ class FakeGpu:
     compute_mode: int = 0
     links: list[int | None] = field(default_factory=lambda: [-1] * 18)
     fabric: tuple[int, int] | None = (3, FABRIC_HEALTHY)
+    error: int | None = None  # of everything that it is asked
 
     @property
     def bus_id(self) -> str:
@@ -70,10 +71,15 @@ class FakeNvml:
     def nvmlDeviceGetHandleByIndex(self, index: int) -> FakeGpu:
         if index >= len(self.gpus):
             raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
+        if self.gpus[index].error is not None:
+            raise pynvml.NVMLError(self.gpus[index].error)
         return self.gpus[index]
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> FakeGpu:
-        return next(gpu for gpu in self.gpus if self.nvmlDeviceGetUUID(gpu) == uuid)
+        for gpu in self.gpus:
+            if self.nvmlDeviceGetUUID(gpu) == uuid:
+                return gpu
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
 
     def nvmlDeviceGetUUID(self, gpu: FakeGpu) -> str:
         return f"GPU-{gpu.index:08d}"
@@ -158,8 +164,13 @@ def pcie(count: int) -> list[FakeGpu]:
 
 
 def bridged(*pairs: tuple[int, int]) -> list[FakeGpu]:
-    """Cards of which each two in `pairs` have a bridge of four links."""
-    gpus = [FakeGpu(index, name="NVIDIA A100 80GB PCIe", links=[], fabric=None) for index in range(2 * len(pairs))]
+    """Cards of which each two in `pairs` have a bridge of four links; the links for other bridges are down."""
+    gpus = bare(2 * len(pairs))
     for a, b in pairs:
-        gpus[a].links, gpus[b].links = [b] * 4, [a] * 4
+        gpus[a].links, gpus[b].links = [b] * 4 + [None] * 8, [a] * 4 + [None] * 8
     return gpus
+
+
+def bare(count: int) -> list[FakeGpu]:
+    """Cards that have links, and no bridge between them."""
+    return [FakeGpu(n, name="NVIDIA A100 80GB PCIe", links=[None] * 12, fabric=None) for n in range(count)]

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import ray._private.thirdparty.pynvml as pynvml
+from huggingface_hub import constants
 
 from cluster.placement import nvml
 from cluster.placement.interfaces import Interface, chosen
@@ -27,7 +28,7 @@ from configs.config import Config
 from deployments.doctor import host, storage
 from deployments.doctor.bucket import read_bucket
 from deployments.doctor.cluster_findings import Way, cluster_findings, way_findings
-from deployments.doctor.facts import SECTIONS, Asked, Bucket, Disk, Hub, Limits, Network, NodeFacts, SharedMemory
+from deployments.doctor.facts import SECTIONS, Asked, Bucket, Cuda, Disk, Hub, Limits, Network, NodeFacts, SharedMemory
 from deployments.doctor.findings import Finding, fail, ok, warn, worst
 from deployments.doctor.gpu_findings import gpu_findings
 from deployments.doctor.host_findings import host_findings
@@ -39,7 +40,7 @@ from deployments.doctor.probe import run_probe
 from deployments.doctor.text import as_text
 from deployments.serve.environment import ENVIRONMENT, lacking
 from deployments.serve.replica import say_what_is_lacking
-from tests.fakes.fake_nvml import FABRIC_HEALTHY, GIB, FakeGpu, FakeNvml, bridged, hgx, pcie
+from tests.fakes.fake_nvml import FABRIC_HEALTHY, GIB, FakeGpu, FakeNvml, bare, bridged, hgx, pcie
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Interface("eth0", "10.0.0.1", 1500, None)
@@ -166,10 +167,46 @@ def test_a_node_without_gpus_fails_only_where_they_are_wanted(monkeypatch: pytes
     assert not list(gpu_findings(none, 2, False))
 
 
-def test_a_driver_that_is_ill_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_is_ill_fails_where_ranks_need_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(nvml, "pynvml", FakeNvml([], error=pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH))
-    with pytest.raises(RuntimeError, match="NVML"):
-        nvml.read_gpus()
+    ill = node(gpus=nvml.read_gpus())
+    (fault,) = gpu_findings(ill, 2, False)
+    assert fault.judgement == "fail" and "the driver: " in fault.found and "dmesg" in fault.remedy
+    assert worst(list(gpu_findings(ill, None, False))) == "warn", "ranks on CPUs"
+    assert nvml.links_between(["0", "1"]) is None and "NVML does not say" in caplog.text
+
+
+def test_a_gpu_that_is_lost_fails_and_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = hgx()
+    gpus[2].error = pynvml.NVML_ERROR_GPU_IS_LOST
+    lost = gpus_of(monkeypatch, gpus, free_gpus=8.0)
+    (fault,) = bad(gpu_findings(lost, 7, True))
+    assert fault.judgement == "fail" and "GPU 2: GPU is lost" in fault.found
+    assert [gpu.index for gpu in lost.sections["gpus"].gpus] == [0, 1, 3, 4, 5, 6, 7]
+    gpus[2].error = pynvml.NVML_ERROR_NO_PERMISSION  # another container's
+    assert not bad(gpu_findings(gpus_of(monkeypatch, gpus, free_gpus=7.0), 7, True))
+
+
+def test_links_of_cards_without_a_bridge_are_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not bad(gpu_findings(gpus_of(monkeypatch, bare(4)), 1, False))
+    assert not bad(gpu_findings(gpus_of(monkeypatch, bridged((0, 1), (2, 3))), 1, False))
+    both = bridged((0, 1), (2, 3))
+    both[0].links[3] = None
+    (fault,) = bad(gpu_findings(gpus_of(monkeypatch, both), 1, False))
+    assert fault.judgement == "fail" and "GPU 0" in fault.found
+    both = bridged((0, 1), (2, 3))
+    both[0].links, both[1].links = [None] * 12, [None] * 12
+    assert not bad(gpu_findings(gpus_of(monkeypatch, both), 1, False))
+    assert worst(list(gpu_findings(gpus_of(monkeypatch, both), 2, False))) == "warn"
+
+
+def test_bridges_that_do_not_join_a_whole_stage_fail_where_that_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = gpus_of(monkeypatch, bridged((0, 1), (2, 3)))
+    assert [worst(list(gpu_findings(pairs, shards, True))) for shards in (2, 4)] == ["warn", "fail"]
+    pairs.hosts_ranks = False
+    assert worst(list(gpu_findings(pairs, 4, True))) == "warn"
 
 
 # Numbering along NVLinks
@@ -178,7 +215,8 @@ def test_a_driver_that_is_ill_is_an_error(monkeypatch: pytest.MonkeyPatch) -> No
 def test_links_are_found_by_the_names_that_ray_has_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvml, "pynvml", FakeNvml(bridged((0, 2), (1, 3))))
     assert nvml.links_between(["0", "GPU-00000002", "3"]) == ((0, 4, 0), (4, 0, 0), (0, 0, 0))
-    assert nvml.links_between(["0", "7"]) is None, "a GPU that NVML does not know"
+    for unknown in ("7", "GPU-99999999"):
+        assert nvml.links_between(["0", unknown]) is None, "a GPU that NVML does not know"
 
 
 def test_shards_are_numbered_along_the_links() -> None:
@@ -204,8 +242,10 @@ def test_what_a_machine_lacks_is_named_with_its_remedy() -> None:
     assert stale.judgement == "warn" and "rm /dev/shm/nccl-a /dev/shm/nccl-b" in stale.remedy
     (names,) = host_faults(network=Network("one", (), (HERE,)))
     assert names.judgement == "warn" and "/etc/hosts" in names.remedy
-    (address,) = host_faults(network=Network("one", ("10.0.0.2",), (Interface("eth0", "10.0.0.2", 1500, None),)))
+    other = Interface("eth0", "10.0.0.2", 1500, None)
+    (address,) = host_faults(network=Network("one", ("10.0.0.2",), (other,)))
     assert address.judgement == "fail" and "--node-ip-address" in address.remedy
+    assert len(host_faults(network=Network("one", (), (other,)))) == 2, "neither hides the other"
     fast = Network("one", ("10.0.0.1",), (HERE,), {"mlx5_0 port 1": "1: DOWN"})
     locked, port = host_faults(limits=Limits(65536, 64 << 10, 2.0), network=fast)
     assert "ulimit -l unlimited" in locked.remedy and "mlx5_0 port 1 is 1: DOWN" in port.found
@@ -227,13 +267,17 @@ def test_an_interface_that_is_not_the_nodes_own_is_refused() -> None:
 
 
 def test_a_disk_is_judged_by_how_long_the_checkpoint_takes() -> None:
-    def faults(stored: int, rate: float, free: int = 10**12, hub: Hub | None = None) -> list[Finding]:
-        return host_faults(disk=Disk("/models", free, stored, rate, 64 << 20), hub=hub)
+    def faults(
+        stored: int, rate: float, free: int = 10**12, hub: Hub | None = None, sample: int = 64 << 20
+    ) -> list[Finding]:
+        return host_faults(disk=Disk("/models", free, stored, rate, sample), hub=hub)
 
     assert not faults(16 * 10**9, 2e9)
     (slow,) = faults(160 * 10**9, 1e8)
     assert slow.judgement == "fail" and "1600 s" in slow.found and "NVMe" in slow.remedy
     assert faults(60 * 10**9, 1e8)[0].judgement == "warn"
+    assert faults(10**9, 8e6, sample=24 << 20)[0].judgement == "warn", "so slow that the time was over first"
+    assert not faults(10**7, 8e6, sample=1 << 20)
     asked = Hub("https://huggingface.co", 200, "", False, 140 * 10**9)
     (full,) = faults(0, 2e9, free=100 * 10**9, hub=asked)
     assert full.check == "room" and "HF_HOME" in full.remedy
@@ -277,6 +321,38 @@ def test_planted_faults_of_a_machine_are_each_named() -> None:
     assert said["verdict"] == "fail" and faults.keys() == {"shared memory", "open files", "interface"}
     assert "--shm-size" in faults["shared memory"] and "ulimit -n" in faults["open files"]
     assert "unset NCCL_SOCKET_IFNAME" in faults["interface"]
+
+
+def test_a_source_that_is_not_there_fails_where_ranks_are() -> None:
+    asked = Asked("/models/none")
+    assert storage.read_disk(asked) is None and read_hub(asked) is None
+    found = node(checkpoint=storage.refusal(asked))
+    (fault,) = bad(host_findings(found, False, 900.0, False))
+    assert (fault.check, fault.judgement) == ("checkpoint", "fail")
+    assert "there is no folder /models/none" in fault.found and "hub id" in fault.remedy
+    found.hosts_ranks = False
+    assert not list(host_findings(found, False, 900.0, False))
+    assert storage.refusal(Asked("configs/demo")) is None and storage.refusal(Asked()) is None
+
+
+def test_cuda_is_judged_where_ranks_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def verdict(on_gpus: bool, hosts_ranks: bool) -> str:
+        found = NodeFacts("one", None, hosts_ranks, sections={"cuda": Cuda(None, on_bus=8)})
+        return worst(list(host_findings(found, on_gpus, 900.0, False)))
+
+    assert [verdict(True, True), verdict(False, True), verdict(True, False)] == ["fail", "warn", "ok"]
+
+
+def test_a_sample_that_is_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_SAMPLE_BYTES", 4 << 20)
+    names: list[list[Path]] = []
+
+    def read(path: Path) -> tuple[float | None, int]:
+        names.append(list(tmp_path.iterdir()))
+        return 1.0, path.stat().st_size
+
+    monkeypatch.setattr(storage, "read_rate", read)
+    assert storage._measure(None, tmp_path) == (1.0, 4 << 20) and names == [[]]
 
 
 def test_a_slow_disk_is_found_by_reading_it(tmp_path: Path) -> None:
@@ -370,6 +446,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # its client has read it already
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     yield
     server.shutdown()
@@ -391,8 +469,12 @@ def test_the_hub_is_asked_for_the_model_and_its_size(monkeypatch: pytest.MonkeyP
     assert closed.judgement == "fail" and "no token" in closed.found and "HF_TOKEN" in closed.remedy
     monkeypatch.setenv("HF_TOKEN", "wrong")
     assert "may not read" in told_of("org/gated").found
-    monkeypatch.setenv("HF_TOKEN", "right")
+    monkeypatch.setenv("HF_TOKEN", "right\n")  # as a secret that was read from a file
     assert told_of("org/gated").judgement == "ok"
+    monkeypatch.setenv("HF_TOKEN", "secret word")
+    refused = told_of("org/gated")
+    assert refused.judgement == "fail" and "secret" not in refused.found + refused.remedy
+    monkeypatch.delenv("HF_TOKEN")
     assert "model.source" in told_of("org/missing").remedy
     assert read_hub(Asked(str(ROOT / "configs/demo"))) is None, "a folder needs no hub"
     assert read_hub(Asked("s3://bucket/prefix")) is None, "neither does a URL"
@@ -400,6 +482,7 @@ def test_the_hub_is_asked_for_the_model_and_its_size(monkeypatch: pytest.MonkeyP
 
 def test_a_hub_that_is_not_reached_fails_only_what_is_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     lost = told_of("org/open")
     assert lost.judgement == "fail" and "not reached" in lost.found and "HF_ENDPOINT" in lost.remedy

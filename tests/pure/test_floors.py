@@ -44,7 +44,7 @@ HOUSE = [
             "msgspec",
             "yaml",
         }
-        | {"transformers", "jinja2", "regex", "llguidance"}
+        | {"transformers", "huggingface_hub", "jinja2", "regex", "llguidance"}
         | {"aiohttp", "uvloop", "matplotlib"}  # stagemesh bench
         | {"pyarrow", "numpy"},  # stagemesh batch
     ),
