@@ -5,24 +5,23 @@ The fields of sampling are in sampling_fields.py, prompts and messages in prompt
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import BeforeValidator, FailFast, Field, model_validator
 
 from deployments.api.answer_fields import AnswerBody
 from deployments.api.foreign_fields import OF_CHATS, OF_COMPLETIONS
-from deployments.api.prompt_fields import Messages, Prompts, conversation
+from deployments.api.prompt_fields import Messages, Prompts
 from deployments.api.sampling_fields import NumLogprobs
 from deployments.api.strict_body import Body, only, wrong
 from deployments.api.structured_fields import StructuredBody
 from deployments.api.template_fields import TemplateBody
-from deployments.api.tool_fields import AUTO, INSTEAD_OF_FUNCTIONS, ToolChoice, Tools, chosen
+from deployments.api.tool_fields import INSTEAD_OF_FUNCTIONS
 from deployments.text.prompts import Prompt
 
 MAX_STOPS = 16  # OpenAI takes 4
 MAX_STOP_CHARS = 1024
 MAX_CHOICES = 128
-ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class StreamOptions(Body):
@@ -208,11 +207,7 @@ class ChatBody(GenerationBody, TemplateBody):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: NumLogprobs = 0
-    tools: Tools = Field(default_factory=list)
-    tool_choice: ToolChoice = AUTO
-    parallel_tool_calls: bool = True
     include_reasoning: bool = True
-    reasoning_effort: ReasoningEffort | None = None
     echo: bool = False
 
     prediction: object = None  # of what the answer will be: for speed alone
@@ -228,20 +223,8 @@ class ChatBody(GenerationBody, TemplateBody):
 
     @property
     def prompts(self) -> list[Prompt]:
-        """One conversation. With `tool_choice` none the model does not hear of the tools."""
-        tools = [] if self.tool_choice.mode == "none" else self.tools
-        is_single = self.tool_choice.is_one or not self.parallel_tool_calls
-        asked = conversation(self.messages, tools, self._variables, is_single, self.tool_choice.rule(tools))
-        return [self.as_asked(asked)]
-
-    @property
-    def _variables(self) -> dict[str, Any]:
-        """Of the chat template. Templates have other switches than OpenAI's effort: those follow it."""
-        if self.reasoning_effort is None:
-            return self.chat_template_kwargs
-        thinks = self.reasoning_effort != "none"
-        of_effort = {"reasoning_effort": self.reasoning_effort, "enable_thinking": thinks, "thinking": thinks}
-        return {**of_effort, **self.chat_template_kwargs}
+        """One conversation."""
+        return [self.conversation_of(self.messages)]
 
     @property
     def answer_role(self) -> str:
@@ -275,11 +258,6 @@ class ChatBody(GenerationBody, TemplateBody):
     def num_logprobs(self) -> int | None:
         """See SamplingBody."""
         return self.top_logprobs if self.logprobs else None
-
-    @model_validator(mode="after")
-    def _chosen_tools_are_there(self) -> Self:
-        chosen(self.tool_choice, self.tools)
-        return self
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> Self:

@@ -6,9 +6,11 @@ from typing import Protocol
 import msgspec
 
 from actors.words.messages import TokenLogprobs
+from deployments.api.errors import ApiError
 from deployments.text.token_text import TokenText, TokenTexts
 from deployments.text.transcript import ScoredToken
 
+MAX_PROMPT_ENTRIES = 2**19  # of all prompts and answers: some 30 MB of JSON, built in a few seconds
 LOWEST = -9999.0  # for tokens of probability 0, as OpenAI has it: JSON has no infinities
 
 
@@ -108,6 +110,19 @@ def prompt_logprobs(
             {str(one): PromptToken(_finite(value), ranks.get(one), texts.of(one).text) for one, value in values.items()}
         )
     return shown
+
+
+def check_prompt_entries(num_tokens: int, num_top: int | None, num_answers: int) -> None:
+    """Raises ApiError (400) where the log-probabilities of prompts of so many tokens would be too many to show."""
+    if num_top is None:
+        return
+    if (num_entries := num_tokens * (num_top + 1) * num_answers) > MAX_PROMPT_ENTRIES:
+        message = (
+            f"prompt_logprobs: {num_tokens} tokens of the prompt, with {num_top + 1} entries each in {num_answers} "
+            f"answers, are {num_entries} entries, and at most {MAX_PROMPT_ENTRIES} are shown; ask for fewer, for fewer "
+            "answers, or without echo"
+        )
+        raise ApiError(400, message, param="prompt_logprobs")
 
 
 def _by_text(token_id: int, logprobs: TokenLogprobs | None, texts: Names) -> dict[str, float] | None:

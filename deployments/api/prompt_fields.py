@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 from pydantic import BeforeValidator, FailFast, Field, PlainValidator, model_validator
 
 from deployments.api.errors import shown
+from deployments.api.foreign_fields import OF_MESSAGES, OF_PARTS
 from deployments.api.strict_body import Body, only, wrong
 from deployments.api.tool_fields import MAX_CALLS, Call, Tool
 from deployments.text.prompts import CallRule, Conversation, Prompt, content_text
@@ -37,6 +38,7 @@ class Part(Body):
     """A part of a message's content: text, under each name that clients have for it, or an assistant's thinking."""
 
     place: ClassVar[str] = "messages.content."
+    foreign: ClassVar[Mapping[str, str]] = OF_PARTS
     type: Literal["text", "input_text", "output_text", "refusal", "thinking"]
     text: str | None = None
     refusal: str | None = None
@@ -75,6 +77,7 @@ class Message(Body):
     """One message. The other fields of OpenAI's answers pass when empty, so that an answer can be sent back whole."""
 
     place: ClassVar[str] = "messages."
+    foreign: ClassVar[Mapping[str, str]] = OF_MESSAGES
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[list[Part] | None, FailFast(), BeforeValidator(_parts)] = None
     name: str | None = None  # handed to the chat template

@@ -23,6 +23,7 @@ from deployments.api.errors import ApiError
 from deployments.api.generation import Generation, draining, too_late
 from deployments.api.grammar import grammar_of
 from deployments.api.key_limits import KeyAccount, KeyAccounts
+from deployments.api.logprobs import check_prompt_entries
 from deployments.api.metrics import Labels, Latencies, Metrics, Stopwatch
 from deployments.api.outbox import Outbox
 from deployments.api.request_log import current_request, new_sequence_id
@@ -153,6 +154,7 @@ class Service:
             prompt_ids = truncated(body, all_ids, self.limits.max_model_len)
             self._check_prompt(body, prompt_ids)
             num_prompt_tokens += len(prompt_ids)
+            check_prompt_entries(num_prompt_tokens, body.num_prompt_logprobs, body.n)
             grammar = await grammar_of(body, prompt, prompt_ids, self.text, deadline)
             for choice in range(body.n):
                 request = self._request(body, prompt_ids, choice, bad_words, grammar, deadline)

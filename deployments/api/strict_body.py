@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from functools import cache
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
@@ -14,6 +15,7 @@ from deployments.api.errors import ApiError, shown
 
 MAX_IGNORED = 32  # unknown fields of one body: the header that names them has a bounded size
 _ALIKE = 0.85  # as difflib measures it: temprature is temperature
+_NO_SLIPS = frozenset({"models"})  # nearly a field's name, but OpenRouter's: what to fall back on, and there is one
 MAX_CONTAINERS = 10_000  # lists and objects of one body: reading each takes microseconds of the event loop
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)  # possessive, and takes unterminated ones: linear
 
@@ -58,27 +60,47 @@ class Body(BaseModel):
 
     @classmethod
     def _unknown(cls, name: str, value: object, ignored: list[str] | None) -> None:
-        if name in cls.foreign and value is not None:
-            instead = cls.foreign[name]
-            raise wrong("unsupported_parameter", "is no field of this server; {instead}", field=name, instead=instead)
+        if value is not None and (instead := _foreign_by_plain_name(cls).get(_plain(name))):
+            raise wrong(
+                "unsupported_parameter", "is no field of this server; {instead}", field=shown(name), instead=instead
+            )
         if ignored is None:
             raise wrong("unknown_parameter", "is not a field of this request; leave it out", field=shown(name))
-        if value is None:
-            return
-        alike = get_close_matches(name[:64], cls._meaningful(), 1, _ALIKE) if cls.foreign else []
-        if alike:
-            raise wrong("unknown_parameter", "is not a field; send {alike}", field=shown(name), alike=alike[0])
         known_as = cls.place + shown(name)
-        if known_as not in ignored:
-            ignored.append(known_as)
-        if len(ignored) > MAX_IGNORED:
+        if value is None or known_as in ignored:
+            return
+        if len(ignored) >= MAX_IGNORED:  # before names are compared, which takes a tenth of a millisecond
             raise wrong("unknown_parameter", "is one unknown field too many; leave them out", field=shown(name))
+        if alike := cls._nearly(name):
+            raise wrong("unknown_parameter", "is not a field; send {alike}", field=shown(name), alike=alike)
+        ignored.append(known_as)
 
     @classmethod
-    def _meaningful(cls) -> list[str]:
-        """The fields that may change an answer."""
-        fields = cls.model_fields.items()
-        return [name for name, one in fields if len(name) > 3 and (one.annotation is not object or one.metadata)]
+    def _nearly(cls, name: str) -> str | None:
+        """The field that may change an answer and that `name` nearly is."""
+        fields = _meaningful(cls)
+        alike = [] if name in _NO_SLIPS else get_close_matches(_plain(name), fields, 1, _ALIKE)
+        return fields[alike[0]] if alike else None
+
+
+def _plain(name: str) -> str:
+    """A name however it is written: maxTokens and MAX_TOKENS are max_tokens. Cut: none of ours is so long."""
+    return name[:64].lower().replace("_", "").replace("-", "")
+
+
+@cache
+def _meaningful(kind: type[Body]) -> dict[str, str]:
+    """The fields that may change an answer, by their plain names."""
+    fields = kind.model_fields.items()
+    return {
+        _plain(name): name for name, one in fields if len(name) > 3 and (one.annotation is not object or one.metadata)
+    }
+
+
+@cache
+def _foreign_by_plain_name(kind: type[Body]) -> dict[str, str]:
+    own = {_plain(name) for name in kind.model_fields}
+    return {plain: instead for name, instead in kind.foreign.items() if (plain := _plain(name)) not in own}
 
 
 AnyBody = TypeVar("AnyBody", bound=Body)

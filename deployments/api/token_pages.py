@@ -8,12 +8,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from deployments.api.connection import Headers, read_body, warning
-from deployments.api.prompt_fields import Messages, conversation
+from deployments.api.prompt_fields import Messages
 from deployments.api.sampling_fields import TokenId
 from deployments.api.service import Service
 from deployments.api.strict_body import AnyBody, Body, parse_body, wrong
 from deployments.api.template_fields import TemplateBody
-from deployments.api.tool_fields import Tools
 from deployments.text.prompts import Prompt
 
 
@@ -23,7 +22,6 @@ class TokenizeBody(TemplateBody):
     model: str | None = None
     prompt: str | None = None
     messages: Messages = Field(default_factory=list)
-    tools: Tools = Field(default_factory=list)  # shown to the chat template, as for chats
     add_special_tokens: bool | None = None  # for a prompt, true by default; a template writes its own
     return_token_strs: bool = False
 
@@ -33,6 +31,9 @@ class TokenizeBody(TemplateBody):
             raise wrong("invalid_value", "send either prompt or messages", field="prompt")
         if self.messages and self.add_special_tokens:
             raise wrong("invalid_value", "is for prompt only; leave it out", field="add_special_tokens")
+        for name, field in TemplateBody.model_fields.items() if self.prompt is not None else ():
+            if getattr(self, name) != field.get_default(call_default_factory=True):
+                raise wrong("invalid_value", "is for messages only; leave it out", field=name)
         return self
 
     @property
@@ -40,7 +41,7 @@ class TokenizeBody(TemplateBody):
         """What is to be tokenized."""
         if self.prompt is not None:
             return self.prompt
-        return self.as_asked(conversation(self.messages, self.tools, self.chat_template_kwargs))
+        return self.conversation_of(self.messages)
 
 
 class DetokenizeBody(Body):

@@ -1,6 +1,7 @@
 """Tool fields: `tools`, `tool_choice` and the calls of a history, parsed into what chat templates read."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -8,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, FailFast, Field, PlainVali
 from pydantic_core import from_json
 
 from deployments.api.errors import shown
+from deployments.api.foreign_fields import OF_FUNCTIONS, OF_TOOLS
 from deployments.api.strict_body import Body, wrong
 from deployments.text.prompts import CallRule
 
@@ -29,6 +31,7 @@ class Function(Body):
     """What a tool does: its name, what it is for, and the JSON Schema of its arguments."""
 
     place: ClassVar[str] = "tools.function."
+    foreign: ClassVar[Mapping[str, str]] = OF_FUNCTIONS
     name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -40,6 +43,7 @@ class Tool(Body):
     """One of `tools`: a function."""
 
     place: ClassVar[str] = "tools."
+    foreign: ClassVar[Mapping[str, str]] = OF_TOOLS
     type: Literal["function"] = "function"
     function: Function
 

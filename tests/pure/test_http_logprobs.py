@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from actors.words.messages import TokenLogprobs
+from deployments.api import logprobs
 from deployments.api.logprobs import chat_logprobs, completion_logprobs
 from deployments.text.tokenizer import Text
 from deployments.text.transcript import ScoredToken, Transcript
@@ -311,6 +312,16 @@ def test_stop_strings_count_from_min_tokens_on(seed):
     else:
         assert (transcript.finish_reason, shown) == ("length", words)
     assert scored == list(range(len(shown)))
+
+
+def test_log_probabilities_of_prompts_are_bounded(world, error_of, monkeypatch):
+    monkeypatch.setattr(logprobs, "MAX_PROMPT_ENTRIES", 60)
+    body = {"model": "tiny", "prompt": [5] * 10, "max_tokens": 1}
+    assert world.post(COMPLETIONS, {**body, "prompt_logprobs": 2, "n": 2}).status_code == 200
+    for more in ({"prompt_logprobs": 2, "n": 3}, {"prompt_logprobs": 6}, {"logprobs": 6, "echo": True}):
+        error = error_of(world.post(COMPLETIONS, {**body, **more}), 400)
+        assert error["param"] == "prompt_logprobs" and "at most 60 are shown" in error["message"]
+    assert world.post(COMPLETIONS, {**body, "logprobs": 6}).status_code == 200
 
 
 def test_the_clients_own_objects(make_world, text):

@@ -4,6 +4,8 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from deployments.api.bodies import ChatBody
+from deployments.api.token_pages import TokenizeBody
 from deployments.text.tokenizer import INLINE_CHARS, Text
 
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -36,6 +38,13 @@ def test_special_tokens_are_a_choice(make_world, tokenizer_folder):
     assert world.post("/tokenize", {"prompt": "hello", "add_special_tokens": True}).json()["tokens"] == [0, *plain]
 
 
+def test_a_chats_fields_reach_the_template_of_tokenize_as_well():
+    tools = [{"function": {"name": "f"}}]
+    for fields in ({"reasoning_effort": "none"}, {"tools": tools}, {"tools": tools, "tool_choice": "none"}):
+        chat = ChatBody.model_validate({"model": "tiny", "messages": MESSAGES, **fields}).prompts
+        assert [TokenizeBody.model_validate({"messages": MESSAGES, **fields}).text_or_messages] == chat
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
@@ -45,6 +54,9 @@ def test_special_tokens_are_a_choice(make_world, tokenizer_folder):
         ("/tokenize", {"prompt": ["x"]}, "prompt"),
         ("/tokenize", {"messages": MESSAGES, "add_special_tokens": True}, "add_special_tokens"),
         ("/tokenize", {"messages": MESSAGES, "add_generation_prompt": 1}, "add_generation_prompt"),
+        ("/tokenize", {"prompt": "x", "documents": [{"text": "a"}]}, "documents"),
+        ("/tokenize", {"prompt": "x", "reasoning_effort": "low"}, "reasoning_effort"),
+        ("/tokenize", {"messages": MESSAGES, "tool_choice": "required"}, "tool_choice"),
         ("/detokenize", {}, "tokens"),
         ("/detokenize", {"tokens": [400]}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens"),

@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from deployments.api import strict_body
 from deployments.api.bodies import ChatBody, CompletionBody
 from deployments.api.foreign_fields import OF_CHATS, OF_COMPLETIONS
+from deployments.api.strict_body import MAX_IGNORED
 
 COMPLETION = {"model": "tiny", "prompt": "hello", "max_tokens": 4, "temperature": 0}
 USER = {"role": "user", "content": "hi"}
@@ -68,6 +70,10 @@ def test_a_config_has_them_refused(make_world, error_of):
         (CHATS, "temprature", "temperature"),
         (CHATS, "response_fromat", "response_format"),
         (CHATS, "max_completion_token", "max_completion_tokens"),
+        (CHATS, "maxTokens", "max_tokens"),
+        (CHATS, "topP", "top_p"),
+        (COMPLETIONS, "topK", "top_k"),
+        (COMPLETIONS, "MAX_TOKENS", "max_tokens"),
         (COMPLETIONS, "logprob", "logprobs"),
         (COMPLETIONS, "repetition_penality", "repetition_penalty"),
     ],
@@ -88,6 +94,46 @@ def test_names_of_other_servers_are_refused_with_what_to_send(world, error_of, p
         error = error_of(world.post(path, {**body, name: 1}), 400)
         assert (error["param"], error["code"]) == (name, "unsupported_parameter")
         assert foreign[name] in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"messages": [{**USER, "images": ["x"]}]}, "messages.0.images", "send text only"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "image_url": {}}]}]},
+            None,
+            "send text",
+        ),
+        ({"messages": [USER, {"role": "assistant", "toolcalls": []}]}, "messages.1.toolcalls", "send tool_calls"),
+        ({"tools": [{"function": {"name": "f", "paramaters": {}}}]}, "tools.0.function.paramaters", "send parameters"),
+        ({"tools": [{"function": {"name": "f", "input_schema": {}}}]}, None, "send parameters"),
+        ({"stream": True, "stream_options": {"include_usages": True}}, None, "send include_usage"),
+        *(({name: 5}, name, "is ") for name in ("maxNewTokens", "stopSequences", "num_return_sequences", "suffix")),
+    ],
+)
+def test_what_would_change_the_answer_is_refused_within_too(world, error_of, fields, param, words):
+    error = error_of(world.post(CHATS, {**CHAT, **fields}), 400)
+    assert words in error["message"] and error["param"] == (param or error["param"])
+
+
+def test_completions_refuse_what_only_chats_have(world, error_of):
+    for name in ("functions", "tool_choice", "documents", "chat_template", "continue_final_message"):
+        assert "/v1/chat/completions" in error_of(world.post(COMPLETIONS, {**COMPLETION, name: 1}), 400)["message"]
+
+
+def test_models_to_fall_back_on_are_ignored(world):
+    assert world.post(CHATS, {**CHAT, "models": ["a"]}).headers["warning"] == '299 - "ignored unknown fields: models"'
+
+
+def test_few_names_are_compared_however_many_are_unknown(make_world, monkeypatch):
+    compared = []
+    monkeypatch.setattr(strict_body, "get_close_matches", lambda *one: compared.append(one) or [])
+    world = make_world(max_body_bytes=10**6)
+    for start in ("\x01", "x" * 80, "x"):
+        names = {f"{start}{number}": 1 for number in range(9000)}
+        world.post(CHATS, {**CHAT, **names, "messages": [{**USER, **names}, USER]})
+    assert 0 < len(compared) <= 3 * MAX_IGNORED
 
 
 def test_the_header_is_bounded(world, error_of):
