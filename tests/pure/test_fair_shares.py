@@ -115,3 +115,19 @@ def test_cached_tokens_of_a_prompt_do_not_count_and_keys_share_no_prefixes() -> 
     assert (usage["a"].num_prompt, usage["a"].num_cached, usage["a"].num_generated) == (34, 16, 2)
     assert (usage["b"].num_prompt, usage["b"].num_cached, usage["b"].num_generated) == (17, 0, 1)
     assert scheduler._shares.served("a") == 34 - 16 + 2
+
+
+@pytest.mark.parametrize(("num_dealt_steps", "charged"), [(0, 0), (1, 0), (2, 8), (3, 9)])
+def test_what_ends_before_it_was_computed_does_not_count(num_dealt_steps: int, charged: int) -> None:
+    scheduler, executor = Scheduler(SchedulerSettings(4, 1, 8, num_lanes=1), 100), FakeExecutor(block_size=4)
+    scheduler.add(Request("1", list(range(9)), 9, SamplingParams(0.0), key="a"))
+    if num_dealt_steps:  # dealt, and so many steps but one of 8 ids each
+        scheduler._waiting.deal(scheduler._lanes, scheduler._kv_cache, 1, [])
+    for _ in range(num_dealt_steps - 1):
+        for result in executor.wait(0):
+            scheduler.complete(result)
+        step = scheduler.next_step()
+        assert step is not None
+        executor.submit(step)
+    scheduler.finish("1")
+    assert scheduler._shares.served("a") == charged

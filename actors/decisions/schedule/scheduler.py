@@ -280,6 +280,7 @@ class Scheduler:
         self, sequence: Sequence, reason: FinishReason, error: str | None = None, code: ErrorCode | None = None
     ) -> Event:
         sequence.finish_reason = reason
+        self._shares.charge(sequence.request.key, -sequence.num_never_computed)
         self.stats.ended(sequence, reason)
         del self._live[sequence.request.request_id]
         if sequence.lane is None:

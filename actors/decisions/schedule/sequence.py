@@ -72,6 +72,13 @@ class Sequence:
         return max(0, len(self.ids) - self.num_scheduled)
 
     @property
+    def num_never_computed(self) -> int:
+        """Prompt ids that count against its key, and that no step has taken."""
+        if not self.is_charged or (self.has_begun and not self.is_open):
+            return 0
+        return max(0, len(self.request.prompt_ids) - self.num_scheduled)
+
+    @property
     def wants_prompt_logprobs(self) -> bool:
         """Whether logprobs of prompt ids were asked for and are not all reported."""
         asked = self.request.sampling.prompt_logprobs is not None
