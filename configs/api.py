@@ -11,13 +11,16 @@ _ORIGIN = re.compile(r"\*|https?://[A-Za-z0-9.\-\[\]:]+")
 
 
 def _origin(asked: str) -> str:
-    if _ORIGIN.fullmatch(asked):
-        return asked
+    if _ORIGIN.fullmatch(asked):  # in the form in which browsers send it
+        scheme, _, rest = asked.lower().partition("://")
+        return asked.lower().removesuffix({"http": ":80", "https": ":443"}.get(scheme, "")) if rest else asked
     raise ValueError("should be `*`, or a scheme and a host without a path, such as https://chat.example.org")
 
 
 def _place(asked: str) -> str:
     kind, _, name = asked.partition(":")
+    if kind == "file" and name and not name.startswith("/"):
+        raise ValueError(f"should be file:/PATH, from the root on: replicas have folders of their own, without {name}")
     if kind in ("file", "env") and name:
         return asked
     raise ValueError("should be file:PATH or env:NAME; keys themselves do not belong into a config")

@@ -4,8 +4,10 @@ import asyncio
 import hmac
 import logging
 import os
+import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 
 from configs.keys import ApiKey, digest_of, parse_keys
@@ -13,6 +15,7 @@ from configs.keys import ApiKey, digest_of, parse_keys
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0  # at the file; a key that was taken out of it is refused after that
+WAIT_S = 1.0  # for a look; a file system that hangs holds requests up no longer
 
 
 class KeyRing:
@@ -25,10 +28,11 @@ class KeyRing:
         self._path = Path(name) if kind == "file" else None
         self._seen = None if self._path is None else _version(self._path)
         self._looked_at = time.monotonic()
-        self._lock = asyncio.Lock()
+        self._looking: Future[None] | None = None  # the look that goes on, or the last one
+        self._complaint = ""  # what was last said of the file; it is said once
         if self._path is None and not environment.get(name):
             raise ValueError(f"api.keys: {source}: the variable is not set on the replica's node; set it before Ray")
-        self._keys = self._parsed(environment[name]) if self._path is None else self._read(self._path)
+        self._keys = self._parsed(environment[name]) if self._path is None else self._parsed(self._text(self._path))
 
     @property
     def keys(self) -> tuple[ApiKey, ...]:
@@ -44,30 +48,60 @@ class KeyRing:
         return found
 
     async def look(self) -> None:
-        """Read the file again if it has changed; at most once in LOOK_EVERY_S, and meanwhile all others wait."""
-        path = self._path
-        if path is None or time.monotonic() < self._looked_at + LOOK_EVERY_S:
+        """Read the file again if it has changed; at most once in LOOK_EVERY_S, for all who ask meanwhile.
+
+        What takes longer than WAIT_S goes on in its thread, and the keys stay as they were until it ends.
+        """
+        path, now = self._path, time.monotonic()
+        if path is None:
             return
-        async with self._lock:
-            if time.monotonic() >= self._looked_at + LOOK_EVERY_S:
-                await asyncio.to_thread(self._look, path)
-                self._looked_at = time.monotonic()
+        looking = self._looking
+        if (looking is None or looking.done()) and now >= self._looked_at + LOOK_EVERY_S:
+            self._looked_at, looking = now, Future()
+            self._looking = looking
+            threading.Thread(target=self._look_aside, args=(path, looking), name="key ring", daemon=True).start()
+        if looking is None or looking.done():
+            return
+        left_s = self._looked_at + WAIT_S - now
+        if left_s > 0:
+            await asyncio.wait({asyncio.wrap_future(looking)}, timeout=left_s)
+        if not looking.done():
+            self._complain(f"{self._source}: is not read within {WAIT_S:g} s; the file system may hang")
+
+    def _look_aside(self, path: Path, looking: Future[None]) -> None:
+        try:
+            self._look(path)
+        except Exception:
+            logger.exception("the keys stay as they were")
+        finally:
+            looking.set_result(None)
 
     def _look(self, path: Path) -> None:
         version = _version(path)
         if version == self._seen:
             return
+        try:
+            text = self._text(path)
+        except ValueError as error:  # it may be read the next time, and needs no new version for that
+            self._complain(str(error))
+            return
         self._seen = version
         try:
-            self._keys = self._read(path)
+            self._keys = self._parsed(text)
         except ValueError as error:
-            logger.error("the keys stay as they were: %s", error)
+            self._complain(str(error))
             return
+        self._complaint = ""
         logger.info("%s: %d keys in force", self._source, len(self._keys))
 
-    def _read(self, path: Path) -> tuple[ApiKey, ...]:
+    def _complain(self, complaint: str) -> None:
+        if complaint != self._complaint:
+            self._complaint = complaint
+            logger.error("the keys stay as they were: %s", complaint)
+
+    def _text(self, path: Path) -> str:
         try:
-            return self._parsed(path.read_text(encoding="utf-8"))
+            return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
             raise ValueError(f"api.keys: {self._source}: cannot be read ({reason})") from None
