@@ -1,18 +1,51 @@
 """The door: what every request passes before its route: the size of its headers, its API key, and the key's limits."""
 
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.api.connection import Connection
-from deployments.api.errors import ApiError
+from deployments.api.errors import ApiError, internal_error, log_unexpected
 from deployments.api.key_limits import KeyAccount, KeyAccounts
 from deployments.api.key_ring import KeyRing
 from deployments.api.request_log import PROBES, current_request, route_of
 
 OPEN = PROBES | {"/version"}  # all else wants a key
 MAX_HEADER_BYTES = 32 * 1024
+MAX_BODIES_BYTES = 512 << 20  # of all bodies together
+
+
+class Bodies:
+    """Counts the bytes of bodies from when they arrive until their requests have ended."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+
+    @contextmanager
+    def counted(self, receive: Receive) -> Iterator[Receive]:
+        """Count what is received while the block runs; a body alone may have any size.
+
+        To receive raises ApiError (503) where it is too much beside the bodies of others.
+        """
+        num_own = 0
+
+        async def counting() -> Message:
+            nonlocal num_own
+            message = await receive()
+            num_more = len(message.get("body", b""))
+            if self.num_bytes > num_own and self.num_bytes + num_more > MAX_BODIES_BYTES:
+                what = f"the server is full ({self.num_bytes} bytes of other bodies); try again in 1 s"
+                raise ApiError(503, what, code="server_overloaded", retry_after_s=1)
+            num_own += num_more
+            self.num_bytes += num_more
+            return message
+
+        try:
+            yield counting
+        finally:
+            self.num_bytes -= num_own
 
 
 class Door:
@@ -23,9 +56,13 @@ class Door:
         self._app = app
         self._ring = ring
         self._accounts = accounts
+        self._bodies = Bodies()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or answer it with an error: 401 without a key that is known, 429, 431."""
+        """Pass the request on, or answer it with an error: 401 without a key that is known, 429, 431.
+
+        What goes wrong unforeseen in a route is answered here: so its line tells of it, and web pages may read it.
+        """
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -35,14 +72,22 @@ class Door:
                 account = await self._account(scope)
                 if record := current_request():
                     record.key = account.name or None
-                send = partial(_send_with_limits, send, account)
+                send = answer = _Answer(send, account)
                 if scope["method"] == "POST":
                     held.enter_context(account.request())
             except ApiError as error:
                 await Connection(receive, send).fail(error)
                 return
             scope.setdefault("state", {})["account"] = account
-            await self._app(scope, receive, send)
+            try:
+                await self._app(scope, held.enter_context(self._bodies.counted(receive)), send)
+            except ClientDisconnect:
+                pass
+            except Exception as error:
+                if answer.has_begun:
+                    raise
+                log_unexpected(error)
+                await Connection(receive, send).fail(internal_error())
 
     async def _account(self, scope: Scope) -> KeyAccount:
         if self._ring is None or route_of(scope) in OPEN:
@@ -72,7 +117,16 @@ def _sent(scope: Scope) -> str:
     return headers.get(b"x-api-key", b"").decode("latin-1").strip()
 
 
-async def _send_with_limits(send: Send, account: KeyAccount, message: Message) -> None:
-    if message["type"] == "http.response.start":
-        message = {**message, "headers": [*message.get("headers", ()), *account.headers()]}
-    await send(message)
+class _Answer:
+    """Sends an answer, with what is left to its key."""
+
+    def __init__(self, send: Send, account: KeyAccount) -> None:
+        self._send = send
+        self._account = account
+        self.has_begun = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.has_begun = True
+            message = {**message, "headers": [*message.get("headers", ()), *self._account.headers()]}
+        await self._send(message)

@@ -194,7 +194,7 @@ class Metrics:
         yield from self._of_keys()
 
     def _of_keys(self) -> Iterator[Metric]:
-        """What each API key has used: as many series as there are keys in the file, and none without keys."""
+        """What each API key has used: series of each that was ever used, also once it is out of the file."""
         accounts = {(account.name,): account for account in self._accounts.all()}
         usage = {key: self._engine.stats.by_key.get(*key, KeyUsage()) for key in accounts}
         counters: list[tuple[str, str, _Values[float]]] = [

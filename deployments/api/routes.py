@@ -11,7 +11,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import Receive, Scope, Send
 
 from deployments.api.bodies import ChatBody, CompletionBody, GenerationBody
@@ -50,25 +50,26 @@ def build_app(
     `metrics_of_all`: the page of all replicas; None: there is no other.
     """
     pages, token_pages = Pages(service, metrics_of_all), TokenPages(service)
+    routes = [
+        Route("/v1/models", pages.models),
+        Route("/v1/models/{model:path}", pages.model),
+        Route("/v1/completions", GenerationRoute(service, CompletionBody), methods=["POST"]),
+        Route("/v1/chat/completions", GenerationRoute(service, ChatBody), methods=["POST"]),
+        Route("/tokenize", token_pages.tokenize, methods=["POST"]),
+        Route("/detokenize", token_pages.detokenize, methods=["POST"]),
+        Route("/tokenizer_info", token_pages.info),
+        Route("/health", pages.health),
+        Route("/ready", pages.ready),
+        Route("/version", pages.version),
+        Route("/cluster", pages.cluster),
+        Route("/metrics", pages.metrics),
+        Route("/metrics/replica", pages.own_metrics),
+    ]
     app = Starlette(
-        routes=[
-            Route("/v1/models", pages.models),
-            Route("/v1/models/{model:path}", pages.model),
-            Route("/v1/completions", GenerationRoute(service, CompletionBody), methods=["POST"]),
-            Route("/v1/chat/completions", GenerationRoute(service, ChatBody), methods=["POST"]),
-            Route("/tokenize", token_pages.tokenize, methods=["POST"]),
-            Route("/detokenize", token_pages.detokenize, methods=["POST"]),
-            Route("/tokenizer_info", token_pages.info),
-            Route("/health", pages.health),
-            Route("/ready", pages.ready),
-            Route("/version", pages.version),
-            Route("/cluster", pages.cluster),
-            Route("/metrics", pages.metrics),
-            Route("/metrics/replica", pages.own_metrics),
-        ],
+        routes=routes,
         exception_handlers={HTTPException: _http_error, ApiError: _api_error, Exception: _internal_error},
         middleware=[
-            Middleware(RequestLog, service.access_log, _counter(service)),
+            Middleware(RequestLog, service.access_log, _counter(service, routes)),
             *_cors(cors_origins),
             Middleware(Door, ring, service.accounts),
         ],
@@ -244,13 +245,13 @@ class Pages:
         }
 
 
-def _counter(service: Service) -> Callable[[Scope, int], None]:
-    """Counts requests for the metrics, by the route's path as it is declared."""
+def _counter(service: Service, routes: Sequence[Route]) -> Callable[[Scope, int], None]:
+    """Counts requests for the metrics, by the route's path as it is declared, also where the door has answered."""
     num_answered = service.latencies.num_answered
 
     def count(scope: Scope, status: int) -> None:
-        route = scope.get("route")
-        num_answered[route.path if isinstance(route, Route) else "none", status] += 1
+        route = scope.get("route") or next((one for one in routes if one.matches(scope)[0] != Match.NONE), None)
+        num_answered[route.path if route else "none", status] += 1
 
     return count
 

@@ -1,5 +1,8 @@
 """The tokenizer's routes: texts and conversations as the model's token ids, ids as text, and what the tokenizer is."""
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Annotated, Self
 
 import msgspec
@@ -8,12 +11,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from deployments.api.connection import Headers, read_body, warning
+from deployments.api.errors import ApiError
+from deployments.api.generation import too_late
 from deployments.api.prompt_fields import Messages
 from deployments.api.sampling_fields import TokenId
 from deployments.api.service import Service
 from deployments.api.strict_body import AnyBody, Body, parse_body, wrong
 from deployments.api.template_fields import TemplateBody
 from deployments.text.prompts import Prompt
+
+MAX_AT_ONCE = 64  # requests that wait for the tokenizer here, or have it
 
 
 class TokenizeBody(TemplateBody):
@@ -65,12 +72,15 @@ class TokenPages:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._num_waiting = 0
+        self._turn = asyncio.Lock()  # one at a time, so that prompts of completions wait behind one of them at most
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize: the ids that a completion or a chat would start from."""
         body, headers = await self._read(request, TokenizeBody)
         self._service.check_model(body.model or self._service.identity.model)
-        (ids,) = await self._service.encode([body.text_or_messages], body.add_special_tokens is not False)
+        async with self._tokenizer():
+            (ids,) = await self._service.encode([body.text_or_messages], body.add_special_tokens is not False)
         names = self._service.text.names(ids) if body.return_token_strs else msgspec.UNSET
         return _json(Tokens(ids, len(ids), self._service.limits.max_model_len, names), headers)
 
@@ -83,7 +93,23 @@ class TokenPages:
         body, headers = await self._read(request, DetokenizeBody)
         self._service.check_model(body.model or self._service.identity.model)
         self._service.check_ids("tokens", body.tokens)
-        return _json({"prompt": await self._service.text.decode(body.tokens)}, headers)
+        async with self._tokenizer():
+            return _json({"prompt": await self._service.text.decode(body.tokens)}, headers)
+
+    @asynccontextmanager
+    async def _tokenizer(self) -> AsyncIterator[None]:
+        """Have the tokenizer while the block runs. Raises ApiError: 503 where too many wait, 504 after request_s."""
+        if self._num_waiting >= MAX_AT_ONCE:
+            message = f"the server is full ({MAX_AT_ONCE} requests wait for the tokenizer); try again in 1 s"
+            raise ApiError(503, message, code="server_overloaded", retry_after_s=1)
+        self._num_waiting += 1
+        try:
+            async with asyncio.timeout(self._service.limits.request_s), self._turn:
+                yield
+        except TimeoutError:
+            raise too_late() from None
+        finally:
+            self._num_waiting -= 1
 
     async def _read(self, request: Request, kind: type[AnyBody]) -> tuple[AnyBody, Headers]:
         """The body, and headers of the answer."""

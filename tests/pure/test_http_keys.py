@@ -2,9 +2,13 @@
 
 import asyncio
 import hashlib
+import json
 import re
 import statistics
+import threading
 import time
+from pathlib import Path
+from unittest import mock
 
 import openai
 import pytest
@@ -12,11 +16,12 @@ from starlette.routing import Route
 
 from configs.config import Config
 from configs.keys import KeyLimits, parse_keys
-from deployments.api import key_ring
-from deployments.api.door import MAX_HEADER_BYTES, OPEN
+from deployments.api import door, key_ring
+from deployments.api.door import MAX_HEADER_BYTES, OPEN, Bodies
 from deployments.api.errors import ApiError
 from deployments.api.key_limits import KeyAccount
 from deployments.api.key_ring import KeyRing
+from deployments.api.request_log import ACCESS
 
 ALICE, BOB = "sk-alice-0123456789", "sk-bob-0123456789"
 KEYS = f"""
@@ -129,15 +134,23 @@ def test_keys_may_come_from_the_environment():
         ("", "should be a mapping"),
         ("alice: [sk-secret-1234", "line 1: this is not the YAML"),
         ("alice: sk-secret-1234\nalice: sk-secret-5678", "a name stands twice"),
-        ("alice: secret", "alice: `key` should be 8 to 512"),
-        ("alice: sk secret 1234", "alice: `key` should be 8 to 512"),
+        ("alice: secret", "line 1: `key` should be 8 to 512"),
+        ("alice: sk secret 1234", "line 1: `key` should be 8 to 512"),
+        ("# x\nsk-secret-1234: bob", "line 2: the name looks like a key"),
+        ("sk-secret-1234: alice-team", "line 1: the name looks like a key"),
+        ("secretSECRETsecret0123456789: alice-team", "line 1: the name looks like a key"),
+        ("my-secret: bob", "line 1: `key` should be 8 to 512"),
+        ("alice: 2024-99-99", "line 1: `key` should be 8 to 512"),
+        ("alice: !!timestamp secret", "line 1: `key` should be 8 to 512"),
+        ("alice: " + "[" * 600 + "]" * 600, "nested too deeply"),
+        ("alice: {key: sk-secret-1234, sk-secret: 3}", "line 1: a field is unknown; known here: key"),
+        ("alice: {key: sk-secret-1234, 5: 3}", "line 1: a field is unknown; known here: key"),
         ("alice: 12345678", "in quotes if it is a number"),
         ("a b: sk-secret-1234", "a name should be"),
-        ("alice: {sha256: sk-secret-1234}", "alice: `sha256` should be 64 hexadecimal digits"),
-        ("alice: {key: sk-secret-1234, sha256: aa}", "alice: needs either"),
-        ("alice: {requests_per_minute: 3}", "alice: needs either"),
-        ("alice: {key: sk-secret-1234, request_per_minute: 3}", "alice: `request_per_minute`: unknown"),
-        ("alice: {key: sk-secret-1234, tokens_per_minute: 0}", "alice: `tokens_per_minute`: Input should be greater"),
+        ("alice: {sha256: sk-secret-1234}", "line 1: `sha256` should be 64 hexadecimal digits"),
+        ("alice: {key: sk-secret-1234, sha256: aa}", "line 1: needs either"),
+        ("alice: {requests_per_minute: 3}", "line 1: needs either"),
+        ("alice: {key: sk-secret-1234, tokens_per_minute: 0}", "line 1: `tokens_per_minute`: Input should be greater"),
         ("alice: sk-secret-1234\nbob: sk-secret-1234", "bob: has the same key as alice"),
         ("\n".join(f"k{number}: sk-secret-{number:08}" for number in range(1001)), "has 1001 keys"),
     ],
@@ -151,6 +164,11 @@ def test_what_is_wrong_with_keys_is_said_without_them(text, words):
 def test_a_config_takes_places_of_keys_and_never_keys():
     base = {"model": {"source": "x"}}
     assert Config.model_validate({**base, "api": {"keys": "file:/run/keys"}}).api.keys == "file:/run/keys"
+    with pytest.raises(ValueError, match="should be file:/PATH, from the root on"):
+        Config.model_validate({**base, "api": {"keys": "file:keys.yaml"}})
+    origins = ["https://Chat.Example.org:443", "http://x:80", "http://x:443", "*"]
+    api = Config.model_validate({**base, "api": {"cors_origins": origins}}).api
+    assert api.cors_origins == ("https://chat.example.org", "http://x", "http://x:443", "*"), "as browsers send them"
     for wrong in ("sk-secret-1234", "file:", "/run/keys"):
         with pytest.raises(ValueError, match="should be file:PATH or env:NAME"):
             Config.model_validate({**base, "api": {"keys": wrong}})
@@ -296,3 +314,83 @@ def test_a_look_at_the_file_is_shared(guarded, ring, monkeypatch):
 
     asyncio.run(go())
     assert len(looks) == 1
+
+
+def test_a_file_system_that_hangs_holds_nobody_up_and_is_told_of_once(ring, path, monkeypatch, caplog):
+    monkeypatch.setattr(key_ring, "WAIT_S", 0.05)
+    goes_on, read = threading.Event(), ring._text
+    monkeypatch.setattr(ring, "_text", lambda path: goes_on.wait(20) and read(path))
+    path.write_text("alice: sk-alice-of-tomorrow\n")
+
+    async def ask():
+        await asyncio.gather(*(ring.look() for _ in range(100)))
+
+    asyncio.run(ask())
+    asyncio.run(ask())
+    assert ring.find(ALICE) and "the file system may hang" in caplog.text
+    assert caplog.text.count("the keys stay as they were") == 1
+    goes_on.set()
+    ring._looking.result(20)
+    assert not ring.find(ALICE) and ring.find("sk-alice-of-tomorrow")
+
+
+def test_a_file_that_could_not_be_read_is_read_when_it_can_be(ring, path, monkeypatch, caplog):
+    path.write_text("alice: sk-alice-of-tomorrow\n")
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(Path, "read_text", mock.Mock(side_effect=OSError(5, "Input/output error")))
+        ring._look(path)
+        ring._look(path)
+    assert ring.find(ALICE) and caplog.text.count("Input/output error") == 1
+    ring._look(path)
+    assert ring.find("sk-alice-of-tomorrow"), "though the file has not changed since"
+
+
+def test_all_bodies_together_have_a_limit_and_one_alone_has_none(monkeypatch):
+    monkeypatch.setattr(door, "MAX_BODIES_BYTES", 10)
+    bodies = Bodies()
+
+    async def receive():
+        return {"type": "http.request", "body": b"x" * 8}
+
+    async def go():
+        with bodies.counted(receive) as alone:
+            await alone()
+            await alone()
+            with pytest.raises(ApiError) as raised, bodies.counted(receive) as other:
+                await other()
+            assert (raised.value.status, raised.value.code) == (503, "server_overloaded")
+            await alone()
+        assert bodies.num_bytes == 0
+        with bodies.counted(receive) as other:
+            await other()
+
+    asyncio.run(go())
+
+
+def test_a_body_beside_too_many_others_is_refused(guarded, error_of, monkeypatch):
+    monkeypatch.setattr(door, "MAX_BODIES_BYTES", 10)
+    monkeypatch.setattr(Bodies, "__init__", lambda self: setattr(self, "num_bytes", 1))
+    guarded.app.middleware_stack = None
+    for path, body in (("/v1/completions", BODY), ("/tokenize", {"prompt": "hello"})):
+        answer = guarded.post(path, body, headers=bearer(ALICE))
+        assert "bytes of other bodies" in error_of(answer, 503)["message"]
+
+
+def test_what_the_door_refuses_counts_for_its_route(guarded):
+    guarded.get("/v1/models/tiny")
+    guarded.post("/v1/completions", BODY)
+    guarded.get("/v1/nowhere")
+    routes = {("/v1/models/{model:path}", 401), ("/v1/completions", 401), ("none", 401)}
+    assert routes == set(guarded.service.latencies.num_answered)
+
+
+def test_a_fault_of_a_page_is_told_in_its_line_and_to_web_pages(make_world, monkeypatch, error_of, caplog):
+    caplog.set_level("INFO", ACCESS.name)
+    world = make_world(cors_origins=("https://chat.example",))
+    monkeypatch.setattr(world.service, "check_model", mock.Mock(side_effect=ZeroDivisionError))
+    answer = world.get("/v1/models/tiny", headers={"origin": "https://chat.example"})
+    assert error_of(answer, 500)["code"] == "internal_error"
+    assert answer.headers["access-control-allow-origin"] == "https://chat.example"
+    (line,) = (json.loads(record.message) for record in caplog.records if record.name == ACCESS.name)
+    assert (line["status"], line["error"]) == (500, "internal_error")
+    assert "ZeroDivisionError" in caplog.text

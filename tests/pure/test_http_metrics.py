@@ -283,3 +283,23 @@ def test_the_page_is_that_of_all_replicas_and_of_one_where_another_is_silent(mak
     world.app = build_app(world.service, metrics_of_all=replicas.metrics)
     assert world.get("/metrics").text.count("stagemesh_build_info{") == (2 if answers else 1)
     assert world.get("/metrics/replica").text.count("stagemesh_build_info{") == 1
+
+
+def test_those_who_ask_at_once_get_one_page_and_it_is_kept_for_a_moment(monkeypatch):
+    asked = []
+
+    async def ask():
+        asked.append(1)
+        await asyncio.sleep(0.02)
+        return str(len(asked)).encode()
+
+    replicas = Peers("metrics_page", lambda: b"")
+    monkeypatch.setattr(replicas, "_ask", ask)
+
+    async def go():
+        assert await asyncio.gather(*(replicas.metrics() for _ in range(50))) == [b"1"] * 50
+        assert await replicas.metrics() == b"1"
+        replicas._kept_until = 0
+        assert await replicas.metrics() == b"2"
+
+    asyncio.run(go())

@@ -1,9 +1,12 @@
 """/tokenize and /detokenize: the ids that an answer would start from, and back again."""
 
+import asyncio
+
 import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from deployments.api import token_pages
 from deployments.api.bodies import ChatBody
 from deployments.api.token_pages import TokenizeBody
 from deployments.text.tokenizer import INLINE_CHARS, Text
@@ -82,3 +85,39 @@ def test_no_engine_is_needed(world):
     world.engine.close()
     assert world.post("/tokenize", {"prompt": "hello"}).status_code == 200
     assert world.post("/detokenize", {"tokens": []}).json() == {"prompt": ""}
+
+
+def test_one_text_at_a_time_is_tokenized_and_only_so_many_wait(make_world, error_of, monkeypatch):
+    """So a prompt of a completion waits behind one of them, not behind all."""
+    monkeypatch.setattr(token_pages, "MAX_AT_ONCE", 3)
+    world, at_once, most = make_world(), [], []
+
+    async def encode(prompts, add_special_tokens):
+        at_once.append(prompts)
+        most.append(len(at_once))
+        await asyncio.sleep(0.01)
+        at_once.pop()
+        return [[5]]
+
+    monkeypatch.setattr(world.service, "encode", encode)
+
+    async def go():
+        async with world.http() as client:
+            return await asyncio.gather(*(client.post("/tokenize", json={"prompt": "hello"}) for _ in range(5)))
+
+    answers = asyncio.run(go())
+    assert sorted(answer.status_code for answer in answers) == [200, 200, 200, 503, 503]
+    assert max(most) == 1
+    refused = next(answer for answer in answers if answer.status_code == 503)
+    assert error_of(refused, 503)["code"] == "server_overloaded" and refused.headers["retry-after"] == "1"
+    assert world.post("/tokenize", {"prompt": "hello"}).status_code == 200
+
+
+def test_the_tokenizers_pages_have_a_deadline(make_world, error_of, monkeypatch):
+    world = make_world(request_s=0.02)
+
+    async def encode(prompts, add_special_tokens):
+        await asyncio.sleep(20)
+
+    monkeypatch.setattr(world.service, "encode", encode)
+    error_of(world.post("/tokenize", {"prompt": "hello"}), 504)
