@@ -76,6 +76,8 @@ def _content(grammar: GrammarText, content: ContentRule) -> str:
     if content.kind == "json":
         return grammar.json(content.value)
     if content.kind == "regex":
+        if (len(content.value) - len(content.value.rstrip("\\"))) % 2:
+            raise GrammarError("ends with a backslash that escapes nothing; write two for one", content.field)
         return grammar.rule(f"/{regex_to_lark(content.value, '')}/")
     if content.kind == "choice":
         return grammar.rule(any_of(map(grammar.plain, content.value)))
@@ -124,7 +126,7 @@ class _Calls:
         opens = form.before or form.call.partition("%NAME")[0]
         first = grammar.marks.split(opens)[0]
         trigger = opens.strip().partition("%LF")[0].partition("\n")[0]
-        if form.content[0]:
+        if any(form.content):
             text = f"{grammar.literal(form.content[0])} {grammar.free_text([escaped(trigger), *form.banned])}"
             closes = form.content[1] if grammar.marks.partition(form.content[1])[1] else ""  # else it is in the text
             return any_of([self.several(), f"{text} {grammar.literal(closes)}"])

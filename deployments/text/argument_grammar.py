@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from deployments.text.call_forms import CallForm
-from deployments.text.grammar_text import GrammarError, GrammarText, any_of
-from deployments.text.tool_calls import value_types
+from deployments.text.grammar_text import JSON_SPACE, GrammarError, GrammarText, any_of
+from deployments.text.schema_parts import MAX_LOOKS, constants, moved, target_of, types_of
 
 Schema = Mapping[str, Any]
 
@@ -26,12 +26,19 @@ class Arguments:
     def __init__(self, grammar: GrammarText, form: CallForm, schema: object, is_strict: bool, is_loose: bool) -> None:
         """`is_strict`: what the dialect cannot hold a model to is refused. `is_loose`: any arguments will do."""
         self._grammar, self._form, self._is_strict = grammar, form, is_strict
+        if is_loose:
+            schema = _ANY_OBJECT
         if not isinstance(schema, Mapping):
             raise GrammarError("must be a JSON Schema, which is an object", grammar.field)
         if schema.get("type", "object") != "object":
             raise GrammarError('must have "type": "object": arguments have names', grammar.field)
-        self._root: Schema = _ANY_OBJECT if is_loose else {"type": "object", **schema}
+        self._root: Schema = {"type": "object", **schema}
+        self._moved_root: Any = None
         self._declared: dict[str, str] = {}  # what Gemma's references lead to
+        # what was made of parts, by their identity, with the part: it lives as long as its identity is a key
+        self._made: dict[int, tuple[Any, str]] = {}
+        self._checked: dict[int, Any] = {}
+        self._alone: dict[str, str] = {}  # rules, by the text of their part
 
     def body(self) -> str:
         """The body of a rule that matches the arguments."""
@@ -60,6 +67,12 @@ class Arguments:
             message = f"{what} cannot be made sure of in this model's form of calls; leave it out, or send strict false"
             raise GrammarError(message, self._grammar.field)
 
+    def _look(self, count: int = 1) -> None:
+        """Counts parts that are looked at, of all tools together. Raises GrammarError for too many."""
+        self._grammar.num_looks += count
+        if self._grammar.num_looks > MAX_LOOKS:
+            raise GrammarError("refers to its parts too often; make it smaller", self._field)
+
     # ---- tags: Qwen3-Coder, GLM, MiniMax, DeepSeek ----
 
     def _tags(self) -> str:
@@ -81,7 +94,9 @@ class Arguments:
         if not re.fullmatch(r'[^<>"\s](?:[^<>"\n]*[^<>"\s])?', key):
             raise GrammarError(f"this model's form of calls has no way to write the name {key[:64]!r}", self._field)
         opens, _, closes = self._form.tag.replace("%KEY", key).partition("%VALUE")
-        types = value_types(self._root, key)
+        seen = set[int]()
+        types = frozenset(types_of(part, self._root, seen))
+        self._look(len(seen))
         if "%STRING" in opens:
             bare = self._grammar.literal(opens.replace("%STRING", "true")) + " " + self._bare(part, types, closes)
             other = self._grammar.literal(opens.replace("%STRING", "false")) + " " + self._json_value(part, closes)
@@ -95,11 +110,11 @@ class Arguments:
         return self._grammar.field
 
     def _json_value(self, part: Any, closes: str) -> str:
-        return f"{self._grammar.json(self._standing_alone(part))} {self._grammar.literal(closes)}"
+        return f"{self._standing_alone(part)} {self._grammar.literal(closes)}"
 
     def _bare(self, part: Any, types: frozenset[str], closes: str) -> str:
         """A text without quotes, and what closes it."""
-        values = _constants(self._resolved(part))
+        values = constants(self._resolved(part))
         if values is not None:
             texts = [one for one in values if isinstance(one, str)] + (["null"] if None in values else [])
             mark = closes.strip()
@@ -112,8 +127,10 @@ class Arguments:
 
     def _check_text(self, part: Any) -> None:
         """Raises GrammarError for keywords that say more of a text than that it is one."""
+        self._look()
         resolved = self._resolved(part)
-        if isinstance(resolved, Mapping):
+        if isinstance(resolved, Mapping) and id(resolved) not in self._checked:
+            self._checked[id(resolved)] = resolved
             for word in _STRING_KEYWORDS:
                 if word in resolved:
                     self._refuse(word)
@@ -121,8 +138,7 @@ class Arguments:
                 for choice in resolved.get(union) or []:
                     if isinstance(choice, Mapping) and "enum" in choice:
                         self._refuse(f"{union} with an enum")
-                    if choice is not part:
-                        self._check_text(choice)
+                    self._check_text(choice)
 
     # ---- Python: Llama 4, LFM2, Olmo 3 ----
 
@@ -140,21 +156,25 @@ class Arguments:
                     raise GrammarError(f"a call in Python has no argument {key[:64]!r}", self._field)
                 continue
             members.append((f'"{key}=" {self._python_value(part)}', key in required))
-        return self._sequence(members, '", "')
+        return self._grammar.sequence(members, '", "')
 
     def _python_value(self, part: Any) -> str:
         """JSON is Python, too, but for three words: where one is the whole value, it is Python's."""
+        self._look()
         resolved = self._resolved(part)
         if isinstance(resolved, Mapping):
             choices = resolved.get("anyOf")
             if isinstance(choices, list) and choices and not any(word in resolved for word in ("type", "enum", "$ref")):
-                return any_of(self._python_value(choice) for choice in choices)
+                if id(resolved) not in self._made:
+                    bodies = dict.fromkeys(self._python_value(choice) for choice in choices)
+                    self._made[id(resolved)] = resolved, self._grammar.rule(any_of(bodies))
+                return self._made[id(resolved)][1]
             declared = resolved.get("type")
             if isinstance(declared, list) and "enum" not in resolved:
-                return any_of(self._python_value({**resolved, "type": one}) for one in declared)
+                return any_of(self._python_value({**resolved, "type": one}) for one in dict.fromkeys(declared))
             if isinstance(declared, str) and declared in _WORDS and not {"enum", "const"} & resolved.keys():
                 return _WORDS[declared]
-        return self._grammar.json(self._standing_alone(part), _ONE_LINE)
+        return self._standing_alone(part, _ONE_LINE)
 
     # ---- Gemma's: bare keys, strings between marks ----
 
@@ -174,7 +194,7 @@ class Arguments:
             if not re.fullmatch(r"[\w.$-]+", key):
                 raise GrammarError(f"this model's form of calls has no way to write the name {key[:64]!r}", self._field)
             members.append((f'"{key}:" {self._gemma(one)}', key in required))
-        sequence = self._sequence(members, '","')
+        sequence = self._grammar.sequence(members, '","')
         return f'"{{" {sequence} "}}"'
 
     def _gemma_any(self) -> str:
@@ -185,24 +205,31 @@ class Arguments:
         return self._declared["any"]
 
     def _gemma(self, part: Any) -> str:
-        """A value in Gemma's dialect. A reference is a rule, because it may lead back to itself."""
+        """A value in Gemma's dialect, made once of each part."""
         if not isinstance(part, Mapping):
             return self._gemma_any()
+        if id(part) not in self._made:
+            self._look()
+            self._made[id(part)] = part, self._gemma_new(part)
+        return self._made[id(part)][1]
+
+    def _gemma_new(self, part: Schema) -> str:
+        """A reference is a rule, because it may lead back to itself."""
         reference = part.get("$ref")
         if isinstance(reference, str):
             if reference not in self._declared:
                 self._declared[reference] = name = self._grammar.declare()
                 self._grammar.define(name, any_of([self._gemma(self._target(reference))]))
             return self._declared[reference]
-        values = _constants(part)
+        values = constants(part)
         if values is not None:
             return any_of(self._gemma_constant(one) for one in values)
         choices = part.get("anyOf") or part.get("oneOf")
         if isinstance(choices, list):
-            return any_of(self._gemma(choice) for choice in choices)
+            return self._grammar.rule(any_of(dict.fromkeys(self._gemma(choice) for choice in choices)))
         declared = part.get("type", "object" if "properties" in part else None)
         if isinstance(declared, list):
-            return any_of(self._gemma({**part, "type": one}) for one in declared)
+            return any_of(self._gemma_new({**part, "type": one}) for one in dict.fromkeys(declared))
         makers: dict[str, Callable[[Schema], str]] = {
             "string": self._gemma_string,
             "array": self._gemma_array,
@@ -239,26 +266,12 @@ class Arguments:
 
     # ---- what the dialects share ----
 
-    def _sequence(self, members: list[tuple[str, bool]], comma: str) -> str:
-        """Members in their order, those that need not be there left out; commas only between two of them."""
-        rest = ""  # what may follow a member
-        alone = ""  # from here on, when nothing has been written yet
-        for body, is_required in reversed(members):
-            followed = f"{body} {rest}".strip()
-            if is_required:
-                alone = self._grammar.rule(followed)
-            else:
-                alone = self._grammar.rule(f"{followed} | {alone}") if alone else f"{self._grammar.rule(followed)}?"
-            more = f"({comma} {body})" + ("" if is_required else "?")
-            rest = self._grammar.rule(f"{more} {rest}".strip())
-        return alone
-
     def _target(self, reference: str) -> Any:
         """What a reference within the schema leads to. Raises GrammarError where it leads nowhere."""
-        target: Any = self._root if reference == "#" or reference.startswith("#/") else None
-        for step in reference[2:].split("/") if reference != "#" else []:
-            name = step.replace("~1", "/").replace("~0", "~")
-            target = target.get(name) if isinstance(target, Mapping) else None
+        self._look(1 + reference.count("/"))
+        target: Any = self._root if reference == "#" else None
+        if reference.startswith("#/"):
+            target = target_of(self._root, reference)
         if target is None:
             raise GrammarError(f"$ref {reference[:64]!r} leads nowhere; references start with #/", self._field)
         return target
@@ -271,29 +284,13 @@ class Arguments:
             part = self._target(part["$ref"])
         return True
 
-    def _standing_alone(self, part: Any) -> Any:
-        """A part as a schema of its own: its references lead into a copy of the whole, which it carries."""
-        if '"$ref"' not in json.dumps(part):
-            return part
-        return {**_moved(part), "$defs": {"root": _moved({**self._root})}}
-
-
-def _moved(part: Any) -> Any:
-    if isinstance(part, Mapping):
-        return {
-            key: f"#/$defs/root{value[1:]}"
-            if key == "$ref" and isinstance(value, str) and value.startswith("#")
-            else _moved(value)
-            for key, value in part.items()
-        }
-    return [_moved(one) for one in part] if isinstance(part, list) else part
-
-
-def _constants(part: Any) -> list[Any] | None:
-    """The values of `enum` or `const`; None where there are none."""
-    if not isinstance(part, Mapping):
-        return None
-    if "const" in part:
-        return [part["const"]]
-    values = part.get("enum")
-    return values if isinstance(values, list) and values else None
+    def _standing_alone(self, part: Any, white_space: str = JSON_SPACE) -> str:
+        """JSON of a part as a schema of its own: its references lead into a copy of the whole, which it carries."""
+        text = json.dumps(part)
+        if '"$ref"' not in text:
+            return self._grammar.json(part, white_space)
+        if text not in self._alone:
+            self._moved_root = self._moved_root or moved({**self._root})
+            alone = {**moved(part), "$defs": {"root": self._moved_root}}
+            self._alone[text] = self._grammar.json(alone, white_space)
+        return self._alone[text]

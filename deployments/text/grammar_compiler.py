@@ -4,11 +4,13 @@ import asyncio
 import hashlib
 import re
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from actors.decisions.grammar import LIMITS
-from deployments.text.grammar_text import GrammarError, GrammarText, Marks
+from deployments.text.grammar_text import GrammarBusy, GrammarError, GrammarText, Marks
 from deployments.text.limited_process import LimitedProcess
 from deployments.text.prompts import public_text
 
@@ -19,6 +21,8 @@ NICE = 19  # behind everything that answers
 _WALL_S = 60.0  # so far behind, it may wait for a processor
 _MAX_CACHED = 4096
 _MAX_CACHED_CHARS = 16 * 1024 * 1024
+# what the process answers, and "place" with its error; or "is_dear": it would take more time or memory than there is
+Verdict = dict[str, Any]
 # what llguidance counts itself, as on the ranks
 _COUNTED = (
     "max_items_in_row",
@@ -42,35 +46,46 @@ class GrammarCompiler:
             "ends": sorted(marks.ends),
             "limits": {name: getattr(LIMITS, name) for name in _COUNTED},
         }
+        self._making = ThreadPoolExecutor(max_workers=2, thread_name_prefix="grammars-made")
         self._lanes = [_Lane(setup, cpu_s) for cpu_s in (QUICK_CPU_S, SLOW_CPU_S)]
-        self._cache: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._cache: OrderedDict[str, Verdict] = OrderedDict()
         self._num_cached_chars = 0
 
+    async def made(self, make: Callable[[], GrammarText]) -> GrammarText:
+        """What `make` gives, in another thread: of large schemas it takes milliseconds."""
+        return await asyncio.get_running_loop().run_in_executor(self._making, make)
+
     async def compile(self, grammar: GrammarText) -> str:
-        """The text that ranks follow. Raises GrammarError, with the field at fault, where it cannot be followed."""
-        rules, own = grammar.render("answer"), grammar.own_grammar
-        key = hashlib.sha256(f"{rules}\0{own}".encode()).hexdigest()
-        answer = self._cache.get(key)
+        """The text that ranks follow.
+
+        Raises GrammarError, with the field at fault, where it cannot be followed; GrammarBusy where too many wait.
+        """
+        rules, key = await asyncio.get_running_loop().run_in_executor(self._making, _rendered, grammar)
+        verdict = self._cache.get(key)
         for lane in self._lanes:
-            answer = answer or await lane.ask({"rules": rules, "own": own})
-        if answer is None:  # also where it waited too long for a processor: the verdict is not kept
+            if verdict is None or ("is_dear" in verdict and key not in self._cache):
+                verdict = await lane.ask(rules, grammar, partial(self._cache.get, key))
+        if verdict is None:  # it waited too long for a processor
+            raise GrammarBusy
+        self._keep(key, verdict)
+        if "is_dear" in verdict:
             raise GrammarError("takes too long, or too much memory, to compile; make it smaller", grammar.field)
-        self._keep(key, answer)
-        if "grammar" in answer:
-            return str(answer["grammar"])
-        error = str(answer["error"])
-        field = grammar.field if answer["is_own"] else grammar.field_of(error)
-        raise GrammarError(f"{_reason(error)}{grammar.place_of(error)}; change or leave out what it names", field)
+        if "grammar" in verdict:
+            return str(verdict["grammar"])
+        error = str(verdict["error"])
+        field = grammar.field if verdict["is_own"] else grammar.field_of(error)
+        raise GrammarError(f"{_reason(error)}{verdict['place']}; change or leave out what it names", field)
 
     def close(self) -> None:
         """End the processes. May be called twice."""
+        self._making.shutdown(wait=False, cancel_futures=True)
         for lane in self._lanes:
             lane.close()
 
-    def _keep(self, key: str, answer: dict[str, Any]) -> None:
+    def _keep(self, key: str, verdict: Verdict) -> None:
         if key not in self._cache:
-            self._num_cached_chars += len(answer.get("grammar", ""))
-        self._cache[key] = answer
+            self._num_cached_chars += len(verdict.get("grammar", ""))
+        self._cache[key] = verdict
         self._cache.move_to_end(key)
         while len(self._cache) > _MAX_CACHED or self._num_cached_chars > _MAX_CACHED_CHARS:
             self._num_cached_chars -= len(self._cache.popitem(last=False)[1].get("grammar", ""))
@@ -81,9 +96,17 @@ def _reason(error: str) -> str:
     if error.startswith("NoExtension"):
         return "no text fulfils it"
     lines = error.splitlines()
-    head = re.sub(r"^at \d+\(\d+\): ", "", lines[0]).partition(";")[0].removeprefix("failed to compile JSON schema: ")
+    head = (
+        re.sub(r"^(?:at )?\d+\(\d+\): ", "", lines[0]).partition(";")[0].removeprefix("failed to compile JSON schema: ")
+    )
     detail = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), "")
     return "cannot be followed: " + public_text(f"{head[:200]} {detail[:100]}".strip())
+
+
+def _rendered(grammar: GrammarText) -> tuple[str, str]:
+    """The rules, and under what their verdict is kept."""
+    rules = grammar.render("answer")
+    return rules, hashlib.sha256(f"{rules}\0{grammar.own_grammar}".encode()).hexdigest()
 
 
 class _Lane:
@@ -94,9 +117,29 @@ class _Lane:
             "grammar_process.py", setup, cpu_s=cpu_s, memory_bytes=MEMORY_BYTES, wall_s=_WALL_S, nice=NICE
         )
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammars")
+        self._most_waiting = int(_WALL_S / cpu_s)
+        self._num_waiting = 0
 
-    async def ask(self, request: object) -> dict[str, Any] | None:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._process.ask, request)
+    async def ask(self, rules: str, grammar: GrammarText, kept: Callable[[], Verdict | None]) -> Verdict | None:
+        """What the process finds, or what is `kept` by then; None where it got no processor. Raises GrammarBusy."""
+        if self._num_waiting >= self._most_waiting:
+            raise GrammarBusy
+        self._num_waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._find, rules, grammar, kept)
+        finally:
+            self._num_waiting -= 1
+
+    def _find(self, rules: str, grammar: GrammarText, kept: Callable[[], Verdict | None]) -> Verdict | None:
+        if (verdict := kept()) is not None:  # of the same grammar, that waited before this one
+            return verdict
+        verdict = self._process.ask({"rules": rules, "own": grammar.own_grammar})
+        if verdict is None:
+            return {"is_dear": True} if self._process.reached_limit else None
+        if "error" in verdict:
+            verdict["place"] = grammar.place_of(str(verdict["error"]))
+        return verdict
 
     def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)  # what waits would start the process anew
         self._process.close()

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 MAX_CHARS = 1024 * 1024  # of one grammar; a schema of 4 MB takes seconds to compile
+JSON_SPACE = r"[\x20\x09]{1,2}|\x0D?\x0A[\x20\x09]{0,20}"
 _SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$#&~/-]")
 _PLACE = re.compile(r"\b(\d+)\(\d+\):")  # of llguidance's messages: line(column)
 
@@ -19,6 +20,10 @@ class GrammarError(ValueError):
         """`field`: of the request, that is at fault."""
         super().__init__(f"{field}: {message}")
         self.field = field
+
+
+class GrammarBusy(Exception):
+    """It could not be found out in time whether a grammar can be followed; another time it may."""
 
 
 class Marks:
@@ -64,6 +69,7 @@ class GrammarText:
         self.marks = marks
         self.field = ""  # what the next rules are written for
         self.own_grammar: tuple[str, str] | None = None  # the client's, which rules call @own, and its field
+        self.num_looks = 0  # how many parts of schemas were looked at to write the rules
         self._rules: list[tuple[str, str]] = []  # a rule, and its field
         self._names: dict[str, str] = {}
         self._num_chars = 0
@@ -100,7 +106,7 @@ class GrammarText:
 
     def plain(self, text: str) -> str:
         """Exactly this text, and none of it as a control token."""
-        return json.dumps(text, ensure_ascii=False)
+        return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")  # which Lark's strings cannot have
 
     def until(self, mark: str, first: str = "") -> str:
         """Any text up to the first `mark`, and the mark. `first`: a class that its first character is of."""
@@ -116,7 +122,7 @@ class GrammarText:
         without = "|".join(banned)
         return self.terminal(f"/{first}(?s:.*)/" + (f" & ~/(?s:.*)({without})(?s:.*)/" if without else ""))
 
-    def json(self, schema: object, white_space: str = r"[\x20\x09]{1,2}|\x0D?\x0A[\x20\x09]{0,20}") -> str:
+    def json(self, schema: object, white_space: str = JSON_SPACE) -> str:
         """JSON that obeys a schema: an object of keywords, or true.
 
         `white_space`: at each place where it may be; bounded, so that a model cannot write blanks for ever.
@@ -132,6 +138,20 @@ class GrammarText:
         except RecursionError:
             raise GrammarError("is nested too deeply; make it flatter", self.field) from None
         return self.rule(f"%json {text}")
+
+    def sequence(self, members: list[tuple[str, bool]], comma: str) -> str:
+        """Members in their order, those that need not be there left out; commas only between two of them."""
+        rest = ""  # what may follow a member
+        alone = ""  # from here on, when nothing has been written yet
+        for body, is_required in reversed(members):
+            followed = f"{body} {rest}".strip()
+            if is_required:
+                alone = self.rule(followed)
+            else:
+                alone = self.rule(f"{followed} | {alone}") if alone else f"{self.rule(followed)}?"
+            more = f"({comma} {body})" + ("" if is_required else "?")
+            rest = self.rule(f"{more} {rest}".strip())
+        return alone
 
     def render(self, start: str) -> str:
         """The whole text, whose first rule is `start`."""

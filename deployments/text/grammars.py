@@ -1,12 +1,13 @@
 """Grammars of one model: from what a request asks of its answer to the text that ranks follow, or why there is none."""
 
-import asyncio
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from deployments.text.answer_grammar import Thinking, answer_grammar
+from deployments.text.call_forms import CallForm
 from deployments.text.grammar_compiler import GrammarCompiler
-from deployments.text.grammar_text import GrammarError, GrammarText, Marks
+from deployments.text.grammar_text import GrammarError, Marks
 from deployments.text.prompts import ContentRule, Conversation, Prompt
 from deployments.text.response_format import ResponseFormat
 from deployments.text.response_reader import ResponseReader
@@ -27,31 +28,36 @@ class Grammars:
     ) -> str:
         """What an answer to the prompt is held to: content that is asked for, calls that are held, or either.
 
-        `prefix`: what the prompt has of the answer already. Raises GrammarError where it cannot be made sure of.
+        `prefix`: what the prompt has of the answer already. Raises GrammarError where it cannot be made sure of,
+        and GrammarBusy.
         """
         conversation = prompt if isinstance(prompt, Conversation) else Conversation([])
         thinking = _thinking(answer_format, prefix) if isinstance(prompt, Conversation) else None
-        form = None if answer_format is None else answer_format.form
+        form = _form(answer_format, prefix) if isinstance(prompt, Conversation) else None
         make = partial(answer_grammar, content, conversation, form, thinking, self._marks)
         if conversation.continues_message:
             message = "the whole answer is held to a schema, a grammar or calls, so it cannot be begun; leave it out"
             raise GrammarError(message, "continue_final_message")
         try:
-            return await self._compiler.compile(await self._made(make))
+            return await self._compiler.compile(await self._compiler.made(make))
         except GrammarError:
             calls = [tool["function"]["name"] for tool in conversation.tools]
             if conversation.call_rule.strict.issuperset(calls):
                 raise
         # one bad schema of a tool that is not strict fails none: its arguments are any then
-        return await self._compiler.compile(await self._made(partial(make, is_loose=True)))
-
-    async def _made(self, make: "partial[GrammarText]") -> GrammarText:
-        """In another thread: of large schemas it takes milliseconds."""
-        return await asyncio.get_running_loop().run_in_executor(None, make)
+        return await self._compiler.compile(await self._compiler.made(partial(make, is_loose=True)))
 
     def close(self) -> None:
         """End the processes. May be called twice."""
         self._compiler.close()
+
+
+def _form(answer_format: ResponseFormat | None, prefix: str) -> CallForm | None:
+    """How calls and content are written, without the marks before content that the prompt has already."""
+    form = None if answer_format is None else answer_format.form
+    if form is None or not form.content[0] or not prefix.endswith(form.content[0]):
+        return form
+    return replace(form, content=("", form.content[1]))
 
 
 def _thinking(answer_format: ResponseFormat | None, prefix: str) -> Thinking | None:

@@ -1,12 +1,17 @@
 """A process that works for this one under limits of time and memory, and can be killed: a line in, a line out."""
 
+import contextlib
 import json
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+# by the kernel after its processor time · by itself where there is no more memory · the same, in Python
+_LIMITS = (-signal.SIGPROF, -signal.SIGABRT, 3)  # the last: NO_MEMORY of limited_program.py
+_END_S = 10.0  # how long a process that has closed its socket may take to end
 _PROGRAM = str(Path(__file__).with_name("limited_program.py"))
 
 
@@ -29,6 +34,7 @@ class LimitedProcess:
             "nice": nice,
         }
         self._wall_s = wall_s
+        self.reached_limit = False  # the last request ended the process by its own time or memory: so it will again
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
 
@@ -39,6 +45,7 @@ class LimitedProcess:
 
     def ask(self, request: object) -> dict[str, Any] | None:
         """What it answers; None when it ended over the request, or had to be killed."""
+        self.reached_limit = False
         try:
             connection = self._socket or self._start()
             connection.sendall(_line(request))
@@ -50,7 +57,10 @@ class LimitedProcess:
                 received += part
             answer: dict[str, Any] = json.loads(received)
             return answer
-        except OSError:
+        except OSError as error:
+            if self._process is not None and not isinstance(error, TimeoutError):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.reached_limit = self._process.wait(_END_S) in _LIMITS
             self.close()
             return None
 

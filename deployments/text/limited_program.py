@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+NO_MEMORY = 3  # exit status, where a request needs more memory than allowed
+
 
 def limit_memory(more_bytes: int) -> None:
     """Limit the address space to what is mapped now and `more_bytes`; allocations beyond that raise MemoryError."""
@@ -42,7 +44,10 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the parent
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, setup["cpu_s"])  # its signal ends the process, whatever it is doing
-        answer = json.dumps(answer_of(json.loads(line)))
+        try:
+            answer = json.dumps(answer_of(json.loads(line)))
+        except MemoryError:
+            os._exit(NO_MEMORY)
         signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.write(answer + "\n")
         sys.stdout.flush()

@@ -15,6 +15,7 @@ from transformers.utils.chat_parsing.content_parsers import process_field
 from transformers.utils.chat_parsing.response_templates import ResponseTemplateField
 
 from deployments.text.prompts import Conversation
+from deployments.text.schema_parts import types_of
 
 Schemas = Mapping[str, Mapping[str, Any]]  # tool → JSON Schema of its arguments
 
@@ -185,35 +186,7 @@ def _object(value: Any) -> dict[str, Any]:
 def value_types(schema: Mapping[str, Any], key: str) -> frozenset[str]:
     """Types that JSON Schema allows for the property `key`; empty where it says nothing."""
     properties = schema.get("properties")
-    return frozenset(_types(properties.get(key), schema, set())) if isinstance(properties, Mapping) else frozenset()
-
-
-def _types(part: Any, root: Mapping[str, Any], seen: set[int]) -> list[str]:
-    """`seen`: the parts looked at already, by their identity: references may go in circles, and clients write them."""
-    if not isinstance(part, Mapping) or id(part) in seen:
-        return []
-    seen.add(id(part))
-    declared = part.get("type")
-    given = declared if isinstance(declared, list) else [declared]
-    types = [one for one in given if isinstance(one, str)]
-    if part.get("nullable"):
-        types.append("null")
-    for values in (part.get("enum"), [part["const"]] if "const" in part else None):
-        if not types and isinstance(values, list):
-            types = [_JSON_TYPES.get(type(value), "string") for value in values]
-    for union in ("anyOf", "oneOf", "allOf"):
-        choices = part.get(union)
-        for choice in choices if isinstance(choices, list) else []:
-            types += _types(choice, root, seen)
-    target: Any = root
-    if isinstance(part.get("$ref"), str) and part["$ref"].startswith("#/"):
-        for step in part["$ref"][2:].split("/"):
-            target = target.get(step) if isinstance(target, Mapping) else None
-        types += _types(target, root, seen)
-    return types
-
-
-_JSON_TYPES = {bool: "boolean", int: "integer", float: "number", type(None): "null", dict: "object", list: "array"}
+    return frozenset(types_of(properties.get(key), schema, set())) if isinstance(properties, Mapping) else frozenset()
 
 
 def typed(raw: str, types: frozenset[str]) -> Any:

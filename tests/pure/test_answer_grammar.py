@@ -260,6 +260,56 @@ def test_loose_tools_take_any_arguments(name):
     assert text is None or read(name, text, {"f": schema})[2][0][0] == "f"
 
 
+@pytest.mark.parametrize("name", ["hermes", "qwen3_coder", "gemma4", "olmo3"])
+@pytest.mark.parametrize("schema", [{"type": ["object", "null"]}, "string"])
+def test_loose_tools_may_have_any_schema(name, schema):
+    grammar = calls_grammar(form_of(name, ""), {"f": schema}, must_call=True, is_loose=True)
+    assert Followed(grammar).error is None
+
+
+def doubled(union, depth=60):
+    """Each part leads to the next in two ways: 2 ** depth ways in all."""
+    parts = {str(at): {union: [{"$ref": f"#/$defs/{at + 1}"}] * 2} for at in range(depth)}
+    return {"$defs": {**parts, str(depth): {"type": "string"}}, "properties": {"a": {"$ref": "#/$defs/0"}}}
+
+
+def doubled_types(depth=60):
+    schema = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": ["object", "object"], "properties": {"a": schema}}
+    return {"properties": {"a": schema}}
+
+
+def all_for_each(count=2000):
+    """Each property leads to all of a long list."""
+    long = {"anyOf": [{"title": str(at)} for at in range(count)]}
+    return {"$defs": {"long": long}, "properties": {f"p{at}": {"anyOf": [{"$ref": "#/$defs/long"}, {"title": str(at)}]}
+            for at in range(count)}}  # fmt: skip
+
+
+@pytest.mark.parametrize("dialect", NAMES)
+@pytest.mark.parametrize("schema", [doubled("anyOf"), doubled("oneOf"), doubled_types()])
+@pytest.mark.timeout(20)
+def test_a_part_that_is_reached_in_many_ways_is_looked_at_few_times(dialect, schema):
+    assert calls_grammar(form_of(NAMES[dialect], ""), {"f": schema}, must_call=True).num_looks < 10_000
+
+
+def test_what_would_be_looked_at_too_often_is_refused():
+    with pytest.raises(GrammarError, match="too often"):
+        calls_grammar(form_of("qwen3_coder", ""), {"f": all_for_each()}, must_call=True)
+
+
+def test_an_expression_ends_with_no_open_escape():
+    with pytest.raises(GrammarError, match="f: ends with a backslash"):
+        calls_grammar(None, {}, content=ContentRule("regex", "ab\\", "f"))
+    assert Followed(calls_grammar(None, {}, content=ContentRule("regex", "ab\\\\", "f"))).takes("ab\\")
+
+
+def test_any_character_may_be_in_a_choice():
+    text = "".join(map(chr, range(1, 0x100))) + "\u2028\ufeff\U0010ffff"
+    assert Followed(calls_grammar(None, {}, content=ContentRule("choice", [text], "f"))).takes(text)
+
+
 def test_a_mark_that_ends_the_answer_is_left_to_the_end():
     marks = type(TOKENS)(TOKENS.ids, frozenset({TOKENS.ids["<|call|>"]}))
     grammar = calls_grammar(form_of("harmony", ""), {"f": STRICT}, marks, must_call=True)

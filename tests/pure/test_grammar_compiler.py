@@ -2,15 +2,18 @@
 
 import asyncio
 import json
+from typing import ClassVar
 
 import pytest
 
 from deployments.text import grammar_compiler
 from deployments.text.answer_grammar import answer_grammar
 from deployments.text.grammar_compiler import GrammarCompiler
-from deployments.text.grammar_text import GrammarError
+from deployments.text.grammar_text import GrammarBusy, GrammarError
+from deployments.text.grammars import Grammars
 from deployments.text.prompts import ContentRule, Conversation
-from tests.formats.grammars import TOKENS, VOCAB_SIZE
+from deployments.text.response_format import choose_format
+from tests.formats.grammars import END, MARKS, TOKENS, VOCAB_SIZE
 from tests.serving import is_alive, until
 
 FIELD = "response_format.json_schema.schema"
@@ -111,6 +114,7 @@ SLOW = {"type": "integer", "multipleOf": 999_983, "minimum": -(10**18), "maximum
 def test_what_takes_too_long_ends_alone_and_nobody_waits_for_it(monkeypatch):
     monkeypatch.setattr(grammar_compiler, "QUICK_CPU_S", 0.1)
     monkeypatch.setattr(grammar_compiler, "SLOW_CPU_S", 1.0)
+    monkeypatch.setattr(grammar_compiler, "NICE", 0)  # else it may get no processor on a busy machine
     compiler = GrammarCompiler(TOKENS, VOCAB_SIZE)
 
     async def beside():
@@ -122,6 +126,10 @@ def test_what_takes_too_long_ends_alone_and_nobody_waits_for_it(monkeypatch):
         was_done_before = slow.done()
         with pytest.raises(GrammarError, match="takes too long"):
             await slow
+        pids = [lane._process.pid for lane in compiler._lanes]
+        with pytest.raises(GrammarError, match="takes too long"):
+            await compiler.compile(asked("json", SLOW))
+        assert pids == [lane._process.pid for lane in compiler._lanes], "the verdict is kept"
         await compiler.compile(asked("json", {"title": "afterwards", **PLAIN}))
         return was_done_before
 
@@ -138,6 +146,22 @@ def test_what_takes_too_much_memory_ends_alone(monkeypatch):
     assert "too much memory" in verdict(compiler, "json", values)
     assert verdict(compiler, "json", {"type": "boolean"}) is None
     compiler.close()
+
+
+def test_who_would_wait_too_long_is_told_at_once_and_no_schema_is_at_fault(compiler, monkeypatch):
+    for lane in compiler._lanes:
+        monkeypatch.setattr(lane, "_most_waiting", 0)
+    with pytest.raises(GrammarBusy):
+        asyncio.run(compiler.compile(asked("json", {"title": "one too many"})))
+
+
+def test_what_gets_no_processor_is_no_fault_of_the_schema_and_not_kept(compiler, monkeypatch):
+    with monkeypatch.context() as patch:
+        for lane in compiler._lanes:
+            patch.setattr(lane._process, "ask", lambda _: None)
+        with pytest.raises(GrammarBusy):
+            asyncio.run(compiler.compile(asked("json", {"title": "no processor"})))
+    assert verdict(compiler, "json", {"title": "no processor"}) is None
 
 
 def test_the_loop_goes_on_while_grammars_are_made_and_compiled(compiler):
@@ -171,3 +195,29 @@ def test_the_cache_is_bounded(compiler, monkeypatch):
     kept = [len(json.dumps(answer)) for answer in compiler._cache.values()]
     assert sum(kept) < 3000
     assert len(kept) < 5
+
+
+class Tokenizer:
+    added_tokens_decoder: ClassVar = {}
+
+    def __len__(self):
+        return VOCAB_SIZE
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prefix", "has_opens", "has_closes"),
+    [
+        ("How?", "", False, False),
+        (Conversation([]), "", True, True),
+        (Conversation([]), "<|channel|>final<|message|>", False, True),
+    ],
+)
+def test_marks_around_content_are_only_for_conversations_that_have_not_written_them(
+    prompt, prefix, has_opens, has_closes
+):
+    grammars = Grammars(Tokenizer(), frozenset({END}))
+    harmony = choose_format("harmony", None, MARKS, [], "<|turn|>")
+    text = asyncio.run(grammars.of(ContentRule("choice", ["yes"], FIELD), prompt, harmony, prefix))
+    grammars.close()
+    answer = next(line for line in text.splitlines() if line.startswith("answer"))
+    assert ("final" in answer, "return" in answer) == (has_opens, has_closes), text
