@@ -5,6 +5,7 @@ a moment whatever the model. See limited_program.py and grammar_compiler.py.
 """
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,9 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.gbnf_to_lark import any_to_lark
 
 _MAX_ERROR_CHARS = 400
+_MAX_LOOKS = 16  # at what may come next, of each grammar
+_OPENINGS = b'{[":'  # with which JSON goes down
+_JSON_RULE = re.compile(r"(r\d+): (?=%json )")  # stands by itself
 
 
 class ByteVocabulary(TokenizerWrapper):
@@ -61,12 +65,31 @@ def check(tokenizer: LLTokenizer, limits: LLParserLimits, request: dict[str, Any
             return {"error": reason, "is_own": True}
         grammars = [{"name": "rules", "lark_grammar": text}, {"name": "own", "lark_grammar": lark}]
         text = json.dumps({"grammars": grammars})
-    reason = _why_not(tokenizer, limits, text)
+    reason = _why_not(tokenizer, limits, text) or _why_no_json(tokenizer, limits, request["rules"])
     return {"error": reason, "is_own": False} if reason else {"grammar": text}
 
 
+def _why_no_json(tokenizer: LLTokenizer, limits: LLParserLimits, rules: str) -> str:
+    """Why a schema among the rules cannot be followed, wherever in a text it begins; empty where all can."""
+    for line, rule in enumerate(rules.splitlines(), 1):
+        found = _JSON_RULE.match(rule)
+        if found is None or rules.endswith(f"\nanswer: {found[1]}"):  # the whole was looked at
+            continue
+        if reason := _why_not(tokenizer, limits, f"start: {rule[found.end() :]}"):
+            return f"at {line}(1): {reason}"
+    return ""
+
+
 def _why_not(tokenizer: LLTokenizer, limits: LLParserLimits, grammar: str) -> str:
+    """Why it cannot be followed where a text goes straight into it; empty where it can."""
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
-    if not matcher.is_error():
-        matcher.compute_bitmask()
+    for _ in range(_MAX_LOOKS):
+        if matcher.is_error() or matcher.is_stopped():
+            break
+        mask = matcher.compute_bitmask()
+        ahead = matcher.compute_ff_tokens() if mask else []
+        if not ahead:
+            ahead = [one for one in tokenizer.tokenize_bytes(_OPENINGS) if mask[one // 8] >> one % 8 & 1][:1]
+        if not ahead or not matcher.consume_tokens(ahead):
+            break
     return matcher.get_error()[:_MAX_ERROR_CHARS]

@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 
 from deployments.text import grammar_compiler
-from deployments.text.answer_grammar import answer_grammar
+from deployments.text.answer_grammar import Thinking, answer_grammar
 from deployments.text.grammar_compiler import GrammarCompiler
 from deployments.text.grammar_text import GrammarBusy, GrammarError
 from deployments.text.grammars import Grammars
@@ -71,6 +71,10 @@ HOSTILE = {
     "no grammar": ("grammar", "}{" * 1000, "cannot be followed"),
     "a rule that leads nowhere": ("grammar", "start: a\na: a", "no text fulfils it"),
     "a token of another model": ("grammar", "start: <|im_end|>", "unknown special token"),
+    "a thousand ways to go on": ("json", {"properties": {f"p{at}": {} for at in range(1000)}}, "Current row has"),
+    "the same, further down": (
+        "json", {"properties": {"a": {"properties": {f"p{at}": {} for at in range(1000)}}}, "required": ["a"]},
+        "Current row has"),
     "a look around": ("regex", "(?=a)b", "look-around"),
     "ten megabytes": ("json", {"description": "x" * 10**7}, "more than 1048576 characters"),
 }  # fmt: skip
@@ -100,6 +104,13 @@ def test_what_cannot_be_followed_fails_by_itself_and_says_why(compiler, name):
 )
 def test_a_keyword_that_cannot_be_held_to_is_named_with_its_path(compiler, schema, words):
     assert words in verdict(compiler, "json", schema)
+
+
+def test_limits_show_behind_a_thought_too(compiler):
+    wide = {"properties": {f"p{at}": {} for at in range(1000)}}
+    rule, thinking = ContentRule("json", wide, FIELD), Thinking("", "</think>")
+    with pytest.raises(GrammarError, match=f"{FIELD}: .*Current row has"):
+        asyncio.run(compiler.compile(answer_grammar(rule, Conversation([]), None, thinking, TOKENS)))
 
 
 @pytest.mark.parametrize("kind", ["regex", "json"])
