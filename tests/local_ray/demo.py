@@ -63,8 +63,8 @@ def assert_trained_answers(client: openai.OpenAI, share: int = 1) -> None:
 
 
 def assert_streams_at_once_equal_one_by_one(client: openai.OpenAI) -> None:
-    """32 streams, of prompts that nobody trained too, so that near ties may occur as anywhere."""
-    prompts = [f"{subject} {number}?" for subject in ("What is a stage", "Tell me of blocks") for number in range(16)]
+    """16 streams, of prompts that nobody trained too, so that near ties may occur as anywhere."""
+    prompts = [f"{subject} {number}?" for subject in ("What is a stage", "Tell me of blocks") for number in range(8)]
     limits: dict[str, Any] = {"max_tokens": 16, "extra_body": {"ignore_eos": True}}
     with ThreadPoolExecutor(len(prompts)) as threads:
         together = list(threads.map(lambda prompt: ask(client, prompt, stream=True, **limits), prompts))
