@@ -13,14 +13,15 @@ WORKS := from importlib.util import find_spec; assert all(map(find_spec, "torch 
 # Whether a .venv of another state can be brought up to date: a Python that is new enough, in this folder, with pip.
 USABLE := import sys, os, pip; assert sys.version_info >= (3, 11) and open(".venv/pyvenv.cfg").read().rstrip().endswith(os.getcwd() + "/.venv")
 
-.PHONY: help serve test check venv clean
+.PHONY: help serve test check clients venv clean
 .DEFAULT_GOAL := help
 
 help: ## what there is
 	@echo 'make serve [CONFIG=configs/demo.yaml]   serve a model until Ctrl-C; ARGS=--dashboard adds Ray'"'"'s dashboard'
 	@echo 'make test                               lint, types and tests'
 	@echo 'make check                              lint and types only'
-	@echo 'make clean                              remove .venv and caches'
+	@echo 'make clients                            real clients against a replica; sets them up in .clients (Node, Java 17)'
+	@echo 'make clean                              remove .venv, .clients and caches'
 	@echo 'PYTHON=python3.12 make ...              set up with another Python (3.11 or newer)'
 
 serve: venv
@@ -40,6 +41,10 @@ check: venv
 	@$(VENV_PYTHON) -m ruff format --check .
 	@echo '== mypy --strict'
 	@$(VENV_PYTHON) -m mypy
+
+clients: venv
+	@PYTHON=$(PYTHON) sh tests/clients/set_up.sh
+	@$(VENV_PYTHON) -m pytest -m clients tests/clients $(ARGS)
 
 venv:
 	@set -e; \
@@ -63,5 +68,5 @@ venv:
 	$(STATE) > .venv/state.new; mv .venv/state.new .venv/state
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .clients .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,7 +10,7 @@ from deployments.api.responses import Piece, ReadPrompt
 from deployments.text.response_reader import Delta, ResponseReader
 from deployments.text.transcript import Transcript
 
-_INLINE_TOKENS = 64  # of one event whose text is read for calls and thinking: more are read in another thread
+_INLINE_TOKENS = 64  # of one event; the text of more is read aside from the event loop
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class Answer:
 
     def is_slow(self, event: Event) -> bool:
         """Whether the event may take milliseconds to read."""
-        return self._reader is not None and (self._reader.is_slow or len(event.token_ids) > _INLINE_TOKENS)
+        num_tokens = len(event.token_ids) + (len(self.request.prompt_ids) if self._echo else 0)
+        return num_tokens > _INLINE_TOKENS or (self._reader is not None and self._reader.is_slow)
 
     def push(self, event: Event) -> Piece | None:
         """The piece that an event adds; None while the prompt is being computed."""

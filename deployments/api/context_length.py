@@ -1,7 +1,7 @@
 """The context's length: what a request that exceeds it is told, in the words that clients look for.
 
 LiteLLM, pi, opencode, Cline and others shorten the conversation, or take another model, when they find these words or
-the code in an error.
+the code in an error. LangChain looks for the code too, but in the message alone: openai-python shows it no more.
 """
 
 from deployments.api.bodies import GenerationBody
@@ -12,26 +12,26 @@ def too_long(max_model_len: int, num_prompt_tokens: int, num_asked: int, prompt_
     """400: prompt and answer do not fit. `field`: the one that is at fault, which may be `prompt_field` itself."""
     total, rest = num_prompt_tokens + num_asked, max_model_len - num_prompt_tokens
     remedy = "" if field == prompt_field else f", or send at most {rest} as {field}"
-    message = (
-        f"{_beginning(max_model_len)}you requested {num_asked} output tokens and your prompt contains at least "
+    problem = (
+        f"you requested {num_asked} output tokens and your prompt contains at least "
         f"{num_prompt_tokens} input tokens, for a total of at least {total} tokens. "
         f"Please reduce the length of the {prompt_field}{remedy}."
     )
-    return ApiError(400, message, param=field, code="context_length_exceeded")
+    return _error(400, max_model_len, problem, field)
 
 
 def conversation_too_long(max_model_len: int, reason: str, field: str) -> ApiError:
     """400: the conversation is too long to be rendered."""
-    return ApiError(400, f"{_beginning(max_model_len)}{reason}.", param=field, code="context_length_exceeded")
+    return _error(400, max_model_len, f"{reason}.", field)
 
 
 def body_too_long(max_model_len: int, max_bytes: int) -> ApiError:
     """413: the body has more bytes than a context's text takes."""
-    message = (
-        f"{_beginning(max_model_len)}the body is larger than {max_bytes} bytes. Please reduce the length of the "
-        "prompt, or raise admission.max_body_bytes."
+    problem = (
+        f"the body is larger than {max_bytes} bytes. Please reduce the length of the prompt, or raise "
+        "admission.max_body_bytes."
     )
-    return ApiError(413, message, code="context_length_exceeded")
+    return _error(413, max_model_len, problem, None)
 
 
 def truncated(body: GenerationBody, prompt_ids: list[int], max_model_len: int) -> list[int]:
@@ -45,5 +45,7 @@ def truncated(body: GenerationBody, prompt_ids: list[int], max_model_len: int) -
     return prompt_ids[-limit:] if body.truncation_side == "left" else prompt_ids[:limit]
 
 
-def _beginning(max_model_len: int) -> str:
-    return f"This model's maximum context length is {max_model_len} tokens. However, "
+def _error(status: int, max_model_len: int, problem: str, field: str | None) -> ApiError:
+    code = "context_length_exceeded"
+    message = f"This model's maximum context length is {max_model_len} tokens. However, {problem} ({code})"
+    return ApiError(status, message, param=field, code=code)

@@ -1,6 +1,5 @@
 """Generation: the answers to one HTTP request, from the engine's events to pieces of text."""
 
-import asyncio
 import math
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from actors.remote.engine import Engine
 from actors.words.errors import EngineStopped
 from actors.words.messages import Event, Request
 from deployments.api.answer import Answer
+from deployments.api.aside import aside
 from deployments.api.errors import ApiError
 from deployments.api.outbox import Mailbox, Outbox
 from deployments.api.request_log import RequestRecord
@@ -141,10 +141,7 @@ class Generation:
             raise too_late()
         if event.finish_reason in ("error", "abort"):
             raise _failed(event)
-        if answer.is_slow(event):
-            piece = await asyncio.get_running_loop().run_in_executor(None, answer.push, event)
-        else:
-            piece = answer.push(event)
+        piece = await aside(answer.is_slow(event), answer.push, event)
         if answer.is_finished:
             self._outbox.close(event.request_id)
             if event.finish_reason is None:  # a stop string, which the engine does not know of

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import Receive, Scope, Send
 
+from deployments.api.aside import LARGE_BYTES, LARGE_TOKENS, aside
 from deployments.api.bodies import ChatBody, CompletionBody, GenerationBody
 from deployments.api.connection import ClientGoneError, Connection, Headers, read_body, warning
 from deployments.api.door import Door
@@ -103,7 +104,7 @@ class GenerationRoute:
             self._service.admission.check_room(account.name)
             limits, ignored = self._service.limits, self._service.limits.noting_ignored()
             raw = await read_body(Request(scope, receive), limits.max_body_bytes, limits.body_too_long)
-            body = parse_body(raw, self._kind, ignored)
+            body = await aside(len(raw) > LARGE_BYTES, parse_body, raw, self._kind, ignored)
             connection.more_headers += warning(ignored or [])
             if record := current_request():
                 record.model = shown(body.model)
@@ -154,8 +155,10 @@ async def _stream(generation: Generation, reply: Reply, connection: Connection, 
 async def _respond(generation: Generation, reply: Reply, connection: Connection) -> None:
     """Collect all pieces, then send one body."""
     answers = await generation.whole()
+    usage = generation.usage
+    whole = await aside(usage.total_tokens > LARGE_TOKENS, reply.whole, answers, usage)
     await connection.start(200, JSON_HEADERS)
-    await connection.write(reply.whole(answers, generation.usage), is_last=True)
+    await connection.write(whole, is_last=True)
 
 
 class Pages:

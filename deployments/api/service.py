@@ -151,6 +151,7 @@ class Service:
         num_prompt_tokens = 0
         encoded = await self.encode(prompts, body.adds_special_tokens, deadline)
         for prompt, all_ids in zip(prompts, encoded, strict=True):
+            await asyncio.sleep(0)  # many long prompts take milliseconds: others may go between them
             prompt_ids = truncated(body, all_ids, self.limits.max_model_len)
             self._check_prompt(body, prompt_ids)
             num_prompt_tokens += len(prompt_ids)

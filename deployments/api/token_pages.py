@@ -10,6 +10,7 @@ from pydantic import FailFast, Field, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
+from deployments.api.aside import LARGE_BYTES, LARGE_TOKENS, aside
 from deployments.api.connection import Headers, read_body, warning
 from deployments.api.errors import ApiError
 from deployments.api.generation import too_late
@@ -81,8 +82,10 @@ class TokenPages:
         self._service.check_model(body.model or self._service.identity.model)
         async with self._tokenizer():
             (ids,) = await self._service.encode([body.text_or_messages], body.add_special_tokens is not False)
-        names = self._service.text.names(ids) if body.return_token_strs else msgspec.UNSET
-        return _json(Tokens(ids, len(ids), self._service.limits.max_model_len, names), headers)
+        max_model_len, is_large = self._service.limits.max_model_len, len(ids) > LARGE_TOKENS
+        name = self._service.text.names
+        names = await aside(is_large, name, ids) if body.return_token_strs else msgspec.UNSET
+        return await aside(is_large, _json, Tokens(ids, len(ids), max_model_len, names), headers)
 
     async def info(self, request: Request) -> Response:
         """GET /tokenizer_info."""
@@ -114,7 +117,8 @@ class TokenPages:
     async def _read(self, request: Request, kind: type[AnyBody]) -> tuple[AnyBody, Headers]:
         """The body, and headers of the answer."""
         ignored = self._service.limits.noting_ignored()
-        body = parse_body(await read_body(request, self._service.limits.max_body_bytes), kind, ignored)
+        raw = await read_body(request, self._service.limits.max_body_bytes)
+        body = await aside(len(raw) > LARGE_BYTES, parse_body, raw, kind, ignored)
         return body, warning(ignored or [])
 
 

@@ -93,13 +93,14 @@ class World:
         cors_origins=(),
         monitoring=MonitoringConfig(),
         num_spares=list,
+        num_blocks=256,
         **limits,
     ):
         self.text = text
         self.executor = executor or FakeExecutor(vocab_size=VOCAB_SIZE)
         self.outbox = Outbox()
         settings = SchedulerSettings(block_size=16, max_num_seqs=8, max_num_batched_tokens=64, num_lanes=2)
-        self.engine = Engine(self.executor, settings, 256, self.outbox.deliver)
+        self.engine = Engine(self.executor, settings, num_blocks, self.outbox.deliver)
         admission = {"max_requests": 16, "max_body_bytes": 65536}
         admission |= {name: limits.pop(name) for name in list(limits) if name in AdmissionConfig.model_fields}
         admission = AdmissionConfig(**admission)
