@@ -27,6 +27,7 @@ PROGRAMS = {
     "pydantic_ai_client.py": (AGENTS, "chat stream tools schema overflow cancel"),
     "instructor_client.py": (INSTRUCTOR, "tools strict_tools schema json_object partial overflow"),
     "lm_eval_client.py": (EVALUATION, "loglikelihoods texts"),
+    "guidellm_client.py": (EVALUATION, "chats completions"),
     "openai_node.mjs": ("node", "chat stream tools schema overflow cancel"),
     "vercel.mjs": ("node", "chat stream thinking tools schema overflow cancel"),
     "JavaClient.java": ("java", "chat stream tools schema overflow cancel"),

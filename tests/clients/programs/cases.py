@@ -1,4 +1,4 @@
-"""What the programs of Python clients share: where the server is, what it says, and one line for each case that went well."""
+"""What the programs of Python clients share: the server, its words, and a line of JSON at the end of what went well."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""LiteLLM, as a provider of OpenAI's kind and of vLLM's: chat, stream, tools in two steps, a schema, an overflow, a cancel."""
+"""LiteLLM, as a provider of OpenAI's kind and of vLLM's: chat, stream, tools in two steps, a schema, an overflow."""
 
 import json
 from importlib.metadata import version

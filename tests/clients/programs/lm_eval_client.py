@@ -35,7 +35,8 @@ def loglikelihoods():
 
 
 def texts():
-    task = {"task": "says", "output_type": "generate_until", "doc_to_target": "answer", "metric_list": [{"metric": "exact_match"}]}
+    task = {"task": "says", "output_type": "generate_until", "doc_to_target": "answer"}
+    task["metric_list"] = [{"metric": "exact_match"}]
     task["generation_kwargs"] = {"until": ["\n\n"], "max_gen_toks": 32, "do_sample": False}
     found = evaluate("local-chat-completions", "chat/completions", task, is_chat=True)
     assert found["results"]["says"]["exact_match,none"] == 1.0, found["results"]

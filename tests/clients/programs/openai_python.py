@@ -43,7 +43,8 @@ def tools():
     assert first.finish_reason == "tool_calls"
     (call,) = first.message.tool_calls
     assert (call.function.name, call.function.arguments) == ("weather", '{"city": "Paris"}')
-    messages += [first.message.model_dump(exclude_none=True), {"role": "tool", "tool_call_id": call.id, "content": "21"}]
+    result = {"role": "tool", "tool_call_id": call.id, "content": "21"}
+    messages += [first.message.model_dump(exclude_none=True), result]
     with chats.stream(model=MODEL, messages=messages, tools=[WEATHER]) as events:
         assert events.get_final_completion().choices[0].message.content == DEGREES
 
