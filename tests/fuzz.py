@@ -1,4 +1,4 @@
-"""Requests drawn at random from what every route takes, for tests that no server fails on any: the same seed, the same ones."""
+"""Requests drawn at random from what every route takes: the same seed, the same ones."""
 
 import json
 import random
@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 BODIES: dict[str, list[dict[str, Any]]] = {
     "/v1/completions": [
         {"model": "tiny", "prompt": "one two", "max_tokens": 3},
-        {"model": "tiny", "prompt": [[5, 6], [7]], "max_tokens": 2, "n": 2, "logprobs": 2, "echo": True, "stream": True},
+        {
+            "model": "tiny",
+            "prompt": [[5, 6], [7]],
+            "max_tokens": 2,
+            "n": 2,
+            "logprobs": 2,
+            "echo": True,
+            "stream": True,
+        },
     ],
     "/v1/chat/completions": [
         {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "stop": ["a", "b"]},
@@ -31,24 +39,40 @@ BODIES: dict[str, list[dict[str, Any]]] = {
     "/tokenize": [{"prompt": "hi", "return_token_strs": True}, {"messages": [{"role": "user", "content": "hi"}]}],
     "/detokenize": [{"tokens": [5, 6]}],
 }
-PAGES = ["/v1/models", "/v1/models/tiny", "/health", "/ready", "/version", "/cluster", "/metrics", "/tokenizer_info", "/x"]
+PAGES = [
+    "/v1/models",
+    "/v1/models/tiny",
+    "/health",
+    "/ready",
+    "/version",
+    "/cluster",
+    "/metrics",
+    "/tokenizer_info",
+    "/x",
+]
 FIELDS = [
-    "temperature", "top_p", "top_k", "min_p", "seed", "n", "best_of", "stop", "stop_token_ids", "logit_bias", "bad_words",
-    "allowed_token_ids", "min_tokens", "timeout", "priority", "cache_salt", "tools", "tool_choice", "echo", "suffix",
+    "temperature", "top_p", "top_k", "min_p", "seed", "n", "best_of", "stop", "stop_token_ids", "logit_bias",
+    "bad_words", "allowed_token_ids", "min_tokens", "timeout", "priority", "cache_salt", "tools", "tool_choice", "echo",
+    "suffix",
     "structured_outputs", "guided_regex", "guided_json", "guided_choice", "prompt_logprobs", "truncate_prompt_tokens",
-    "continue_final_message", "add_generation_prompt", "documents", "reasoning_effort", "request_id", "return_token_ids",
-    "parallel_tool_calls", "repetition_penalty", "presence_penalty", "max_tokens", "stream_options", "response_format",
+    "continue_final_message", "add_generation_prompt", "documents", "reasoning_effort", "request_id",
+    "return_token_ids", "parallel_tool_calls", "repetition_penalty", "presence_penalty", "max_tokens", "stream_options",
+    "response_format",
     "skip_special_tokens", "include_stop_str_in_output", "truncation_side", "messages", "prompt", "model", "é", "",
 ]  # fmt: skip
 VALUES: list[Any] = [
-    None, True, False, 0, 1, -1, 2, 0.5, 1e308, -1e-300, 2**31, 2**63, -(2**64), 10**30, "", "a", "\x00", "\ud800", "😀" * 9,
+    None, True, False, 0, 1, -1, 2, 0.5, 1e308, -1e-300, 2**31, 2**63, -(2**64), 10**30, "", "a",
+    "\x00", "\ud800", "😀" * 9,
     "x" * 3000, [], [[]], {}, [None], [0], ["a"], [2**40], {"a": "b"}, {"": {}}, {"type": "json_object"},
-    {"json": {"type": "integer"}}, {"json": {"$ref": "#"}}, {"regex": "(a|b)+"}, {"type": "text"}, "auto", "required", "none",
+    {"json": {"type": "integer"}}, {"json": {"$ref": "#"}}, {"regex": "(a|b)+"}, {"type": "text"}, "auto", "required",
+    "none",
     {"0": 1, "5": -100}, [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
-    {"type": "function", "function": {"name": "f"}}, [{"role": "user", "content": "hi"}], [{"role": "tool", "content": None}],
+    {"type": "function", "function": {"name": "f"}}, [{"role": "user", "content": "hi"}],
+    [{"role": "tool", "content": None}],
 ]  # fmt: skip
 HEADERS = [
-    {}, {"content-type": "text/plain"}, {"content-type": "application/json; charset=latin-1"}, {"authorization": "Bearer x"},
+    {}, {"content-type": "text/plain"}, {"content-type": "application/json; charset=latin-1"},
+    {"authorization": "Bearer x"},
     {"x-request-id": "a b"}, {"x-request-id": "é"}, {"accept": "x" * 9000}, {"upgrade": "h2c"}, {"origin": "null"},
 ]  # fmt: skip
 

@@ -46,6 +46,6 @@ def truncated(body: GenerationBody, prompt_ids: list[int], max_model_len: int) -
 
 
 def _error(status: int, max_model_len: int, problem: str, field: str | None) -> ApiError:
-    code = "context_length_exceeded"
-    message = f"This model's maximum context length is {max_model_len} tokens. However, {problem} ({code})"
-    return ApiError(status, message, param=field, code=code)
+    beginning = f"This model's maximum context length is {max_model_len} tokens. However, "
+    message = f"{beginning}{problem} (context_length_exceeded)"
+    return ApiError(status, message, param=field, code="context_length_exceeded")
