@@ -163,9 +163,10 @@ class World:
         raise AssertionError(f"{self.engine.snapshot()}, {self.service.admission.num_admitted} admitted")
 
     @contextlib.contextmanager
-    def serve(self):
-        """The app behind uvicorn on a loopback port; gives its base URL."""
-        server = uvicorn.Server(uvicorn.Config(self.app, host="127.0.0.1", port=0, log_level="warning", lifespan="off"))
+    def serve(self, loop="auto"):
+        """The app behind uvicorn on a loopback port; gives its base URL. `loop`: which event loop uvicorn takes."""
+        options = {"host": "127.0.0.1", "port": 0, "log_level": "warning", "lifespan": "off", "loop": loop}
+        server = uvicorn.Server(uvicorn.Config(self.app, **options))
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         while not server.started:

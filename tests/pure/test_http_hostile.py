@@ -1,5 +1,7 @@
 """The hostile corpus against one replica without Ray, each case beside four streams that must not notice it."""
 
+import contextlib
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -69,3 +71,36 @@ def test_a_hostile_request_is_answered_and_changes_nothing(served, case):
     until(lambda: not (engine.snapshot().blocks_used or admission.num_admitted), within_s=2, every_s=0.002)
     assert (engine.state, engine.snapshot().epoch) == ("ready", 0)
     assert served.world.outbox._mailboxes == {}
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_a_thousand_idle_connections_slow_senders_and_half_closed_sockets_change_nothing(served):
+    request = served.requests[0].request()
+    head = request[: request.index(b"\r\n\r\n") + 2]
+    with contextlib.ExitStack() as opened:
+
+        def connect(said=b"", is_half_closed=False):
+            connection = opened.enter_context(socket.create_connection(served.address, timeout=20))
+            connection.sendall(said)
+            if is_half_closed:
+                connection.shutdown(socket.SHUT_WR)
+            return connection
+
+        for _ in range(1000):
+            connect()
+        slow = [connect(request[:20]) for _ in range(50)]
+        for _ in range(50):
+            connect(request[:-10], is_half_closed=True)
+            connect(is_half_closed=True)
+        for _ in range(20):
+            connect(head + b"x-large: " + b"x" * 60_000)  # and never an end
+        for at in range(20, 120):
+            for connection in slow:
+                with contextlib.suppress(OSError):
+                    connection.sendall(request[at : at + 1])
+            if at % 10 == 0:
+                assert served.streams() == served.golden
+    until(lambda: not served.world.service.admission.num_admitted, within_s=60)
+    assert served.streams() == served.golden
+    assert (served.world.engine.state, served.world.engine.snapshot().epoch) == ("ready", 0)
