@@ -1,7 +1,7 @@
-"""What takes long is done aside from the event loop: no step of it takes as long as the work that a large request makes.
+"""What takes long is done aside from the event loop: no step of it takes as long as a large request's work does.
 
-A step is measured in processor time of the loop's thread, which other processes of the machine do not lengthen, beside the
-same work done at once in the test.
+A step is measured in processor time of the loop's thread, which other processes of the machine do not lengthen, beside
+the same work done at once in the test.
 """
 
 import asyncio
