@@ -7,6 +7,7 @@ length, so that rows of similar length are attended together; sampled ids go bac
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -15,7 +16,7 @@ from actors.tensors.attention.metadata import AttentionMetadata, Chunk, StepLayo
 from actors.tensors.backend import AttentionBackend, StaleBlocks, StepInputs, Upload
 from actors.tensors.sampled_ids import UNKNOWN_ID, SampledIds
 from actors.tensors.sampling.grammar_masks import RowGrammar
-from actors.tensors.sampling.logits_processors import SamplingRow
+from actors.tensors.sampling.logits_processors import FixedSampling, SamplingRow
 from actors.words.messages import Entry, NewSequence, SamplingParams, StepBatch
 
 _INITIAL_ROWS = 8
@@ -42,6 +43,11 @@ class Row:
     num_blocks: int = 0
     num_blocks_on_device: int = 0  # that StepInputs have brought there
     grammar: RowGrammar | None = None  # on the last stage, where the sequence has one
+
+    @cached_property
+    def fixed_sampling(self) -> FixedSampling:
+        """The parameters as arrays, which all steps share."""
+        return FixedSampling(self.sampling)
 
 
 @dataclass(frozen=True)
@@ -155,7 +161,8 @@ class SequenceTable:
     def sampling_row(self, entry: Entry) -> SamplingRow:
         """The SamplingRow of one entry."""
         row = self.rows[entry.seq]
-        return SamplingRow(row.sampling, entry.start + max(1, len(entry.ids)), row.ids, row.num_prompt, row.index)
+        position = entry.start + max(1, len(entry.ids))
+        return SamplingRow(row.sampling, position, row.ids, row.num_prompt, row.index, row.fixed_sampling)
 
     def _prompt_chunk(self, entry: Entry) -> PromptChunk:
         """The id after each of an entry's ids, as far as it is of the prompt (a replayed sequence has more ids)."""

@@ -19,6 +19,7 @@ from transformers import (
 from actors.decisions.model.shard_plan import split_evenly
 from actors.tensors.backends.cpu.backend import CPUBackend
 from actors.tensors.sampled_ids import UNKNOWN_ID, SampledIds
+from actors.tensors.sampling.bad_words import BAD_WORD
 from actors.tensors.sampling.logits_processors import LogitsProcessors, SamplingRow
 from actors.tensors.sampling.ranking import NO_TOKEN, best_of_shard, ids_of, scores_of, sort_keys_of
 from actors.tensors.sampling.sampler import Sampler, SamplingBatch
@@ -296,7 +297,21 @@ def test_bad_words_are_transformers_though_the_host_does_not_know_the_last_ids(n
     for num_shards in (1, 3):
         parts = on_shards(num_shards, logits, lambda _, mine, vocab_rows: processors.apply(mine, vocab_rows[0]))
         found = torch.cat(parts, 1)
-        assert torch.equal(found.masked_fill(found < -1e29, float("-inf")), expected)
+        assert torch.equal(found, expected.clamp(min=BAD_WORD))  # one value, whoever knows the ids
+
+
+def test_a_bad_word_is_as_bad_where_the_host_does_not_know_it_yet() -> None:
+    sampling = SamplingParams(
+        0, bad_words=[[1], [2], [5, 1], [4, 5, 1]], allowed_ids=[1, 2], logit_bias={1: 7.0, 2: -7.0}
+    )
+    sampled_ids = SampledIds(1, 4, torch.device("cpu"))
+    sampled_ids.put(torch.tensor([0]), torch.tensor([1]), torch.tensor([5]))
+    logits, found = torch.zeros(1, 9), []
+    for ids in ([4, 5], [4, UNKNOWN_ID]):
+        processors = LogitsProcessors.of([SamplingRow(sampling, 2, ids, 1)], BACKEND.upload, sampled_ids)
+        assert processors is not None
+        found.append(processors.apply(logits, 0))
+    assert torch.equal(*found) and found[0][0, 1] == found[0][0, 2] == torch.tensor(BAD_WORD)
 
 
 def test_a_bad_word_is_written_where_nothing_else_is_allowed() -> None:

@@ -1,54 +1,97 @@
 """Bad words: the ids that would complete one, judged on the device where the host does not know the ids before.
 
-W words that the next id may complete · P ids of the longest beginning of a word.
+E rows with bad words · W words that the next id may complete · P ids of the longest beginning of a word.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from actors.tensors.backend import Upload
 from actors.tensors.sampled_ids import UNKNOWN_ID, SampledIds
 
-BAD_WORD = -1e30  # added to a logit; finite: where nothing else is allowed, the word is written
+BAD_WORD = -1e30  # the most that a logit then is; finite: where nothing else is allowed, the word is written
 _ANY_ID = -2  # in a beginning: before its first id
+_NO_ID = -3  # in the end of a sequence: before its first id
+
+Ids = NDArray[np.int64]
 
 
-def completed_by(words: Sequence[Sequence[int]], ids: Sequence[int]) -> tuple[list[int], list[Sequence[int]]]:
-    """The ids that complete a word after `ids`, and the words of which that depends on an UNKNOWN_ID."""
-    completing, open_words = list[int](), list[Sequence[int]]()
-    for word in words:
-        num_before = len(word) - 1
-        if num_before > len(ids) or (num_before and ids[-1] not in (word[-2], UNKNOWN_ID)):
-            continue
-        tail = ids[len(ids) - num_before :]
-        pairs = [(known, asked) for known, asked in zip(tail, word, strict=False) if known != asked]
-        if not pairs:
-            completing.append(word[-1])
-        elif all(known == UNKNOWN_ID for known, _ in pairs):
-            open_words.append(word)
-    return completing, open_words
+class Completing(NamedTuple):
+    """The words that the next id of a row may complete: for certain where the row's end has no UNKNOWN_ID."""
+
+    beginnings_WP: Ids
+    ids_W: Ids  # that complete them
+    end_P: Ids  # of the row's ids
+    num_ids: int  # of the row
 
 
-def biases_of_open_words(
-    found: Sequence[tuple[int, int, Sequence[int], Sequence[int]]], upload: Upload, sampled_ids: SampledIds
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What open words add to logits: rows, ids and biases, each [W], on the device.
+class BadWords:
+    """The bad words of a sequence, which are the same in every step."""
 
-    `found`: of each word its row, the row of its sequence in the table, the word, and the ids that it may end.
-    """
-    longest = max(len(word) - 1 for _, _, word, _ in found)
-    padding = [longest - len(word) + 1 for _, _, word, _ in found]
-    beginnings = [[_ANY_ID] * more + list(word[:-1]) for more, (_, _, word, _) in zip(padding, found, strict=True)]
-    tails = [
-        [0] * more + list(ids[len(ids) - longest + more :]) for more, (_, _, _, ids) in zip(padding, found, strict=True)
-    ]
-    positions = [range(len(ids) - longest, len(ids)) for _, _, _, ids in found]
-    beginnings_WP = upload(torch.tensor(beginnings))
-    table_rows_N = upload(torch.tensor([table for _, table, _, _ in found]).repeat_interleave(longest))
-    positions_N = upload(torch.tensor([list(places) for places in positions]).flatten())
-    ids_N = sampled_ids.resolve(upload(torch.tensor(tails).flatten()), table_rows_N, positions_N)
-    is_match_W = ((ids_N.view_as(beginnings_WP) == beginnings_WP) | (beginnings_WP == _ANY_ID)).all(1)
-    rows_W = upload(torch.tensor([row for row, _, _, _ in found]))
-    ids_W = upload(torch.tensor([word[-1] for _, _, word, _ in found]))
-    return rows_W, ids_W, is_match_W.float() * BAD_WORD
+    def __init__(self, words: Sequence[Sequence[int]]) -> None:
+        longest = max((len(word) - 1 for word in words), default=0)
+        self._beginnings_WP = np.full((len(words), longest), _ANY_ID, np.int64)
+        for index, word in enumerate(words):
+            self._beginnings_WP[index, longest - len(word) + 1 :] = word[:-1]
+        self._ids_W = np.array([word[-1] for word in words], np.int64)
+
+    def after(self, ids: Sequence[int]) -> Completing:
+        """The words whose beginning `ids` end with, as far as they are known."""
+        end_P = _end_of(ids, self._beginnings_WP.shape[1])
+        is_match_WP = (self._beginnings_WP == end_P) | (self._beginnings_WP == _ANY_ID) | (end_P == UNKNOWN_ID)
+        is_match_W = is_match_WP.all(1)
+        return Completing(self._beginnings_WP[is_match_W], self._ids_W[is_match_W], end_P, len(ids))
+
+
+def _end_of(ids: Sequence[int], length: int) -> Ids:
+    known = ids[max(0, len(ids) - length) :]
+    end_P = np.full(length, _NO_ID, np.int64)
+    end_P[length - len(known) :] = known
+    return end_P
+
+
+@dataclass(frozen=True)
+class BadIds:
+    """The ids that would complete a word, on the device."""
+
+    rows_W: torch.Tensor  # int64
+    ids_W: torch.Tensor  # int64
+    is_bad_W: torch.Tensor  # float32, 0 or 1
+
+
+def bad_ids(
+    found: Sequence[tuple[int, int, Completing]], upload: Upload, sampled_ids: SampledIds | None
+) -> BadIds | None:
+    """What is forbidden in a step. `found`: of each row its number, its row in the table, and what may be completed."""
+    if not found:
+        return None
+    counts_E = [len(one.ids_W) for _, _, one in found]
+    rows_W = upload(torch.from_numpy(np.repeat([row for row, _, _ in found], counts_E)))
+    ids_W = upload(torch.from_numpy(np.concatenate([one.ids_W for _, _, one in found])))
+    if not any(UNKNOWN_ID in one.end_P for _, _, one in found):
+        return BadIds(rows_W, ids_W, torch.ones_like(ids_W, dtype=torch.float32))
+    assert sampled_ids is not None, "an id is not known on the host"
+    longest = max(len(one.end_P) for _, _, one in found)
+    ends_EP = torch.from_numpy(np.stack([_padded(one.end_P, longest, _NO_ID) for _, _, one in found]))
+    all_beginnings = np.concatenate([_padded(one.beginnings_WP, longest, _ANY_ID) for _, _, one in found])
+    beginnings_WP = upload(torch.from_numpy(all_beginnings))
+    positions_EP = torch.tensor([[one.num_ids - longest] for _, _, one in found]) + torch.arange(longest)
+    table_rows_EP = torch.tensor([[table_row] for _, table_row, _ in found]).expand(-1, longest)
+    ends_N = sampled_ids.resolve(*(upload(one.flatten()) for one in (ends_EP, table_rows_EP, positions_EP)))
+    owner_W = upload(torch.from_numpy(np.repeat(np.arange(len(found)), counts_E)))
+    ends_WP = ends_N.view_as(ends_EP)[owner_W]
+    is_bad_W = ((ends_WP == beginnings_WP) | (beginnings_WP == _ANY_ID)).all(1)
+    return BadIds(rows_W, ids_W, is_bad_W.float())
+
+
+def _padded(ids: Ids, length: int, filler: int) -> Ids:
+    """To so many in the last dimension, at its beginning."""
+    if ids.shape[-1] == length:
+        return ids
+    more = [(0, 0)] * (ids.ndim - 1) + [(length - ids.shape[-1], 0)]
+    return np.pad(ids, more, constant_values=filler)

@@ -9,12 +9,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from actors.tensors.backend import Upload
 from actors.tensors.sampled_ids import UNKNOWN_ID, SampledIds
-from actors.tensors.sampling.bad_words import BAD_WORD, biases_of_open_words, completed_by
+from actors.tensors.sampling.bad_words import BAD_WORD, BadIds, BadWords, Completing, Ids, bad_ids
 from actors.words.messages import SamplingParams
+
+
+class FixedSampling:
+    """What of a sequence's parameters is the same in every step, as arrays: made once."""
+
+    def __init__(self, sampling: SamplingParams) -> None:
+        self.bad_words = BadWords(sampling.bad_words) if sampling.bad_words else None
+        self.allowed_ids: Ids = np.array(sampling.allowed_ids, np.int64)
+        self.bias_ids: Ids = np.array(list(sampling.logit_bias), np.int64)
+        self.biases: NDArray[np.float32] = np.array(list(sampling.logit_bias.values()), np.float32)
+        self.stop_ids: Ids = np.array(sampling.stop_ids, np.int64)
 
 
 @dataclass(frozen=True)
@@ -26,6 +39,7 @@ class SamplingRow:
     ids: Sequence[int] = ()  # prompt and generated, before `position`; UNKNOWN_ID where the host does not know one yet
     num_prompt: int = 0  # ids after these are generated
     table_row: int = 0  # of its sequence, by which SampledIds knows the others
+    known_fixed: FixedSampling | None = None  # none: made of `sampling` here
 
     @property
     def has_penalties(self) -> bool:
@@ -33,30 +47,28 @@ class SamplingRow:
         sampling = self.sampling
         return sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
 
-    @property
-    def biases(self) -> dict[int, float]:
-        """What is added to the logits, by id; ids may lie outside the vocabulary. Without what `open_words` may add."""
-        sampling = self.sampling
-        biases = sampling.logit_bias
-        if sampling.bad_words:
-            biases = biases | dict.fromkeys(self._bad_words[0], BAD_WORD)
-        if self.position - self.num_prompt < sampling.min_tokens:
-            biases = biases | dict.fromkeys(sampling.stop_ids, float("-inf"))
-        return biases
+    @cached_property
+    def fixed(self) -> FixedSampling:
+        """The parameters as arrays."""
+        return self.known_fixed or FixedSampling(self.sampling)
 
     @property
-    def open_words(self) -> list[Sequence[int]]:
-        """The bad words that the next id may complete, if ids that only the device knows are their beginning."""
-        return self._bad_words[1]
+    def may_not_stop(self) -> bool:
+        """Whether it has fewer ids than `min_tokens`."""
+        return self.position - self.num_prompt < self.sampling.min_tokens
 
     @cached_property
-    def _bad_words(self) -> tuple[list[int], list[Sequence[int]]]:
-        return completed_by(self.sampling.bad_words, self.ids)
+    def completing(self) -> Completing | None:
+        """The bad words that the next id may complete; None where it has none."""
+        found = self.fixed.bad_words and self.fixed.bad_words.after(self.ids)
+        return found if found and len(found.ids_W) else None
 
     @property
     def is_changed(self) -> bool:
         """Whether its logits are not the model's own."""
-        return bool(self.has_penalties or self.sampling.allowed_ids or self.biases or self.open_words)
+        sampling = self.sampling
+        has_biases = sampling.logit_bias or (self.may_not_stop and sampling.stop_ids)
+        return bool(self.has_penalties or sampling.allowed_ids or has_biases or self.completing is not None)
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,7 @@ class LogitsProcessors:
     frequency_E1: torch.Tensor
     history: History | None
     allowed: AllowedIds | None
+    bad: BadIds | None  # rows among the E
     bias_rows_M: torch.Tensor  # int64, among the E
     bias_ids_M: torch.Tensor  # int64
     biases_M: torch.Tensor  # float32
@@ -109,8 +122,9 @@ class LogitsProcessors:
         )
         rows_E, repetition, presence, frequency = map(upload, on_host)
         history, allowed = _history(changed, upload, sampled_ids), _allowed(changed, upload)
-        biases = _biases(changed, upload, sampled_ids)
-        return cls(rows_E, repetition, presence, frequency, history, allowed, *biases)
+        completing = [(index, row.table_row, row.completing) for index, row in enumerate(changed)]
+        bad = bad_ids([(index, table, one) for index, table, one in completing if one], upload, sampled_ids)
+        return cls(rows_E, repetition, presence, frequency, history, allowed, bad, *_biases(changed, upload))
 
     def apply(self, logits_RV: torch.Tensor, first_id: int) -> torch.Tensor:
         """Float32 logits [R, V] of the vocabulary from `first_id` on → a changed copy."""
@@ -130,6 +144,10 @@ class LogitsProcessors:
             logits_EV += _scatter_add(
                 self.bias_rows_M, self.bias_ids_M, self.biases_M, len(self.rows_E), first_id, num_ids
             )
+        if self.bad is not None:  # a word may be found twice, and an id complete several
+            bad = self.bad.rows_W, self.bad.ids_W, self.bad.is_bad_W
+            num_bad_EV = _scatter_add(*bad, len(self.rows_E), first_id, num_ids)
+            logits_EV = torch.where(num_bad_EV > 0, logits_EV.clamp(max=BAD_WORD), logits_EV)
         if self.allowed is not None:
             rows_A, ids_A = self.allowed.rows_A, self.allowed.ids_A
             ones_A = torch.ones_like(ids_A, dtype=torch.float32)
@@ -139,34 +157,27 @@ class LogitsProcessors:
 
 
 def _allowed(changed: list[SamplingRow], upload: Upload) -> AllowedIds | None:
-    flat = array("q")
-    for row in changed:
-        flat.extend(row.sampling.allowed_ids)
-    if not flat:
+    allowed = [row.fixed.allowed_ids for row in changed]
+    lengths = torch.tensor([len(ids) for ids in allowed])
+    if not lengths.any():
         return None
-    lengths = torch.tensor([len(row.sampling.allowed_ids) for row in changed])
     rows_A = torch.repeat_interleave(torch.arange(len(changed)), lengths)
-    ids_A = torch.frombuffer(flat, dtype=torch.int64).clone()
+    ids_A = torch.from_numpy(np.concatenate(allowed))
     return AllowedIds(upload((lengths == 0)[:, None]), upload(rows_A), upload(ids_A))
 
 
-def _biases(
-    changed: list[SamplingRow], upload: Upload, sampled_ids: SampledIds | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _biases(changed: list[SamplingRow], upload: Upload) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What is added to the logits: rows among the E, ids and biases, on the device."""
-    biases = [(index, *bias) for index, row in enumerate(changed) for bias in row.biases.items()]
-    tensors = (
-        upload(torch.tensor([index for index, _, _ in biases], dtype=torch.int64)),
-        upload(torch.tensor([token_id for _, token_id, _ in biases], dtype=torch.int64)),
-        upload(torch.tensor([bias for _, _, bias in biases], dtype=torch.float32)),
+    stops = [row.fixed.stop_ids if row.may_not_stop else row.fixed.stop_ids[:0] for row in changed]
+    ids = [row.fixed.bias_ids for row in changed] + stops
+    biases = [row.fixed.biases for row in changed] + [np.full(len(one), -np.inf, np.float32) for one in stops]
+    rows_M = np.repeat([*range(len(changed))] * 2, [len(one) for one in ids])
+    on_host = (
+        torch.from_numpy(rows_M),
+        torch.from_numpy(np.concatenate(ids)),
+        torch.from_numpy(np.concatenate(biases)),
     )
-    found = [(index, row.table_row, word, row.ids) for index, row in enumerate(changed) for word in row.open_words]
-    if not found:
-        return tensors
-    assert sampled_ids is not None, "an id is not known on the host"
-    of_words = biases_of_open_words(found, upload, sampled_ids)
-    rows_M, ids_M, biases_M = (torch.cat(pair) for pair in zip(tensors, of_words, strict=True))
-    return rows_M, ids_M, biases_M
+    return upload(on_host[0]), upload(on_host[1]), upload(on_host[2])
 
 
 def _history(changed: list[SamplingRow], upload: Upload, sampled_ids: SampledIds | None) -> History | None:
