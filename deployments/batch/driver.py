@@ -1,5 +1,7 @@
 """Drives a job from its input to its files: what is asked is checked first, then computed, then published."""
 
+import contextlib
+import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -73,7 +75,7 @@ def prepare(asked: Asked, config: Config, folder: Path, store: Store) -> Prepare
     there = read_manifest(store)
     part_rows = asked.part_rows or (there.part_rows if there else PART_ROWS)
     day = asked.day or (there.day if there else datetime.now(UTC).date())
-    max_row_bytes = config.admission.body_bytes(config.model.max_model_len or 0)
+    max_row_bytes = config.admission.body_bytes(config.model.max_model_len or _longest_context(folder))
     source = Source(asked.input, part_rows, max_row_bytes)
     survey_with_ids(source)
     if not source.num_rows:
@@ -84,6 +86,19 @@ def prepare(asked: Asked, config: Config, folder: Path, store: Store) -> Prepare
         if there is None and store.exists(path):
             raise ValueError(f"{option}: {path} is there, and no job that goes on; move it, or name another file")
     return Prepared(asked, store, source, manifest, config.served_name, max_row_bytes)
+
+
+def _longest_context(folder: Path) -> int:
+    """The tokens that the checkpoint says a context has, so that rows may be as large as bodies of HTTP; else 0.
+
+    Before a gang starts nothing more is known; whoever reads the model says what is wrong with its config.
+    """
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        says = json.loads((folder / "config.json").read_bytes())
+        for part in (says, says.get("text_config") or {}):
+            if isinstance(num_tokens := part.get("max_position_embeddings"), int):
+                return num_tokens
+    return 0
 
 
 def drive(job: Prepared, answering: Answering) -> Summary:

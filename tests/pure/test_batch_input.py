@@ -5,6 +5,7 @@ import gzip
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -76,6 +77,12 @@ def test_a_row_of_a_megabyte_is_answered_and_a_larger_one_is_an_error_row(desk):
     words = "the row is larger than 1048576 bytes; send less, or raise admission.max_body_bytes"
     for error in errors:
         assert error["response"]["status_code"] == 413 and error["response"]["body"]["error"]["message"] == words
+
+
+def test_a_row_may_be_as_large_as_a_body_of_the_checkpoints_context(desk):
+    (Path(desk.config.model.source) / "config.json").write_text('{"text_config": {"max_position_embeddings": 100000}}')
+    answers, errors = run_raw(desk, json.dumps(chat(1, user="x" * 2_000_000)).encode())
+    assert [one["custom_id"] for one in answers] == ["c1"] and not errors
 
 
 def test_lines_that_are_no_rows_are_error_rows_with_their_text(desk):
