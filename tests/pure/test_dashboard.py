@@ -140,6 +140,12 @@ def test_every_alert_has_its_words_in_the_documentation() -> None:
     assert shown == {name: rule["labels"]["severity"] for name, rule in alerts().items()}
 
 
+def test_a_share_of_requests_is_one_of_the_same_routes() -> None:
+    above, below = alerts()["StagemeshServerErrors"]["expr"].split(" / ")
+    assert "status" in above
+    assert re.findall(r'route=~"[^"]+"', above) == re.findall(r'route=~"[^"]+"', below) != []
+
+
 @pytest.mark.soak
 def test_promtool_reads_all_queries_and_each_alert_fires_when_it_should(tmp_path: Path) -> None:
     promtool = binary("promtool")
