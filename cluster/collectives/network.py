@@ -3,17 +3,17 @@
 import logging
 import os
 import socket
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
+from cluster.placement.interfaces import read_interfaces
 
 logger = logging.getLogger(__name__)
 
 REFUSED = "connection refused"
-_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 
 @dataclass(frozen=True)
@@ -62,18 +62,10 @@ def find_place(asked: str | None, node: str, node_address: str) -> Place:
 
 
 def _addresses() -> dict[str, list[str]]:
-    """The addresses of each interface that is up, IPv4 first; those of IPv6 that need a scope are left out."""
-    is_up = {name: stats.isup for name, stats in psutil.net_if_stats().items()}
-    found = {}
-    for name, entries in psutil.net_if_addrs().items():
-        own = [
-            entry.address
-            for family in _FAMILIES
-            for entry in entries
-            if entry.family == family and "%" not in entry.address
-        ]
-        if own and is_up.get(name):
-            found[name] = own
+    """The addresses of each interface that is up, IPv4 first."""
+    found = defaultdict[str, list[str]](list)
+    for one in read_interfaces():
+        found[one.name].append(one.address)
     return found
 
 

@@ -1,10 +1,12 @@
-"""The network interfaces of this machine that have an IPv4 address, and which of them NCCL or gloo would use."""
+"""The network interfaces of this machine that have an address, and which of them NCCL or gloo would use."""
 
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import psutil
+
+_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 
 @dataclass(frozen=True)
@@ -18,16 +20,20 @@ class Interface:
 
 
 def read_interfaces() -> tuple[Interface, ...]:
-    """All that are up; one with several addresses is there several times."""
-    states = psutil.net_if_stats()
+    """All that are up. One with several addresses is there several times, with IPv4 first.
+
+    IPv6 addresses that need a scope are left out. What a label names (`eth0:1`) is an address of its interface.
+    """
+    states, labels = psutil.net_if_stats(), psutil.net_if_addrs().items()
     found = []
-    for name, addresses in psutil.net_if_addrs().items():
-        state = states.get(name)
-        if state is not None and state.isup:
-            rate = state.speed * 1_000_000 // 8 or None  # psutil's unit is Mbit/s; 0: not known
-            found += [
-                Interface(name, one.address, state.mtu, rate) for one in addresses if one.family == socket.AF_INET
-            ]
+    for family in _FAMILIES:
+        for label, addresses in labels:
+            name = label.partition(":")[0]
+            state = states.get(name)
+            if state is not None and state.isup:
+                rate = state.speed * 1_000_000 // 8 or None  # psutil's unit is Mbit/s; 0: not known
+                own = [one.address for one in addresses if one.family == family and "%" not in one.address]
+                found += [Interface(name, address, state.mtu, rate) for address in own]
     return tuple(found)
 
 

@@ -23,6 +23,7 @@ from cluster.collectives.network import (
     pin_interface,
     told,
 )
+from cluster.placement import interfaces
 
 
 def test_without_a_name_it_is_the_interface_of_the_nodes_address() -> None:
@@ -34,6 +35,26 @@ def test_without_a_name_it_is_the_interface_of_the_nodes_address() -> None:
 @pytest.mark.parametrize("asked", ["lo", "l*", "none0,lo", "none*, lo"])
 def test_names_and_beginnings_of_names(asked: str) -> None:
     assert find_place(asked, "id", "203.0.113.7").address == "127.0.0.1"
+
+
+def test_an_address_with_a_label_is_its_interfaces_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def entry(family: int, address: str) -> Any:
+        return Mock(family=family, address=address)
+
+    v4, v6 = socket.AF_INET, socket.AF_INET6
+    there = {
+        "d0": [entry(v6, "fe80::1%d0"), entry(v6, "fd00::1"), entry(v4, "10.0.0.1")],
+        "d0:1": [entry(v4, "10.0.0.9")],
+        "d1": [entry(v6, "fd00::2")],
+        "d2": [entry(v4, "10.0.0.3")],
+    }
+    monkeypatch.setattr(interfaces.psutil, "net_if_addrs", lambda: there)
+    states = {name: Mock(isup=name != "d2", mtu=1500, speed=0) for name in ("d0", "d1", "d2")}
+    monkeypatch.setattr(interfaces.psutil, "net_if_stats", lambda: states)
+    found = [(one.name, one.address) for one in interfaces.read_interfaces()]
+    assert found == [("d0", "10.0.0.1"), ("d0", "10.0.0.9"), ("d0", "fd00::1"), ("d1", "fd00::2")]
+    assert find_place(None, "id", "10.0.0.9").interface == "d0"
+    assert [find_place(name, "id", "10.0.0.9").address for name in ("d0", "d1")] == ["10.0.0.1", "fd00::2"]
 
 
 def test_a_name_is_no_beginning() -> None:
