@@ -143,6 +143,8 @@ class Node:
         return Path(f"/proc/{self.pid}/root{path}")
 
     def _signal(self, number: signal.Signals) -> None:
+        if not self.pid and self._outer is not None and number == signal.SIGKILL:
+            self._outer.kill()  # it has not got as far as its first process
         if self.pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
@@ -192,16 +194,15 @@ class Nodes:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for door in self._doors:
-            door.close()
-        for node in self.nodes:
-            node.kill()
-        for process in self._running:
-            process.kill()
-            process.wait(20)
         assert self._switch is not None
-        self._switch.kill()
-        self._switch.wait(20)
+        with contextlib.ExitStack() as ends:  # all of them, whichever is late
+            for process in (self._switch, *self._running):
+                ends.callback(process.wait, 20)
+                ends.callback(process.kill)
+            for node in self.nodes:
+                ends.callback(node.kill)
+            for door in self._doors:
+                ends.callback(door.close)
 
     def __getitem__(self, number: int) -> Node:
         return self.nodes[number]

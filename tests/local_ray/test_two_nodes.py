@@ -26,7 +26,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
 def arguments(**groups: dict[str, Any]) -> dict[str, Any]:
     """The `args` of the demo, on nodes that may still be starting."""
     args: dict[str, Any] = yaml.safe_load((ROOT / "configs/demo.yaml").read_text())["applications"][0]["args"]
-    args["placement"] |= {"wait_s": 120.0}
+    args["placement"] |= {"wait_s": 400.0}
     return args | groups
 
 
