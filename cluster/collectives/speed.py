@@ -15,6 +15,8 @@ from cluster.topology import Topology
 SMALL_BYTES = 8192  # a decode step's message
 _LARGE_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}  # below 1 GiB an H100 does not reach what its links can
 _PAIR_BYTES = 256 << 20
+_TRIAL_SHARE = 64  # of a large message: by so much less is tried before hops are measured
+_HOPS_S = 12.0  # for all of them, on a network of any speed
 _WARM_UP, _SMALL_ROUNDS, _LARGE_ROUNDS = 5, 100, 5
 
 
@@ -68,9 +70,9 @@ def pair_rate(source: int, target: int) -> float:
     return _PAIR_BYTES / _time(lambda: received.copy_(sent), sent.device, _LARGE_ROUNDS)
 
 
-def _time(work: Callable[[], object], device: torch.device, rounds: int) -> float:
+def _time(work: Callable[[], object], device: torch.device, rounds: int, warm_up: int = _WARM_UP) -> float:
     """Seconds of one call, after a few that do not count."""
-    for _ in range(_WARM_UP):
+    for _ in range(warm_up):
         work()
     _settle(device)
     began = time.perf_counter()
@@ -85,15 +87,38 @@ def _settle(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def rounds_within(budget_s: float, trial_s: float) -> tuple[bool, int]:
+    """(Whether large messages are sent, how often) so that as many again, to warm up, end in time too.
+
+    `trial_s` is what a message of 1 / _TRIAL_SHARE took. On a slow network the rate of small ones must do.
+    """
+    at_most = budget_s / 2 / max(trial_s, 1e-9)
+    is_large = at_most >= _TRIAL_SHARE
+    return is_large, min(_LARGE_ROUNDS, max(1, int(at_most / _TRIAL_SHARE if is_large else at_most)))
+
+
 def _hops(topology: Topology, rank: int, groups: Groups, device: torch.device) -> float | None:
     """One boundary between stages after the other, so that they do not share a network card → the rate to this rank."""
-    message, own, rate = torch.zeros(_LARGE_BYTES[device.type] // 8, device=device), topology.stage(rank), None
+    large, own, rate = torch.zeros(_LARGE_BYTES[device.type] // 8, device=device), topology.stage(rank), None
+    small = large[: len(large) // _TRIAL_SHARE]
     for stage in range(1, topology.pipeline_parallel_size):
-        groups.control.barrier()
+        work: Callable[[torch.Tensor], object] | None = None
         if own == stage - 1 and groups.next is not None:
-            _time(partial(_send, groups.next, message), device, _LARGE_ROUNDS)
+            work = partial(_send, groups.next)
         elif own == stage and groups.previous is not None:
-            rate = message.nbytes / _time(partial(groups.previous.receive, message), device, _LARGE_ROUNDS)
+            work = groups.previous.receive
+        groups.control.barrier()
+        took_s = torch.zeros(1)
+        if work is not None:
+            seconds = _time(partial(work, small), device, 1, 1)
+            took_s += seconds if own == stage else 0.0
+        groups.control.all_reduce(took_s)  # all shards of the two stages come to the same number
+        trial_s = took_s.item() / topology.tensor_parallel_size
+        is_large, rounds = rounds_within(_HOPS_S / (topology.pipeline_parallel_size - 1), trial_s)
+        message = large if is_large else small
+        if work is not None:
+            seconds = _time(partial(work, message), device, rounds, rounds)
+            rate = message.nbytes / seconds if own == stage else rate
     return rate
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from deployments.doctor.facts import NodeFacts
-from deployments.doctor.findings import Finding, fail, ok, warn
+from deployments.doctor.findings import Finding, fail, not_checked, ok, warn
 
 _SKEW_S = 1.0
 _MAY_DIFFER = ("kernel",)  # a warning only
@@ -22,6 +22,7 @@ class Way:
     port: int
     what: str
     error: str | None  # None: it does
+    is_tried: bool = True  # else `error` is why nobody listens at the target
 
 
 def cluster_findings(nodes: Sequence[NodeFacts]) -> Iterator[Finding]:
@@ -71,8 +72,12 @@ def _clocks(nodes: Sequence[NodeFacts]) -> Iterator[Finding]:
 
 def way_findings(ways: Sequence[Way], names: Mapping[str, str]) -> Iterator[Finding]:
     """Of the ports that were tried, from each node to each. `names` of nodes by address."""
+    tried = [way for way in ways if way.is_tried]
     for way in ways:
-        if way.error is not None:
+        if not way.is_tried:
+            where, found = names.get(way.target, way.target), f"port {way.port} ({way.what}): {way.error}"
+            yield not_checked("ports", where, found, "run it again before you serve, or try that port by hand")
+        elif way.error is not None:
             source, target = names.get(way.source, way.source), names.get(way.target, way.target)
             yield fail(
                 "ports",
@@ -80,9 +85,9 @@ def way_findings(ways: Sequence[Way], names: Mapping[str, str]) -> Iterator[Find
                 f"port {way.port} of {way.target} ({way.what}) is not reached: {way.error}",
                 f"open it between the nodes (firewall, security group, NetworkPolicy): {NEEDED}",
             )
-    if ways and all(way.error is None for way in ways):
-        pairs = len({(way.source, way.target) for way in ways})
-        yield ok("ports", "cluster", f"{len(ways)} connections over {pairs} ways between nodes, each way: all reached")
+    if tried and all(way.error is None for way in tried):
+        pairs = len({(way.source, way.target) for way in tried})
+        yield ok("ports", "cluster", f"{len(tried)} connections over {pairs} ways between nodes, each way: all reached")
 
 
 NEEDED = (

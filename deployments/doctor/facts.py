@@ -120,6 +120,8 @@ class NodeFacts:
         """Add what a probe has written. Sections that are not there have hung."""
         for line in lines.splitlines():
             written = msgspec.json.decode(line, type=Written)
+            if written.section not in SECTIONS:
+                continue  # of other sources, which the versions tell
             if written.error is not None:
                 self.unread[written.section] = written.error
             else:

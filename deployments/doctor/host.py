@@ -20,7 +20,7 @@ _NCCL = ("nvidia-nccl-cu13", "nvidia-nccl-cu12")
 _FLOORS = ("configs", "cluster", "actors", "deployments")
 _PREFIXES = ("RAY_", "NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_DISTRIBUTED_", "CUDA_", "HF_", "OMP_")
 _SECRET = ("TOKEN", "PASSWORD", "SECRET", "KEY")
-_SEGMENTS = ("nccl-", "torch_", "stagemesh")
+_SEGMENTS = ("nccl-", "torch_")
 _NVIDIA = "0x10de"  # the vendor's number on the PCI bus
 
 

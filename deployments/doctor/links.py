@@ -1,5 +1,6 @@
 """Measures the links inside and between stages, over bundles that Ray has reserved: a process for each rank."""
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ from ray.exceptions import RayError
 from actors.remote.actor_pool import actor_options
 from cluster.collectives.network import find_place, pin_interface
 from cluster.placement.devices import own_cuda_index
+from cluster.placement.nvml import read_gpus
 from cluster.placement.placement import Device
 from cluster.topology import Topology
 from configs.config import Config
+from deployments.doctor.gpu_findings import is_used
 from deployments.gangs import reserved
 
 if TYPE_CHECKING:
@@ -70,6 +73,10 @@ class LinkProbe:
 
         return self._place.address, self._device, self._gpu
 
+    def users(self) -> str | None:
+        """Who else uses the GPU that this process was given; None: nobody, as far as NVML says."""
+        return None if self._gpu is None else users_of(self._gpu)
+
     def host_store(self) -> int:
         """Serve the store where all ranks meet → its port."""
         from cluster.collectives.rendezvous import host_store
@@ -90,17 +97,36 @@ class LinkProbe:
         return [pair_rate(source, target) for source, target in pairs]
 
 
+def users_of(assigned_id: str) -> str | None:
+    """What NVML says of others on the GPU that Ray calls so; None: nobody uses it, or NVML does not know it."""
+    found = read_gpus()
+    for gpu in found.gpus if found is not None else ():
+        if assigned_id in (str(gpu.index), gpu.uuid) and is_used(gpu):
+            pids = f" by pid {', '.join(map(str, gpu.pids))}" if gpu.pids else ""
+            return f"GPU {gpu.index}, which Ray had free, is used{pids}"
+    return None
+
+
 def measure_links(layout: Layout) -> Measured:
     """Reserve, start, measure and give back. Raises ValueError that says what stood in the way; NotStarted."""
     topology = layout.topology
     patience = layout.config.timeouts.model_copy(update={"start_s": _RESERVE_S})
-    with reserved(layout.config.model_copy(update={"timeouts": patience}), topology, layout.device) as group:
+    with contextlib.ExitStack() as held:
+        try:
+            group = held.enter_context(
+                reserved(layout.config.model_copy(update={"timeouts": patience}), topology, layout.device)
+            )
+        except ValueError:
+            raise NotStarted(f"Ray has not reserved the bundles within {_RESERVE_S:g} s") from None
         actors: list[Any] = []
         for rank in range(topology.num_ranks):
             options = actor_options(group, topology.stage(rank), layout.device)
             actors.append(ray.remote(LinkProbe).options(**options).remote(layout.config.network.interface))
         try:
             where = _started([actor.where.remote() for actor in actors])
+            # Before any CUDA: a context takes memory
+            if users := sorted(set(filter(None, _started([actor.users.remote() for actor in actors])))):
+                raise NotStarted("; ".join(users))
             meeting = (where[0][0], _all([actors[0].host_store.remote()], "opened a store", _JOIN_S)[0])
             calls = [actor.measure.remote(topology, rank, meeting) for rank, actor in enumerate(actors)]
             rates = _all(calls, "measured", _JOIN_S + _MEASURE_S)

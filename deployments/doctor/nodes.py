@@ -1,6 +1,7 @@
 """Looks at every node of the cluster: an actor on each, without CPUs, whose silence hides no other node."""
 
 import contextlib
+import errno
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -42,23 +43,22 @@ class NodeProbe:
         """What a probe writes: see NodeFacts.take."""
         return run_probe(asked, within_s)
 
-    def listen(self, address: str, ports: Sequence[int]) -> list[int]:
-        """Listen at this node's own address → the ports, where each was free. 0: one that the kernel chooses."""
+    def listen(self, address: str, ports: Sequence[int]) -> list[tuple[int, str | None]]:
+        """Listen at this node's own address → (port, None), or why nobody answers there. 0: the kernel chooses one."""
+        found: list[tuple[int, str | None]] = []
         for port in ports:
             listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
             try:
                 listener.bind((address, port))
                 listener.listen(64)
-            except OSError:  # a replica has it: then that one answers
+            except OSError as error:
                 listener.close()
+                # In use: then that one answers
+                found.append((port, None if error.errno == errno.EADDRINUSE else str(error)))
             else:
                 self._listeners.append(listener)
-        return [int(listener.getsockname()[1]) for listener in self._listeners]
-
-    def close(self) -> None:
-        """Listen no more."""
-        for listener in self._listeners:
-            listener.close()
+                found.append((int(listener.getsockname()[1]), None))
+        return found
 
     def reach(self, targets: Sequence[tuple[str, int]], within_s: float) -> list[str | None]:
         """Connect to all targets at once → None, or what went wrong, by target."""
@@ -83,7 +83,8 @@ class Nodes:
 
     def look(self, asked: Asked, interface: str | None) -> None:
         """Read addresses, clocks and all sections of all nodes. `interface`: as `network.interface` says."""
-        found = self._each(lambda actor: actor.address.remote(interface), _START_S)
+        hosts = {actor for node_id, actor in self._actors.items() if self.facts[node_id].hosts_ranks}
+        found = self._each(lambda actor: actor.address.remote(interface if actor in hosts else None), _START_S)
         for node_id, address in found.items():
             self.facts[node_id].address = address
         for node_id, actor in self._actors.items():
@@ -94,12 +95,7 @@ class Nodes:
     def try_ways(self, head: tuple[str, int]) -> list[Way]:
         """Connect every node to ports of every other one, and to Ray's own on the head."""
         addresses = {node_id: facts.address or "" for node_id, facts in self.facts.items()}
-        ports = (0, *_REPLICA_PORTS)
-        opened: dict[str, list[int]] = {}
-        for node_id, actor in self._actors.items():
-            with contextlib.suppress(RayError, TimeoutError):
-                opened[node_id] = ray.get(actor.listen.remote(addresses[node_id], ports), timeout=_SPARE_S)
-        ways = []
+        opened, ways = self._open_ports(addresses)
         calls = {}
         for node_id, actor in self._actors.items():
             targets = [(addresses[other], port) for other in opened if other != node_id for port in opened[other]]
@@ -115,6 +111,28 @@ class Nodes:
                 for (address, port), error in zip(targets, errors, strict=True)
             ]
         return ways
+
+    def _open_ports(self, addresses: dict[str, str]) -> tuple[dict[str, list[int]], list[Way]]:
+        """Let every node listen → ports by node, and what cannot be tried."""
+        is_serving = _serves()
+        # Serve gives no replica a port that was once taken, if only by us
+        ports = (0,) if is_serving else (0, *_REPLICA_PORTS)
+        opened: dict[str, list[int]] = {}
+        untried = []
+        for node_id, actor in self._actors.items():
+            try:
+                found = ray.get(actor.listen.remote(addresses[node_id], ports), timeout=_SPARE_S)
+            except (RayError, TimeoutError):
+                found = [(port, "the node did not answer") for port in ports]
+            if is_serving:
+                found = [
+                    *found,
+                    *((port, "it is left to the replicas of what is served now") for port in _REPLICA_PORTS),
+                ]
+            opened[node_id] = [port for port, why in found if why is None]
+            own = addresses[node_id]
+            untried += [Way(own, own, port, _meaning(port, False), why, False) for port, why in found if why]
+        return opened, untried
 
     def close(self) -> None:
         """End the actors."""
@@ -170,6 +188,13 @@ def _meaning(port: int, is_head: bool) -> str:
     if is_head:
         return "Ray's server on the head"
     return "a replica behind HAProxy" if port in _REPLICA_PORTS else "workers and ranks: a port of the kernel's choice"
+
+
+def _serves() -> bool:
+    """Whether Serve runs something on this cluster."""
+    from ray import serve  # it takes a second, which probes on nodes do not need
+
+    return bool(serve.status().applications)
 
 
 def _last(error: BaseException) -> str:

@@ -17,7 +17,8 @@ def as_text(findings: Sequence[Finding]) -> str:
             if finding.judgement == judgement:
                 shown.setdefault((finding.check, finding.found, finding.remedy), []).append(finding.where)
         for (check, found, remedy), where in shown.items():
-            places = where[0] if len(where) == 1 else f"{len(where)} nodes like {where[0]}"
+            is_short = judgement == "ok" and len(where) > 1  # else each node is named, to be looked after
+            places = f"{len(where)} nodes like {where[0]}" if is_short else ", ".join(where)
             lines += _wrapped(f"{judgement:<12} {check:<14} ", f"{places}: {found}")
             lines += _wrapped(" " * 13 + "→ ", remedy) if remedy else []
     counts = ", ".join(

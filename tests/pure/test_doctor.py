@@ -34,7 +34,7 @@ from deployments.doctor.gpu_findings import gpu_findings
 from deployments.doctor.host_findings import host_findings
 from deployments.doctor.hub import read_hub
 from deployments.doctor.link_findings import link_findings
-from deployments.doctor.links import Layout, Measured
+from deployments.doctor.links import Layout, Measured, users_of
 from deployments.doctor.nodes import NodeProbe
 from deployments.doctor.probe import run_probe
 from deployments.doctor.text import as_text
@@ -285,7 +285,7 @@ def test_a_disk_is_judged_by_how_long_the_checkpoint_takes() -> None:
 
 def test_what_could_not_be_read_is_said(tmp_path: Path) -> None:
     found = NodeFacts("one", None)
-    found.take(b'{"section":"limits","error":"OSError: no"}\n', 5.0)
+    found.take(b'{"section":"limits","error":"OSError: no"}\n{"section":"of another version"}\n', 5.0)
     faults = bad(host_findings(found, False, 900.0, False))
     assert {finding.judgement for finding in faults} == {"not checked"} and len(faults) == len(SECTIONS)
     assert any("longer than 5 s" in finding.found for finding in faults)
@@ -357,17 +357,17 @@ def test_a_sample_that_is_written_leaves_nothing(tmp_path: Path, monkeypatch: py
 
 def test_a_slow_disk_is_found_by_reading_it(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
-    file.write_bytes(bytes(48 << 20))
+    file.write_bytes(bytes(16 << 20))
 
     def crawl(descriptor: int, buffer: mmap.mmap, offset: int) -> int:
-        time.sleep(0.1)
+        time.sleep(0.3)
         return os.preadv(descriptor, [buffer], offset)
 
     rate, sample = storage.read_rate(file, crawl)
-    assert rate is not None and rate < 42e6 and sample == 48 << 20
+    assert rate is not None and rate < 14e6 and sample == 16 << 20
     quick, whole = storage.read_rate(file)
-    assert quick is not None and quick > rate and whole == 48 << 20
-    (fault,) = host_faults(disk=Disk(str(tmp_path), 10**12, 48 << 20, rate, sample))
+    assert quick is not None and quick > rate and whole == 16 << 20
+    (fault,) = host_faults(disk=Disk(str(tmp_path), 10**12, 16 << 20, rate, sample))
     assert fault.check == "disk speed" and "NVMe" in fault.remedy
 
 
@@ -398,19 +398,25 @@ def test_a_port_that_swallows_connections_is_named() -> None:
     """A listener whose queue is full drops what comes, as a firewall does."""
     probe = NodeProbe()
     try:
-        (free,) = probe.listen("127.0.0.1", [0])
+        ((free, why),) = probe.listen("127.0.0.1", [0])
+        assert why is None and probe.listen("127.0.0.1", [free]) == [(free, None)], "in use: it answers"
+        ((_, refused),) = probe.listen("203.0.113.7", [0])
+        assert "assign" in str(refused)
         with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
             port = full.getsockname()[1]
             with socket.create_connection(("127.0.0.1", port)):
                 errors = probe.reach([("127.0.0.1", free), ("127.0.0.1", port), ("127.0.0.1", 1)], 1.0)
     finally:
-        probe.close()
+        for listener in probe._listeners:
+            listener.close()
     assert errors[0] is None and "no answer" in str(errors[1]) and "refused" in str(errors[2]).lower()
     ways = [Way("10.0.0.1", "10.0.0.2", 30000, "a replica behind HAProxy", error) for error in errors]
     blocked = bad(way_findings(ways, {"10.0.0.1": "one", "10.0.0.2": "two"}))
     assert [finding.where for finding in blocked] == ["one → two"] * 2
     assert "port 30000 of 10.0.0.2" in blocked[0].found and "NetworkPolicy" in blocked[0].remedy
     assert worst(list(way_findings(ways[:1], {}))) == "ok"
+    untried = Way("10.0.0.2", "10.0.0.2", 30000, "a replica behind HAProxy", refused, is_tried=False)
+    assert worst(list(way_findings([ways[0], untried], {}))) == "not checked"
 
 
 # The hub
@@ -502,6 +508,26 @@ def test_an_object_store_is_asked_once(hub: None) -> None:
 # Links, as measured
 
 
+def test_hops_are_measured_within_seconds_on_any_network() -> None:
+    from cluster.collectives.speed import _TRIAL_SHARE, rounds_within
+
+    assert rounds_within(12.0, 1e-4) == (True, 5)
+    for rate in (1e7, 1e8, 1e9):  # bytes a second and shard
+        trial_s = (512 << 20) / _TRIAL_SHARE / rate
+        is_large, rounds = rounds_within(4.0, trial_s)
+        assert rounds >= 1 and 2 * rounds * trial_s * (_TRIAL_SHARE if is_large else 1) <= 4.0
+    assert rounds_within(4.0, 60.0) == (False, 1), "one at least"
+
+
+def test_a_gpu_that_others_use_is_found_by_the_rank_that_got_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = hgx()
+    gpus[3].pids = (4242,)
+    gpus[5].used_bytes = 9 * GIB
+    monkeypatch.setattr(nvml, "pynvml", FakeNvml(gpus))
+    assert users_of("0") is None and users_of("MIG-0") is None
+    assert "pid 4242" in str(users_of("GPU-00000003")) and "GPU 5" in str(users_of("5"))
+
+
 def measured_of(
     rates: list[float], hops: list[float], pairs: dict[tuple[int, int, int], float] | None = None
 ) -> Measured:
@@ -545,9 +571,10 @@ def test_the_table_shows_the_worst_first_and_equal_nodes_once() -> None:
         warn("shared memory", "one", "small", "a larger one"),
         warn("shared memory", "two", "small", "a larger one"),
         fail("ports", "one → two", "closed", "open it"),
+        ok("names", "two", "resolves"),
     ]
     lines = as_text(findings).splitlines()
     assert lines[0].startswith("fail") and lines[1].strip() == "→ open it"
-    assert "2 nodes like one: small" in lines[2]
-    assert lines[-1] == "Verdict: fail (1 fail, 2 warn, 0 not checked, 1 ok)"
+    assert "one, two: small" in lines[2] and "2 nodes like one: resolves" in lines[4]
+    assert lines[-1] == "Verdict: fail (1 fail, 2 warn, 0 not checked, 2 ok)"
     assert all(len(line) <= 100 for line in lines)
