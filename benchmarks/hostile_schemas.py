@@ -3,9 +3,10 @@
     python benchmarks/hostile_schemas.py http://127.0.0.1:8000 --model stagemesh-demo --rounds 6 --seconds 10
 
 Needs a server that runs, best with one shard and one stage, so that a processor is left for the compilers. Golden
-streams ask for plain answers of a fixed length; in every other round, senders ask for schemas that explode, each time
-others. The figure is the ratio of the p99 of ITL of all rounds with to that of all rounds without; the last line is
-JSON. Beside it: what the senders were told.
+streams ask for plain answers of a fixed length; in every other round, half of the senders ask for schemas that explode,
+each time others, and half for long answers to an expression that is let in and whose masks are dear. The figure is the
+ratio of the p99 of ITL of all rounds with to that of all rounds without; the last line is JSON. Beside it: what the
+senders were told.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import statistics
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import aiohttp
@@ -36,6 +38,18 @@ def hostile_schema() -> dict[str, Any]:
     return {"title": str(number), **kinds[number % len(kinds)]}
 
 
+def dear_masks() -> dict[str, Any]:
+    """An answer that is let in: every mask of it costs the ranks much, and there are many."""
+    number = next(NUMBERS)
+    return {"structured_outputs": {"regex": f"([a-z ]*[aeiou][a-z ]{{{30 + number % 20}}}x)*"}, "max_tokens": 256}
+
+
+def dear_compilation() -> dict[str, Any]:
+    """An answer of one token to a schema that explodes."""
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": hostile_schema()}}
+    return {"response_format": schema, "max_tokens": 1}
+
+
 async def golden(session: aiohttp.ClientSession, url: str, model: str, until: float) -> list[float]:
     """Seconds between chunks of one stream after another."""
     gaps: list[float] = []
@@ -53,14 +67,20 @@ async def golden(session: aiohttp.ClientSession, url: str, model: str, until: fl
     return gaps
 
 
-async def harm(session: aiohttp.ClientSession, url: str, model: str, until: float, told: Counter[str]) -> None:
-    """Schemas that mean harm, one after another."""
+async def harm(
+    session: aiohttp.ClientSession,
+    url: str,
+    model: str,
+    until: float,
+    fields: Callable[[], dict[str, Any]],
+    told: Counter[str],
+) -> None:
+    """Requests that mean harm, one after another."""
     while time.perf_counter() < until:
-        schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": hostile_schema()}}
-        body = {"model": model, "messages": [{"role": "user", "content": "x"}], "response_format": schema}
-        async with session.post(f"{url}/v1/chat/completions", json={**body, "max_tokens": 1}) as response:
+        body = {"model": model, "messages": [{"role": "user", "content": "x"}], **fields()}
+        async with session.post(f"{url}/v1/chat/completions", json=body) as response:
             await response.read()
-            told[str(response.status)] += 1
+            told[f"{fields.__name__} {response.status}"] += 1
 
 
 def p99(gaps: list[float]) -> float:
@@ -78,7 +98,8 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
             streams = [golden(session, options.url, options.model, until) for _ in range(options.streams)]
             num_senders = options.senders if number % 2 else 0
             harmful = [
-                asyncio.create_task(harm(session, options.url, options.model, until, told)) for _ in range(num_senders)
+                asyncio.create_task(harm(session, options.url, options.model, until, fields, told))
+                for _, fields in zip(range(num_senders), itertools.cycle([dear_compilation, dear_masks]))
             ]
             gaps = [gap for stream in await asyncio.gather(*streams) for gap in stream]
             await asyncio.gather(*harmful)
