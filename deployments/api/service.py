@@ -21,7 +21,7 @@ from deployments.api.bodies import GenerationBody
 from deployments.api.context_length import body_too_long, conversation_too_long, too_long, truncated
 from deployments.api.errors import ApiError
 from deployments.api.generation import Generation, draining, too_late
-from deployments.api.grammar import grammar_of
+from deployments.api.grammar import check_contradictions, check_size, grammar_of
 from deployments.api.key_limits import KeyAccount, KeyAccounts
 from deployments.api.logprobs import check_prompt_entries
 from deployments.api.metrics import Labels, Latencies, Metrics, Stopwatch
@@ -148,7 +148,7 @@ class Service:
         self._check_tools(prompts)
         bad_words = await self._bad_words(body, deadline)
         answers: list[Answer] = []
-        num_prompt_tokens = 0
+        num_prompt_tokens = num_grammar_chars = 0
         encoded = await self.encode(prompts, body.adds_special_tokens, deadline)
         for prompt, all_ids in zip(prompts, encoded, strict=True):
             await asyncio.sleep(0)  # many long prompts take milliseconds: others may go between them
@@ -157,6 +157,8 @@ class Service:
             num_prompt_tokens += len(prompt_ids)
             check_prompt_entries(num_prompt_tokens, body.num_prompt_logprobs, body.n)
             grammar = await grammar_of(body, prompt, prompt_ids, self.text, deadline)
+            num_grammar_chars += len(grammar or "") * body.n
+            check_size(num_grammar_chars, body.n)
             for choice in range(body.n):
                 request = self._request(body, prompt_ids, choice, bad_words, grammar, deadline)
                 shown = prompt_ids if isinstance(prompt, str) and len(prompt_ids) < len(all_ids) else prompt
@@ -218,7 +220,7 @@ class Service:
         if body.min_tokens and body.allowed_token_ids and stop_ids.issuperset(body.allowed_token_ids):
             message = "min_tokens: all of allowed_token_ids end the answer; allow others too, or leave it out"
             raise ApiError(400, message, param="min_tokens")
-        return Request(
+        request = Request(
             request_id=new_sequence_id(),
             prompt_ids=prompt_ids,
             max_tokens=self._max_tokens(body, len(prompt_ids)),
@@ -228,6 +230,8 @@ class Service:
             priority=body.priority,
             cache_salt=body.cache_salt,
         )
+        check_contradictions(request)
+        return request
 
     def _answer(self, body: GenerationBody, prompt: Prompt, request: Request, index: int, began: float) -> Answer:
         transcript = self.text.transcript(

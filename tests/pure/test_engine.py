@@ -171,11 +171,17 @@ def test_close_ends_every_request(make_engine):
 
 
 @pytest.mark.parametrize(
-    ("stop_ids", "min_tokens", "named"), [(frozenset(), 0, "ignore_eos"), (frozenset([7]), 2, "min_tokens")]
+    ("stop_ids", "set_fields", "named"),
+    [
+        ([], {}, "ignore_eos"),
+        ([7], {"min_tokens": 2}, "min_tokens"),
+        ([7], {"allowed_ids": [1]}, "allowed_token_ids"),
+        ([7], {"bad_words": [[1]]}, "bad_words"),
+    ],
 )
-def test_what_contradicts_a_grammar_is_refused(make_engine, stop_ids, min_tokens, named):
+def test_what_contradicts_a_grammar_is_refused(make_engine, stop_ids, set_fields, named):
     engine, listener = make_engine()
-    engine.add(Request("a", [1], 5, SamplingParams(0.0, grammar="start: /a+/", min_tokens=min_tokens), stop_ids))
+    engine.add(Request("a", [1], 5, SamplingParams(0.0, grammar="start: /a+/", **set_fields), frozenset(stop_ids)))
     assert named in listener.end("a")[-1].error
 
 
@@ -219,3 +225,15 @@ def test_a_grammar_that_cannot_be_followed_ends_its_request_alone(make_engine):
     assert listener.ids("bad") == []
     assert listener.end("good")[-1].finish_reason == "length"
     assert executor.num_checks == 0
+
+
+def test_a_prompt_is_shared_after_its_grammar_failed(make_engine):
+    """What its blocks hold is right."""
+    executor = FakeExecutor()
+    executor.failing_grammar = "start: /a+/"
+    engine, listener = make_engine(executor)
+    prompt = list(range(40))
+    engine.add(Request("bad", prompt, 5, GRAMMAR, END))
+    assert listener.end("bad")[-1].code == "grammar_error"
+    engine.add(Request("alike", prompt, 5, GREEDY))
+    assert listener.end("alike")[-1].num_cached > 0

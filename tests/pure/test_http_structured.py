@@ -11,6 +11,7 @@ import pydantic
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
+from deployments.api import grammar
 from deployments.api.bodies import ChatBody, CompletionBody
 from deployments.api.strict_body import check_body
 from deployments.text.prompts import Conversation
@@ -183,6 +184,7 @@ NOT = {"type": "object", "properties": {"a": {"not": {}}}}
         ({**FORMAT, "min_tokens": 3}, "min_tokens", "contradicts"),
         ({**FORMAT, "ignore_eos": True}, "ignore_eos", "contradicts"),
         ({**FORMAT, "allowed_token_ids": [5]}, "allowed_token_ids", "contradicts"),
+        ({**FORMAT, "bad_words": ["x"]}, "bad_words", "contradicts"),
         ({**FORMAT, "messages": [*PLAIN["messages"], {"role": "assistant", "content": "{"}], "add_generation_prompt":
           False, "continue_final_message": True}, "continue_final_message", "cannot be begun"),
         ({"tool_choice": "required"}, "tool_choice", "needs tools"),
@@ -210,6 +212,16 @@ def test_every_answer_to_a_request_has_the_grammar(says, thinker):
     requests = asyncio.run(world.service.prepare(body, None)).requests
     assert len({request.sampling.grammar for request in requests}) == 1
     assert len(requests) == 4
+
+
+def test_grammars_of_all_answers_together_are_limited(says, thinker, error_of, monkeypatch):
+    """Every answer brings its own to every rank."""
+    monkeypatch.setattr(grammar, "MAX_CHARS_OF_ANSWERS", 4_000)
+    body = {"model": "tiny", "prompt": ["a", "b"], "guided_choice": ["x" * 900]}
+    world = says(thinker, "x" * 900)
+    world.post("/v1/completions", body)
+    for more, param in (({"n": 3}, "n"), ({"prompt": ["a"] * 5}, "prompt")):
+        assert error_of(world.post("/v1/completions", {**body, **more}), 400)["param"] == param
 
 
 def test_the_example_of_the_docs_is_answered_as_they_say(asked):

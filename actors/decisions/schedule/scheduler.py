@@ -131,8 +131,7 @@ class Scheduler:
             ids, logprobs = next(sampled) if entry.sample else ([], [])
             sequence.num_pending -= entry.sample
             if sequence.finish_reason is None:
-                of_prompt = sequence.take_unreported(entry, of_prompt)
-                event = self._append(sequence, entry, ids)
+                event, of_prompt = self._append(sequence, entry, ids), sequence.take_unreported(entry, of_prompt)
                 if logprobs or of_prompt:
                     logprobs = logprobs[: len(event.token_ids)]
                     event = msgspec.structs.replace(event, logprobs=logprobs, prompt_logprobs=of_prompt)
@@ -261,7 +260,8 @@ class Scheduler:
     def _append(self, sequence: Sequence, entry: Entry, ids: list[int]) -> Event:
         """Take what an entry sampled, up to a stop id, and end the request where it is done."""
         if failure := next((FAILURES[token_id] for token_id in ids if token_id in FAILURES), None):
-            self._kv_cache.never_share(sequence)
+            if failure[1] == "numerical_error":  # then its blocks are wrong too
+                self._kv_cache.never_share(sequence)
             return self._retire(sequence, "error", *failure)
         accepted, reason = sequence.accept(entry, ids)
         self._shares.charge(sequence.request.key, len(accepted))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from actors.decisions.against_grammar import against_grammar
 from actors.decisions.schedule.blocks import BlockHash, next_hash, root_hash
 from actors.words.messages import (
     GRAMMAR_FAILED,
@@ -148,15 +149,8 @@ class Sequence:
 
 
 def _check_grammar(request: Request) -> None:
-    """Refuse what contradicts a grammar, with ValueError: its text ends where the grammar says, and only there."""
-    if request.sampling.grammar is None:
-        return
-    if not request.stop_token_ids:
-        raise ValueError("grammar: the text must be able to end; leave ignore_eos out, or give stop_token_ids")
-    if request.sampling.min_tokens > 0:
-        raise ValueError("grammar: says itself how long the text is; leave min_tokens out")
-    if request.sampling.allowed_ids:
-        raise ValueError("grammar: says itself which ids are allowed; leave allowed_token_ids out")
+    if field := against_grammar(request):
+        raise ValueError(f"{field}: contradicts the grammar, which says itself where its text ends and what it is")
 
 
 def completed(request: Request) -> Request:
