@@ -8,13 +8,13 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from numpy.typing import NDArray
 
 # Counted in steps of the parser, never in seconds: a grammar is refused everywhere or nowhere, and fails at the same id
-# on every shard. The lexer's states take 1 to 2 kB each; the others end a compilation after some 20 ms and a mask after
-# some 15 ms.
+# on every shard. Where an expression makes states of nearly every text, the fuel ends a mask after some 3 ms, and the
+# text after some 50 ids, before its states take 10 MB. A string with a maxLength needs 10 states a character.
 LIMITS = LLParserLimits(
     max_items_in_row=2_000,
     initial_lexer_fuel=1_000_000,
-    step_lexer_fuel=200_000,
-    step_max_items=50_000,
+    step_lexer_fuel=30_000,
+    step_max_items=10_000,
     max_lexer_states=50_000,
     max_grammar_size=500_000,
     verbose_errors=False,  # they would quote the grammar
@@ -48,9 +48,12 @@ def compiled(vocabulary: LLTokenizer, grammar: str) -> LLMatcher:
 class GrammarMatcher:
     """Follows the ids of one text. One thread at a time."""
 
-    def __init__(self, vocabulary: LLTokenizer, grammar: str, end_ids: Sequence[int]) -> None:
-        """`end_ids` end a text: each may come where the text is whole, whatever else may. Raises GrammarError."""
-        self._matcher = compiled(vocabulary, grammar)
+    def __init__(self, vocabulary: LLTokenizer, grammar: str | LLMatcher, end_ids: Sequence[int]) -> None:
+        """`grammar`: or what `compiled` made of it, which is copied. Raises GrammarError.
+
+        `end_ids` end a text: each may come where the text is whole, whatever else may.
+        """
+        self._matcher = compiled(vocabulary, grammar) if isinstance(grammar, str) else grammar.deep_copy()
         self._words = np.zeros(-(-vocabulary.vocab_size // 32), dtype=np.int32)
         self._end_ids = frozenset(end_id for end_id in end_ids if end_id < vocabulary.vocab_size)
         self._foreign_eos = [eos_id for eos_id in vocabulary.eos_tokens if eos_id not in self._end_ids]

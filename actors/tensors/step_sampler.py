@@ -8,7 +8,7 @@ import torch
 from actors.tensors.backend import Backend
 from actors.tensors.launched import PendingIds, PendingLogprobs, PendingStep
 from actors.tensors.sampled_ids import SampledIds
-from actors.tensors.sampling.grammar_masks import Grammars, StepMasks
+from actors.tensors.sampling.grammar_masks import Grammars, RowGrammar, StepMasks
 from actors.tensors.sampling.logits_processors import SamplingRow
 from actors.tensors.sampling.logprobs import LogprobReader
 from actors.tensors.sampling.sampler import Sampler, SamplingBatch
@@ -32,6 +32,7 @@ class StepSampler:
         self._sampler, self._logprobs = sampler, logprobs
         self._sampled_ids = sampled_ids
         self._pending: deque[PendingIds] = deque()
+        self._followed: dict[int, RowGrammar] = {}  # by sequence
 
     def catch_up(self) -> None:
         """Write ids that have reached the host into their rows."""
@@ -49,9 +50,13 @@ class StepSampler:
         """Begin what a step needs of grammars, before its forward: compile those of new rows, and make masks."""
         if self._grammars is None:
             return
+        for closed in step.closed:
+            if (ended := self._followed.pop(closed, None)) is not None:
+                self._grammars.close(ended)
         for new in step.opened:
             if new.sampling.grammar is not None:
-                rows[new.seq].grammar = self._grammars.open(new.sampling.grammar, new.sampling.stop_ids)
+                followed = self._grammars.open(new.sampling.grammar, new.sampling.stop_ids)
+                rows[new.seq].grammar = self._followed[new.seq] = followed
         for entry in step.entries:
             row = rows[entry.seq]
             if entry.sample and row.grammar is not None:
@@ -103,7 +108,7 @@ class StepSampler:
         of_rows = [(index, row.grammar) for index, row in enumerate(rows) if row.grammar is not None]
         if self._grammars is None or not of_rows:
             return None
-        return self._grammars.masks(of_rows)
+        return self._grammars.masks(of_rows, len(rows))
 
     def _of_sampled(self, rows: Sequence[Row], logits_RV: torch.Tensor, ids_R: torch.Tensor) -> PendingLogprobs | None:
         num_top = {i: row.sampling.logprobs for i, row in enumerate(rows) if row.sampling.logprobs is not None}

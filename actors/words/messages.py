@@ -6,11 +6,12 @@ import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 # What kind of error: the gang did not come back · the request itself ends ranks · its logits are not numbers ·
-# its grammar is too complex for the limits
-ErrorCode = Literal["gang_lost", "ends_ranks", "numerical_error", "grammar_error"]
+# its grammar is too complex for the limits · the ranks can follow no grammar
+ErrorCode = Literal["gang_lost", "ends_ranks", "numerical_error", "grammar_error", "no_grammars"]
 
 NOT_A_NUMBER = -1  # in place of an id: the logits that it would be drawn from are not finite
 GRAMMAR_FAILED = -2  # in place of an id: the row's grammar cannot be followed
+NO_VOCABULARY = -4  # in place of an id: no grammar can be, since the rank could not read the tokenizer
 
 
 class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
@@ -160,8 +161,9 @@ class Captured(msgspec.Struct, frozen=True, array_like=True, tag=True):
 class StepResult(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """From shard 0 of the last stage: for each entry that sampled, in order, the ids it gained.
 
-    NOT_A_NUMBER stands where the logits are not finite, GRAMMAR_FAILED where a grammar cannot be followed. No id came
-    where the grammar is not compiled yet. There may be several ids an entry: speculation would need that.
+    NOT_A_NUMBER stands where the logits are not finite, GRAMMAR_FAILED or NO_VOCABULARY where a grammar cannot be
+    followed. No id came where the grammar is not compiled yet. There may be several ids an entry: speculation would
+    need that.
     """
 
     epoch: int

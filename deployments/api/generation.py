@@ -157,7 +157,7 @@ def _failed(event: Event) -> ApiError:
         return ApiError(500, message, code="numerical_error")
     if event.code == "grammar_error":
         return ApiError(400, message, code="grammar_error")
-    if event.code == "ends_ranks":
+    if event.code in ("ends_ranks", "no_grammars"):
         return ApiError(500, message, code="engine_failure")
     return ApiError(503, message, code="engine_failure", retry_after_s=NOT_READY_RETRY_AFTER_S)
 

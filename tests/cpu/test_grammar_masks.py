@@ -4,24 +4,25 @@ import random
 import runpy
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from llguidance import LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from actors.decisions import grammar as grammars
-from actors.decisions.grammar import GrammarError, GrammarMatcher, make_vocabulary
+from actors.decisions.grammar import GrammarError, GrammarMatcher, compiled, make_vocabulary
 from actors.decisions.model.plan import Plan
 from actors.tensors.backends.cpu.backend import CPUBackend
 from actors.tensors.backends.cuda.backend import CUDABackend
 from actors.tensors.backends.reference import ReferenceBackend
 from actors.tensors.runner import Runner
-from actors.tensors.sampling import grammar_masks
+from actors.tensors.sampling import compiled_grammars, grammar_masks
 from actors.tensors.sampling.tokenizer_file import read_vocabulary
-from actors.words.messages import GRAMMAR_FAILED, Entry, NewSequence, SamplingParams, StepBatch
+from actors.words.messages import GRAMMAR_FAILED, NO_VOCABULARY, Entry, NewSequence, SamplingParams, StepBatch
 from tests.fakes.tiny_tokenizer import END_ID, tiny_tokenizer, with_tokenizer
 
 worlds = runpy.run_path(str(Path(__file__).with_name("test_graph_runner.py")))
@@ -167,11 +168,11 @@ def test_others_do_not_wait_for_a_grammar_that_is_compiled(
 ) -> None:
     is_free = threading.Event()
 
-    def slow(*given: Any) -> GrammarMatcher:
+    def slow(*given: Any) -> LLMatcher:
         assert is_free.wait(60)
-        return GrammarMatcher(*given)
+        return compiled(*given)
 
-    monkeypatch.setattr(grammar_masks, "GrammarMatcher", slow)
+    monkeypatch.setattr(compiled_grammars, "compiled", slow)
     runner = make(CPUBackend(CPU), plan_of, folder)
     prompts = [Entry(seq, 0, [4, 5, seq], list(range(5 * seq, 5 * seq + 5)), True) for seq in (0, 1)]
     first = runner.execute(StepBatch(0, 0, 0, [opened(0, grammar=GRAMMAR), opened(1)], [], prompts))
@@ -181,9 +182,87 @@ def test_others_do_not_wait_for_a_grammar_that_is_compiled(
     assert second is not None and second.token_ids[0] == [] and len(second.token_ids[1]) == 1
     is_free.set()
     monkeypatch.setattr(grammar_masks, "_FIRST_MASK_S", 60.0)
-    again = [Entry(0, 2, [0], [], True), Entry(1, 4, second.token_ids[1], [], True)]
-    third = runner.execute(StepBatch(0, 2, 0, [], [], again))
+    third = runner.execute(StepBatch(0, 2, 0, [], [], [Entry(0, 2, [0], [], True)]))
     assert third is not None and TOKENIZER.decode(third.token_ids[0])[0] in "at0123456789"
+
+
+def test_another_row_waits_for_a_grammar_once(vocabulary: LLTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody else would wait, each step does: it would compute the same again."""
+    waited = []
+    monkeypatch.setattr(grammar_masks, "wait", lambda futures, timeout: waited.append(timeout))
+    grammars = grammar_masks.Grammars((0, VOCAB_SIZE), VOCAB_SIZE)
+    row = grammar_masks.RowGrammar(compiled_grammars.Compilation(GRAMMAR, Future()), [END_ID])
+    grammars.begin(row, [])
+    for num_rows in (2, 2, 1):
+        assert grammars.masks([(0, row)], num_rows).outcomes == {0: grammar_masks.NO_MASK_YET}
+    assert [timeout > 0 for timeout in waited] == [True, False, True]
+
+
+def test_rows_share_a_compilation_and_nothing_that_follows(
+    is_patient: None, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = []
+    monkeypatch.setattr(compiled_grammars, "compiled", lambda *given: texts.append(given[1]) or compiled(*given))
+    grammars = grammar_masks.Grammars((0, VOCAB_SIZE), VOCAB_SIZE)
+    grammars.load(folder)
+    rows = [grammars.open("start: /(ab|tru){3}/", [END_ID]) for _ in range(20)]
+    for index, row in enumerate(rows):
+        grammars.begin(row, ids_of("ab") if index % 2 else [])
+    bits_GB = grammars.masks(list(enumerate(rows)), len(rows)).allowed_GB
+    assert texts == ["start: /(ab|tru){3}/"]
+    assert all(torch.equal(bits_B, bits_GB[index % 2]) for index, bits_B in enumerate(bits_GB))
+    assert rows[0].matcher is not None and rows[1].matcher is not None
+    rows[1].matcher.follow([*ids_of("abab"), END_ID])
+    fresh = allowed(GrammarMatcher(make_vocabulary(TOKENIZER.to_str(), VOCAB_SIZE, [END_ID]), texts[0], [END_ID]))
+    assert allowed(rows[0].matcher) == fresh
+
+
+def test_what_no_row_waits_for_any_more_is_not_compiled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is compiled makes room for what waits behind it: no thread waits for a compilation."""
+    is_free, texts = threading.Event(), []
+
+    def slow(vocabulary: LLTokenizer, grammar: str) -> LLMatcher:
+        texts.append(grammar)
+        assert is_free.wait(60)
+        return compiled(vocabulary, grammar)
+
+    monkeypatch.setattr(compiled_grammars, "compiled", slow)
+    grammars = grammar_masks.Grammars((0, VOCAB_SIZE), VOCAB_SIZE)
+    grammars.load(folder)
+    rows = [grammars.open(f"start: /a{{{number}}}/", [END_ID]) for number in range(1, 12)]
+    for row in rows:
+        grammars.begin(row, [])
+    for row in rows[6:10]:
+        grammars.close(row)
+    is_free.set()
+    assert rows[-1].done is not None
+    rows[-1].done.result(60)
+    assert sorted(texts) == sorted(f"start: /a{{{number}}}/" for number in (1, 2, 3, 4, 5, 6, 11))
+    again = grammars.open("start: /a{7}/", [END_ID])
+    grammars.begin(again, [])
+    assert again.done is not None
+    again.done.result(60)
+    assert again.failure is None
+
+
+def test_a_tokenizer_that_ranks_cannot_read_is_no_fault_of_the_grammar(
+    is_patient: None, checkpoints: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    grammars = grammar_masks.Grammars((0, VOCAB_SIZE), VOCAB_SIZE)
+    grammars.load(checkpoints("llama"))
+    row = grammars.open(GRAMMAR, [END_ID])
+    grammars.begin(row, [])
+    assert grammars.masks([(0, row)], 1).outcomes == {0: NO_VOCABULARY}
+    assert str(checkpoints("llama")) in caplog.text
+
+
+def test_a_long_string_with_a_bound_stays_within_the_limits(vocabulary: LLTokenizer) -> None:
+    """It needs several states a character."""
+    bounded = GrammarMatcher(vocabulary, "start: /[a-z]{1,2000}/", [END_ID])
+    for _ in range(1999):
+        bounded.allowed()
+        bounded.follow(ids_of("a"))
+    assert END_ID in allowed(bounded)
 
 
 @pytest.mark.parametrize("limits", [LLParserLimits(max_grammar_size=1), LLParserLimits(step_lexer_fuel=1)])

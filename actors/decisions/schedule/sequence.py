@@ -9,6 +9,7 @@ from actors.decisions.against_grammar import against_grammar
 from actors.decisions.schedule.blocks import BlockHash, next_hash, root_hash
 from actors.words.messages import (
     GRAMMAR_FAILED,
+    NO_VOCABULARY,
     NOT_A_NUMBER,
     Entry,
     ErrorCode,
@@ -20,6 +21,10 @@ from actors.words.messages import (
 FAILURES: dict[int, tuple[str, ErrorCode]] = {  # what stands in place of an id: the error, and its kind
     NOT_A_NUMBER: ("the model's logits are not finite", "numerical_error"),
     GRAMMAR_FAILED: ("its grammar or schema is too complex to be followed; make it simpler", "grammar_error"),
+    NO_VOCABULARY: (
+        "the ranks cannot read the tokenizer, which grammars need; see their log",
+        "no_grammars",
+    ),
 }
 
 
