@@ -203,7 +203,8 @@ def test_it_asks_for_rows_before_it_has_none(slow_world):
     rows = [row(number, prompt="one two", ignore_eos=True, max_tokens=lengths[number]) for number in range(200)]
     found, turns = answer(slow_world, rows, sizes=(), max_ahead=8)
     assert len(found) == 200
-    assert all(turn.num_wanted < 8 for turn in turns[1:20])  # the first ones are let in at once
+    # Something waits still, here or in the engine; the first ones are let in at once
+    assert all(turn.num_wanted < 8 or turn.figures.waiting for turn in turns[1:20])
     assert sum(turn.figures.running + turn.figures.waiting == 0 for turn in turns) <= 2  # at the start and the end
 
 

@@ -130,7 +130,7 @@ def test_another_job_under_the_same_output_is_refused(desk):
         with pytest.raises(ValueError, match=words):
             run()
     logged = Config.model_validate(desk.config.model_dump() | {"monitoring": {"access_log": "none"}})
-    logged = logged.model_copy(update={"api": ApiConfig(keys="file:keys"), "network": NetworkConfig(interface="lo")})
+    logged = logged.model_copy(update={"api": ApiConfig(keys="file:/keys"), "network": NetworkConfig(interface="lo")})
     folder = Path(desk.config.model.source)
     assert config_sha256(logged, folder) == config_sha256(desk.config, folder)
     slower = desk.config.model_copy(update={"timeouts": desk.config.timeouts.model_copy(update={"start_s": 7.0})})
