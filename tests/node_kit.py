@@ -36,19 +36,21 @@ RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 EPHEMERAL = "32768-60999"  # ports that the kernel chooses
 CHILD = ["setpriv", "--pdeathsig", "KILL"]  # it ends with this process, however that ends
 KINDS = ["--net", "--pid", "--fork", "--mount", "--uts", "--ipc", "--mount-proc", "--kill-child=KILL"]
-# A node's first process. What is in the shared folder is on every node, as on a disk that all of them mount.
+# A node's first process. What is in the shared folder is on every node, as on a disk that all of them mount; so is the
+# checkout, wherever it lies.
 FIRST = """
 set -e
 hostname "$1"
 mount -t tmpfs tmpfs /mnt
-mkdir -p "/mnt${2#/tmp}"
-mount --bind "$2" "/mnt${2#/tmp}"
+for shared in "$2" "$3"; do
+  case "$shared" in /tmp/*) mkdir -p "/mnt${shared#/tmp}"; mount --bind "$shared" "/mnt${shared#/tmp}" ;; esac
+done
 mount --bind "$2/hosts" /etc/hosts
 mount --bind "$2/resolv.conf" /etc/resolv.conf
 mount --move /mnt /tmp
 mount -t tmpfs tmpfs /dev/shm
 read -r _  # the network is there
-shift 2
+shift 3
 exec "$@"
 """
 
@@ -83,10 +85,10 @@ class Node:
         """Switch it on, with `command` as its first process. `switch`: a process on the switch."""
         assert not self.pid, f"{self.name} is on"
         self._said_before = self.log.stat().st_size if self.log.exists() else 0
-        words = [*CHILD, "unshare", *KINDS, "bash", "-c", FIRST, "bash", self.name, str(self._folder), *command]
+        words = [*CHILD, "unshare", *KINDS, "bash", "-c", FIRST, "bash", self.name, str(self._folder), str(ROOT)]
         with self.log.open("ab") as log:
             self._outer = subprocess.Popen(
-                words, cwd=ROOT, env=dict(environment), stdin=subprocess.PIPE, stdout=log, stderr=log
+                [*words, *command], cwd=ROOT, env=dict(environment), stdin=subprocess.PIPE, stdout=log, stderr=log
             )
         until(lambda: _children(self._outer), within_s=20)
         (self.pid,) = _children(self._outer)
