@@ -179,7 +179,7 @@ def test_machine_code_fits_and_spills_nothing(
     assert all(one.shared_bytes <= SHARED_BYTES and one.spilled_bytes == 0 for one in kernels.values())
 
 
-@pytest.mark.parametrize("capability", [90, 80])
+@pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.soak)])
 def test_machine_code_of_a_layer_spills_nothing(capability: int, compile_for: Any) -> None:
     """Of Llama 70B, whose rows are the longest."""
     kernels = compile_for(capability, lambda: launch_a_layer(AttentionSpec("", 64, 8, 128, 128), 8192, 28672))
@@ -187,7 +187,7 @@ def test_machine_code_of_a_layer_spills_nothing(capability: int, compile_for: An
     assert all(one.registers <= 128 and one.spilled_bytes == 0 for one in kernels.values()), kernels
 
 
-@pytest.mark.parametrize("capability", [90, 80])
+@pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.soak)])
 def test_machine_code_of_the_search_spills_nothing(capability: int, compile_for: Any) -> None:
     kernels = compile_for(capability, lambda: launch_a_search(128256))
     assert set(kernels) == {"_lowest_kept"}

@@ -97,7 +97,8 @@ def test_two_gangs_lose_a_host_and_a_rank_and_every_row_is_answered_once(cluster
             os.kill(victims[0].pid, signal.SIGKILL)
             killed.append(victims[0].pid)
         if len(seen) == 30:
-            assert 'stagemesh_generation_tokens_total{model_name="stagemesh-demo",replica="gang 0"}' in metrics_of(config)
+            labels = 'model_name="stagemesh-demo",replica="gang 0"'
+            assert f"stagemesh_generation_tokens_total{{{labels}}}" in metrics_of(config)
     assert seen == set(range(count)) and len(killed) == 2
     last = json.loads(stream.getvalue().splitlines()[-1])
     assert (last["done"], last["failed"]) == (count, 0)

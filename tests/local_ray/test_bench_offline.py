@@ -28,6 +28,7 @@ def run_bench(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int,
     return code, captured.out, captured.err
 
 
+@pytest.mark.soak
 def test_two_layouts_of_the_demo(cluster: None, capsys: pytest.CaptureFixture[str]) -> None:
     before = set(placement_group_table())
     arguments = ["--layouts", "1x1", "2x1", "--batch", "1", "3", "--input-len", "20", "--output-len", "12"]

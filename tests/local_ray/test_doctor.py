@@ -29,6 +29,7 @@ DEMO = "configs/demo.yaml"
 pytestmark = pytest.mark.timeout(300)  # it waits for processes to start, on a machine that may be busy
 
 
+@pytest.mark.soak
 @pytest.mark.usefixtures("cluster")
 def test_this_machine_is_well_and_its_links_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", DEMO, "--json"]) == 0
