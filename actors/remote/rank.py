@@ -125,8 +125,8 @@ class Rank:
         self._runner = self._make_runner(this.plan, this.rank, self._groups, self._backend)
         folder = resolve_source(this.config.model, this.plan.spec.revision)
         report = self._runner.load(folder, self._progress(), this.config.substitutions == "auto")
-        loaded, fetched = report.bytes_copied / 1e6, report.fetched_bytes / 1e6
-        self._say("loaded %.1f MB in %.1f s, of which it fetched %.1f MB", loaded, report.seconds, fetched)
+        fetched = f"; fetched {report.fetched_bytes / 1e6:.1f} MB" if report.fetched_bytes else ""
+        self._say("loaded %.1f MB in %.1f s%s", report.bytes_copied / 1e6, report.seconds, fetched)
         substitutions = self._runner.substitutions
         for one in substitutions:
             why_not = f"; not {'everywhere' if one.count else 'used'}: {one.reason_not}" if one.reason_not else ""
