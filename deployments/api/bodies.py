@@ -81,6 +81,11 @@ class GenerationBody(AnswerBody, StructuredBody):
         raise NotImplementedError
 
     @property
+    def num_prompts(self) -> int:
+        """How many they are; to make them takes longer."""
+        return 1
+
+    @property
     def prompt_field(self) -> str:
         """The name of the field that holds the prompts."""
         raise NotImplementedError
@@ -161,6 +166,11 @@ class CompletionBody(GenerationBody):
     def prompts(self) -> list[Prompt]:
         """See GenerationBody."""
         return self.prompt
+
+    @property
+    def num_prompts(self) -> int:
+        """See GenerationBody."""
+        return len(self.prompt)
 
     @property
     def prompt_field(self) -> str:

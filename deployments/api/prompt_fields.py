@@ -1,7 +1,6 @@
 """Prompt fields: `prompt` and `messages` of a request body, parsed into texts, token ids or a conversation."""
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BeforeValidator, FailFast, Field, PlainValidator, model_validator
@@ -9,8 +8,8 @@ from pydantic import BeforeValidator, FailFast, Field, PlainValidator, model_val
 from deployments.api.errors import shown
 from deployments.api.foreign_fields import OF_MESSAGES, OF_PARTS
 from deployments.api.strict_body import Body, only, wrong
-from deployments.api.tool_fields import MAX_CALLS, Call, Tool
-from deployments.text.prompts import CallRule, Conversation, Prompt, content_text
+from deployments.api.tool_fields import MAX_CALLS, Call
+from deployments.text.prompts import Prompt, content_text
 
 MAX_MESSAGES = 2048
 _GO_ON = 'send "continue_final_message": true beside the messages'
@@ -140,19 +139,6 @@ class Message(Body):
 
 
 Messages = Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
-
-
-def conversation(
-    messages: list[Message],
-    tools: Sequence[Tool] = (),
-    variables: Mapping[str, Any] = MappingProxyType({}),
-    is_single_call: bool = False,
-    call_rule: CallRule = CallRule(),
-) -> Conversation:
-    """The messages as plain data for the chat template."""
-    shown_tools = [tool.for_template() for tool in tools]
-    shown_messages = [message.for_template() for message in messages]
-    return Conversation(shown_messages, shown_tools, dict(variables), is_single_call, call_rule)
 
 
 _OWN_VARIABLES = {

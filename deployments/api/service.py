@@ -125,7 +125,7 @@ class Service:
         if self.is_draining:
             raise draining()
         self.check_body(body)
-        with self.admission.reserve(len(body.prompts) * body.n, account.name) as note_served:
+        with self.admission.reserve(body.num_prompts * body.n, account.name) as note_served:
             generation = await self.prepare(body, deadline)
             num_prompt_tokens = generation.usage.prompt_tokens
             try:
@@ -159,9 +159,9 @@ class Service:
             grammar = await grammar_of(body, prompt, prompt_ids, self.text, deadline)
             num_grammar_chars += len(grammar or "") * body.n
             check_size(num_grammar_chars, body.n)
+            shown = prompt_ids if isinstance(prompt, str) and len(prompt_ids) < len(all_ids) else prompt
             for choice in range(body.n):
                 request = self._request(body, prompt_ids, choice, bad_words, grammar, deadline)
-                shown = prompt_ids if isinstance(prompt, str) and len(prompt_ids) < len(all_ids) else prompt
                 answers.append(self._answer(body, shown, request, len(answers), began))
         return Generation(self.engine, self._outbox, answers, num_prompt_tokens, deadline)
 

@@ -1,11 +1,10 @@
 """Template fields: what a request says to the chat template beside messages."""
 
-import dataclasses
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import FailFast, Field, model_validator
 
-from deployments.api.prompt_fields import Message, Variables, conversation
+from deployments.api.prompt_fields import Message, Variables
 from deployments.api.strict_body import Body, only, wrong
 from deployments.api.tool_fields import AUTO, ToolChoice, Tools, chosen
 from deployments.text.prompts import Conversation
@@ -33,9 +32,12 @@ class TemplateBody(Body):
     def conversation_of(self, messages: list[Message]) -> Conversation:
         """The messages with what these fields say. With `tool_choice` none the model does not hear of the tools."""
         tools = [] if self.tool_choice.mode == "none" else self.tools
-        is_single = self.tool_choice.is_one or not self.parallel_tool_calls
-        return dataclasses.replace(
-            conversation(messages, tools, self._variables, is_single, self.tool_choice.rule(tools)),
+        return Conversation(
+            [message.for_template() for message in messages],
+            [tool.for_template() for tool in tools],
+            self._variables,
+            is_single_call=self.tool_choice.is_one or not self.parallel_tool_calls,
+            call_rule=self.tool_choice.rule(tools),
             documents=self.documents,
             begins_answer=not self.continue_final_message and self.add_generation_prompt is not False,
             continues_message=self.continue_final_message,

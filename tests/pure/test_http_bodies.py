@@ -245,7 +245,7 @@ def test_whatever_is_sent_is_a_body_or_a_400(kind):
             raw[dice.randrange(len(raw))] = dice.randrange(256)
         try:
             body = parse_body(bytes(raw), kind)
-            assert len(body.prompts) >= 1
+            assert len(body.prompts) == body.num_prompts >= 1
             assert body.token_limit[1] is None or body.token_limit[1] >= (not body.echoes)
             assert body.sampling(0, 400).top_k < 400
             verdicts["taken"] += 1
