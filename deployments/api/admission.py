@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from configs.config import AdmissionConfig
-from deployments.api.errors import ApiError
+from deployments.api.errors import ApiError, server_full
 from deployments.api.fair_places import FairPlaces
 from deployments.api.service_rate import ServiceRate
 
@@ -58,7 +58,7 @@ class Admission:
         """Raises ApiError (503) where there is no room for `count` sequences of a key. Cheap: no body is read yet."""
         if lacking := self._places.num_lacking(key, count):
             retry_after_s = self._sequences.retry_after_s(lacking, self.num_admitted)
-            raise _full(self._fullness(key, count), retry_after_s)
+            raise server_full(self._fullness(key, count), retry_after_s)
         self._check_waiting(1)
 
     @contextmanager
@@ -110,9 +110,4 @@ class Admission:
         limit, held = self._max_waiting_tokens, self.num_waiting_tokens
         if limit is not None and held and held + num_tokens > limit:
             retry_after_s = self.tokens.retry_after_s(min(held, held + num_tokens - limit), held)
-            raise _full(f"{held} prompt tokens wait", retry_after_s)
-
-
-def _full(what: str, retry_after_s: int) -> ApiError:
-    message = f"the server is full ({what}); try again in {retry_after_s} s"
-    return ApiError(503, message, code="server_overloaded", retry_after_s=retry_after_s)
+            raise server_full(f"{held} prompt tokens wait", retry_after_s)

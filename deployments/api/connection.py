@@ -7,10 +7,8 @@ from collections.abc import Callable, Coroutine
 from starlette.requests import Request
 from starlette.types import Receive, Send
 
-from deployments.api.errors import ApiError
+from deployments.api.errors import ApiError, Headers
 from deployments.api.request_log import note_error
-
-Headers = list[tuple[bytes, bytes]]
 
 BODY_S = 30.0  # from a request's arrival to the last byte of its body
 GRACE_S = 5.0  # after a request's deadline, for a client to read the error; then the connection is given up

@@ -7,7 +7,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.api.connection import Connection
-from deployments.api.errors import ApiError, internal_error, log_unexpected
+from deployments.api.errors import ApiError, internal_error, log_unexpected, server_full
 from deployments.api.key_limits import KeyAccount, KeyAccounts
 from deployments.api.key_ring import KeyRing
 from deployments.api.request_log import PROBES, current_request, route_of
@@ -36,8 +36,7 @@ class Bodies:
             message = await receive()
             num_more = len(message.get("body", b""))
             if self.num_bytes > num_own and self.num_bytes + num_more > MAX_BODIES_BYTES:
-                what = f"the server is full ({self.num_bytes} bytes of other bodies); try again in 1 s"
-                raise ApiError(503, what, code="server_overloaded", retry_after_s=1)
+                raise server_full(f"{self.num_bytes} bytes of other bodies")
             num_own += num_more
             self.num_bytes += num_more
             return message

@@ -9,6 +9,7 @@ import msgspec
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_CHARS = 500  # six bytes each at worst in JSON: a body stays below 4 KB
+Headers = list[tuple[bytes, bytes]]  # as ASGI has them
 _UNREAD = (408, 413, 431)  # the rest of what the client sends is not waited for
 _PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 
@@ -48,7 +49,7 @@ class ApiError(Exception):
         error = {"message": self.message, "type": self._kind, "param": self.param, "code": self.code}
         return msgspec.json.encode({"error": error})
 
-    def headers(self) -> list[tuple[bytes, bytes]]:
+    def headers(self) -> Headers:
         """ASGI headers of the error's response."""
         headers = [(b"content-type", b"application/json")]
         if self.retry_after_s is not None:
@@ -65,6 +66,12 @@ class ApiError(Exception):
 def internal_error() -> ApiError:
     """500: a bug in the server; its details are in the log only."""
     return ApiError(500, "internal error; the server's log says more", code="internal_error")
+
+
+def server_full(what: str, retry_after_s: int = 1) -> ApiError:
+    """503: `what` there is already, in words."""
+    message = f"the server is full ({what}); try again in {retry_after_s} s"
+    return ApiError(503, message, code="server_overloaded", retry_after_s=retry_after_s)
 
 
 def log_unexpected(error: Exception) -> None:

@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from configs.keys import ApiKey, KeyLimits
-from deployments.api.errors import ApiError
-
-Headers = list[tuple[bytes, bytes]]
+from deployments.api.errors import ApiError, Headers
 
 
 def _header(kind: str, name: str) -> bytes:

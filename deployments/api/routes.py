@@ -16,9 +16,9 @@ from starlette.types import Receive, Scope, Send
 
 from deployments.api.aside import LARGE_BYTES, LARGE_TOKENS, aside
 from deployments.api.bodies import ChatBody, CompletionBody, GenerationBody
-from deployments.api.connection import ClientGoneError, Connection, Headers, read_body, warning
+from deployments.api.connection import ClientGoneError, Connection, read_body, warning
 from deployments.api.door import Door
-from deployments.api.errors import ApiError, internal_error, log_unexpected, shown
+from deployments.api.errors import ApiError, Headers, internal_error, log_unexpected, shown
 from deployments.api.generation import Generation, draining, not_ready
 from deployments.api.key_limits import LIMIT_HEADERS, KeyAccount
 from deployments.api.key_ring import KeyRing

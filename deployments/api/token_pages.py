@@ -11,8 +11,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from deployments.api.aside import LARGE_BYTES, LARGE_TOKENS, aside
-from deployments.api.connection import Headers, read_body, warning
-from deployments.api.errors import ApiError
+from deployments.api.connection import read_body, warning
+from deployments.api.errors import Headers, server_full
 from deployments.api.generation import too_late
 from deployments.api.prompt_fields import Messages
 from deployments.api.sampling_fields import TokenId
@@ -103,8 +103,7 @@ class TokenPages:
     async def _tokenizer(self) -> AsyncIterator[None]:
         """Have the tokenizer while the block runs. Raises ApiError: 503 where too many wait, 504 after request_s."""
         if self._num_waiting >= MAX_AT_ONCE:
-            message = f"the server is full ({MAX_AT_ONCE} requests wait for the tokenizer); try again in 1 s"
-            raise ApiError(503, message, code="server_overloaded", retry_after_s=1)
+            raise server_full(f"{MAX_AT_ONCE} requests wait for the tokenizer")
         self._num_waiting += 1
         try:
             async with asyncio.timeout(self._service.limits.request_s), self._turn:
