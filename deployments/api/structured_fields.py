@@ -12,7 +12,6 @@ from deployments.text.prompts import ContentRule
 
 MAX_CHOICES_OF_TEXT = 4096
 _ANY_OBJECT = {"type": "object"}
-_KINDS = ("json", "regex", "choice", "grammar")
 _NEUTRAL = {  # of structured_outputs: switches of vLLM's own backends
     "disable_any_whitespace", "disable_additional_properties", "disable_fallback", "whitespace_pattern",
     "structural_tag",
@@ -96,7 +95,7 @@ def _response_format(value: object) -> ContentRule | None:
 def _structured_outputs(value: object) -> ContentRule | None:
     if not isinstance(value, dict):
         raise wrong("invalid_type", 'must be an object, as in {"regex": "[0-9]+"}')
-    fields = _known(value, {*_KINDS, *_NEUTRAL, "json_object"})
+    fields = _known(value, {*_READERS, *_NEUTRAL, "json_object"})
     for name in _NEUTRAL & fields.keys():
         if fields.pop(name) is not False:
             raise wrong("unsupported_parameter", "is not supported with this value; leave it out", field=name)

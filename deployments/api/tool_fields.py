@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, FailFast, Field, PlainValidator, model_validator
 from pydantic_core import from_json
@@ -95,7 +95,7 @@ class Choice:
 
 
 AUTO = Choice("auto")
-_MODES: tuple[Mode, ...] = ("none", "auto", "required")
+_MODES: tuple[Mode, ...] = get_args(Mode)
 # answers would have to have the older form, too, and no client needs it: all that know it know tools
 INSTEAD_OF_FUNCTIONS = "leave it out and send tools, whose older form it is"
 
