@@ -15,16 +15,20 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = "configs/demo.yaml"  # what error messages point to
 
 
+class RepeatedKey(yaml.MarkedYAMLError):
+    """A key occurs twice in one mapping."""
+
+
 class StrictLoader(yaml.SafeLoader):
     """YAML's safe subset; a key that occurs twice in one mapping is refused (YAML would silently keep the last)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As the safe loader does. Raises yaml.MarkedYAMLError for a repeated key."""
+        """As the safe loader does. Raises RepeatedKey."""
         seen: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(
+                raise RepeatedKey(
                     problem=f"the key {key.value!r} stands twice in one mapping (first in line {seen[key.value]}); "
                     "keep one of them",
                     problem_mark=key.start_mark,

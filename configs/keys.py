@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError
 
-from configs.files import StrictLoader
+from configs.files import RepeatedKey, StrictLoader
 from configs.group import Group
 from configs.units import Unit
 
@@ -73,7 +73,7 @@ def _entries(text: str) -> list[tuple[int, Any, Any]]:
         ]
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        twice = " (a name stands twice)" if "stands twice" in str(error.problem) else ""
+        twice = " (a name stands twice)" if isinstance(error, RepeatedKey) else ""
         raise ValueError(f"line {line}: this is not the YAML of a mapping from names to keys{twice}") from None
     except yaml.YAMLError:
         raise ValueError("this is not YAML: it has characters that do not belong into a text") from None
