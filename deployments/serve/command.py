@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
 def make_proxy(served: Served) -> Proxy:
     """Choose the proxy, and complete the environment for it. Raises ValueError."""
     try:
-        return Proxy(read_document(served.path), served.config, os.environ)
+        return Proxy(served.endpoint.tls, served.config, os.environ)
     except ValueError as error:
         raise ValueError(f"{served.path}: {error}") from None
 

@@ -7,7 +7,6 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
-from typing import Any
 
 from configs.config import Config
 from deployments.serve.environment import ENVIRONMENT
@@ -37,10 +36,10 @@ INSTEAD = (
 class Proxy:
     """What stands before the replicas of a cluster that is started here."""
 
-    def __init__(self, document: dict[str, Any], config: Config, environment: MutableMapping[str, str]) -> None:
+    def __init__(self, tls: bool, config: Config, environment: MutableMapping[str, str]) -> None:
         """Completes the environment, before anything of Ray is imported; what the user has set stays.
 
-        `document`: the Serve config file. Raises ValueError where it asks for TLS and the environment for HAProxy.
+        Raises ValueError where the config file asks for TLS and the environment for HAProxy.
         """
         self.news: list[str] = []  # what people should know
         self._folder: str | None = None
@@ -48,7 +47,8 @@ class Proxy:
         environment.setdefault(HARD_STOP, f"{lasting_s:.0f}")
         if environment.get(ENABLED, ENVIRONMENT[ENABLED]) == "1":
             is_chosen = ENABLED in environment
-            if (reason := _tls(document)) and is_chosen:
+            reason = "http_options.ssl_certfile is set, and Serve gives HAProxy no certificate" if tls else None
+            if tls and is_chosen:
                 raise ValueError(
                     f"{reason}, but {ENABLED}=1 asks for HAProxy, which would answer in plain HTTP: take "
                     f"http_options.ssl_certfile out and put a gateway with TLS before the server, or set {ENABLED}=0"
@@ -80,14 +80,6 @@ class Proxy:
             self._folder = tempfile.mkdtemp(prefix="haproxy-", dir="/tmp")
             for name, file in FILES.items():
                 environment[name] = str(Path(self._folder, file))
-
-
-def _tls(document: dict[str, Any]) -> str | None:
-    """Why HAProxy must not stand before a server with a certificate; None: the server has none."""
-    options = document.get("http_options") or {}
-    if isinstance(options, dict) and options.get("ssl_certfile"):
-        return "http_options.ssl_certfile is set, and Serve gives HAProxy no certificate"
-    return None
 
 
 def _fence(environment: MutableMapping[str, str]) -> str | None:

