@@ -51,11 +51,13 @@ def types_of(part: Any, root: Mapping[str, Any], seen: set[int]) -> list[str]:
     declared = part.get("type")
     given = declared if isinstance(declared, list) else [declared]
     types = [one for one in given if isinstance(one, str)]
+    if (values := constants(part)) is not None:
+        of_values = [_JSON_TYPES.get(type(value), "string") for value in values]
+        if "string" not in of_values:
+            types = [one for one in types if one != "string"]
+        types = types or of_values
     if part.get("nullable"):
         types.append("null")
-    for values in (part.get("enum"), [part["const"]] if "const" in part else None):
-        if not types and isinstance(values, list):
-            types = [_JSON_TYPES.get(type(value), "string") for value in values]
     for union in ("anyOf", "oneOf", "allOf"):
         choices = part.get(union)
         for choice in choices if isinstance(choices, list) else []:
