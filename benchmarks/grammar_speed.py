@@ -121,6 +121,7 @@ def make_runner(device: str, folder: Path) -> Runner:
         plan = random_model.plan_of("llama8b", "bfloat16", max_model_len=MAX_MODEL_LEN, **settings)
         num_blocks = max(STREAMS) * plan.num_blocks_for_longest
         runner = random_model.random_runner(plan, torch.device("cuda:0"), num_blocks, "llama8b")
+        runner._grammars.load(folder)
         for shape in sorted(runner.shapes, reverse=True):
             runner.capture(shape)
     else:
@@ -137,8 +138,7 @@ def make_runner(device: str, folder: Path) -> Runner:
         runner.allocate_cache(max(STREAMS) * plan.num_blocks_for_longest)
         runner.warm_up()
         slowed(runner)
-    runner._grammars.load(folder)
-    runner._grammars._vocabulary.result()
+    runner._grammars._compiled._vocabulary.result()
     return runner
 
 
