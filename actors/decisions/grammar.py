@@ -10,15 +10,15 @@ from numpy.typing import NDArray
 # Counted in steps of the parser, never in seconds: a grammar is refused everywhere or nowhere, and fails at the same id
 # on every shard. Where an expression makes states of nearly every text, the fuel ends a mask after some 3 ms, and the
 # text after some 50 ids, before its states take 10 MB. A string with a maxLength needs 10 states a character.
-LIMITS = LLParserLimits(
-    max_items_in_row=2_000,
-    initial_lexer_fuel=1_000_000,
-    step_lexer_fuel=30_000,
-    step_max_items=10_000,
-    max_lexer_states=50_000,
-    max_grammar_size=500_000,
-    verbose_errors=False,  # they would quote the grammar
-)
+LIMITS: dict[str, Any] = {
+    "max_items_in_row": 2_000,
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 30_000,
+    "step_max_items": 10_000,
+    "max_lexer_states": 50_000,
+    "max_grammar_size": 500_000,
+    "verbose_errors": False,  # they would quote the grammar
+}
 
 
 class GrammarError(ValueError):
@@ -39,7 +39,7 @@ def make_vocabulary(tokenizer_json: str, num_ids: int, eos_ids: Sequence[int]) -
 
 def compiled(vocabulary: LLTokenizer, grammar: str) -> LLMatcher:
     """A grammar in llguidance's JSON or Lark form, ready to follow a text. Raises GrammarError. Releases the lock."""
-    matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=LIMITS)
+    matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=LLParserLimits(**LIMITS))
     if matcher.is_error():
         raise GrammarError(matcher.get_error())
     return matcher

@@ -23,16 +23,6 @@ _MAX_CACHED = 4096
 _MAX_CACHED_CHARS = 16 * 1024 * 1024
 # what the process answers, and "place" with its error; or "is_dear": it would take more time or memory than there is
 Verdict = dict[str, Any]
-# what llguidance counts itself, as on the ranks
-_COUNTED = (
-    "max_items_in_row",
-    "initial_lexer_fuel",
-    "step_lexer_fuel",
-    "step_max_items",
-    "max_lexer_states",
-    "max_grammar_size",
-    "verbose_errors",
-)
 
 
 class GrammarCompiler:
@@ -44,7 +34,7 @@ class GrammarCompiler:
             "vocab_size": vocab_size,
             "special": [[token_id, text] for text, token_id in marks.ids.items()],
             "ends": sorted(marks.ends),
-            "limits": {name: getattr(LIMITS, name) for name in _COUNTED},
+            "limits": LIMITS,  # as on the ranks
         }
         self._making = ThreadPoolExecutor(max_workers=2, thread_name_prefix="grammars-made")
         self._lanes = [_Lane(setup, cpu_s) for cpu_s in (QUICK_CPU_S, SLOW_CPU_S)]

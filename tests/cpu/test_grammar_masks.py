@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer
 
 from actors.decisions import grammar as grammars
 from actors.decisions.grammar import GrammarError, GrammarMatcher, compiled, make_vocabulary
@@ -88,7 +88,7 @@ def test_what_a_grammar_does_not_allow_is_an_error(vocabulary: LLTokenizer) -> N
         matcher.follow(ids_of("tru"))
 
 
-def test_a_vocabulary_that_is_smaller_than_the_tokenizer_s(vocabulary: LLTokenizer) -> None:
+def test_a_vocabulary_that_is_smaller_than_the_tokenizer_s() -> None:
     assert make_vocabulary(TOKENIZER.to_str(), 50, [END_ID]).vocab_size == END_ID + 1
 
 
@@ -265,13 +265,13 @@ def test_a_long_string_with_a_bound_stays_within_the_limits(vocabulary: LLTokeni
     assert END_ID in allowed(bounded)
 
 
-@pytest.mark.parametrize("limits", [LLParserLimits(max_grammar_size=1), LLParserLimits(step_lexer_fuel=1)])
+@pytest.mark.parametrize("limits", [{"max_grammar_size": 1}, {"step_lexer_fuel": 1}])
 def test_a_limit_fails_its_row_alone(
     is_patient: None,
     plan_of: Callable[..., Plan],
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
-    limits: LLParserLimits,
+    limits: dict[str, int],
 ) -> None:
     """While it is compiled, and in a mask; the next step, launched already, goes on with some id."""
     monkeypatch.setattr(grammars, "LIMITS", limits)

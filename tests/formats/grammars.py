@@ -1,7 +1,7 @@
 """Grammars without a model: what a matcher accepts of a text, and texts drawn from a grammar at random."""
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from actors.decisions.grammar import LIMITS
 from deployments.text.answer_grammar import answer_grammar
@@ -34,8 +34,8 @@ class Followed:
         special = {token_id: mark for mark, token_id in marks.ids.items()}
         self._bytes = ByteVocabulary(VOCAB_SIZE, special, [END])
         self._tokenizer = LLTokenizer(self._bytes)
-        own = None if text.own_grammar is None else text.own_grammar
-        self.answer = check(self._tokenizer, LIMITS, {"rules": text.render("answer"), "own": own})
+        request = {"rules": text.render("answer"), "own": text.own_grammar}
+        self.answer = check(self._tokenizer, LLParserLimits(**LIMITS), request)
         self.error = self.answer.get("error")
 
     def matcher(self):
