@@ -106,12 +106,10 @@ class _Calls:
             arguments = Arguments(grammar, form, schema, is_strict, is_loose and not is_strict).body()
             self._calls.append((name, grammar.rule(arguments or '""')))
 
-    def several(self, form: CallForm | None = None) -> str:
+    def several(self) -> str:
         """One call or more, and nothing else."""
-        form = form or self._form
-        grammar = self._grammar
-        calls = [grammar.rule(self._call(form.call, name, arguments)) for name, arguments in self._calls]
-        call = grammar.rule(any_of(calls))
+        grammar, form = self._grammar, self._form
+        call = grammar.rule(self._one())
         between = grammar.literal(form.between)
         is_last = self._is_single or grammar.marks.ends_answer(form.call)
         more = "" if is_last else f"({between} {call})*"
@@ -148,10 +146,13 @@ class _Calls:
             calls.append(grammar.rule(f"{head} {self._call(whole[len(trigger) :], name, arguments)}"))
         call = any_of(calls)
         if not form.inner and form.before and not self._is_single:
-            followers = [grammar.rule(self._call(form.call, name, arguments)) for name, arguments in self._calls]
-            call = f"{call} ({grammar.literal(form.between)} {any_of(followers)})*"
+            call = f"{call} ({grammar.literal(form.between)} {self._one()})*"
         after = "" if form.inner else grammar.literal(form.after)
         return f"({call} {after}){times} {grammar.free_text()}?"
+
+    def _one(self) -> str:
+        """A call of any of the tools, and nothing around it."""
+        return any_of(self._grammar.rule(self._call(self._form.call, *one)) for one in self._calls)
 
     def _call(self, text: str, name: str, arguments: str) -> str:
         parts = _HOLE.split(text.replace("%NAME", name))

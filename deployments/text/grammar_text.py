@@ -159,19 +159,21 @@ class GrammarText:
 
     def field_of(self, message: str) -> str:
         """The field whose rule llguidance complains of; that of the client's own grammar where no line is told."""
-        place = _PLACE.search(message)
-        line = int(place[1]) - 2 if place else -1
-        return self._rules[line][1] if 0 <= line < len(self._rules) else self.field
+        return self._rule_of(message)[1]
 
     def place_of(self, message: str) -> str:
         """Where in its schema the keyword stands that llguidance names, in words; empty where it names none."""
-        place = _PLACE.search(message)
-        text = self._rules[int(place[1]) - 2][0] if place and 2 <= int(place[1]) < len(self._rules) + 2 else ""
-        schema = text.partition("%json ")[2]
+        schema = self._rule_of(message)[0].partition("%json ")[2]
         named = re.findall(r'"([^"]+)"', message.partition("\n")[0])
         wanted = [*named, *(word for word in ("oneOf", "allOf", "format", "pattern") if word in message)]
         path = next((found for word in wanted if schema and (found := _path(json.loads(schema), word))), None)
         return f" (at {'.'.join(path)[:200]})" if path else ""
+
+    def _rule_of(self, message: str) -> tuple[str, str]:
+        """The rule whose line a message tells, and its field; no rule and the last field where it tells none."""
+        place = _PLACE.search(message)
+        index = int(place[1]) - 2 if place else -1  # before them stands `start`
+        return self._rules[index] if 0 <= index < len(self._rules) else ("", self.field)
 
     def _add(self, kind: str, body: str, options: str) -> str:
         key = f"{kind}{options} {body}"

@@ -32,12 +32,13 @@ class Grammars:
         and GrammarBusy.
         """
         conversation = prompt if isinstance(prompt, Conversation) else Conversation([])
-        thinking = _thinking(answer_format, prefix) if isinstance(prompt, Conversation) else None
-        form = _form(answer_format, prefix) if isinstance(prompt, Conversation) else None
-        make = partial(answer_grammar, content, conversation, form, thinking, self._marks)
         if conversation.continues_message:
             message = "the whole answer is held to a schema, a grammar or calls, so it cannot be begun; leave it out"
             raise GrammarError(message, "continue_final_message")
+        if conversation is not prompt:  # of a plain prompt the answer is plain text, whatever the model's format
+            answer_format = None
+        form, thinking = _form(answer_format, prefix), _thinking(answer_format, prefix)
+        make = partial(answer_grammar, content, conversation, form, thinking, self._marks)
         try:
             return await self._compiler.compile(await self._compiler.made(make))
         except GrammarError:

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from deployments.text import limited_program
+
 # by the kernel after its processor time · by itself where there is no more memory · the same, in Python
-_LIMITS = (-signal.SIGPROF, -signal.SIGABRT, 3)  # the last: NO_MEMORY of limited_program.py
+_LIMITS = (-signal.SIGPROF, -signal.SIGABRT, limited_program.NO_MEMORY)
 _END_S = 10.0  # how long a process that has closed its socket may take to end
-_PROGRAM = str(Path(__file__).with_name("limited_program.py"))
 
 
 class LimitedProcess:
@@ -76,7 +77,7 @@ class LimitedProcess:
         ours, theirs = socket.socketpair()
         # -P: nothing is imported from the program's own folder, whose files could hide others
         self._process = subprocess.Popen(
-            [sys.executable, "-P", _PROGRAM], stdin=theirs.fileno(), stdout=theirs.fileno()
+            [sys.executable, "-P", limited_program.__file__], stdin=theirs.fileno(), stdout=theirs.fileno()
         )
         theirs.close()
         ours.settimeout(self._wall_s)
