@@ -21,8 +21,8 @@ from actors.remote.black_box import BlackBox, CrashFile, collect_crash_report
 from actors.remote.imports import collector_paused, compiler_left_out
 from actors.remote.meeting import Assignment
 from actors.remote.stage_links import along_links, refuse_unknown, slow_pairs
-from cluster.collectives.network import Place, find_place, knock, open_door, pin_interface
-from cluster.placement.devices import own_cuda_index
+from cluster.collectives.network import Place, knock, open_door, own_place, pin_interface
+from cluster.placement.devices import own_device
 from cluster.placement.nvlink import Joined
 from cluster.placement.nvml import links_between
 from cluster.topology import Topology
@@ -49,18 +49,16 @@ class RankActor:
 
     def __init__(self, config: Config) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
-        gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+        self._device, self._gpu = own_device()
         with collector_paused(), compiler_left_out():
             import actors.remote.rank  # noqa: F401
             from actors.tensors.backends.choose import import_backend
 
-            import_backend(config.device, "cuda" if gpus else "cpu")
+            import_backend(config.device, "cpu" if self._gpu is None else "cuda")
         self._config = config
         self._rank: Any = None
         self._rank_number = -1
         self._black_box = BlackBox()
-        self._device = f"cuda:{own_cuda_index(gpus[0])}" if gpus else "cpu"
-        self._gpu = str(gpus[0]) if gpus else None
         self._door: socket.socket | None = None
 
     def info(self) -> WorkerInfo:
@@ -68,8 +66,7 @@ class RankActor:
 
         Raises ValueError where the node lacks the interface that `network.interface` names.
         """
-        node, address = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
-        self._place = find_place(self._config.network.interface, node, address)
+        self._place = own_place(self._config.network.interface)
         return WorkerInfo(os.getpid(), self._place, self._device, self._black_box.crash_file, self._gpu)
 
     def open_door(self) -> int:
@@ -172,9 +169,8 @@ class ActorPool:
         devices = []
         for rank, (member, info) in enumerate(zip(self._members, infos, strict=True)):
             if member.info is None:
-                before = self._predecessors.get(rank)
-                is_successor = before is not None and before.place.node == info.place.node
-                device = before.device if before is not None and is_successor else new_devices[rank]
+                is_successor = self._is_settled(rank, info)
+                device = self._predecessors[rank].device if is_successor else new_devices[rank]
                 member.info = replace(info, device=device)
             devices.append(member.info.device)
         return devices

@@ -22,7 +22,7 @@ from actors.remote.reach import Unreachable, check_ranks_reach, check_ray_reache
 from actors.remote.results import end_of_loop, in_words, result_of
 from actors.words.errors import GangFailure, GangLost, Verdict
 from actors.words.executor import Revival
-from cluster.collectives.network import Place, find_place
+from cluster.collectives.network import Place, own_place
 from cluster.topology import Topology
 from configs.config import Config
 
@@ -57,8 +57,7 @@ class Gang:
         self._serving: list[Any] = []  # one reference a rank: resolved when its loop ends
         self._phase_s: dict[str, float] = {}
         self._crash_reports: dict[int, Any] = {}  # by rank, references to what lost processes left
-        context = ray.get_runtime_context()
-        self._place = find_place(config.network.interface, context.get_node_id(), ray.util.get_node_ip_address())
+        self._place = own_place(config.network.interface)
         self._pool = ActorPool(config, topology, placement, device, self.actor_class)
         self.num_spares = self._pool.num_spares
         self.executor = self._open_channel(StepClock(config.timeouts.collective_s))

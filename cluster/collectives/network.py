@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import ray
+
 from cluster.placement.interfaces import read_interfaces
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,11 @@ class Failure:
     goal: Place
     port: int
     why: str
+
+
+def own_place(asked: str | None) -> Place:
+    """The place of this process, which Ray runs. `asked` and errors: see `find_place`."""
+    return find_place(asked, ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address())
 
 
 def find_place(asked: str | None, node: str, node_address: str) -> Place:
@@ -94,10 +101,13 @@ def check_distinct(places: Sequence[Place]) -> None:
             )
 
 
-def open_door(address: str) -> tuple[socket.socket, int]:
-    """Listen at an address for `knock` → (the listener, its port). The kernel answers; the caller closes it."""
+def open_door(address: str, port: int = 0) -> tuple[socket.socket, int]:
+    """Listen at an address for `knock` → (the listener, its port). The kernel answers; the caller closes it.
+
+    `port` 0: the kernel chooses one. Raises OSError.
+    """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    door = socket.create_server((address, 0), family=family, backlog=256)
+    door = socket.create_server((address, port), family=family, backlog=256)
     return door, int(door.getsockname()[1])
 
 

@@ -2,6 +2,8 @@
 
 import os
 
+import ray
+
 
 def cuda_index(assigned_id: str, visible: str | None) -> int:
     """Torch's index of the GPU that Ray calls `assigned_id`, in a process that sees all of its node's devices.
@@ -19,6 +21,9 @@ def cuda_index(assigned_id: str, visible: str | None) -> int:
     return int(assigned_id)
 
 
-def own_cuda_index(assigned_id: str) -> int:
-    """`cuda_index` for this process."""
-    return cuda_index(assigned_id, os.environ.get("CUDA_VISIBLE_DEVICES"))
+def own_device() -> tuple[str, str | None]:
+    """(The device of this actor: cpu, or cuda:<torch's index>; Ray's name of its GPU). Raises ValueError."""
+    gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+    if not gpus:
+        return "cpu", None
+    return f"cuda:{cuda_index(gpus[0], os.environ.get('CUDA_VISIBLE_DEVICES'))}", str(gpus[0])

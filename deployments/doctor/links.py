@@ -10,8 +10,8 @@ import ray
 from ray.exceptions import RayError
 
 from actors.remote.actor_pool import actor_options
-from cluster.collectives.network import find_place, pin_interface
-from cluster.placement.devices import own_cuda_index
+from cluster.collectives.network import own_place, pin_interface
+from cluster.placement.devices import own_device
 from cluster.placement.nvml import read_gpus
 from cluster.placement.placement import Device
 from cluster.topology import Topology
@@ -60,11 +60,8 @@ class LinkProbe:
     """One rank, for as long as it takes to measure."""
 
     def __init__(self, interface: str | None) -> None:
-        gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
-        self._gpu = str(gpus[0]) if gpus else None
-        self._device = "cpu" if self._gpu is None else f"cuda:{own_cuda_index(self._gpu)}"
-        node, address = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
-        self._place = find_place(interface, node, address)
+        self._device, self._gpu = own_device()
+        self._place = own_place(interface)
         pin_interface(self._place.interface)
 
     def where(self) -> tuple[str, str, str | None]:

@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.collectives.network import find_place, knock
+from cluster.collectives.network import knock, open_door, own_place
 from cluster.placement.resources import NodeFree
 from deployments.doctor.cluster_findings import Way
 from deployments.doctor.facts import Asked, NodeFacts
@@ -36,8 +36,7 @@ class NodeProbe:
 
     def address(self, interface: str | None) -> str:
         """Where ranks of this node would listen, by `network.interface`. Raises ValueError where it is not there."""
-        node, own = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
-        return find_place(interface, node, own).address
+        return own_place(interface).address
 
     def read(self, asked: Asked, within_s: float) -> bytes:
         """What a probe writes: see NodeFacts.take."""
@@ -47,17 +46,14 @@ class NodeProbe:
         """Listen at this node's own address → (port, None), or why nobody answers there. 0: the kernel chooses one."""
         found: list[tuple[int, str | None]] = []
         for port in ports:
-            listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
             try:
-                listener.bind((address, port))
-                listener.listen(64)
+                listener, opened = open_door(address, port)
             except OSError as error:
-                listener.close()
                 # In use: then that one answers
                 found.append((port, None if error.errno == errno.EADDRINUSE else str(error)))
             else:
                 self._listeners.append(listener)
-                found.append((int(listener.getsockname()[1]), None))
+                found.append((opened, None))
         return found
 
     def reach(self, targets: Sequence[tuple[str, int]], within_s: float) -> list[str | None]:

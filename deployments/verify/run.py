@@ -19,7 +19,7 @@ from actors.remote.recording_actor import recording_actor
 from actors.tensors.verify.findings import Findings, Served
 from actors.words.errors import GangFailure
 from actors.words.messages import Request, SamplingParams
-from cluster.placement.devices import own_cuda_index
+from cluster.placement.devices import own_device
 from cluster.placement.placement import Device
 from configs.config import Config
 from deployments.gangs import Session, connected_to_ray, plan_for_cluster, reserved, say
@@ -135,8 +135,7 @@ class _ReferenceActor:
     """The process of the reference, on one device or on some threads."""
 
     def __init__(self, num_threads: int) -> None:
-        gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
-        self._device = f"cuda:{own_cuda_index(gpus[0])}" if gpus else "cpu"
+        self._device, _ = own_device()
         self._num_threads = num_threads
 
     def load(self, config: Config, plan: Plan, served: list[Served], *recordings: Any) -> None:
