@@ -11,12 +11,11 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from typing import Any
 
 from actors.stores.disk import ROOM, check_room
 from actors.stores.intervals import Interval, merged, num_bytes, pieces, without
-from actors.stores.mirror import WEIGHTS, Mirror, read_range
+from actors.stores.mirror import Mirror, is_weights, read_range
 from actors.stores.partial_file import PartialFile
 from actors.stores.urls import filesystem_of
 from actors.words.errors import CheckpointError
@@ -30,22 +29,14 @@ _SAY_S = 2.0  # how often the log says how far it is
 _LOOK_S = 0.05  # how often it looks for what others fetch
 
 
-@dataclass(frozen=True)
-class Fetched:
-    """What came of a fetch."""
-
-    wanted_bytes: int
-    fetched_bytes: int  # by this process; the rest was here, or another process of the node fetched it
-    seconds: float
-
-
 class _GivenUp(BaseException):
     """Another request has failed for good: no more tries."""
 
 
-def fetch(mirror: Mirror, wanted: Mapping[str, Iterable[Interval]]) -> Fetched:
-    """Bring ranges of files (by name) to this node.
+def fetch(mirror: Mirror, wanted: Mapping[str, Iterable[Interval]]) -> int:
+    """Bring ranges of files (by name) to this node → bytes that this process fetched.
 
+    The rest was here, or another process of the node fetched it.
     Raises CheckpointError: for a full disk before anything is fetched, for a store that stays away, for a file that has
     changed; what was fetched until then stays.
     """
@@ -53,10 +44,9 @@ def fetch(mirror: Mirror, wanted: Mapping[str, Iterable[Interval]]) -> Fetched:
     return _Fetch(mirror, ranges).run()
 
 
-def fetch_all(mirror: Mirror) -> Fetched:
-    """Bring all weights to this node. Raises as `fetch`."""
-    names = [name for name in mirror.files if name.endswith(WEIGHTS.removeprefix("*"))]
-    return fetch(mirror, {name: [(0, mirror.files[name].size)] for name in names})
+def fetch_all(mirror: Mirror) -> int:
+    """Bring all weights to this node → bytes that this process fetched. Raises as `fetch`."""
+    return fetch(mirror, {name: [(0, file.size)] for name, file in mirror.files.items() if is_weights(name)})
 
 
 class _Fetch:
@@ -72,9 +62,8 @@ class _Fetch:
         self._unrecorded: dict[str, list[Interval]] = defaultdict(list)
         self._fetched_bytes = 0
 
-    def run(self) -> Fetched:
-        """All of it."""
-        began = time.monotonic()
+    def run(self) -> int:
+        """All of it → bytes fetched."""
         wanted = sum(map(num_bytes, self._ranges.values()))
         try:
             for name in self._ranges:
@@ -82,7 +71,7 @@ class _Fetch:
             if lacking := self._lacking():
                 check_room(self._mirror.folder, lacking, self._mirror.url)
                 self._filesystem = filesystem_of(self._mirror.url)
-                self._fetch(began, lacking)
+                self._fetch(lacking)
         except (OSError, ValueError) as error:
             remedy = f"; {ROOM}" if isinstance(error, OSError) else ""
             raise CheckpointError(
@@ -91,18 +80,18 @@ class _Fetch:
             ) from error
         finally:
             self._close()
-        return Fetched(wanted, self._fetched_bytes, time.monotonic() - began)
+        return self._fetched_bytes
 
     def _lacking(self) -> int:
         return sum(num_bytes(self._files[name].missing(self._ranges[name])) for name in self._files)
 
-    def _fetch(self, began: float, lacking: int) -> None:
+    def _fetch(self, lacking: int) -> None:
         todo = deque(
             (name, piece)
             for name, file in self._files.items()
             for piece in pieces(file.missing(self._ranges[name]), _PIECE_BYTES)
         )
-        recorded_at = said_at = time.monotonic()
+        began = recorded_at = said_at = time.monotonic()
         with ThreadPoolExecutor(_NUM_AT_ONCE, thread_name_prefix="fetch") as pool:
             try:
                 while todo or self._running:

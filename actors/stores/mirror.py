@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from actors.stores.retries import Pause, patiently
 from actors.stores.urls import filesystem_of
 from actors.words.errors import CheckpointError
 
-WEIGHTS = "*.safetensors"
+WEIGHTS = "*.safetensors"  # a pattern; see is_weights
 logger = logging.getLogger(__name__)
 
 _MANIFEST = ".mirror.json"
@@ -153,9 +154,7 @@ def _ask(
         return [str(one["name"]).rpartition("/")[2] for one in found if one["type"] == "file"]
 
     names = sorted(
-        name
-        for name in set(patiently(f"model.source: listing {url}", list_names))
-        if _matches(name, wanted) and not _matches(name, unwanted)
+        name for name in set(patiently(f"model.source: listing {url}", list_names)) if is_chosen(name, wanted, unwanted)
     )
     if "config.json" not in names:
         raise ValueError(f"model.source: {url} holds no config.json; name the prefix of a Transformers checkpoint")
@@ -184,8 +183,15 @@ def _ask(
     return mirror
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+def is_chosen(name: str, wanted: Iterable[str], unwanted: Iterable[str] = ()) -> bool:
+    """Whether a file's name is one of those wanted, by their patterns, and none of those unwanted."""
+    matched = partial(fnmatch.fnmatchcase, name)
+    return any(map(matched, wanted)) and not any(map(matched, unwanted))
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file holds weights, which are fetched in ranges."""
+    return is_chosen(name, [WEIGHTS])
 
 
 def _fetch_small(mirror: Mirror, filesystem: Any) -> None:
@@ -193,7 +199,7 @@ def _fetch_small(mirror: Mirror, filesystem: Any) -> None:
     lacking = [name for name in mirror.files if not _is_here(mirror, name)]
     if not lacking:
         return
-    whole = [name for name in lacking if not mirror.sends_ranges or not fnmatch.fnmatchcase(name, WEIGHTS)]
+    whole = [name for name in lacking if not mirror.sends_ranges or not is_weights(name)]
     check_room(mirror.folder, sum(mirror.files[name].size for name in whole), mirror.url)
     filesystem = filesystem or filesystem_of(mirror.url)
     with ThreadPoolExecutor(_NUM_AT_ONCE) as pool:
@@ -202,7 +208,7 @@ def _fetch_small(mirror: Mirror, filesystem: Any) -> None:
 
 
 def _is_here(mirror: Mirror, name: str) -> bool:
-    if not fnmatch.fnmatchcase(name, WEIGHTS):
+    if not is_weights(name):
         return (mirror.folder / name).is_file()
     file = mirror.partial(name)
     try:
@@ -215,15 +221,16 @@ def _is_here(mirror: Mirror, name: str) -> bool:
 def _fetch_file(mirror: Mirror, filesystem: Any, name: str) -> None:
     """A small file, or the header of a file of weights; checked for a change in the meantime before it counts."""
     size = mirror.files[name].size
-    if not fnmatch.fnmatchcase(name, WEIGHTS):
+    if not is_weights(name):
         data = read_range(mirror, filesystem, name, 0, size)
         mirror.check(filesystem, name)
         write_whole(mirror.folder / name, data)
         return
-    here = size if not mirror.sends_ranges and _fetch_whole(mirror, filesystem, name) else 0
-    file = mirror.partial(name)
+    if not mirror.sends_ranges:
+        _fetch_whole(mirror, filesystem, name)
+    file, here = mirror.partial(name), size
     try:
-        if not here:
+        if mirror.sends_ranges:
             header = _read_header(mirror, filesystem, name)
             file.write(0, header)
             mirror.check(filesystem, name)
@@ -241,7 +248,7 @@ def _read_header(mirror: Mirror, filesystem: Any, name: str) -> bytes:
     return length + read_range(mirror, filesystem, name, len(length), end) if end <= min(size, _MAX_BYTES) else length
 
 
-def _fetch_whole(mirror: Mirror, filesystem: Any, name: str) -> bool:
+def _fetch_whole(mirror: Mirror, filesystem: Any, name: str) -> None:
     """A file of a store that sends no ranges, in one piece that cannot be resumed."""
     beside, size = mirror.folder / f".{name}.part", mirror.files[name].size
 
@@ -256,7 +263,6 @@ def _fetch_whole(mirror: Mirror, filesystem: Any, name: str) -> bool:
         beside.replace(mirror.folder / name)
     finally:
         beside.unlink(missing_ok=True)
-    return True
 
 
 def read_range(mirror: Mirror, filesystem: Any, name: str, first: int, end: int, pause: Pause = time.sleep) -> bytes:

@@ -5,10 +5,10 @@ import os
 import re
 from urllib.parse import quote
 
-from huggingface_hub import get_session, get_token
+from huggingface_hub import get_session, get_token, is_offline_mode
 
 from actors.stores.urls import is_url
-from actors.tensors.weights.source import local_folder
+from actors.tensors.weights.source import is_read, local_folder
 from deployments.doctor.facts import Asked, Hub
 from deployments.doctor.storage import refusal
 
@@ -24,7 +24,7 @@ def read_hub(asked: Asked) -> Hub | None:
     endpoint, token = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"), get_token()
     if token is not None and not re.fullmatch("[!-~]+", token):  # its client's error would quote it
         return Hub(endpoint, None, "the token holds characters that no token has", True, None)
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):  # as its own client reads it
+    if is_offline_mode():
         return Hub(endpoint, None, "HF_HUB_OFFLINE is set", bool(token), None)
     revision = quote(asked.revision or "main", safe="")
     try:
@@ -49,8 +49,4 @@ def _ask(endpoint: str, method: str, path: str, token: str | None) -> tuple[int,
 
 def _weights(body: bytes) -> int:
     files = json.loads(body).get("siblings", [])
-    return sum(file.get("size") or 0 for file in files if _is_read(file["rfilename"]))
-
-
-def _is_read(name: str) -> bool:
-    return name.endswith(".safetensors") and "/" not in name and not name.startswith("consolidated")
+    return sum(file.get("size") or 0 for file in files if is_read(file["rfilename"]))

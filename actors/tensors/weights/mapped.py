@@ -61,7 +61,7 @@ def fetch_ranges(ranges: Mapping[Path, Iterable[Interval]]) -> int:
     fetched_bytes = 0
     for folder, of_folder in itertools.groupby(sorted(ranges), key=lambda file: file.parent):
         if (mirror := mirror_of(folder)) is not None:
-            fetched_bytes += fetch(mirror, {file.name: ranges[file] for file in of_folder}).fetched_bytes
+            fetched_bytes += fetch(mirror, {file.name: ranges[file] for file in of_folder})
     return fetched_bytes
 
 

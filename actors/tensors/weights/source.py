@@ -6,7 +6,7 @@ from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
 from huggingface_hub.file_download import repo_folder_name
 
-from actors.stores.mirror import WEIGHTS, copies_of, mirror_of, open_mirror
+from actors.stores.mirror import WEIGHTS, copies_of, is_chosen, mirror_of, open_mirror
 from actors.stores.urls import is_url
 from configs.config import ModelConfig
 from configs.files import PROJECT_ROOT
@@ -35,6 +35,11 @@ def resolve_source(model: ModelConfig, revision: str | None = None) -> Path:
 def revision_of(folder: Path) -> str | None:
     """The commit of a snapshot from the hub, the version of a copy of a URL; None for a folder."""
     return folder.name if folder.parent.name == "snapshots" or mirror_of(folder) is not None else None
+
+
+def is_read(name: str) -> bool:
+    """Whether a file of a repository, by its path there, is one of the weights that a download brings."""
+    return is_chosen(name, [WEIGHTS], _UNWANTED)
 
 
 def local_folder(source: str, revision: str | None = None) -> Path | None:
