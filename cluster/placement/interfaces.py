@@ -15,8 +15,6 @@ class Interface:
 
     name: str
     address: str
-    mtu: int
-    bytes_per_s: int | None  # as its driver says
 
 
 def read_interfaces() -> tuple[Interface, ...]:
@@ -31,9 +29,8 @@ def read_interfaces() -> tuple[Interface, ...]:
             name = label.partition(":")[0]
             state = states.get(name)
             if state is not None and state.isup:
-                rate = state.speed * 1_000_000 // 8 or None  # psutil's unit is Mbit/s; 0: not known
                 own = [one.address for one in addresses if one.family == family and "%" not in one.address]
-                found += [Interface(name, address, state.mtu, rate) for address in own]
+                found += [Interface(name, address) for address in own]
     return tuple(found)
 
 

@@ -20,9 +20,7 @@ class Gpu:
 
     index: int  # NVML's, which is the order of PCI addresses
     uuid: str
-    bus_id: str
     name: str
-    memory_bytes: int
     used_bytes: int
     pids: tuple[int, ...]  # of processes that compute on it, as the host counts them
     uncorrected_errors: int | None  # of its memory, since the driver was loaded
@@ -112,7 +110,6 @@ def _read_all() -> NodeGpus:
 
 
 def _read(index: int, handle: Any) -> Gpu:
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     remapped = _ask(pynvml.nvmlDeviceGetRemappedRows, handle)  # corrected, uncorrected, pending, failed
     kinds = pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC
     mig, fabric = _ask(pynvml.nvmlDeviceGetMigMode, handle), _ask(_fabric, handle)
@@ -120,10 +117,8 @@ def _read(index: int, handle: Any) -> Gpu:
     return Gpu(
         index=index,
         uuid=_text(pynvml.nvmlDeviceGetUUID(handle)),
-        bus_id=_text(pynvml.nvmlDeviceGetPciInfo(handle).busId),
         name=_text(pynvml.nvmlDeviceGetName(handle)),
-        memory_bytes=int(memory.total),
-        used_bytes=int(memory.used),
+        used_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).used),
         pids=tuple(int(one.pid) for one in processes),
         uncorrected_errors=_ask(pynvml.nvmlDeviceGetTotalEccErrors, handle, *kinds),
         remap_pending=None if remapped is None else bool(remapped[2]),

@@ -25,7 +25,6 @@ class Limits:
 
     open_files: int
     locked_bytes: int  # -1: any number
-    cpus: float  # cores that the control group allows, or that there are
 
 
 @dataclass(frozen=True)

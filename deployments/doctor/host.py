@@ -41,15 +41,7 @@ def read_versions() -> dict[str, str]:
 def read_limits() -> Limits:
     """The limits of this process, which are those of what Ray starts on this node."""
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    return Limits(resource.getrlimit(resource.RLIMIT_NOFILE)[0], -1 if locked < 0 else locked, _cpus())
-
-
-def _cpus() -> float:
-    cores = float(len(os.sched_getaffinity(0)))
-    with suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, int(quota) / int(period))  # ValueError: the quota is `max`
-    return cores
+    return Limits(resource.getrlimit(resource.RLIMIT_NOFILE)[0], -1 if locked < 0 else locked)
 
 
 def read_shared_memory(folder: Path = Path("/dev/shm")) -> SharedMemory:  # noqa: S108 - the kernel's place for it

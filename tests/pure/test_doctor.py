@@ -43,7 +43,7 @@ from deployments.serve.replica import say_what_is_lacking
 from tests.fakes.fake_nvml import FABRIC_HEALTHY, GIB, FakeGpu, FakeNvml, bare, bridged, hgx, pcie
 
 ROOT = Path(__file__).resolve().parents[2]
-HERE = Interface("eth0", "10.0.0.1", 1500, None)
+HERE = Interface("eth0", "10.0.0.1")
 
 
 def _has_namespaces() -> bool:
@@ -233,28 +233,28 @@ def test_shards_are_numbered_along_the_links() -> None:
 
 
 def test_what_a_machine_lacks_is_named_with_its_remedy() -> None:
-    (files,) = host_faults(limits=Limits(512, -1, 2.0))
+    (files,) = host_faults(limits=Limits(512, -1))
     assert files.judgement == "fail" and "ulimit -n 65536" in files.remedy
-    assert host_faults(limits=Limits(4096, -1, 2.0))[0].judgement == "warn"
+    assert host_faults(limits=Limits(4096, -1))[0].judgement == "warn"
     (shm,) = host_faults(shm=SharedMemory(64 << 20, 60 << 20, (), 0))
     assert shm.judgement == "fail" and "--shm-size" in shm.remedy
     (stale,) = host_faults(shm=SharedMemory(GIB * 8, GIB, ("nccl-a", "nccl-b"), 7 << 30))
     assert stale.judgement == "warn" and "rm /dev/shm/nccl-a /dev/shm/nccl-b" in stale.remedy
     (names,) = host_faults(network=Network("one", (), (HERE,)))
     assert names.judgement == "warn" and "/etc/hosts" in names.remedy
-    other = Interface("eth0", "10.0.0.2", 1500, None)
+    other = Interface("eth0", "10.0.0.2")
     (address,) = host_faults(network=Network("one", ("10.0.0.2",), (other,)))
     assert address.judgement == "fail" and "--node-ip-address" in address.remedy
     assert len(host_faults(network=Network("one", (), (other,)))) == 2, "neither hides the other"
     fast = Network("one", ("10.0.0.1",), (HERE,), {"mlx5_0 port 1": "1: DOWN"})
-    locked, port = host_faults(limits=Limits(65536, 64 << 10, 2.0), network=fast)
+    locked, port = host_faults(limits=Limits(65536, 64 << 10), network=fast)
     assert "ulimit -l unlimited" in locked.remedy and "mlx5_0 port 1 is 1: DOWN" in port.found
     (busy,) = host_faults(http_port=False)
     assert busy.judgement == "warn" and "http_options.port" in busy.remedy
 
 
 def test_an_interface_that_is_not_the_nodes_own_is_refused() -> None:
-    network = Network("one", ("10.0.0.1",), (HERE, Interface("docker0", "172.17.0.1", 1500, None)))
+    network = Network("one", ("10.0.0.1",), (HERE, Interface("docker0", "172.17.0.1")))
     (wrong,) = host_faults(network=network, environment={"NCCL_SOCKET_IFNAME": "docker"})
     assert wrong.judgement == "fail" and "docker0 172.17.0.1" in wrong.found and "unset" in wrong.remedy
     (missing,) = host_faults(network=network, environment={"GLOO_SOCKET_IFNAME": "ib0"})
@@ -283,7 +283,7 @@ def test_a_disk_is_judged_by_how_long_the_checkpoint_takes() -> None:
     assert full.check == "room" and "HF_HOME" in full.remedy
 
 
-def test_what_could_not_be_read_is_said(tmp_path: Path) -> None:
+def test_what_could_not_be_read_is_said() -> None:
     found = NodeFacts("one", None)
     found.take(b'{"section":"limits","error":"OSError: no"}\n{"section":"of another version"}\n', 5.0)
     faults = bad(host_findings(found, False, 900.0, False))
