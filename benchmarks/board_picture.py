@@ -72,13 +72,11 @@ def recorded(run: Run, prometheus: Prometheus, seconds: float) -> tuple[float, f
     began, load = time.time(), Load(run.url)
     for part, wanted in enumerate(CLIENTS):
         load.num_wanted = wanted
+        time.sleep(seconds / len(CLIENTS) / 2)
         if part == len(CLIENTS) - 2:
-            time.sleep(seconds / len(CLIENTS) / 2)
             ranks = [process for process in run.processes() if "RankActor" in " ".join(process.cmdline())]
             os.kill(min(ranks, key=lambda process: process.create_time()).pid, signal.SIGKILL)
-            time.sleep(seconds / len(CLIENTS) / 2)
-        else:
-            time.sleep(seconds / len(CLIENTS))
+        time.sleep(seconds / len(CLIENTS) / 2)
     load.stop()
     until(lambda: prometheus.query("sum(stagemesh_requests_running) == 0"), within_s=30)
     return began, time.time()

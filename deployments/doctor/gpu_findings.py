@@ -110,6 +110,11 @@ def is_used(gpu: Gpu) -> bool:
     return bool(gpu.pids) or (gpu.used_bytes > _IDLE_BYTES and not gpu.is_split)
 
 
+def by_whom(gpu: Gpu) -> str:
+    """The processes that compute on it, as the end of a sentence; empty where NVML names none."""
+    return f" by pid {', '.join(map(str, gpu.pids))}" if gpu.pids else ""
+
+
 def _given_away(node: NodeFacts, count: int) -> float:
     return count - node.free_gpus if node.free_gpus is not None else 0.0
 
@@ -117,11 +122,7 @@ def _given_away(node: NodeFacts, count: int) -> float:
 def _users(node: NodeFacts, found: NodeGpus) -> Iterator[Finding]:
     if used := foreign_users(node):
         given = _given_away(node, len(found.gpus))
-        who = "; ".join(
-            f"GPU {gpu.index}: {gpu.used_bytes / _GIB:.1f} GiB"
-            + (f" by pid {', '.join(map(str, gpu.pids))}" if gpu.pids else "")
-            for gpu in used
-        )
+        who = "; ".join(f"GPU {gpu.index}: {gpu.used_bytes / _GIB:.1f} GiB{by_whom(gpu)}" for gpu in used)
         yield warn(
             "GPU users",
             node.name,

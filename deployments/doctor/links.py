@@ -16,7 +16,7 @@ from cluster.placement.nvml import read_gpus
 from cluster.placement.placement import Device
 from cluster.topology import Topology
 from configs.config import Config
-from deployments.doctor.gpu_findings import is_used
+from deployments.doctor.gpu_findings import by_whom, is_used
 from deployments.gangs import reserved
 
 if TYPE_CHECKING:
@@ -99,8 +99,7 @@ def users_of(assigned_id: str) -> str | None:
     found = read_gpus()
     for gpu in found.gpus if found is not None else ():
         if assigned_id in (str(gpu.index), gpu.uuid) and is_used(gpu):
-            pids = f" by pid {', '.join(map(str, gpu.pids))}" if gpu.pids else ""
-            return f"GPU {gpu.index}, which Ray had free, is used{pids}"
+            return f"GPU {gpu.index}, which Ray had free, is used{by_whom(gpu)}"
     return None
 
 
